@@ -1,0 +1,62 @@
+"""One build script for colcon (ament_python) and for pip."""
+
+from glob import glob
+
+from setuptools import find_packages, setup
+
+NAME = "xview_loc"
+
+ROS = [
+    "ros-rclpy[fastrtps]",
+    "ros-diagnostic-msgs",
+    "ros-geometry-msgs",
+    "ros-nav-msgs",
+    "ros-sensor-msgs",
+    "ros-std-srvs",
+]
+TEST = ["pytest", "pytest-timeout", "hypothesis"]
+
+setup(
+    name=NAME,
+    version="0.1.0",
+    description="Localises a vehicle by matching its camera image to an aerial image.",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    maintainer="xview_loc maintainers",
+    maintainer_email="maintainers@xview-loc.dev",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=[NAME, f"{NAME}.*"]),
+    package_data={NAME: ["py.typed"]},
+    data_files=[
+        ("share/ament_index/resource_index/packages", [f"resource/{NAME}"]),
+        (f"share/{NAME}", ["package.xml"]),
+        (f"share/{NAME}/launch", glob("launch/*.launch.py")),
+        (f"share/{NAME}/config", glob("config/*")),
+    ],
+    zip_safe=False,
+    install_requires=[
+        "httpx",
+        "matplotlib",
+        "numpy",
+        "opencv-python-headless",
+        "pyproj",
+        "rasterio",
+        "rich",
+        "rosbags",
+        "safetensors",
+        "torch",
+        "typer",
+    ],
+    extras_require={
+        "ros": ROS,
+        "dev": [*TEST, "mypy", "ruff"],
+        "test": TEST,
+    },
+    entry_points={
+        "console_scripts": [
+            "localizer = xview_loc.nodes.localizer_node:main",
+            "xview-loc = xview_loc.cli:main",
+        ],
+    },
+)

@@ -1,0 +1,95 @@
+"""The interface every cross-view model implements; the rest of the package speaks to this alone."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What a model expects of its inputs; every checkpoint carries one.
+
+    ``ground_size`` is (height, width) of the ground image in pixels, ``aerial_size`` the side of the
+    square aerial tile in pixels and ``gsd`` that tile's ground sample distance in m/px.
+    ``aerial_up`` says what the tile's top edge faces: ``"north"``, or ``"left"`` where the model was
+    trained on tiles turned so that the vehicle's heading points right (so the top edge faces its left).
+    ``bins`` is the number of heading bins the model scores (0: it needs a known heading).
+    """
+
+    name: str
+    camera: Literal["panorama", "pinhole"]
+    ground_size: tuple[int, int]
+    aerial_size: int
+    gsd: float
+    bins: int
+    aerial_up: Literal["north", "left"] = "north"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types, for a checkpoint's metadata."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> ModelSpec:
+        """Inverse of :meth:`to_json`."""
+        return cls(**{**data, "ground_size": tuple(data["ground_size"])})
+
+
+@dataclass(frozen=True)
+class HeatMapGrid:
+    """Where a heat map lies on its aerial tile: tile pixel = ``origin`` + ``scale`` * heat-map pixel.
+
+    Both are pixel-centre coordinates (row, col). CCVPE's finest map is the tile itself (the default);
+    GGCVT's covers a smaller search window at a coarser step.
+    """
+
+    scale: float = 1.0
+    origin: tuple[float, float] = (0.0, 0.0)
+
+
+@dataclass
+class HeatMaps:
+    """What :meth:`CrossViewModel.match` returns; scores are larger where the camera more likely is.
+
+    levels: coarse to fine, each (B, bins, h, w) (bins = 1 where the model has none).
+    logits: (B, H, W), the finest map; its softmax over all pixels is the probability of each pixel.
+    orientation: (B, 2, H, W) unit (cos, sin) of the heading (0 = north, counter-clockwise), or None.
+    """
+
+    levels: list[Tensor]
+    logits: Tensor
+    orientation: Tensor | None = None
+    grid: HeatMapGrid = field(default_factory=HeatMapGrid)
+
+
+class CrossViewModel(nn.Module):
+    """Matches ground images against aerial tiles, with the tile's share computed once per tile."""
+
+    spec: ModelSpec
+
+    def encode_aerial(self, aerial: Tensor) -> Any:
+        """Everything that depends on the tile alone; ``aerial`` is (B, 3, S, S), normalised."""
+        raise NotImplementedError
+
+    def match(
+        self,
+        ground: Tensor,
+        features: Any,
+        heading_prior_deg: float | None = None,
+        *,
+        orientation: bool = False,
+    ) -> HeatMaps:
+        """Score every position of the tiles encoded in ``features`` for ``ground`` (B, 3, h, w), normalised.
+
+        ``heading_prior_deg`` is how far the heading may be from the image's nominal one (a panorama
+        rolled so that its centre column faces north): None searches all headings, 0 trusts it.
+        ``orientation`` asks for the orientation field.
+        """
+        raise NotImplementedError
+
+
+IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406])
+IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225])
