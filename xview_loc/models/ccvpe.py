@@ -1,0 +1,302 @@
+"""CCVPE: coarse-to-fine matching of a ground descriptor rolled to every heading against an aerial tile."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xview_loc.models.base import CrossViewModel, HeatMaps, ModelSpec
+from xview_loc.models.efficientnet import EfficientNet, Padding, block_channels, head_channels
+
+# Squared norms are floored at the square of torch's own epsilon for F.normalize.
+_MIN_SQUARED_NORM = 1e-24
+# Width of the last stage, from the finest level to the tile's own resolution.
+_LAST_CHANNELS = 16
+
+
+@dataclass(frozen=True)
+class CCVPEConfig:
+    """The sizes of one CCVPE model; tuples run from the coarsest level to the finest.
+
+    width: factor on the backbones' channels.
+    cell: side, in final backbone features, of the cell that one coarse satellite descriptor covers.
+    satellite_descriptor: length of that descriptor.
+    ground_channels: channels per panorama column of each level's ground descriptor.
+    shifts: channels by which the satellite descriptor turns per heading bin, at each level.
+    taps: backbone blocks whose outputs enter the decoders on the way up, one for each level but the last.
+    up, conv: output channels of each level's transposed convolution and of its convolutions.
+    up_orientation, conv_orientation: the same of the orientation decoder.
+    padding: of the satellite backbone and of the decoders' convolutions.
+    classifier: whether the backbones carry the unused classifier weights of the published checkpoints.
+    """
+
+    spec: ModelSpec
+    satellite_descriptor: int
+    ground_channels: tuple[int, ...]
+    shifts: tuple[int, ...]
+    up: tuple[int, ...]
+    conv: tuple[int, ...]
+    up_orientation: tuple[int, ...]
+    conv_orientation: tuple[int, ...]
+    taps: tuple[int, ...] = (15, 10, 4, 2, 0)
+    cell: int = 2
+    width: float = 1.0
+    padding: Literal["zeros", "reflect"] = "zeros"
+    classifier: bool = True
+
+
+_VIGOR = CCVPEConfig(
+    # VIGOR's cities range from 0.126 to 0.148 m/px once their 640 px tiles are scaled to 512 px.
+    spec=ModelSpec("ccvpe-vigor", "panorama", (320, 640), 512, 0.14, 20),
+    satellite_descriptor=1280,
+    ground_channels=(64, 32, 16, 8, 4, 2),
+    shifts=(64, 32, 16, 8, 4, 2),
+    up=(1024, 320, 160, 80, 40),
+    conv=(640, 320, 160, 80, 40),
+    up_orientation=(1024, 256, 128, 64, 32),
+    conv_orientation=(640, 256, 128, 64, 32),
+)
+# Web Mercator zoom 18 at Karlsruhe, delivered at scale 2.
+_KITTI_GSD = 156543.03392 * math.cos(math.radians(49.015)) / 2**18 / 2
+_KITTI = CCVPEConfig(
+    spec=ModelSpec("ccvpe-kitti", "pinhole", (256, 1024), 512, _KITTI_GSD, 16, aerial_up="left"),
+    satellite_descriptor=2048,
+    ground_channels=(16, 8, 4, 2, 1, 1),
+    shifts=(128, 64, 32, 16, 8, 8),
+    up=(1024, 256, 128, 64, 32),
+    conv=(512, 256, 128, 128, 32),
+    up_orientation=(1024, 256, 128, 64, 32),
+    conv_orientation=(512, 256, 128, 64, 32),
+)
+_SMALL = CCVPEConfig(
+    # One feature per coarse cell: the coarsest level has 8x8 cells of 9.6 m, as VIGOR's, in one level less.
+    spec=ModelSpec("ccvpe-small", "panorama", (128, 512), 256, 0.30, 16),
+    satellite_descriptor=256,
+    ground_channels=(16, 8, 4, 2, 1),
+    shifts=(16, 8, 4, 2, 1),
+    up=(128, 64, 32, 24),
+    conv=(128, 64, 32, 16),
+    up_orientation=(96, 48, 24, 16),
+    conv_orientation=(96, 48, 24, 16),
+    taps=(10, 4, 2, 0),
+    cell=1,
+    width=0.35,
+    padding="reflect",
+    classifier=False,
+)
+CONFIGS = {
+    config.spec.name: config
+    for config in (
+        _VIGOR,
+        replace(_VIGOR, spec=replace(_VIGOR.spec, name="ccvpe-vigor-reflect"), padding="reflect"),
+        _KITTI,
+        _SMALL,
+    )
+}
+
+
+@dataclass(frozen=True)
+class AerialFeatures:
+    """What CCVPE keeps of a tile: its coarse descriptors (B, C, h, w) and the decoders' skip features."""
+
+    descriptors: Tensor
+    skips: tuple[Tensor, ...]
+
+
+class _ColumnsFirst(nn.Module):
+    """(B, C, H, W) -> (B, H, W, C), so that a 1x1 convolution can mix the rows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.permute(0, 2, 3, 1)
+
+
+class CCVPE(CrossViewModel):
+    """Panorama (or pinhole) to aerial tile; parameter names and shapes are those of published checkpoints."""
+
+    def __init__(self, config: CCVPEConfig) -> None:
+        super().__init__()
+        self.spec = config.spec
+        self._config = config
+        self._levels = len(config.ground_channels)
+        features = head_channels(config.width)
+        skip_channels = [block_channels(config.width)[tap] for tap in config.taps]
+
+        ground_padding: Padding = "circular" if config.spec.camera == "panorama" else "zeros"
+        self.grd_efficientnet = EfficientNet(ground_padding, config.width, config.classifier)
+        self.sat_efficientnet = EfficientNet(config.padding, config.width, config.classifier)
+        rows = config.spec.ground_size[0] // 32
+        for level, channels in enumerate(config.ground_channels, start=1):
+            self.add_module(
+                f"grd_feature_to_descriptor{level}",
+                nn.Sequential(nn.Conv2d(features, channels, 1), _ColumnsFirst(), nn.Conv2d(rows, 1, 1)),
+            )
+        self.sat_feature_to_descriptors = nn.Sequential(
+            nn.Flatten(), nn.Linear(features * config.cell**2, config.satellite_descriptor)
+        )
+        self._add_decoder("", 1, config.up, config.conv, skip_channels, extra=1, outputs=1)
+        self._add_decoder(
+            "_ori", config.spec.bins, config.up_orientation, config.conv_orientation, skip_channels, 0, 2
+        )
+
+    def _add_decoder(
+        self,
+        suffix: str,
+        scores: int,
+        up: tuple[int, ...],
+        conv: tuple[int, ...],
+        skips: list[int],
+        extra: int,
+        outputs: int,
+    ) -> None:
+        """Stages named from the number of levels down to 1, as the published checkpoints count them.
+
+        ``scores`` and ``extra`` are the score channels put before the features at the first and at the
+        other levels.
+        """
+
+        def conv3x3(channels_in: int, channels_out: int) -> nn.Conv2d:
+            return nn.Conv2d(channels_in, channels_out, 3, padding=1, padding_mode=self._config.padding)
+
+        channels = scores + self._config.satellite_descriptor
+        ups = (*up, _LAST_CHANNELS)
+        hidden = (*conv, _LAST_CHANNELS)
+        for level in range(self._levels):
+            last = level == self._levels - 1
+            number = self._levels - level
+            joined = ups[level] + (0 if last else skips[level])
+            self.add_module(f"deconv{number}{suffix}", nn.ConvTranspose2d(channels, ups[level], 2, 2))
+            self.add_module(
+                f"conv{number}{suffix}",
+                nn.Sequential(
+                    conv3x3(joined, hidden[level]),
+                    nn.ReLU(),
+                    conv3x3(hidden[level], outputs if last else hidden[level]),
+                ),
+            )
+            channels = hidden[level] + extra
+
+    def encode_aerial(self, aerial: Tensor) -> AerialFeatures:
+        """Backbone features and coarse descriptors of tiles (B, 3, S, S), normalised; S is the spec's.
+
+        Raises ValueError on another size.
+        """
+        size = self.spec.aerial_size
+        _check_size("aerial", aerial, (size, size))
+        volume, skips = self.sat_efficientnet(aerial, self._config.taps)
+        batch, channels, rows, cols = volume.shape
+        cell = self._config.cell
+        grid = volume.reshape(batch, channels, rows // cell, cell, cols // cell, cell)
+        cells = grid.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels * cell * cell)
+        descriptors = self.sat_feature_to_descriptors(cells)
+        descriptors = descriptors.reshape(batch, rows // cell, cols // cell, -1).permute(0, 3, 1, 2)
+        return AerialFeatures(descriptors.contiguous(), tuple(skips))
+
+    def encode_ground(self, ground: Tensor) -> list[Tensor]:
+        """Unit descriptors (B, columns * channels), one per level, of images (B, 3, h, w), normalised.
+
+        Raises ValueError where (h, w) is not the spec's.
+        """
+        _check_size("ground", ground, self.spec.ground_size)
+        volume, _ = self.grd_efficientnet(ground)
+        return [
+            F.normalize(self.get_submodule(f"grd_feature_to_descriptor{level}")(volume).flatten(1), dim=1)
+            for level in range(1, self._levels + 1)
+        ]
+
+    def match(
+        self,
+        ground: Tensor,
+        features: AerialFeatures,
+        heading_prior_deg: float | None = None,
+        *,
+        orientation: bool = False,
+    ) -> HeatMaps:
+        """See :meth:`CrossViewModel.match`; a batch of one on either side goes with any batch on the other.
+
+        Only the whole bins within +-``heading_prior_deg`` degrees are scored, in the order from minus to
+        plus (all of them, from bin 0, for None). The orientation field always uses all bins.
+        Raises ValueError on a negative prior or a wrong image size.
+        """
+        bins = self.prior_bins(heading_prior_deg).to(ground.device)
+        descriptors = self.encode_ground(ground)
+        x = features.descriptors
+        maps = []
+        for level in range(self._levels):
+            x = _unit(x)
+            scores = self._scores(level, x, descriptors[level], bins)
+            maps.append(scores)
+            x = self._ascend(level, "", scores.amax(1, keepdim=True), x, features)
+        field = self._orientation(descriptors[0], features) if orientation else None
+        return HeatMaps(maps, x[:, 0], field)
+
+    def prior_bins(self, heading_prior_deg: float | None) -> Tensor:
+        """Indices of the heading bins that a prior of +-``heading_prior_deg`` degrees leaves, in order."""
+        count = self.spec.bins
+        if heading_prior_deg is None:
+            return torch.arange(count)
+        if not heading_prior_deg >= 0:
+            raise ValueError(f"the heading prior must be at least 0 degrees, not {heading_prior_deg}")
+        half = math.floor(min(heading_prior_deg, 180.0) * count / 360)
+        if 2 * half + 1 >= count:
+            return torch.arange(count)
+        return torch.arange(-half, half + 1) % count
+
+    def _scores(self, level: int, x: Tensor, descriptor: Tensor, bins: Tensor) -> Tensor:
+        """Cosine similarity (B, bins, h, w) of the turned ground descriptor and the unit features ``x``.
+
+        Turning the features back by a bin's shift and comparing their first channels is the same as
+        comparing them with the descriptor turned forward, so that one matrix scores every bin.
+        """
+        channels, length = x.shape[1], descriptor.shape[1]
+        source = torch.arange(channels, device=x.device)
+        source = (source - bins[:, None] * self._config.shifts[level]) % channels
+        flat = x.flatten(2)
+        scores = F.pad(descriptor, (0, channels - length))[:, source] @ flat
+        if length < channels:
+            window = (source < length).to(flat.dtype)
+            scores = scores / (window @ flat.square()).clamp_min(_MIN_SQUARED_NORM).sqrt()
+        return scores.unflatten(2, x.shape[2:])
+
+    def _ascend(
+        self, level: int, suffix: str, scores: Tensor | None, x: Tensor, features: AerialFeatures
+    ) -> Tensor:
+        """One decoder stage: scores and features to the next level's features, of twice the side."""
+        number = self._levels - level
+        if scores is not None:
+            x = _join(scores, x)
+        x = self.get_submodule(f"deconv{number}{suffix}")(x)
+        if level < len(features.skips):
+            x = _join(x, features.skips[level])
+        return self.get_submodule(f"conv{number}{suffix}")(x)
+
+    def _orientation(self, descriptor: Tensor, features: AerialFeatures) -> Tensor:
+        """The orientation decoder's unit (cos, sin) field (B, 2, S, S)."""
+        x = _unit(features.descriptors)
+        scores = self._scores(0, x, descriptor, self.prior_bins(None).to(x.device))
+        x = self._ascend(0, "_ori", scores, x, features)
+        for level in range(1, self._levels):
+            x = self._ascend(level, "_ori", None, x, features)
+        return _unit(x)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """``x`` over its norm along the channels; F.normalize is ten times slower on such maps."""
+    return x / x.square().sum(1, keepdim=True).clamp_min(_MIN_SQUARED_NORM).sqrt()
+
+
+def _join(a: Tensor, b: Tensor) -> Tensor:
+    """Concatenate along channels; a batch of one is repeated to the other's."""
+    batch = max(a.shape[0], b.shape[0])
+    return torch.cat([a.expand(batch, -1, -1, -1), b.expand(batch, -1, -1, -1)], 1)
+
+
+def _check_size(what: str, image: Tensor, size: tuple[int, int]) -> None:
+    if image.ndim != 4 or image.shape[1] != 3 or tuple(image.shape[2:]) != size:
+        raise ValueError(
+            f"{what} images must have shape (batch, 3, {size[0]}, {size[1]}), not {tuple(image.shape)}"
+        )

@@ -1,0 +1,207 @@
+"""Checkpoint files: ours (safetensors with JSON metadata) and the authors' published state dicts."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from xview_loc.models import create_model
+from xview_loc.models.base import CrossViewModel, ModelSpec
+
+_FORMAT = 1
+_METADATA_KEY = "xview_loc"
+# First bytes of what torch.save writes: a zip archive, or a pickle (before PyTorch 1.6).
+_TORCH_MAGIC = (b"PK\x03\x04", b"\x80")
+# Keys under which a published file may hold its state dict.
+_WRAPPERS = ("state_dict", "model")
+
+
+class CheckpointError(Exception):
+    """A file that is not a usable checkpoint of the model asked for."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded model (evaluation mode), its metadata and the SHA-256 (hex) of the file it came from."""
+
+    model: CrossViewModel
+    metadata: dict[str, Any]
+    sha256: str
+
+
+def save_checkpoint(
+    model: CrossViewModel, path: str | os.PathLike[str], metadata: Mapping[str, Any] | None = None
+) -> str:
+    """Write ``model`` to ``path`` as safetensors and return the file's SHA-256 (hex).
+
+    ``metadata`` is any JSON-able mapping (parent's SHA-256, data, hyper-parameters, metrics ...); ``format``,
+    ``model`` and ``spec`` are always the model's own. The file appears complete or not at all.
+    Raises CheckpointError on weights that are not finite, TypeError on metadata that JSON cannot hold,
+    OSError where the file cannot be written.
+    """
+    path = Path(path)
+    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    _check_finite(path, state)
+    own = {"format": _FORMAT, "model": model.spec.name, "spec": model.spec.to_json()}
+    header = json.dumps({**(metadata or {}), **own}, allow_nan=False)
+    data = safetensors.torch.save(state, {_METADATA_KEY: header})
+    # In the same folder, so that the rename is atomic.
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp's files are private; a checkpoint gets the permissions of any new file.
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return hashlib.sha256(data).hexdigest()
+
+
+def load_checkpoint(path: str | os.PathLike[str], expected_model: str | None = None) -> Checkpoint:
+    """Read a checkpoint of ours, or an authors' ``.pt``/``.pth`` state dict.
+
+    ``expected_model`` is the model's name: required for the authors' files, which do not carry one; for
+    ours it is checked where given. The model's spec is the file's. No code in a file is ever run.
+    Raises CheckpointError, with one line that names the file and the cause, on everything that is wrong.
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise CheckpointError(f"checkpoint {path} does not exist") from None
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read: {error.strerror}") from None
+    if not data:
+        raise CheckpointError(f"checkpoint {path} is empty")
+    if data.startswith(_TORCH_MAGIC):
+        if expected_model is None:
+            raise CheckpointError(f"checkpoint {path} does not say which model it holds; name the model")
+        state = _read_torch(path, data)
+        metadata: dict[str, Any] = {"model": expected_model}
+    else:
+        state, metadata = _read_safetensors(path, data)
+        if expected_model is not None and metadata["model"] != expected_model:
+            raise CheckpointError(f"checkpoint {path} holds {metadata['model']}, not {expected_model}")
+    try:
+        model = create_model(metadata["model"])
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint {path}: {error}") from None
+    _check_state(path, state, model)
+    model.load_state_dict(state)
+    if "spec" in metadata:
+        model.spec = _checked_spec(path, metadata["spec"], model.spec)
+    metadata["spec"] = model.spec.to_json()
+    return Checkpoint(model, metadata, hashlib.sha256(data).hexdigest())
+
+
+def _read_torch(path: Path, data: bytes) -> dict[str, Tensor]:
+    try:
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        # weights_only refuses everything but plain tensors and containers with this error.
+        raise CheckpointError(
+            f"checkpoint {path} is damaged or holds pickled code, which is never run; "
+            "save its plain state dict instead"
+        ) from None
+    except Exception as error:  # a damaged archive raises anything, EOFError to RuntimeError
+        raise CheckpointError(f"checkpoint {path} is damaged: {_one_line(error)}") from None
+    if isinstance(content, dict):
+        for key in _WRAPPERS:
+            if isinstance(content.get(key), dict):
+                content = content[key]
+                break
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise CheckpointError(f"checkpoint {path} holds no plain state dict")
+    return dict(content)
+
+
+def _read_safetensors(path: Path, data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        state = safetensors.torch.load(data)
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(
+            f"checkpoint {path} is neither a complete safetensors file nor a PyTorch one: {_one_line(error)}"
+        ) from None
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    try:
+        metadata = json.loads(header["__metadata__"][_METADATA_KEY])
+        complete = isinstance(metadata["model"], str) and isinstance(metadata["spec"], dict)
+        version = metadata["format"]
+    except (KeyError, TypeError, ValueError):
+        complete = False
+    if not complete:
+        raise CheckpointError(f"checkpoint {path} carries no xview_loc metadata")
+    if version != _FORMAT:
+        raise CheckpointError(f"checkpoint {path} has format {version}; this version reads format {_FORMAT}")
+    return state, metadata
+
+
+def _check_state(path: Path, state: Mapping[str, Tensor], model: CrossViewModel) -> None:
+    name = model.spec.name
+    wanted = model.state_dict()
+    missing = [key for key in wanted if key not in state]
+    unexpected = [key for key in state if key not in wanted]
+    if missing or unexpected:
+        counts = [
+            f"{len(keys)} {what} (first: {keys[0]})"
+            for keys, what in ((missing, "missing"), (unexpected, "unexpected"))
+            if keys
+        ]
+        raise CheckpointError(f"checkpoint {path} does not fit {name}: weights {', '.join(counts)}")
+    for key, value in state.items():
+        if value.shape != wanted[key].shape:
+            raise CheckpointError(
+                f"checkpoint {path} does not fit {name}: {key} has shape {tuple(value.shape)}, "
+                f"not {tuple(wanted[key].shape)}"
+            )
+        if value.is_floating_point() != wanted[key].is_floating_point():
+            raise CheckpointError(
+                f"checkpoint {path} does not fit {name}: {key} has type {value.dtype}, not {wanted[key].dtype}"
+            )
+    _check_finite(path, state)
+
+
+def _check_finite(path: Path, state: Mapping[str, Tensor]) -> None:
+    for key, value in state.items():
+        if not value.isfinite().all():
+            raise CheckpointError(f"checkpoint {path}: {key} has weights that are not finite")
+
+
+def _checked_spec(path: Path, data: dict[str, Any], own: ModelSpec) -> ModelSpec:
+    """The file's spec; only its ground sample distance may differ from the model's own."""
+    try:
+        spec = ModelSpec.from_json(data)
+        valid = replace(spec, gsd=own.gsd) == own and 0 < float(spec.gsd) < float("inf")
+    except (KeyError, TypeError, ValueError):
+        valid = False
+    if not valid:
+        raise CheckpointError(f"checkpoint {path} has a spec that does not fit {own.name}: {data}")
+    return spec
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def _one_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,145 @@
+"""EfficientNet-B0 as a feature extractor, with the padding of each use and the usual port's key names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Padding = Literal["zeros", "circular", "reflect"]
+
+# One row per group of blocks: repeats, kernel, stride of the first, expansion, output channels.
+_GROUPS = (
+    (1, 3, 1, 1, 16),
+    (2, 3, 2, 6, 24),
+    (2, 5, 2, 6, 40),
+    (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+)
+_STEM_CHANNELS = 32
+_HEAD_CHANNELS = 1280
+_CLASSES = 1000
+
+
+def scaled_channels(channels: int, width: float) -> int:
+    """``channels`` times ``width``, to the nearest multiple of 8 (at least 8)."""
+    return max(8, round(channels * width / 8) * 8)
+
+
+def block_channels(width: float = 1.0) -> list[int]:
+    """Output channels of each of the 16 blocks."""
+    return [scaled_channels(out, width) for repeats, _, _, _, out in _GROUPS for _ in range(repeats)]
+
+
+def head_channels(width: float = 1.0) -> int:
+    """Channels of the final feature volume."""
+    return scaled_channels(_HEAD_CHANNELS, width)
+
+
+class _SameConv2d(nn.Conv2d):
+    """A convolution with TensorFlow's SAME padding as it comes out for a 224-pixel input.
+
+    Every stride-2 layer then sees an even size, so the rule does not depend on the size: ``kernel -
+    stride`` pixels in all, the odd one after. ``circular`` wraps left and right (a panorama's seam) and
+    puts zeros above and below.
+    """
+
+    def __init__(
+        self, channels_in: int, channels_out: int, kernel: int, stride: int, groups: int, padding: Padding
+    ) -> None:
+        total = kernel - stride
+        margin = (total + 1) // 2
+        super().__init__(
+            channels_in,
+            channels_out,
+            kernel,
+            stride,
+            padding=margin,
+            groups=groups,
+            bias=False,
+            padding_mode="reflect" if padding == "reflect" else "zeros",
+        )
+        self._margin = margin
+        self._wraps = padding == "circular"
+        self._uneven = total % 2 == 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        # One pixel less before than after: a zero row and column before the kernel makes the padding even,
+        # which the convolution does by itself. Padding the image instead copies it (several times slower).
+        weight = F.pad(self.weight, (1, 0, 1, 0)) if self._uneven else self.weight
+        if self._wraps:
+            x = F.pad(x, (self._margin, self._margin, 0, 0), mode="circular")
+            return F.conv2d(x, weight, None, self.stride, (self._margin, 0), 1, self.groups)
+        return self._conv_forward(x, weight, None)
+
+
+def _batch_norm(channels: int) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(channels, eps=1e-3, momentum=0.01)
+
+
+class _Block(nn.Module):
+    """Inverted bottleneck with squeeze-and-excitation."""
+
+    def __init__(
+        self, channels_in: int, channels_out: int, kernel: int, stride: int, expansion: int, padding: Padding
+    ) -> None:
+        super().__init__()
+        inner = channels_in * expansion
+        squeezed = max(1, channels_in // 4)
+        self._expands = expansion != 1
+        if self._expands:
+            self._expand_conv = nn.Conv2d(channels_in, inner, 1, bias=False)
+            self._bn0 = _batch_norm(inner)
+        self._depthwise_conv = _SameConv2d(inner, inner, kernel, stride, inner, padding)
+        self._bn1 = _batch_norm(inner)
+        self._se_reduce = nn.Conv2d(inner, squeezed, 1)
+        self._se_expand = nn.Conv2d(squeezed, inner, 1)
+        self._project_conv = nn.Conv2d(inner, channels_out, 1, bias=False)
+        self._bn2 = _batch_norm(channels_out)
+        self._residual = stride == 1 and channels_in == channels_out
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.silu(self._bn0(self._expand_conv(x))) if self._expands else x
+        y = F.silu(self._bn1(self._depthwise_conv(y)))
+        gate = self._se_expand(F.silu(self._se_reduce(y.mean((2, 3), keepdim=True))))
+        y = self._bn2(self._project_conv(y * gate.sigmoid()))
+        return x + y if self._residual else y
+
+
+class EfficientNet(nn.Module):
+    """EfficientNet-B0 without its classifier; total stride 32.
+
+    ``width`` scales every layer's channels. ``classifier`` keeps the unused ``_fc`` weights, which
+    published checkpoints carry, as frozen parameters.
+    """
+
+    def __init__(self, padding: Padding = "zeros", width: float = 1.0, classifier: bool = True) -> None:
+        super().__init__()
+        channels = scaled_channels(_STEM_CHANNELS, width)
+        self._conv_stem = _SameConv2d(3, channels, 3, 2, 1, padding)
+        self._bn0 = _batch_norm(channels)
+        self._blocks = nn.ModuleList()
+        for repeats, kernel, stride, expansion, out in _GROUPS:
+            for i in range(repeats):
+                out_scaled = scaled_channels(out, width)
+                block = _Block(channels, out_scaled, kernel, 1 if i else stride, expansion, padding)
+                self._blocks.append(block)
+                channels = out_scaled
+        self._conv_head = nn.Conv2d(channels, head_channels(width), 1, bias=False)
+        self._bn1 = _batch_norm(head_channels(width))
+        if classifier:
+            self._fc = nn.Linear(head_channels(width), _CLASSES).requires_grad_(False)
+
+    def forward(self, image: Tensor, taps: Sequence[int] = ()) -> tuple[Tensor, list[Tensor]]:
+        """The final features of ``image`` (B, 3, H, W) and the outputs of the blocks named in ``taps``."""
+        x = F.silu(self._bn0(self._conv_stem(image)))
+        tapped = {}
+        for i, block in enumerate(self._blocks):
+            x = block(x)
+            if i in taps:
+                tapped[i] = x
+        return F.silu(self._bn1(self._conv_head(x))), [tapped[i] for i in taps]
