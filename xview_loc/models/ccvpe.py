@@ -259,7 +259,7 @@ class CCVPE(CrossViewModel):
         scores = F.pad(descriptor, (0, channels - length))[:, source] @ flat
         if length < channels:
             window = (source < length).to(flat.dtype)
-            scores = scores / (window @ flat.square()).clamp_min(_MIN_SQUARED_NORM).sqrt()
+            scores = scores / (window @ flat.square()).float().clamp_min(_MIN_SQUARED_NORM).sqrt()
         return scores.unflatten(2, x.shape[2:])
 
     def _ascend(
@@ -286,7 +286,10 @@ class CCVPE(CrossViewModel):
 
 def _unit(x: Tensor) -> Tensor:
     """``x`` over its norm along the channels; F.normalize is ten times slower on such maps."""
-    return x / x.square().sum(1, keepdim=True).clamp_min(_MIN_SQUARED_NORM).sqrt()
+    # Squares overflow half precision.
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    norm = wide.square().sum(1, keepdim=True).clamp_min(_MIN_SQUARED_NORM).sqrt()
+    return x / norm.to(x.dtype)
 
 
 def _join(a: Tensor, b: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import io
 import json
 import os
 import pickle
-import tempfile
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,8 +49,8 @@ def save_checkpoint(
 
     ``metadata`` is any JSON-able mapping (parent's SHA-256, data, hyper-parameters, metrics ...); ``format``,
     ``model`` and ``spec`` are always the model's own. The file appears complete or not at all.
-    Raises CheckpointError on weights that are not finite, TypeError on metadata that JSON cannot hold,
-    OSError where the file cannot be written.
+    Raises CheckpointError on weights that are not finite, TypeError or ValueError on metadata that JSON
+    cannot hold (not-a-number included), OSError where the file cannot be written.
     """
     path = Path(path)
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
@@ -59,17 +59,15 @@ def save_checkpoint(
     header = json.dumps({**(metadata or {}), **own}, allow_nan=False)
     data = safetensors.torch.save(state, {_METADATA_KEY: header})
     # In the same folder, so that the rename is atomic.
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp's files are private; a checkpoint gets the permissions of any new file.
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     return hashlib.sha256(data).hexdigest()
 
@@ -173,7 +171,8 @@ def _check_state(path: Path, state: Mapping[str, Tensor], model: CrossViewModel)
             )
         if value.is_floating_point() != wanted[key].is_floating_point():
             raise CheckpointError(
-                f"checkpoint {path} does not fit {name}: {key} has type {value.dtype}, not {wanted[key].dtype}"
+                f"checkpoint {path} does not fit {name}: {key} has type {value.dtype}, "
+                f"not {wanted[key].dtype}"
             )
     _check_finite(path, state)
 
@@ -194,12 +193,6 @@ def _checked_spec(path: Path, data: dict[str, Any], own: ModelSpec) -> ModelSpec
     if not valid:
         raise CheckpointError(f"checkpoint {path} has a spec that does not fit {own.name}: {data}")
     return spec
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
 
 
 def _one_line(error: BaseException) -> str:

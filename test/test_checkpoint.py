@@ -1,0 +1,224 @@
+"""Checkpoints come back as they were saved, and everything that is wrong with a file is one clear error."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from xview_loc.models import create_model
+from xview_loc.models.base import CrossViewModel
+from xview_loc.models.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+
+NAME = "ccvpe-small"
+
+
+@pytest.fixture(scope="module")
+def model() -> CrossViewModel:
+    torch.manual_seed(0)
+    return create_model(NAME)
+
+
+@pytest.fixture
+def saved(model: CrossViewModel, tmp_path: Path) -> Path:
+    path = tmp_path / "good.safetensors"
+    save_checkpoint(model, path)
+    return path
+
+
+def fails(path: Path, expected_model: str | None = NAME) -> str:
+    with pytest.raises(CheckpointError) as info:
+        load_checkpoint(path, expected_model)
+    message = str(info.value)
+    assert "\n" not in message
+    assert str(path) in message
+    return message
+
+
+def same_weights(a: CrossViewModel, b: CrossViewModel) -> bool:
+    ours, theirs = a.state_dict(), b.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def altered(
+    model: CrossViewModel, path: Path, metadata: object = None, **changes: torch.Tensor | None
+) -> Path:
+    """The model's checkpoint with some weights (dots written __) replaced, added or, for None, left out."""
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    for key, value in changes.items():
+        state.pop(key.replace("__", "."), None)
+        if value is not None:
+            state[key.replace("__", ".")] = value
+    if metadata is None:
+        metadata = {"format": 1, "model": NAME, "spec": model.spec.to_json()}
+    safetensors.torch.save_file(state, path, {"xview_loc": json.dumps(metadata)})
+    return path
+
+
+def test_round_trip(model: CrossViewModel, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    metadata = {"parent": "ab" * 32, "data": ["a.mcap"], "hyper_parameters": {"lr": 1e-4}, "model": "another"}
+    digest = save_checkpoint(model, path, metadata)
+    loaded = load_checkpoint(path, NAME)
+
+    assert same_weights(loaded.model, model)
+    assert not loaded.model.training
+    assert loaded.model.spec == model.spec
+    assert loaded.sha256 == digest == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert loaded.metadata == {**metadata, "format": 1, "model": NAME, "spec": loaded.metadata["spec"]}
+    assert same_weights(load_checkpoint(path).model, model)
+    assert path.stat().st_size <= 12e6
+
+
+def test_spec_comes_from_the_file(tmp_path: Path) -> None:
+    model = create_model(NAME)
+    model.spec = replace(model.spec, gsd=0.25)
+    save_checkpoint(model, tmp_path / "a")
+    assert load_checkpoint(tmp_path / "a").model.spec.gsd == 0.25
+
+    model.spec = replace(model.spec, bins=20)
+    save_checkpoint(model, tmp_path / "b")
+    assert "spec" in fails(tmp_path / "b")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("wrapper", [None, "state_dict", "model"])
+def test_published_state_dict(
+    model: CrossViewModel, tmp_path: Path, wrapper: str | None, legacy: bool
+) -> None:
+    path = tmp_path / "model.pt"
+    state = model.state_dict()
+    content = {wrapper: state, "epoch": 3} if wrapper else state
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    loaded = load_checkpoint(path, NAME)
+    assert same_weights(loaded.model, model)
+    assert loaded.metadata["model"] == NAME
+    assert loaded.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert "name the model" in fails(path, None)
+
+
+def test_write_is_atomic(
+    model: CrossViewModel, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = saved.read_bytes()
+
+    def full_disk(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        save_checkpoint(create_model(NAME), saved)
+    assert saved.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == [saved.name]
+
+
+def test_no_file(tmp_path: Path) -> None:
+    assert "does not exist" in fails(tmp_path / "missing.safetensors")
+    assert "cannot be read" in fails(tmp_path)
+    (tmp_path / "empty").touch()
+    assert "is empty" in fails(tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"x",
+        b"hello\n" * 100,
+        b"\x89PNG\r\n\x1a\n" + bytes(1000),
+        b"\xff" * 100,
+        b"PK\x03\x04junk",
+        b"\x80\x02",
+    ],
+    ids=["one byte", "text", "image", "binary", "zip", "pickle"],
+)
+def test_other_files(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "file.pt").write_bytes(content)
+    assert "is neither" in fails(tmp_path / "file.pt") or "damaged" in fails(tmp_path / "file.pt")
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "torch", "legacy"])
+@pytest.mark.parametrize("share", [0.0001, 0.5, 0.999])
+def test_truncated(model: CrossViewModel, saved: Path, tmp_path: Path, kind: str, share: float) -> None:
+    if kind != "safetensors":
+        torch.save(model.state_dict(), saved, _use_new_zipfile_serialization=kind == "torch")
+    data = saved.read_bytes()
+    saved.write_bytes(data[: int(len(data) * share)])
+    fails(saved)
+
+
+class Intruder:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+def test_code_is_never_run(tmp_path: Path) -> None:
+    mark = tmp_path / "ran"
+    torch.save({"a": Intruder(mark)}, tmp_path / "a.pt")
+    (tmp_path / "b.pt").write_bytes(pickle.dumps(Intruder(mark), protocol=2))
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "c.pt")
+    for name in "abc":
+        assert "never run" in fails(tmp_path / f"{name}.pt")
+    assert not mark.exists()
+
+
+def test_no_state_dict(tmp_path: Path) -> None:
+    for content in ([torch.zeros(3)], {"epoch": 3}, torch.zeros(3), {"model": {"a": 1}}):
+        torch.save(content, tmp_path / "other.pt")
+        assert "no plain state dict" in fails(tmp_path / "other.pt")
+
+
+def test_wrong_model(model: CrossViewModel, saved: Path, tmp_path: Path) -> None:
+    assert "holds ccvpe-small, not ccvpe-vigor" in fails(saved, "ccvpe-vigor")
+    torch.save(model.state_dict(), tmp_path / "small.pt")
+    assert "does not fit ccvpe-vigor" in fails(tmp_path / "small.pt", "ccvpe-vigor")
+    assert "unknown model" in fails(tmp_path / "small.pt", "ccvpe-large")
+    spec = model.spec.to_json()
+    unknown = altered(model, tmp_path / "unknown", {"format": 1, "model": "ccvpe-large", "spec": spec})
+    assert "unknown model" in fails(unknown, None)
+
+
+def test_weights_that_do_not_fit(model: CrossViewModel, tmp_path: Path) -> None:
+    bias = "deconv5__bias"
+    path = tmp_path / "model.safetensors"
+    assert "1 missing (first: deconv5.bias)" in fails(altered(model, path, **{bias: None}))
+    assert "1 unexpected (first: extra)" in fails(altered(model, path, extra=torch.zeros(2)))
+    assert "has shape (3,), not (128,)" in fails(altered(model, path, **{bias: torch.zeros(3)}))
+    assert "has type" in fails(altered(model, path, **{bias: torch.zeros(128, dtype=torch.int64)}))
+    for value in (float("nan"), float("inf")):
+        weights = torch.zeros(128)
+        weights[7] = value
+        assert "deconv5.bias has weights that are not finite" in fails(
+            altered(model, path, **{bias: weights})
+        )
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    model = create_model(NAME)
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[0] = float("nan")
+    with pytest.raises(CheckpointError, match="not finite"):
+        save_checkpoint(model, tmp_path / "bad")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_metadata_that_does_not_fit(model: CrossViewModel, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    spec = model.spec.to_json()
+    safetensors.torch.save_file(model.state_dict(), path)
+    assert "no xview_loc metadata" in fails(path)
+    assert "no xview_loc metadata" in fails(altered(model, path, metadata={"model": NAME}))
+    assert "no xview_loc metadata" in fails(altered(model, path, metadata=[1]))
+    assert "format 2" in fails(altered(model, path, metadata={"format": 2, "model": NAME, "spec": spec}))
+    for broken in ({}, {**spec, "gsd": -1.0}, {**spec, "gsd": "x"}, {**spec, "extra": 1}):
+        metadata = {"format": 1, "model": NAME, "spec": broken}
+        assert "spec that does not fit" in fails(altered(model, path, metadata=metadata))
