@@ -1,0 +1,137 @@
+"""The localizer's parameters: name, default, meaning and range, in one table."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
+from rclpy.node import Node
+
+
+class ParameterError(ValueError):
+    """A parameter has a value that cannot be used; one clear line."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter; ``range`` is inclusive, ``choices`` lists the strings allowed."""
+
+    name: str
+    default: Any
+    description: str
+    range: tuple[float, float] | None = None
+    choices: tuple[str, ...] = ()
+
+
+P = Parameter
+LOCALIZER: tuple[Parameter, ...] = (
+    P("autostart", True, "Configure and activate on start; otherwise wait for lifecycle requests."),
+    P("map", "", "Aerial map: GeoTIFF or any GDAL dataset, .mbtiles, .pmtiles, or a URL with {z}/{x}/{y}."),
+    P("map_headers", [""], "HTTP headers for a tile server, each 'Name: value'."),
+    P("map_api_key_env", "", "Name of the environment variable whose value replaces {key} in the map's URL."),
+    P("map_cache_dir", "", "Folder of the disk cache for downloaded tiles; empty: ~/.cache/xview_loc/tiles."),
+    P("map_offline", False, "Use the disk cache alone, never the network."),
+    P("map_max_zoom", 0, "Deepest zoom level of the tile server; 0: what the source says.", (0, 30)),
+    P("map_deadline_s", 10.0, "Longest wait for one aerial tile, in seconds.", (0.1, 120.0)),
+    P("snap_m", 0.0, "Spacing of the tile centres in metres; 0: a quarter of a tile.", (0.0, 1000.0)),
+    P("model", "ccvpe-vigor", "Model's name."),
+    P("checkpoint", "", "Weights' file; empty: random weights, for trying the plumbing only."),
+    P("device", "cpu", "PyTorch device, such as cpu or cuda:0."),
+    P("torch_threads", 0, "Threads PyTorch may use; 0: its own default.", (0, 256)),
+    P("image_transport", "raw", "Type of the image topic.", choices=("raw", "compressed")),
+    P("heading_source", "imu", "Type of the heading topic.", choices=("imu", "quaternion", "pose")),
+    P(
+        "heading_mode",
+        "known",
+        "known: trust the heading; prior: search about it; unknown: search all, subscribe none.",
+        choices=("known", "prior", "unknown"),
+    ),
+    P(
+        "heading_prior_deg",
+        72.0,
+        "Half width of the search about the heading in mode prior, degrees.",
+        (0.0, 180.0),
+    ),
+    P(
+        "heading_std_deg",
+        3.0,
+        "Heading's standard deviation where its message has none, degrees.",
+        (0.0, 180.0),
+    ),
+    P(
+        "magnetic_declination_deg",
+        0.0,
+        "Where the heading's north lies east of true north, degrees; 0 if the heading is true.",
+        (-180.0, 180.0),
+    ),
+    P("search_radius_m", 0.0, "Radius about the fix to search; 0: from the fix's covariance.", (0.0, 1000.0)),
+    P("min_valid_fraction", 0.9, "Least share of the tile that has imagery.", (0.0, 1.0)),
+    P("min_confidence", 0.0, "Least confidence of a pose that is published.", (0.0, 1.0)),
+    P("fix_min_status", 0, "Least NavSatStatus.status of a fix: -1 none, 0 fix, 1 SBAS, 2 GBAS.", (-1, 2)),
+    P("fix_max_sigma_m", 0.0, "Largest horizontal standard deviation of a fix; 0: no limit.", (0.0, 10000.0)),
+    P("max_fix_age_s", 2.0, "Largest distance in time from an image to the fix used for it.", (0.0, 60.0)),
+    P("max_heading_age_s", 0.5, "Same for the heading.", (0.0, 60.0)),
+    P("max_wait_s", 0.1, "How long an image waits for a fix and a heading later than itself.", (0.0, 5.0)),
+    P(
+        "max_image_delay_s",
+        2.0,
+        "Age by the node's clock above which images are warned about.",
+        (0.0, 3600.0),
+    ),
+    P("datum_lat", math.nan, "Latitude of the map frame's origin, degrees; nan: the first fix used."),
+    P("datum_lon", math.nan, "Longitude of the map frame's origin, degrees; nan: the first fix used."),
+    P("antenna_x", 0.0, "Antenna's position on the vehicle: metres forward of base_link.", (-100.0, 100.0)),
+    P("antenna_y", 0.0, "Antenna's position: metres left of base_link.", (-100.0, 100.0)),
+    P("camera_x", 0.0, "Camera's position on the vehicle: metres forward of base_link.", (-100.0, 100.0)),
+    P("camera_y", 0.0, "Camera's position: metres left of base_link.", (-100.0, 100.0)),
+    P(
+        "camera_yaw_deg",
+        0.0,
+        "Where the image's centre column looks, degrees left of forward.",
+        (-180.0, 180.0),
+    ),
+    P("camera_frame", "", "Read the camera's pose on the vehicle from tf, for this frame, instead."),
+    P("antenna_frame", "", "Read the antenna's position from tf, for this frame, instead."),
+    P("map_frame", "map", "Frame of ~/pose and ~/heat_map."),
+    P("base_frame", "base_link", "Vehicle's frame: ~/pose is its pose, ~/fix its position."),
+    P(
+        "publish_tf",
+        False,
+        "Broadcast map_frame -> base_frame on tf; leave it to a filter where there is one.",
+    ),
+    P(
+        "qos_reliability",
+        "best_effort",
+        "Reliability asked of the inputs.",
+        choices=("best_effort", "reliable"),
+    ),
+    P("qos_depth", 5, "Queue length of the inputs.", (1, 1000)),
+    P("heat_map_rate", 1.0, "Largest rate of ~/heat_map in Hz; 0: never.", (0.0, 100.0)),
+)
+
+
+def declare(node: Node, parameters: tuple[Parameter, ...]) -> None:
+    """Declare all on the node, with descriptions and ranges."""
+    for p in parameters:
+        descriptor = ParameterDescriptor(description=p.description)
+        if p.choices:
+            descriptor.additional_constraints = "one of " + ", ".join(p.choices)
+        if p.range and isinstance(p.default, float):
+            descriptor.floating_point_range = [FloatingPointRange(from_value=p.range[0], to_value=p.range[1])]
+        elif p.range:
+            low, high = (int(v) for v in p.range)
+            descriptor.integer_range = [IntegerRange(from_value=low, to_value=high, step=1)]
+        node.declare_parameter(p.name, p.default, descriptor)
+
+
+def read(node: Node, parameters: tuple[Parameter, ...]) -> dict[str, Any]:
+    """All values now; ParameterError where a choice is none of those allowed."""
+    values = {p.name: node.get_parameter(p.name).value for p in parameters}
+    for p in parameters:
+        if p.choices and values[p.name] not in p.choices:
+            raise ParameterError(f"{p.name} is {values[p.name]!r}; choose from {', '.join(p.choices)}")
+    if math.isfinite(values["datum_lat"]) != math.isfinite(values["datum_lon"]):
+        raise ParameterError("set both datum_lat and datum_lon, or neither")
+    return values
