@@ -69,7 +69,7 @@ LOCALIZER: tuple[Parameter, ...] = (
     P("search_radius_m", 0.0, "Radius about the fix to search; 0: from the fix's covariance.", (0.0, 1000.0)),
     P("min_valid_fraction", 0.9, "Least share of the tile that has imagery.", (0.0, 1.0)),
     P("min_confidence", 0.0, "Least confidence of a pose that is published.", (0.0, 1.0)),
-    P("fix_min_status", 0, "Least NavSatStatus.status of a fix: -1 none, 0 fix, 1 SBAS, 2 GBAS.", (-1, 2)),
+    P("fix_min_status", 0, "Least NavSatStatus.status of a fix: -2 unknown, -1 none, 0 fix, 1 SBAS, 2 GBAS.", (-2, 2)),
     P("fix_max_sigma_m", 0.0, "Largest horizontal standard deviation of a fix; 0: no limit.", (0.0, 10000.0)),
     P("max_fix_age_s", 2.0, "Largest distance in time from an image to the fix used for it.", (0.0, 60.0)),
     P("max_heading_age_s", 0.5, "Same for the heading.", (0.0, 60.0)),

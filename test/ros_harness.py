@@ -1,0 +1,141 @@
+"""Runs a node as a process of its own, feeds it over DDS, and waits for what it says."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import rclpy
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
+from rclpy.context import Context
+from rclpy.executors import SingleThreadedExecutor
+from rclpy.node import Node
+from rclpy.qos import QoSProfile, ReliabilityPolicy
+
+HERE = Path(__file__).parent
+
+
+def pick_domain() -> int:
+    """A domain no other test process is likely to use, below the limit of 232."""
+    return 10 + os.getpid() % 50 * 4
+
+
+def environment(domain: int) -> dict[str, str]:
+    return {
+        **os.environ,
+        "ROS_DOMAIN_ID": str(domain),
+        "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")]),
+    }
+
+
+class NodeProcess:
+    """The node under test; ``log`` is what it wrote."""
+
+    def __init__(self, domain: int, log: Path, parameters: dict[str, Any], *arguments: str) -> None:
+        self._log = log
+        command = [sys.executable, str(HERE / "stub_node.py"), "--ros-args"]
+        for name, value in parameters.items():
+            text = str(value).lower() if isinstance(value, bool) else str(value)
+            if isinstance(value, str):
+                text = f'"{value}"'
+            command += ["-p", f"{name}:={text}"]
+        with log.open("wb") as out:
+            self.process = subprocess.Popen(
+                [*command, *arguments], stdout=out, stderr=subprocess.STDOUT, env=environment(domain)
+            )
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def stop(self, sig: int = signal.SIGINT) -> int:
+        """Ask it to end; its exit code."""
+        if self.alive():
+            self.process.send_signal(sig)
+        try:
+            return self.process.wait(15.0)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise AssertionError(f"the node did not end on signal {sig}:\n{self.log}") from None
+
+
+class Bench:
+    """A node of the test's own, beside the one under test."""
+
+    def __init__(self, domain: int) -> None:
+        os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
+        self.context = Context()
+        rclpy.init(context=self.context, domain_id=domain)
+        self.node = Node("bench", context=self.context)
+        self.executor = SingleThreadedExecutor(context=self.context)
+        self.executor.add_node(self.node)
+        self.received: dict[str, list[Any]] = {}
+        self.status: DiagnosticStatus | None = None
+        self.reports = 0
+        self.node.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, 10)
+
+    def close(self) -> None:
+        self.executor.shutdown()
+        self.node.destroy_node()
+        rclpy.shutdown(context=self.context)
+
+    def publisher(self, kind: type, topic: str, reliable: bool = True) -> Any:
+        policy = ReliabilityPolicy.RELIABLE if reliable else ReliabilityPolicy.BEST_EFFORT
+        return self.node.create_publisher(kind, topic, QoSProfile(depth=10, reliability=policy))
+
+    def listen(self, kind: type, topic: str, qos: QoSProfile | int = 50) -> list[Any]:
+        inbox = self.received[topic] = []
+        self.node.create_subscription(kind, topic, inbox.append, qos)
+        return inbox
+
+    def wait(self, condition: Callable[[], Any], timeout_s: float = 15.0, what: str = "it") -> Any:
+        """Spin until ``condition`` holds; its value."""
+        end = time.monotonic() + timeout_s
+        while not (value := condition()):
+            if time.monotonic() > end:
+                raise AssertionError(f"waited {timeout_s} s for {what}; last diagnostics: {self.text()}")
+            self.executor.spin_once(timeout_sec=0.05)
+        return value
+
+    def wait_diagnosis(self, *parts: str, timeout_s: float = 15.0) -> DiagnosticStatus:
+        """Wait for a *new* report whose message holds all ``parts``."""
+        seen = self.reports
+        self.wait(
+            lambda: self.reports > seen and all(part in self.text() for part in parts),
+            timeout_s,
+            f"diagnostics with {parts}",
+        )
+        assert self.status is not None
+        return self.status
+
+    def text(self) -> str:
+        return "" if self.status is None else self.status.message
+
+    def value(self, key: str) -> str:
+        assert self.status is not None
+        return {v.key: v.value for v in self.status.values}.get(key, "")
+
+    def _on_diagnostics(self, message: DiagnosticArray) -> None:
+        self.status = message.status[0]
+        self.reports += 1
+
+
+@contextmanager
+def bench(domain: int) -> Iterator[Bench]:
+    b = Bench(domain)
+    try:
+        yield b
+    finally:
+        b.close()

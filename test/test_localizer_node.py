@@ -1,0 +1,370 @@
+"""The node as a process of its own, fed over DDS."""
+
+from __future__ import annotations
+
+import array
+import math
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import yaml
+
+pytest.importorskip("rclpy")
+
+from geometry_msgs.msg import PoseWithCovarianceStamped
+from map_fixtures import TileServer, texture, write_geotiff
+from nav_msgs.msg import OccupancyGrid
+from rclpy.qos import DurabilityPolicy, QoSProfile
+from ros_harness import Bench, NodeProcess, bench, pick_domain
+from sensor_msgs.msg import CameraInfo, CompressedImage, Image, Imu, NavSatFix
+from std_msgs.msg import Float64
+from stub_node import GSD, PEAK, SIZE
+
+from xview_loc.geodesy import LocalProjection, snap_to_grid
+from xview_loc.imagery import AerialTile
+from xview_loc.nodes import messages
+
+ROOT = Path(__file__).parent.parent
+LAT, LON = 48.2, 16.37
+DATUM = LocalProjection(48.19, 16.35)
+YAW = math.radians(30.0)
+DOMAIN = pick_domain()
+PARAMETERS: dict[str, Any] = {
+    "model": "stub",
+    "datum_lat": DATUM.lat,
+    "datum_lon": DATUM.lon,
+    "search_radius_m": 20.0,
+    "max_wait_s": 0.2,
+    "qos_reliability": "reliable",
+    "torch_threads": 1,
+}
+
+
+def true_place(lat: float = LAT, lon: float = LON) -> tuple[float, float]:
+    """Where the stub's peak lies for a fix here."""
+    centre = snap_to_grid(lat, lon, SIZE * GSD / 4.0)
+    tile = AerialTile(np.zeros((SIZE, SIZE, 3), np.uint8), *centre, GSD)
+    return tile.pixel_to_latlon(*PEAK)
+
+
+@dataclass
+class Rig:
+    """A vehicle: what its drivers would publish, and what came back."""
+
+    bench: Bench
+    compressed: bool = False
+    pinhole: bool = False
+
+    def __post_init__(self) -> None:
+        b = self.bench
+        self.image = b.publisher(CompressedImage if self.compressed else Image, "/image")
+        self.fix = b.publisher(NavSatFix, "/fix")
+        self.heading = b.publisher(Imu, "/heading")
+        self.info = b.publisher(CameraInfo, "/camera_info") if self.pinhole else None
+        self.poses = b.listen(PoseWithCovarianceStamped, "/localizer/pose")
+        self.fixes = b.listen(NavSatFix, "/localizer/fix")
+        latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+        self.grids = b.listen(OccupancyGrid, "/localizer/heat_map", latched)
+        self.latency = b.listen(Float64, "/localizer/status/latency_ms")
+        self.ns = time.time_ns()
+
+    def ready(self) -> None:
+        """Wait until node and bench know each other."""
+        outputs = ("/localizer/pose", "/localizer/fix", "/localizer/heat_map")
+        self.bench.wait(
+            lambda: self.image.get_subscription_count()
+            and self.fix.get_subscription_count()
+            and self.heading.get_subscription_count()
+            and all(self.bench.node.count_publishers(topic) for topic in outputs),
+            40.0,
+            "the node's topics",
+        )
+
+    def header(self, message: Any, ns: int) -> Any:
+        message.header.stamp.sec, message.header.stamp.nanosec = divmod(ns, 1_000_000_000)
+        return message
+
+    def send_fix(self, ns: int, lat: float = LAT, lon: float = LON, status: int = 0) -> None:
+        message = NavSatFix(latitude=lat, longitude=lon, altitude=170.0)
+        message.status.status = status
+        self.fix.publish(self.header(message, ns))
+
+    def send_heading(self, ns: int) -> None:
+        self.heading.publish(self.header(Imu(orientation=messages.quaternion_of(YAW)), ns))
+
+    def send_image(self, ns: int, **changes: Any) -> None:
+        image = Image(height=32, width=64, encoding="rgb8", step=192, data=array.array("B", bytes(6144)))
+        if self.compressed:
+            jpeg = cv2.imencode(".jpg", np.full((32, 64, 3), 90, np.uint8))[1].tobytes()
+            image = CompressedImage(format="jpeg", data=array.array("B", jpeg))
+        for name, value in changes.items():
+            setattr(image, name, value)
+        self.image.publish(self.header(image, ns))
+
+    def step(self, seconds: float = 3.0) -> int:
+        """Go on in time; far enough by default that nothing earlier is of use."""
+        self.ns += round(seconds * 1e9)
+        return self.ns
+
+    def good_frame(self) -> PoseWithCovarianceStamped:
+        """Send what is good until a pose comes (DDS may take a moment); the pose."""
+        for _ in range(3):
+            before = len(self.poses)
+            ns = self.step()
+            for at in (ns - 50_000_000, ns + 50_000_000):
+                self.send_fix(at)
+                self.send_heading(at)
+            if self.info is not None:
+                self.info.publish(
+                    self.header(CameraInfo(width=64, height=32, k=[30.0, 0, 32, 0, 30.0, 16, 0, 0, 1]), ns)
+                )
+                self.bench.wait_diagnosis()
+            self.send_image(ns)
+            try:
+                self.bench.wait(lambda before=before: len(self.poses) > before, 5.0, "a pose")
+            except AssertionError:
+                continue
+            return self.poses[-1]
+        raise AssertionError(f"no pose on good input; diagnostics: {self.bench.text()}")
+
+    def expect_rejection(self, *parts: str) -> None:
+        """The node says so, published nothing meanwhile, and carries on with good input."""
+        before = len(self.poses)
+        self.bench.wait_diagnosis(*parts)
+        assert len(self.poses) == before
+        self.good_frame()
+
+
+@pytest.fixture(scope="module")
+def aerial(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("map") / "map.tif"
+    return write_geotiff(path, texture(1200, 1200), LAT, LON, 0.5, "EPSG:32633")
+
+
+@pytest.fixture(scope="module")
+def rig(aerial, tmp_path_factory) -> Iterator[Rig]:
+    log = tmp_path_factory.mktemp("log") / "node.txt"
+    node = NodeProcess(DOMAIN, log, {**PARAMETERS, "map": str(aerial)})
+    try:
+        with bench(DOMAIN) as b:
+            r = Rig(b)
+            r.ready()
+            r.good_frame()
+            yield r
+            assert node.alive(), node.log
+    finally:
+        code = node.stop()
+    assert code == 0, node.log
+    assert "Traceback" not in node.log
+
+
+def test_position_heading_and_stamp(rig):
+    pose = rig.good_frame()
+    rig.bench.wait(lambda: rig.fixes and rig.fixes[-1].header.stamp == pose.header.stamp)
+    fix = rig.fixes[-1]
+    lat, lon = true_place()
+    off = LocalProjection(lat, lon).forward(fix.latitude, fix.longitude)
+    assert math.hypot(*off) < 0.05
+    assert fix.position_covariance_type == NavSatFix.COVARIANCE_TYPE_KNOWN
+    x, y = DATUM.forward(lat, lon)
+    p = pose.pose.pose.position
+    assert math.hypot(p.x - x, p.y - y) < 0.05
+    assert pose.header.frame_id == "map"
+    assert pose.header.stamp.sec * 10**9 + pose.header.stamp.nanosec == rig.ns
+    expected = YAW + DATUM.convergence(lat, lon)
+    assert messages.yaw_of(pose.pose.pose.orientation) == pytest.approx(expected, abs=1e-3)
+    covariance = np.array(pose.pose.covariance).reshape(6, 6)
+    assert 0.1 < covariance[0, 0] < 100.0 and covariance[2, 2] == 1e6
+    assert rig.latency and 0.0 < rig.latency[-1].data < 5000.0
+    print(f"latency ms: {[round(v.data, 1) for v in rig.latency]}")
+
+
+def test_heat_map_peaks_at_the_pose(rig):
+    pose = rig.good_frame()
+    rig.bench.wait(lambda: rig.grids, what="a heat map")
+    grid = rig.grids[-1]
+    cells = np.array(grid.data).reshape(grid.info.height, grid.info.width)
+    row, col = np.unravel_index(cells.argmax(), cells.shape)
+    yaw = messages.yaw_of(grid.info.origin.orientation)
+    right, up = (col + 0.5) * grid.info.resolution, (row + 0.5) * grid.info.resolution
+    x = grid.info.origin.position.x + math.cos(yaw) * right - math.sin(yaw) * up
+    y = grid.info.origin.position.y + math.sin(yaw) * right + math.cos(yaw) * up
+    p = pose.pose.pose.position
+    assert math.hypot(x - p.x, y - p.y) < GSD
+
+
+def test_untrained_weights_are_said(rig):
+    rig.bench.wait_diagnosis("random weights")
+
+
+def test_fix_stale(rig):
+    ns = rig.step()
+    rig.send_heading(ns)
+    rig.send_image(ns)
+    rig.expect_rejection("fix_stale")
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [({"lat": math.nan}, "not a number"), ({"status": -1}, "status -1"), ({"lat": 0.0, "lon": 0.0}, "0, 0")],
+)
+def test_bad_fix(rig, bad, says):
+    ns = rig.step()
+    rig.send_fix(ns, **bad)
+    rig.send_heading(ns)
+    rig.send_image(ns)
+    rig.expect_rejection("fix_stale", says)
+
+
+def test_fix_without_imagery(rig):
+    ns = rig.step()
+    rig.send_fix(ns, lat=10.0)
+    rig.send_heading(ns)
+    rig.send_image(ns)
+    rig.expect_rejection("no_imagery")
+
+
+def test_heading_stale(rig):
+    ns = rig.step()
+    rig.send_fix(ns)
+    rig.send_image(ns)
+    rig.expect_rejection("heading_stale")
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [({"step": 10}, "step"), ({"height": 400}, "bytes"), ({"encoding": "yuv9"}, "encoding 'yuv9'")],
+)
+def test_bad_image(rig, bad, says):
+    ns = rig.step()
+    rig.send_fix(ns)
+    rig.send_heading(ns)
+    rig.send_image(ns, **bad)
+    rig.expect_rejection("image_invalid", says)
+
+
+def test_stamps_going_back(rig):
+    rig.good_frame()
+    rig.ns -= 60_000_000_000
+    rig.good_frame()
+    rig.bench.wait_diagnosis("went back in time")
+    assert int(rig.bench.value("time_restarts")) >= 1
+
+
+def start(tmp_path: Path, domain: int, **parameters: Any) -> NodeProcess:
+    return NodeProcess(domain, tmp_path / "log.txt", {**PARAMETERS, **parameters})
+
+
+def test_truncated_jpeg_and_tile_server_faults(aerial, tmp_path):
+    with TileServer(aerial) as server, bench(DOMAIN + 1) as b:
+        node = start(
+            tmp_path,
+            DOMAIN + 1,
+            map=server.url,
+            map_max_zoom=18,
+            map_cache_dir=str(tmp_path / "cache"),
+            map_deadline_s=1.0,
+            image_transport="compressed",
+        )
+        try:
+            rig = Rig(b, compressed=True)
+            rig.ready()
+            rig.good_frame()
+            ns = rig.step()
+            rig.send_fix(ns)
+            rig.send_heading(ns)
+            jpeg = cv2.imencode(".jpg", texture(32, 64))[1].tobytes()
+            rig.send_image(ns, data=array.array("B", jpeg[:-40]))
+            rig.expect_rejection("image_invalid", "truncated")
+            for i, fault in enumerate(("500", "hang", "404")):
+                server.fault = fault
+                ns = rig.step()
+                rig.send_fix(ns, lat=LAT + 0.0012 * (i - 1.5))  # a place not seen so far
+                rig.send_heading(ns)
+                rig.send_image(ns)
+                b.wait_diagnosis("no_imagery" if fault == "404" else "map_unavailable")
+                server.fault = None
+                rig.good_frame()
+            assert node.alive()
+        finally:
+            assert node.stop(signal.SIGTERM) == 0, node.log
+
+
+def test_no_fix_no_heading_no_camera_info_and_unheard_publisher(aerial, tmp_path):
+    with bench(DOMAIN + 2) as b:
+        node = start(tmp_path, DOMAIN + 2, map=str(aerial), model="stub-pinhole")
+        try:
+            rig = Rig(b, pinhole=True)
+            rig.ready()
+            rig.send_image(rig.step())
+            b.wait_diagnosis("fix_missing")
+            ns = rig.step()
+            rig.send_fix(ns)
+            rig.send_image(ns)
+            b.wait_diagnosis("heading_missing")
+            ns = rig.step()
+            rig.send_fix(ns)
+            rig.send_heading(ns)
+            rig.send_image(ns)
+            b.wait_diagnosis("camera_info_missing")
+            assert not rig.poses
+            deaf = b.publisher(NavSatFix, "/fix", reliable=False)
+            b.wait_diagnosis("cannot be heard")
+            b.node.destroy_publisher(deaf)
+            rig.good_frame()
+        finally:
+            assert node.stop() == 0, node.log
+
+
+@pytest.mark.parametrize("fault", ["missing", "corrupt", "map", "model"])
+def test_bad_configuration_is_said_and_survived(aerial, tmp_path, fault):
+    bad = tmp_path / "bad.safetensors"
+    if fault == "corrupt":
+        bad.write_bytes(b"\x10nonsense" * 40)
+    parameters = {"map": str(aerial), "checkpoint": str(bad)}
+    says = "checkpoint"
+    if fault == "map":
+        parameters, says = {"map": str(tmp_path / "none.tif")}, "none.tif"
+    elif fault == "model":
+        parameters, says = {"map": str(aerial), "model": "nonesuch"}, "unknown model 'nonesuch'"
+    with bench(DOMAIN + 3) as b:
+        node = start(tmp_path, DOMAIN + 3, **parameters)
+        try:
+            status = b.wait_diagnosis("not_configured", says, timeout_s=30.0)
+            assert status.level == b"\x02"
+            assert node.alive() and b.value("state") == "unconfigured"
+        finally:
+            assert node.stop() == 0, node.log
+        assert "Traceback" not in node.log
+
+
+def test_yaml_lists_every_parameter_with_its_default():
+    from xview_loc.nodes.parameters import LOCALIZER
+
+    text = (ROOT / "config" / "localizer.yaml").read_text()
+    written = yaml.safe_load(text)["/**"]["ros__parameters"]
+    assert list(written) == [p.name for p in LOCALIZER]
+    for p in LOCALIZER:
+        value = written[p.name]
+        assert value == p.default or (math.isnan(value) and math.isnan(p.default)), p.name
+        assert type(value) is type(p.default) and p.description in text, p.name
+
+
+def test_launch_file_describes_its_arguments():
+    pytest.importorskip("launch_ros", reason="launch_ros is not installed")
+    import importlib.util
+
+    path = ROOT / "launch" / "localize.launch.py"
+    spec = importlib.util.spec_from_file_location("localize_launch", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    names = {argument.name for argument in module.generate_launch_description().get_launch_arguments()}
+    assert {"params_file", "map", "checkpoint", "model", "namespace", "use_sim_time"} <= names
+    assert {"image", "camera_info", "fix", "heading"} <= names
