@@ -56,7 +56,9 @@ class HeatMaps:
 
     levels: coarse to fine, each (B, bins, h, w) (bins = 1 where the model has none).
     logits: (B, H, W), the finest map; its softmax over all pixels is the probability of each pixel.
-    orientation: (B, 2, H, W) unit (cos, sin) of the heading (0 = north, counter-clockwise), or None.
+    orientation: (B, 2, H, W) unit (cos, sin) of the heading, or None. Where ``aerial_up`` is ``"north"``
+    the angle is that of the image's centre column, counter-clockwise from north; where it is ``"left"``
+    (as the published KITTI models were trained) it runs clockwise from the tile's top edge.
     """
 
     levels: list[Tensor]
@@ -66,9 +68,15 @@ class HeatMaps:
 
 
 class CrossViewModel(nn.Module):
-    """Matches ground images against aerial tiles, with the tile's share computed once per tile."""
+    """Matches ground images against aerial tiles, with the tile's share computed once per tile.
+
+    ``extra_inputs`` names the keyword arguments that ``match`` needs beyond the interface's:
+    ``meters_per_pixel`` (B,), the tile's ground sample distance, and ``intrinsics`` (B, 3, 3), the camera
+    matrix in pixels of the ground image as passed.
+    """
 
     spec: ModelSpec
+    extra_inputs: frozenset[str] = frozenset()
 
     def encode_aerial(self, aerial: Tensor) -> Any:
         """Everything that depends on the tile alone; ``aerial`` is (B, 3, S, S), normalised."""

@@ -1,0 +1,314 @@
+"""From one observation (image, coarse fix, heading) to the camera's pose on the aerial map.
+
+Everything here is the *camera's*: its coarse position, the direction it looks in, its estimated pose.
+``mounting`` moves positions between antenna, vehicle and camera.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from xview_loc.camera import CameraModel, Image, normalise, prepare_ground
+from xview_loc.geodesy import wrap_angle
+from xview_loc.heatmap import HeatMap, SearchDisc, room_around
+from xview_loc.imagery import AerialTile
+from xview_loc.models.base import CrossViewModel, HeatMaps, ModelSpec
+from xview_loc.tile_store import TileStore
+
+# The search disc of a fix with a covariance: so many standard deviations of its larger axis, but not
+# less than this, since receivers understate their error between houses.
+SEARCH_SIGMAS = 3.0
+MIN_SEARCH_M = 5.0
+# What an orientation field's spread within one mode cannot show: the field's own error.
+HEADING_STD_FLOOR = math.radians(2.0)
+# Variance of a heading nothing is known of (uniform over the circle), rad^2.
+UNKNOWN_HEADING_VARIANCE = math.pi**2 / 3.0
+TILES_ENCODED = 8
+
+
+class LocalizationError(Exception):
+    """This observation gives no pose; the message is one clear line."""
+
+
+class HeadingRequiredError(LocalizationError):
+    """The observation has no heading, and model or settings need one."""
+
+
+class IntrinsicsRequiredError(LocalizationError):
+    """The observation has no camera model, and a pinhole model needs one."""
+
+
+class LowImageryError(LocalizationError):
+    """Too much of the aerial tile has no imagery."""
+
+
+class FixOutsideTileError(LocalizationError):
+    """The coarse fix lies outside the area that the model's heat map covers on its tile."""
+
+
+class NonFiniteHeatMapError(LocalizationError):
+    """The model's output has values that are not finite."""
+
+
+@dataclass(frozen=True, eq=False)
+class Observation:
+    """What was known when an image was taken.
+
+    image: uint8 (H, W, 3), RGB. lat, lon: coarse position of the camera, degrees. fix_covariance: its 2x2
+    covariance in ENU axes, m^2. heading: true-north ENU yaw of the direction that the image's centre column
+    looks in, radians, with its standard deviation. camera: needed by pinhole models.
+    """
+
+    image: Image
+    lat: float
+    lon: float
+    fix_covariance: NDArray[np.float64] | None = None
+    heading: float | None = None
+    heading_std: float = 0.0
+    camera: CameraModel | None = None
+    stamp_ns: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class PoseEstimate:
+    """Where the camera was.
+
+    lat, lon: degrees. covariance: 2x2 in ENU axes, m^2. heading: true-north ENU yaw of the image's centre
+    column, radians, or None where unknown; heading_variance: rad^2. confidence: the winning mode's share of
+    the heat map, 0..1. tile: the aerial tile as the model saw it. at_search_border: the peak lies on the edge
+    of the search disc, so the true place may be outside. timings_ms: duration of each step (``encode`` is 0
+    where the tile's features were at hand).
+    """
+
+    lat: float
+    lon: float
+    covariance: NDArray[np.float64]
+    heading: float | None
+    heading_variance: float
+    confidence: float
+    heat_map: HeatMap
+    tile: AerialTile
+    stamp_ns: int
+    at_search_border: bool
+    timings_ms: dict[str, float] = field(default_factory=dict)
+
+
+def required_tile_px(spec: ModelSpec) -> int:
+    """Side in pixels of the tiles that a TileStore must serve to a localizer of this model.
+
+    Larger than the model's own where the tile has to be turned to the heading.
+    """
+    return spec.aerial_size if spec.aerial_up == "north" else math.ceil(math.sqrt(2.0) * spec.aerial_size)
+
+
+class Localizer:
+    """Localises observations one after another; for use by one thread at a time.
+
+    ``heading_prior_deg`` says how far the true heading may be from the observation's: 0 trusts it, None
+    searches all headings (panoramas then need none). ``search_radius_m`` limits the search to a disc about
+    the coarse position: a radius in metres, ``"covariance"`` for three standard deviations of the fix (the
+    whole tile where it has no covariance), or None for no limit. A disc never reaches beyond the heat map.
+    Tiles of which less than ``min_valid_fraction`` has imagery are refused. ``covariance_floor_m`` is the
+    standard deviation added to that of the heat map (errors of map and model that it cannot show).
+    Raises ValueError where tiles, model and heading prior do not go together.
+    """
+
+    def __init__(
+        self,
+        tiles: TileStore,
+        model: CrossViewModel,
+        *,
+        heading_prior_deg: float | None = 0.0,
+        search_radius_m: float | Literal["covariance"] | None = "covariance",
+        min_valid_fraction: float = 0.9,
+        covariance_floor_m: float = 0.5,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        spec = model.spec
+        if tiles.size_px != required_tile_px(spec) or not math.isclose(tiles.gsd, spec.gsd, rel_tol=1e-6):
+            raise ValueError(
+                f"{spec.name} needs aerial tiles of {required_tile_px(spec)} px at {spec.gsd:.4f} m/px, "
+                f"not {tiles.size_px} px at {tiles.gsd:.4f} m/px"
+            )
+        if spec.bins == 0 and heading_prior_deg != 0:
+            raise ValueError(f"{spec.name} needs a known heading (a heading prior of 0 degrees)")
+        if isinstance(search_radius_m, str) and search_radius_m != "covariance":
+            raise ValueError(f"the search radius is metres, 'covariance' or None, not {search_radius_m!r}")
+        self.spec = spec
+        self._tiles = tiles
+        self._device = torch.device(device)
+        self._model = model.to(self._device).eval()
+        self._heading_prior_deg = heading_prior_deg
+        self._search_radius_m = search_radius_m
+        self._min_valid_fraction = min_valid_fraction
+        self._covariance_floor_m = covariance_floor_m
+        self._features: OrderedDict[str, Any] = OrderedDict()
+        # A turned panorama faces north up to the prior; any other image leaves all bins open.
+        self._turns_image = spec.camera == "panorama" and heading_prior_deg is not None
+        self._needs_heading = self._turns_image or spec.aerial_up == "left" or heading_prior_deg == 0
+
+    @torch.inference_mode()
+    def localize(self, observation: Observation) -> PoseEstimate:
+        """The pose of ``observation``.
+
+        Raises LocalizationError and its subclasses, ImageError for an image that does not fit the model or
+        its calibration, and MapError for what keeps the aerial tile from being had.
+        """
+        if self._needs_heading and observation.heading is None:
+            raise HeadingRequiredError(f"{self.spec.name} needs a heading, and the observation has none")
+        if self.spec.camera == "pinhole" and observation.camera is None:
+            raise IntrinsicsRequiredError(
+                f"{self.spec.name} needs the camera's intrinsics, which are missing"
+            )
+        timings: dict[str, float] = {}
+        with _timed(timings, "tile"):
+            tile = self._tile(observation)
+        with _timed(timings, "ground"):
+            ground = self._ground(observation)
+        with _timed(timings, "encode"):
+            features = self._encode(tile)
+        with _timed(timings, "match"):
+            maps = self._match(ground, features, tile, observation)
+            logits = maps.logits[0].float().cpu().numpy()
+        with _timed(timings, "heat_map"):
+            if not np.isfinite(logits).all():
+                raise NonFiniteHeatMapError(
+                    f"the heat map of {self.spec.name} has values that are not finite"
+                )
+            search = self._search(observation, logits.shape, maps, tile)
+            heat_map = HeatMap.from_logits(logits, maps.grid, tile, search)
+            lat, lon = heat_map.to_latlon(*heat_map.peak)
+            covariance = heat_map.covariance(self._covariance_floor_m)
+            heading, heading_variance = self._heading(observation, maps, heat_map)
+        return PoseEstimate(
+            lat=float(lat),
+            lon=float(lon),
+            covariance=covariance,
+            heading=heading,
+            heading_variance=heading_variance,
+            confidence=heat_map.confidence,
+            heat_map=heat_map,
+            tile=tile,
+            stamp_ns=observation.stamp_ns,
+            at_search_border=heat_map.at_border,
+            timings_ms=timings,
+        )
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Run the model once on blank images, so that the first observation is as fast as the others."""
+        side = self.spec.aerial_size
+        blank = np.zeros((side, side, 3), np.uint8)
+        tile = AerialTile(blank, 0.0, 0.0, self.spec.gsd)
+        height, width = self.spec.ground_size
+        camera = CameraModel(width, height, (width, 0, width / 2, 0, width, height / 2, 0, 0, 1))
+        ground = normalise(np.zeros((height, width, 3), np.uint8)).to(self._device)
+        features = self._model.encode_aerial(normalise(blank).to(self._device))
+        self._match(ground, features, tile, Observation(blank, 0.0, 0.0, heading=0.0, camera=camera))
+
+    def _tile(self, observation: Observation) -> AerialTile:
+        tile = self._tiles.around(observation.lat, observation.lon)
+        if self.spec.aerial_up == "left":
+            assert observation.heading is not None
+            tile = tile.rotated(observation.heading, self.spec.aerial_size)
+        if tile.valid_fraction < self._min_valid_fraction:
+            raise LowImageryError(
+                f"only {tile.valid_fraction:.0%} of the aerial tile has imagery, "
+                f"{self._min_valid_fraction:.0%} is needed"
+            )
+        return tile
+
+    def _ground(self, observation: Observation) -> Tensor:
+        heading = observation.heading if self._turns_image else None
+        ground = prepare_ground(observation.image, self.spec, heading=heading, camera=observation.camera)
+        return ground.to(self._device)
+
+    def _encode(self, tile: AerialTile) -> Any:
+        keep = self.spec.aerial_up == "north"  # a tile turned to the heading hardly ever comes again
+        if keep and tile.key in self._features:
+            self._features.move_to_end(tile.key)
+            return self._features[tile.key]
+        features = self._model.encode_aerial(normalise(tile.image).to(self._device))
+        if keep:
+            self._features[tile.key] = features
+            if len(self._features) > TILES_ENCODED:
+                self._features.popitem(last=False)
+        return features
+
+    def _match(self, ground: Tensor, features: Any, tile: AerialTile, observation: Observation) -> HeatMaps:
+        extra: dict[str, Any] = {}
+        if "meters_per_pixel" in self._model.extra_inputs:
+            extra["meters_per_pixel"] = torch.tensor([tile.gsd], device=self._device)
+        if "intrinsics" in self._model.extra_inputs:
+            assert observation.camera is not None
+            height, width = self.spec.ground_size
+            matrix = observation.camera.scaled_matrix(width, height)
+            extra["intrinsics"] = torch.tensor(matrix, dtype=torch.float32, device=self._device)[None]
+        known_to_model = self._turns_image or self.spec.bins == 0
+        prior = self._heading_prior_deg if known_to_model else None
+        orientation = self._heading_prior_deg != 0
+        return self._model.match(ground, features, prior, orientation=orientation, **extra)
+
+    def _search(
+        self, observation: Observation, shape: tuple[int, ...], maps: HeatMaps, tile: AerialTile
+    ) -> SearchDisc | None:
+        if self._search_radius_m is None:
+            return None
+        lat, lon = observation.lat, observation.lon
+        room = room_around((shape[0], shape[1]), maps.grid, tile, lat, lon)
+        pixel = maps.grid.scale * tile.gsd
+        if room < pixel:
+            raise FixOutsideTileError(
+                "the coarse fix lies outside the area that the heat map covers; "
+                "a smaller spacing of the tile centres helps"
+            )
+        radius = room
+        if isinstance(self._search_radius_m, (int, float)):
+            radius = float(self._search_radius_m)
+        elif observation.fix_covariance is not None:
+            sigma = math.sqrt(max(0.0, float(np.linalg.eigvalsh(observation.fix_covariance)[-1])))
+            radius = max(SEARCH_SIGMAS * sigma, MIN_SEARCH_M)
+        return SearchDisc(lat, lon, max(min(radius, room), pixel))
+
+    def _heading(
+        self, observation: Observation, maps: HeatMaps, heat_map: HeatMap
+    ) -> tuple[float | None, float]:
+        """(heading, variance) of the camera: from the orientation field, else as it was given."""
+        if maps.orientation is None:
+            if observation.heading is None:
+                return None, UNKNOWN_HEADING_VARIANCE
+            return wrap_angle(observation.heading), observation.heading_std**2
+        cos, sin = maps.orientation[0].float().cpu().numpy()
+        weight = heat_map.probability * heat_map.mode
+        cos, sin = float((weight * cos).sum()), float((weight * sin).sum())
+        if not (math.isfinite(cos) and math.isfinite(sin)):
+            raise NonFiniteHeatMapError(f"the orientation field of {self.spec.name} is not finite")
+        angle = math.atan2(sin, cos)
+        resultant = min(1.0, math.hypot(cos, sin) / float(weight.sum()))
+        # Variance of the normal distribution that, wrapped around the circle, has this mean resultant.
+        variance = -2.0 * math.log(max(resultant, 1e-12)) + HEADING_STD_FLOOR**2
+        variance = min(variance, UNKNOWN_HEADING_VARIANCE)
+        if self.spec.aerial_up == "left":
+            # Clockwise from the tile's top, which faces left of the direction that its columns grow in.
+            return wrap_angle(heat_map.tile.rotation + math.pi / 2.0 - angle), variance
+        nominal = observation.heading if self._turns_image else math.pi / 2.0
+        assert nominal is not None
+        return wrap_angle(nominal + angle), variance
+
+
+@contextmanager
+def _timed(timings: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    timings[name] = (time.perf_counter() - start) * 1e3
