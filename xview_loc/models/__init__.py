@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from xview_loc.models import ccvpe
+from xview_loc.models import ccvpe, ggcvt
 from xview_loc.models.base import CrossViewModel
 
 _CONSTRUCTORS: dict[str, Callable[[], CrossViewModel]] = {
     **{name: partial(ccvpe.CCVPE, config) for name, config in ccvpe.CONFIGS.items()},
+    **{name: partial(ggcvt.GGCVT, config) for name, config in ggcvt.CONFIGS.items()},
 }
 MODEL_NAMES = tuple(_CONSTRUCTORS)
 

@@ -197,7 +197,7 @@ class WindowTransformer(nn.Module):
     def forward(self, x: Tensor, seen: Tensor | None) -> Tensor:
         """``x`` (B, C, S, S) -> (B, S * S, C)."""
         embedded = self.patch_embed.norm(self.patch_embed.proj(x).permute(0, 2, 3, 1))
-        mixed = self.layers[0].blocks[0](embedded, seen)  # type: ignore[union-attr,index]
+        mixed = self.get_submodule("layers.0.blocks.0")(embedded, seen)
         return self.head(mixed.flatten(1, 2))
 
 

@@ -21,8 +21,8 @@ from xview_loc.models.vgg import VGG16_CHANNELS, Ascend, Decoder, Encoder, UNet,
 
 # Tile pixels per feature cell, coarse to fine.
 _STRIDES = (8, 4, 2)
-# Factor of the published loss on score differences. That loss is a softmax over pairs of positions, so the same
-# factor turns scores, which span little more than [-2, 0], into the logits of one softmax over all.
+# Factor of the published loss on score differences. That loss is a softmax over pairs of positions, so the
+# same factor turns scores, which span little more than [-2, 0], into the logits of one softmax over all.
 _SHARPNESS = 10.0
 _MIN_ENERGY = 1e-12
 _MIN_DEPTH = 1e-6
@@ -35,8 +35,8 @@ class GGCVTConfig:
     camera_height: of the camera above flat ground, m.
     search_m: side of the square of positions that is scored, m (pinhole); None: ``crop`` says it.
     crop: share of the overhead view, about the camera, that is slid over the tile.
-    zero_cell: what the published position formula adds to half the finest map's side for the tile's centre, in
-        cells. The supervised loss trains the arg-max to -0.5.
+    zero_cell: what the published position formula adds to half the finest map's side for the tile's centre,
+        in cells. The supervised loss trains the arg-max to -0.5.
     """
 
     spec: ModelSpec
@@ -70,8 +70,10 @@ CONFIGS = {
 
 @dataclass(frozen=True)
 class AerialLevel:
-    """One level of a tile: the spectrum of its features (B, C, S, S // 2 + 1) and what divides the correlation
-    with a view at each position (B, h, w)."""
+    """One level of a tile.
+
+    spectrum: of its features, (B, C, S, S // 2 + 1); divisor: of the correlation at each position, (B, h, w).
+    """
 
     spectrum: Tensor
     divisor: Tensor
@@ -239,29 +241,27 @@ class GGCVT(CrossViewModel):
             raise ValueError(f"{name} must have shape {(batch, *shape)}, not {tuple(given.shape)}")
         if not bool(given.isfinite().all()) or (self._panorama and not bool((given > 0).all())):
             raise ValueError(f"{name} must be finite{' and positive' if self._panorama else ''}")
-        views = []
-        for values in given.detach().to("cpu", torch.float32).flatten(1).tolist() if shape else [
-            [value] for value in given.detach().to("cpu", torch.float32).tolist()
-        ]:
-            views.append(
-                _view(
-                    tuple(values),
-                    self._panorama,
-                    self.spec.gsd,
-                    self._config.camera_height,
-                    self.spec.ground_size,
-                    self.spec.aerial_size,
-                    ground.device,
-                )
+        cameras = given.detach().to("cpu", torch.float32).flatten(1) if shape else given[:, None]
+        views = [
+            _view(
+                tuple(values),
+                self._panorama,
+                self.spec.gsd,
+                self._config.camera_height,
+                self.spec.ground_size,
+                self.spec.aerial_size,
+                ground.device,
             )
+            for values in cameras.tolist()
+        ]
         return views * (batch // len(views))
 
 
 def correlate(spectrum: Tensor, kernel: Tensor, size: int) -> Tensor:
     """Sum over channels of the valid cross-correlation of features with a smaller ``kernel`` (B, C, k, k).
 
-    ``spectrum`` is rfft2 of the features (B, C, size, size). Returns (B, size - k + 1, size - k + 1). Positions
-    where the circular correlation wraps round lie outside that part, so nothing needs padding.
+    ``spectrum`` is rfft2 of the features (B, C, size, size). Returns (B, size - k + 1, size - k + 1).
+    Positions where the circular correlation wraps round lie outside that part, so nothing needs padding.
     """
     product = spectrum * torch.fft.rfft2(kernel, s=(size, size)).conj()
     side = size - kernel.shape[-1] + 1
@@ -277,8 +277,8 @@ def box_sum(x: Tensor, side: int) -> Tensor:
 def ranking_loss(maps: HeatMaps, position: Tensor, aerial_size: int) -> Tensor:
     """The authors' supervised loss: at each level every other position must score below the true one.
 
-    ``position`` (B, 2) is the camera's true (row, col) in tile pixels (pixel-centre), ``aerial_size`` the tile's
-    side in pixels. A scalar: the sum over levels of the mean of log(1 + exp(10 * (score - true score))).
+    ``position`` (B, 2) is the camera's true (row, col) in tile pixels (pixel-centre), ``aerial_size`` the
+    tile's side in pixels. A scalar: the sum over levels of the mean of log(1 + exp(10 * (score - true score))).
     Raises ValueError where a position lies outside a map.
     """
     offset = position - (aerial_size - 1) / 2
@@ -307,7 +307,7 @@ class _Sampler:
     @classmethod
     def of(cls, u: Tensor, v: Tensor, rows: int, cols: int, device: torch.device) -> _Sampler:
         """For cells (S, S) at column ``u`` and row ``v`` of features (rows, cols)."""
-        # Not F.grid_sample: scaling to [-1, 1] and back loses 1e-5 of a pixel, more than nearly flat maps bear.
+        # Not F.grid_sample: scaling to [-1, 1] and back loses 1e-5 of a pixel.
         inside = (u >= 0) & (u <= cols - 1) & (v >= 0) & (v <= rows - 1)
         u, v = (torch.where(inside, x, 0.0).flatten() for x in (u, v))
         left, top = u.floor().clamp(max=cols - 2), v.floor().clamp(max=rows - 2)
@@ -346,6 +346,7 @@ class _View:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # a view first made in inference serves training too
 def _view(
     camera: tuple[float, ...],
     panorama: bool,
@@ -393,7 +394,7 @@ def _project_panorama(
 def _project_pinhole(
     matrix: Tensor, cell_m: float, camera_height: float, size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Column, row and whether in front (size, size) of flat ground before a camera that looks along +column."""
+    """Column, row and whether in front (size, size) of flat ground; the camera looks along +column."""
     row, col = torch.meshgrid(*[torch.arange(size, dtype=torch.float32) - size // 2] * 2, indexing="ij")
     right, forward = cell_m * row, cell_m * col
     points = torch.stack([right, torch.full_like(right, camera_height), forward], -1) @ matrix.T

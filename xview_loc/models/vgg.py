@@ -17,7 +17,7 @@ def unit(x: Tensor) -> Tensor:
 
 
 class Ascend(nn.Sequential):
-    """Features to twice their size, joined with the finer ``skip`` features: (B, C, h, w) -> (B, out, 2h, 2w)."""
+    """Features to twice their size, joined with the finer ``skip`` features."""
 
     def __init__(self, coarse: int, skip: int, out: int) -> None:
         # The places of the rectifiers give the convolutions the published names.
@@ -29,7 +29,7 @@ class Ascend(nn.Sequential):
         )
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:  # type: ignore[override]
-        """``x`` is (B, coarse, h, w), ``skip`` (B, skip, 2h, 2w)."""
+        """``x`` is (B, coarse, h, w), ``skip`` (B, skip, 2h, 2w) -> (B, out, 2h, 2w)."""
         return super().forward(torch.cat([F.interpolate(x, scale_factor=2, mode="nearest"), skip], 1))
 
 
@@ -84,8 +84,6 @@ class UNet(Encoder):
         return _descriptors(self.conv_dec1, self.conv_dec2, *super().forward(image))
 
 
-def _descriptors(
-    dec1: Ascend, dec2: Ascend, eighth: Tensor, quarter: Tensor, half: Tensor
-) -> list[Tensor]:
+def _descriptors(dec1: Ascend, dec2: Ascend, eighth: Tensor, quarter: Tensor, half: Tensor) -> list[Tensor]:
     middle = dec1(eighth, quarter)
     return [unit(eighth), unit(middle), unit(dec2(middle, half))]

@@ -1,0 +1,235 @@
+"""GGCVT against published outputs and its own recorded ones, and how its parts must behave.
+
+``python test/test_ggcvt.py`` records test/data/ggcvt_expected.npz anew; do so only from a model that agrees
+with the published outputs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from test_ccvpe import image, weight
+
+from xview_loc.models import create_model
+from xview_loc.models.base import HeatMaps
+from xview_loc.models.ggcvt import CONFIGS, GGCVT, box_sum, correlate, ranking_loss
+from xview_loc.models.vgg import unit
+
+ROOT = Path(__file__).resolve().parent.parent
+REFERENCE = ROOT.parent / "shared" / "reference"
+RECORDED = ROOT / "test" / "data" / "ggcvt_expected.npz"
+KITTI_CAMERA = torch.tensor([[[583.0, 0.0, 496.2], [0.0, 482.7, 125.0], [0.0, 0.0, 1.0]]])
+
+
+def extra(name: str, batch: int = 1) -> dict[str, torch.Tensor]:
+    if name == "ggcvt-kitti":
+        return {"intrinsics": KITTI_CAMERA.expand(batch, 3, 3)}
+    return {"meters_per_pixel": torch.full((batch,), CONFIGS[name].spec.gsd)}
+
+
+@lru_cache(maxsize=1)
+def hashed_model(name: str) -> GGCVT:
+    model = create_model(name)
+    assert isinstance(model, GGCVT)
+    state = model.state_dict()
+    for key, value in state.items():
+        if value.is_floating_point():
+            state[key] = torch.from_numpy(weight(key, tuple(value.shape)))
+    model.load_state_dict(state)
+    return model
+
+
+def inputs(model: GGCVT) -> tuple[torch.Tensor, torch.Tensor]:
+    size = model.spec.aerial_size
+    return image("ground", *model.spec.ground_size), image("aerial", size, size)
+
+
+def run(name: str) -> HeatMaps:
+    model = hashed_model(name)
+    ground, aerial = inputs(model)
+    with torch.inference_mode():
+        return model.match(ground, model.encode_aerial(aerial), 0, **extra(name))
+
+
+def sampled(maps: HeatMaps) -> list[np.ndarray]:
+    return [level[0, 0, ::4, ::4].numpy() for level in maps.levels]
+
+
+def relative_error(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Of the deviations from the mean."""
+    ours, theirs = (x.astype(np.float64) - x.astype(np.float64).mean() for x in (ours, theirs))
+    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+
+
+def direct(features: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
+    return torch.cat([F.conv2d(f[None], k[None])[0] for f, k in zip(features, kernel, strict=True)])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_recorded_outputs(name: str) -> None:
+    recorded = np.load(RECORDED)
+    for number, level in enumerate(sampled(run(name)), start=1):
+        assert relative_error(level, recorded[f"{name}/{number}"]) < 1e-4
+
+
+@pytest.mark.skipif(not REFERENCE.is_dir(), reason="the published outputs are not beside the repository")
+@pytest.mark.parametrize("name", ["ggcvt-vigor", "ggcvt-kitti"])
+@torch.inference_mode()
+def test_published_outputs(name: str) -> None:
+    module_spec = importlib.util.spec_from_file_location("refweights", REFERENCE / "refweights.py")
+    assert module_spec and module_spec.loader
+    refweights = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(refweights)
+    expected = np.load(REFERENCE / f"expected_{name}.npz")
+    model = create_model(name)
+    assert isinstance(model, GGCVT)
+    own = model.state_dict()
+    shapes = json.loads((REFERENCE / f"state_{name}.json").read_text())
+    state = {key: own.get(key, torch.zeros(shape)) for key, shape in shapes.items()}
+    state |= {key: torch.from_numpy(x) for key, x in refweights.fill_state(state, 11).items()}
+    model.load_state_dict(state)
+    ground, aerial = (torch.from_numpy(x) for x in refweights.make_inputs(name, 11))
+    if name == "ggcvt-vigor":
+        keywords = {"meters_per_pixel": torch.tensor([float(expected["meter_per_pixel"])])}
+    else:
+        keywords = {"intrinsics": torch.from_numpy(expected["camera_k"])[None]}
+    features = model.encode_aerial(aerial)
+    maps = model.match(ground, features, 0, **keywords)
+
+    overhead = model.encode_ground(ground, **keywords)
+    for number, level in enumerate(maps.levels, start=1):
+        ours, index = -level[0, 0].numpy(), expected[f"corr{number}_index"]
+        theirs = expected[f"corr{number}"]
+        assert [1, *ours.shape] == list(expected[f"corr{number}_shape"])
+        assert ours.argmin() == expected[f"corr{number}_argmin"]
+        # The published direct convolution sums up to 666 000 float32 products one after the other: its own
+        # rounding is up to 7e-4 of these nearly flat maps. The transform stays within 1e-5 of exact ones.
+        assert relative_error(ours.ravel()[index], theirs) < 1e-3
+        if number < 3:  # the third takes seconds
+            encoded, crop = features.levels[number - 1], model.crop_sizes()[number - 1]
+            view = overhead[number - 1]
+            size = view.shape[-1]
+            start = round((size - crop) / 2)
+            kernel = unit(view[..., start : start + crop, start : start + crop])
+            aerial_features = torch.fft.irfft2(encoded.spectrum, s=(size, size))
+            again = 2 - 2 * direct(aerial_features, kernel) / encoded.divisor
+            assert relative_error(again.numpy().ravel()[index], theirs) < 1e-4
+            exact = correlate(encoded.spectrum.cdouble(), kernel.double(), size) / encoded.divisor
+            assert relative_error(ours, 2 - 2 * exact[0].numpy()) < 2e-5
+
+    row, col = divmod(int(maps.logits.argmax()), maps.logits.shape[2])
+    centre = (model.spec.aerial_size - 1) / 2
+    east = maps.grid.origin[1] + maps.grid.scale * col - centre
+    south = maps.grid.origin[0] + maps.grid.scale * row - centre
+    if name == "ggcvt-vigor":
+        assert (east, south) == (expected["pred_u_px"], expected["pred_v_px"])
+    else:
+        gsd = model.spec.gsd
+        assert (east * gsd, -south * gsd) == pytest.approx(
+            (float(expected["pred_u_m"]), float(expected["pred_v_m"])), rel=1e-6
+        )
+
+
+def test_correlation_and_its_gradients_equal_the_direct_ones() -> None:
+    torch.manual_seed(0)
+    results = []
+    features, kernel = torch.rand(2, 3, 16, 16).double(), torch.randn(2, 3, 6, 6).double()
+    factor = torch.randn(2, 11, 11).double()
+    for method in (direct, lambda f, k: correlate(torch.fft.rfft2(f), k, 16)):
+        f, k = features.clone().requires_grad_(), kernel.clone().requires_grad_()
+        out = method(f, k) / box_sum(f.square().sum(1), 6).sqrt()
+        (out * factor).sum().backward()
+        results.append((out, f.grad, k.grad))
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours - theirs).norm() <= 1e-8 * theirs.norm()
+
+
+def test_training_reaches_every_weight() -> None:
+    torch.manual_seed(0)
+    model = create_model("ggcvt-small").train()
+    assert isinstance(model, GGCVT)
+    ground, aerial = inputs(model)
+    maps = model.match(ground, model.encode_aerial(aerial), 0, **extra("ggcvt-small"))
+    loss = ranking_loss(maps, torch.tensor([[140.0, 120.0]]), model.spec.aerial_size)
+    loss.backward()
+    assert loss.isfinite()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+
+
+def test_loss_of_equal_scores_and_of_a_clear_peak() -> None:
+    model = hashed_model("ggcvt-small")
+    sides = [model.spec.aerial_size // s - c + 1 for s, c in zip((8, 4, 2), model.crop_sizes(), strict=True)]
+    levels = [torch.zeros(1, 1, side, side) for side in sides]
+    centre = torch.full((1, 2), (model.spec.aerial_size - 1) / 2)
+    maps = HeatMaps(levels, levels[-1][:, 0])
+    expected = sum(math.log(2) * side**2 / (side**2 - 1) for side in sides)
+    assert float(ranking_loss(maps, centre, 256)) == pytest.approx(expected, rel=1e-5)
+    grid = model.grid
+    row, col = 50, 20
+    for level, stride in zip(levels, (8, 4, 2), strict=True):
+        middle = level.shape[-1] / 2 - 0.5
+        at = [round(middle + (grid.origin[0] + 2 * x - 127.5) / stride) for x in (row, col)]
+        level[0, 0, at[0], at[1]] = 2.0
+    true = torch.tensor([[grid.origin[0] + 2 * row, grid.origin[1] + 2 * col]])
+    assert float(ranking_loss(maps, true, 256)) < 0.01
+    with pytest.raises(ValueError, match="search window"):
+        ranking_loss(maps, torch.tensor([[0.0, 0.0]]), 256)
+
+
+@torch.no_grad()
+def test_batches_equal_single_examples() -> None:
+    model = hashed_model("ggcvt-small")
+    ground, aerial = inputs(model)
+    grounds = torch.cat([ground, ground.flip(3)])
+    scales = torch.tensor([0.30, 0.27])
+    features = model.encode_aerial(aerial)
+    both = model.match(grounds, features, 0, meters_per_pixel=scales)
+    for i in range(2):
+        one = model.match(grounds[i : i + 1], features, 0, meters_per_pixel=scales[i : i + 1])
+        for a, b in zip(both.levels, one.levels, strict=True):
+            torch.testing.assert_close(a[i : i + 1], b, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_unusable_inputs_say_so() -> None:
+    model = hashed_model("ggcvt-small")
+    ground, aerial = inputs(model)
+    features = model.encode_aerial(aerial)
+    for arguments, keywords, message in (
+        ((), extra("ggcvt-small"), "known heading"),
+        ((45.0,), extra("ggcvt-small"), "known heading"),
+        ((0,), {}, "needs meters_per_pixel"),
+        ((0,), {"meters_per_pixel": torch.tensor([-1.0])}, "positive"),
+        ((0,), {"meters_per_pixel": torch.tensor([1.0, 1.0])}, "shape"),
+        ((0,), {**extra("ggcvt-small"), "orientation": True}, "orientation"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.match(ground, features, *arguments, **keywords)
+    with pytest.raises(ValueError, match="aerial images"):
+        model.encode_aerial(aerial[..., :128])
+
+
+def test_unused_weights_are_ignored_and_others_are_not() -> None:
+    model = create_model("ggcvt-small")
+    state = model.state_dict()
+    unused = ("SatFeatureNet.conv_dec3.1.weight", "SatFeatureNet.conf0.1.weight", "TransRefine.head.bias")
+    model.load_state_dict({**state, **{key: torch.zeros(1) for key in unused}})
+    with pytest.raises(RuntimeError, match="Unexpected"):
+        model.load_state_dict({**state, "SatFeatureNet.extra": torch.zeros(1)})
+
+
+if __name__ == "__main__":
+    RECORDED.parent.mkdir(exist_ok=True)
+    np.savez_compressed(
+        RECORDED,
+        **{f"{name}/{i}": level for name in CONFIGS for i, level in enumerate(sampled(run(name)), start=1)},
+    )
