@@ -32,11 +32,8 @@ def draw_overlay(estimate: PoseEstimate, lat: float, lon: float, size_px: int = 
     """
     tile = estimate.tile
     scale = size_px / tile.size_px
-    picture = np.array(
-        cv2.resize(
-            tile.image, (size_px, size_px), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-        )
-    )
+    how = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+    picture = np.array(cv2.resize(tile.image, (size_px, size_px), interpolation=how), np.uint8)
     picture = _blend_heat(picture, estimate.heat_map, scale)
     if (search := estimate.heat_map.search) is not None:
         centre = tile.projection.forward(search.lat, search.lon)
@@ -81,9 +78,9 @@ def _blend_heat(picture: NDArray[np.uint8], heat_map: HeatMap, scale: float) -> 
 def _point(tile: AerialTile, east: float, north: float, scale: float) -> tuple[int, int]:
     """Fixed-point (x, y) on the picture of metres from the tile's centre."""
     row, col = tile.enu_to_pixel(east, north)
-    x, y = ((float(value) + 0.5) * scale - 0.5 for value in (col, row))
     limit = 2.0**20  # keeps far-away places from overflowing
-    return tuple(round(min(max(value, -limit), limit) * 2**_BITS) for value in (x, y))  # type: ignore[return-value]
+    x, y = (min(max((float(value) + 0.5) * scale - 0.5, -limit), limit) for value in (col, row))
+    return round(x * 2**_BITS), round(y * 2**_BITS)
 
 
 def _circle(points: int) -> NDArray[np.float64]:

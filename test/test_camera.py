@@ -1,0 +1,287 @@
+"""Decoding, distortion, and the ground input."""
+
+import array
+import math
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from xview_loc.camera import (
+    ENCODINGS,
+    CameraError,
+    CameraModel,
+    ImageError,
+    decode_compressed,
+    decode_image,
+    prepare_ground,
+)
+from xview_loc.models.base import IMAGENET_MEAN, IMAGENET_STD, ModelSpec
+
+PHOTOGRAPHS = Path(__file__).resolve().parents[1] / ".." / "shared" / "data" / "ground"
+PANORAMA = ModelSpec("stub", "panorama", (32, 64), 64, 0.5, 8)
+PINHOLE = ModelSpec("stub", "pinhole", (32, 64), 64, 0.5, 8, aerial_up="left")
+COLOUR = (200, 90, 30)
+
+
+def smooth_image(height: int, width: int, seed: int = 0) -> np.ndarray:
+    noise = np.random.default_rng(seed).normal(size=(height, width, 3))
+    smooth = cv2.GaussianBlur(noise, (0, 0), 3.0)
+    return np.clip(128 + 40 * smooth / smooth.std(), 0, 255).astype(np.uint8)
+
+
+def raw(rgb: np.ndarray, encoding: str, padding: int = 0) -> tuple[int, bytes]:
+    """(step, data) of ``rgb`` in ``encoding``, with ``padding`` bytes of rubbish after each row."""
+    if encoding.startswith("bayer_"):
+        pattern = encoding[6:10]
+        pixels = np.zeros(rgb.shape[:2], np.uint8)
+        for i, letter in enumerate(pattern):
+            channel = "rgb".index(letter)
+            pixels[i // 2 :: 2, i % 2 :: 2] = rgb[i // 2 :: 2, i % 2 :: 2, channel]
+    elif encoding == "mono8":
+        pixels = rgb[..., 0]
+    else:
+        order = {"rgb8": [0, 1, 2], "bgr8": [2, 1, 0], "rgba8": [0, 1, 2, 0], "bgra8": [2, 1, 0, 0]}[encoding]
+        pixels = rgb[..., order]
+    rows = pixels.reshape(rgb.shape[0], -1)
+    padded = np.pad(rows, ((0, 0), (0, padding)), constant_values=77)
+    return padded.shape[1], padded.tobytes()
+
+
+@pytest.mark.parametrize("padding", [0, 5])
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_every_encoding_gives_the_same_colours(encoding: str, padding: int) -> None:
+    rgb = np.full((8, 10, 3), COLOUR, np.uint8)
+    rgb[:, 5:] = (20, 140, 220)
+    step, data = raw(rgb, encoding, padding)
+    decoded = decode_image(encoding, 8, 10, step, data)
+    expected = np.repeat(rgb[..., :1], 3, axis=2) if encoding == "mono8" else rgb
+    if encoding.startswith("bayer"):
+        # Interpolated: colours are right away from the edge between the two halves.
+        np.testing.assert_array_equal(decoded[1:-1, 1:3], expected[1:-1, 1:3])
+        np.testing.assert_array_equal(decoded[1:-1, 7:9], expected[1:-1, 7:9])
+    else:
+        np.testing.assert_array_equal(decoded, expected)
+
+
+@pytest.mark.parametrize("wrap", [bytes, bytearray, memoryview, lambda d: array.array("B", d)])
+def test_any_buffer_is_taken_and_never_shared(wrap) -> None:
+    rgb = smooth_image(4, 6)
+    data = wrap(rgb.tobytes())
+    decoded = decode_image("rgb8", 4, 6, 18, data)
+    np.testing.assert_array_equal(decoded, rgb)
+    decoded[:] = 0
+    np.testing.assert_array_equal(np.frombuffer(data, np.uint8), rgb.ravel())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("yuv422", 2, 2, 4, bytes(8)), "yuv422"),
+        (("rgb8", 2, 2, 5, bytes(10)), "step is 5"),
+        (("rgb8", 2, 2, 6, bytes(11)), "11 bytes"),
+        (("rgb8", 0, 2, 6, b""), "empty"),
+        (("bayer_rggb8", 1, 1, 1, b"\0"), "too small"),
+        (("rgb8", 2, 2, 6, "not bytes"), "buffer"),
+    ],
+)
+def test_wrong_raw_images_are_refused_in_one_line(arguments, says: str) -> None:
+    with pytest.raises(ImageError, match=says) as caught:
+        decode_image(*arguments)
+    assert "\n" not in str(caught.value)
+
+
+def encoded(image: np.ndarray, extension: str, *options: int) -> bytes:
+    ok, data = cv2.imencode(extension, image[..., ::-1], list(options))
+    assert ok
+    return data.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("extension", "options"),
+    [
+        (".png", ()),
+        (".jpg", (cv2.IMWRITE_JPEG_QUALITY, 98)),
+        (".jpg", (cv2.IMWRITE_JPEG_PROGRESSIVE, 1, cv2.IMWRITE_JPEG_QUALITY, 98)),
+        (".jpg", (cv2.IMWRITE_JPEG_RST_INTERVAL, 2, cv2.IMWRITE_JPEG_QUALITY, 98)),
+    ],
+)
+def test_compressed_images_decode_and_truncated_ones_do_not(extension: str, options: tuple[int, ...]) -> None:
+    image = smooth_image(48, 64)
+    data = encoded(image, extension, *options)
+    decoded = decode_compressed(data)
+    assert np.abs(decoded.astype(int) - image).mean() < 3
+    assert np.abs(decode_compressed(data + b"\0" * 7).astype(int) - image).mean() < 3  # drivers pad
+    for length in (1, 2, 3, 10, len(data) // 4, len(data) // 2, len(data) - 20, len(data) - 2, len(data) - 1):
+        with pytest.raises(ImageError):
+            decode_compressed(data[:length])
+
+
+def test_a_thumbnail_does_not_hide_that_the_image_is_truncated() -> None:
+    data, thumbnail = encoded(smooth_image(48, 64), ".jpg"), encoded(smooth_image(16, 16), ".jpg")
+    segment = b"\xff\xe1" + (len(thumbnail) + 2).to_bytes(2, "big") + thumbnail
+    whole = data[:2] + segment + data[2:]
+    assert decode_compressed(whole).shape == (48, 64, 3)
+    with pytest.raises(ImageError, match="truncated"):
+        decode_compressed(whole[: len(segment) + len(data) // 2])
+    with pytest.raises(ImageError, match="truncated"):
+        decode_compressed(data[:2] + segment)
+
+
+def test_a_damaged_png_is_refused() -> None:
+    data = bytearray(encoded(smooth_image(48, 64), ".png"))
+    data[len(data) // 2] ^= 0x10
+    with pytest.raises(ImageError, match="damaged"):
+        decode_compressed(bytes(data))
+
+
+@pytest.mark.parametrize("data", [b"", b"GIF89a....", b"\xff\xd8", b"\xff\xd8\xff\xd9", 12])
+def test_what_is_no_image_is_refused(data) -> None:
+    with pytest.raises(ImageError):
+        decode_compressed(data)
+
+
+def test_grey_and_alpha_files_give_rgb() -> None:
+    image = smooth_image(20, 30)
+    ok, grey = cv2.imencode(".png", image[..., 0])
+    assert ok
+    np.testing.assert_array_equal(decode_compressed(grey), np.repeat(image[..., :1], 3, axis=2))
+    ok, alpha = cv2.imencode(".png", np.dstack([image[..., ::-1], np.full((20, 30), 9, np.uint8)]))
+    assert ok
+    np.testing.assert_array_equal(decode_compressed(alpha.tobytes()), image)
+
+
+@pytest.mark.skipif(not PHOTOGRAPHS.is_dir(), reason="no folder of photographs beside the repository")
+def test_real_photographs_decode_and_truncated_ones_do_not() -> None:
+    for path in sorted(PHOTOGRAPHS.glob("*.jpg")):
+        data = path.read_bytes()
+        expected = cv2.imread(str(path), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+        np.testing.assert_array_equal(decode_compressed(data), expected[..., ::-1])
+        for share in (0.05, 0.5, 0.99):
+            with pytest.raises(ImageError, match="truncated"):
+                decode_compressed(data[: int(share * len(data))])
+
+
+K = (60.0, 0.0, 63.5, 0.0, 62.0, 47.5, 0.0, 0.0, 1.0)
+
+
+def test_camera_model_takes_a_matrix_and_is_hashable() -> None:
+    camera = CameraModel(128, 96, np.array(K).reshape(3, 3), [])
+    assert camera == CameraModel(128, 96, K) and hash(camera) == hash(CameraModel(128, 96, K))
+    assert not camera.distorts
+    np.testing.assert_array_equal(camera.matrix, np.array(K).reshape(3, 3))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (0, 96, K),
+        (128, 96, (0.0,) * 9),
+        (128, 96, K[:8]),
+        (128, 96, (float("nan"), *K[1:])),
+        (128, 96, K, (0.1,) * 3),
+        (128, 96, K, (float("inf"), 0, 0, 0)),
+        (128, 96, K, (), "thin_prism"),
+        (128, 96, K, (0.1,) * 5, "equidistant"),
+    ],
+)
+def test_unusable_calibrations_are_refused(arguments) -> None:
+    with pytest.raises(CameraError):
+        CameraModel(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("model", "distortion"),
+    [
+        ("plumb_bob", (-0.25, 0.08, 0.002, -0.001, 0.01)),
+        ("rational_polynomial", (0.3, 0.1, 0.001, -0.002, 0.01, 0.5, 0.12, 0.02)),
+        ("equidistant", (0.02, -0.01, 0.003, 0.0)),
+        ("equidistant", ()),
+    ],
+)
+def test_undistorted_pixels_are_where_a_pinhole_would_have_them(model: str, distortion) -> None:
+    camera = CameraModel(128, 96, K, distortion, model)
+    assert camera.distorts
+    true_pixels = np.array([[63.5, 47.5], [80.0, 40.0], [40.0, 60.0], [52.0, 30.0]])
+    rays = np.column_stack([(true_pixels[:, 0] - K[2]) / K[0], (true_pixels[:, 1] - K[5]) / K[4]])
+    if model == "equidistant":
+        seen = cv2.fisheye.distortPoints(rays[:, None], camera.matrix, np.array(distortion or (0.0,) * 4))
+    else:
+        points = np.column_stack([rays, np.ones(len(rays))])
+        seen, _ = cv2.projectPoints(points, np.zeros(3), np.zeros(3), camera.matrix, np.array(distortion))
+    rows, cols = np.mgrid[:96, :128]
+    for (x, y), (true_x, true_y) in zip(seen.reshape(-1, 2), true_pixels, strict=True):
+        spot = np.exp(-((cols - x) ** 2 + (rows - y) ** 2) / (2 * 2.0**2))
+        straight = camera.undistort(np.repeat((spot * 255).astype(np.uint8)[..., None], 3, 2))[..., 0]
+        weight = straight.astype(float) * (straight > 60)
+        found = (weight * cols).sum() / weight.sum(), (weight * rows).sum() / weight.sum()
+        assert found == pytest.approx((true_x, true_y), abs=0.25)
+
+
+def test_scaled_intrinsics_project_onto_the_resized_image() -> None:
+    camera = CameraModel(128, 96, K)
+    point = np.array([0.3, -0.2, 1.0])
+    x, y, _ = camera.matrix @ point
+    x2, y2, _ = camera.scaled_matrix(64, 24) @ point
+    # The resized image's edges are the original's.
+    assert (x2 + 0.5) / 64 == pytest.approx((x + 0.5) / 128)
+    assert (y2 + 0.5) / 24 == pytest.approx((y + 0.5) / 96)
+
+
+def pixels_of(tensor: torch.Tensor) -> np.ndarray:
+    assert tensor.dtype == torch.float32 and tensor.shape[:2] == (1, 3)
+    mean, std = IMAGENET_MEAN[:, None, None], IMAGENET_STD[:, None, None]
+    return ((tensor[0] * std + mean) * 255).permute(1, 2, 0).numpy()
+
+
+def test_panoramas_are_normalised_and_resized_only_when_the_heading_is_unknown() -> None:
+    image = smooth_image(32, 64)
+    tensor = prepare_ground(image, PANORAMA, heading=None, camera=None)
+    np.testing.assert_allclose(pixels_of(tensor), image, atol=1e-2)
+    large = cv2.resize(image, (256, 128), interpolation=cv2.INTER_NEAREST)
+    tensor = prepare_ground(large, PANORAMA, heading=None, camera=None)
+    np.testing.assert_allclose(pixels_of(tensor), image, atol=1e-2)
+
+
+@pytest.mark.parametrize("width", [64, 90, 512])
+@pytest.mark.parametrize("heading_deg", [-170.0, -33.0, 0.0, 45.0, 90.0, 123.4])
+@pytest.mark.parametrize("mount_yaw_deg", [0.0, -70.0])
+def test_turned_panorama_faces_north(width: int, heading_deg: float, mount_yaw_deg: float) -> None:
+    # A landmark at a known azimuth must end up in the column of that azimuth, clockwise from the middle.
+    yaw = math.radians(100.0)
+    centre_yaw = math.radians(heading_deg + mount_yaw_deg)
+    turn = (centre_yaw - yaw) / (2 * math.pi)  # clockwise from the centre column
+    position = (0.5 + turn) % 1.0 * width - 0.5
+    distance = (np.arange(width) - position + width / 2) % width - width / 2
+    spot = 255 * np.exp(-((distance * 64 / width) ** 2) / (2 * 2.0**2))
+    image = np.repeat(np.repeat(spot.astype(np.uint8)[None, :, None], 32, 0), 3, 2)
+    tensor = prepare_ground(
+        image, PANORAMA, heading=math.radians(heading_deg), camera=None, mount_yaw=math.radians(mount_yaw_deg)
+    )
+    profile = pixels_of(tensor)[16, :, 0]
+    angle = np.arange(64) * (2 * math.pi / 64)
+    found = np.angle((profile * np.exp(1j * angle)).sum()) / (2 * math.pi) * 64
+    azimuth = math.pi / 2 - yaw
+    expected = 31.5 + azimuth / (2 * math.pi) * 64
+    error = (found - expected + 32) % 64 - 32
+    assert abs(error) <= 0.51
+
+
+def test_pinhole_images_are_undistorted_and_their_size_is_checked() -> None:
+    image = smooth_image(96, 128)
+    camera = CameraModel(128, 96, K, (-0.2, 0.05, 0, 0))
+    tensor = prepare_ground(image, PINHOLE, heading=1.0, camera=camera)
+    expected = cv2.resize(camera.undistort(image), (64, 32), interpolation=cv2.INTER_AREA)
+    np.testing.assert_allclose(pixels_of(tensor), expected, atol=1e-2)
+    with pytest.raises(ImageError, match="64 x 48"):
+        prepare_ground(smooth_image(48, 64), PINHOLE, heading=1.0, camera=camera)
+
+
+@pytest.mark.parametrize(
+    "image", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((0, 4, 3), np.uint8)]
+)
+def test_only_rgb_bytes_are_taken(image: np.ndarray) -> None:
+    with pytest.raises(ImageError):
+        prepare_ground(image, PANORAMA, heading=None, camera=None)
