@@ -278,7 +278,8 @@ def ranking_loss(maps: HeatMaps, position: Tensor, aerial_size: int) -> Tensor:
     """The authors' supervised loss: at each level every other position must score below the true one.
 
     ``position`` (B, 2) is the camera's true (row, col) in tile pixels (pixel-centre), ``aerial_size`` the
-    tile's side in pixels. A scalar: the sum over levels of the mean of log(1 + exp(10 * (score - true score))).
+    tile's side in pixels. A scalar: the sum over levels of the mean of
+    log(1 + exp(10 * (score - true score))).
     Raises ValueError where a position lies outside a map.
     """
     offset = position - (aerial_size - 1) / 2
