@@ -6,7 +6,6 @@ metres and degrees. All (row, col) name pixel centres.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -106,15 +105,21 @@ class HeatMap:
     @cached_property
     def mode(self) -> NDArray[np.bool_]:
         """Which pixels belong to the winning mode, (H, W)."""
+        possible = self.probability > 0.0
+        # Only the search disc's bounding box has to be looked at.
+        rows, cols = _extent(possible, axis=0), _extent(possible, axis=1)
         sigma = MODE_SMOOTHING_M / self.metres_per_pixel
         smooth = np.asarray(
-            cv2.GaussianBlur(self.probability, (0, 0), sigma, borderType=cv2.BORDER_CONSTANT), np.float32
+            cv2.GaussianBlur(self.probability[rows, cols], (0, 0), sigma, borderType=cv2.BORDER_CONSTANT),
+            np.float32,
         )
-        # Smoothing must not carry the mode out of the search disc.
-        smooth[self.probability == 0.0] = 0.0
+        # Smoothing must not carry the mode out of the disc.
+        smooth[~possible[rows, cols]] = 0.0
         summits = _summits(smooth)
         row, col = self.peak_pixel
-        return (summits == summits[row, col]) & (self.probability > 0.0)
+        mode = np.zeros_like(possible)
+        mode[rows, cols] = summits == summits[row - rows.start, col - cols.start]
+        return mode & possible
 
     @cached_property
     def confidence(self) -> float:
@@ -221,29 +226,31 @@ def _summit(around: NDArray[np.float64]) -> tuple[float, float]:
     return float(down), float(right)
 
 
-def _summits(height_map: NDArray[np.float32]) -> NDArray[np.int32]:
+def _extent(used: NDArray[np.bool_], axis: int) -> slice:
+    """From the first to the last row (axis 0) or column (axis 1) with a true element."""
+    indices = np.flatnonzero(used.any(axis=1 - axis))
+    return slice(int(indices[0]), int(indices[-1]) + 1)
+
+
+def _summits(heights: NDArray[np.float32]) -> NDArray[np.integer]:
     """For each pixel the flat index of the summit that steepest ascent leads to."""
-    rows, cols = height_map.shape
+    rows, cols = heights.shape
     padded = np.full((rows + 2, cols + 2), -1.0, np.float32)
-    padded[1:-1, 1:-1] = height_map
-    best = height_map.copy()
-    target = np.arange(rows * cols, dtype=np.int32).reshape(rows, cols)
-    own = target.copy()
+    padded[1:-1, 1:-1] = heights
+    best = heights.copy()
+    step = np.zeros((rows, cols), np.int32)
     for down in (-1, 0, 1):
         for right in (-1, 0, 1):
-            step = down * cols + right
-            if step == 0:
+            stride = down * cols + right
+            if stride == 0:
                 continue
             neighbour = padded[1 + down : 1 + down + rows, 1 + right : 1 + right + cols]
             # Between equal heights only towards the lower index, so that no path circles on a plateau.
-            higher = neighbour > best if step > 0 else neighbour >= best
-            best[higher] = neighbour[higher]
-            target[higher] = own[higher] + step
-    flat = target.ravel()
+            higher = neighbour > best if stride > 0 else neighbour >= best
+            np.copyto(best, neighbour, where=higher)
+            np.copyto(step, stride, where=higher)
+    target = np.arange(rows * cols) + step.ravel()
     # Each round doubles the length of the path followed.
-    for _ in range(max(1, math.ceil(math.log2(rows * cols))) + 1):
-        further = flat[flat]
-        if np.array_equal(further, flat):
-            break
-        flat = further
-    return flat.reshape(rows, cols)
+    while not np.array_equal(further := target[target], target):
+        target = further
+    return target.reshape(rows, cols)

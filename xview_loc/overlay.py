@@ -56,9 +56,9 @@ def draw_overlay(estimate: PoseEstimate, lat: float, lon: float, size_px: int = 
             scale,
         )
         cv2.arrowedLine(picture, here, tip, ESTIMATE_COLOUR, thickness, cv2.LINE_AA, _BITS, 0.3)
-    radius = round(size_px / 130 * 2**_BITS)
-    cv2.circle(picture, here, radius, ESTIMATE_COLOUR, -1, cv2.LINE_AA, _BITS)
-    cv2.circle(picture, here, radius, (0, 0, 0), 1, cv2.LINE_AA, _BITS)
+    radius = max(2.5, size_px / 130)
+    for colour, reach in (((0, 0, 0), radius + 1.0), (ESTIMATE_COLOUR, radius)):
+        cv2.circle(picture, here, round(reach * 2**_BITS), colour, -1, cv2.LINE_AA, _BITS)
     return picture
 
 
