@@ -168,7 +168,7 @@ def test_drive_is_smooth_and_its_fixes_are_off(city: City) -> None:
 
 @pytest.mark.skipif(not TRACK.is_dir(), reason="no recorded track beside the checkout")
 def test_receiver_error_against_a_real_one(city: City) -> None:
-    """The real drive is under an open sky and lasts a minute: ours must be larger, and mostly bias as well."""
+    """The real drive is under an open sky and a minute long: ours must be larger, and mostly bias too."""
     load = lambda name: np.load(TRACK / name)  # noqa: E731
     stamps, values = load("live_gnss_ublox_t"), load("live_gnss_ublox_value")
     to_geo = Transformer.from_crs("EPSG:4978", "EPSG:4979", always_xy=True)
@@ -188,7 +188,8 @@ def test_receiver_error_against_a_real_one(city: City) -> None:
 
     rate = round(1 / float(np.median(np.diff(stamps))))
     print(
-        f"real: {rate} Hz, mean {np.hypot(*real.T).mean():.2f} m, std {real.std(axis=0)}, 1 s {jitter(real, rate):.2f}\n"
+        f"real: {rate} Hz, mean {np.hypot(*real.T).mean():.2f} m, std {real.std(axis=0)}, "
+        f"1 s {jitter(real, rate):.2f}\n"
         f"simulated: mean {np.hypot(*ours.T).mean():.2f} m, std {ours.std(axis=0)}, 1 s {jitter(ours, 5):.2f}"
     )
     assert np.hypot(*ours.T).mean() > np.hypot(*real.T).mean()

@@ -398,6 +398,12 @@ class _Builder:
                 return
             self.trees.append((place[0], place[1], radius, top, bottom, self.rng.normal()))
 
+    def off_the_road(self, rows: Array) -> Array:
+        """The rows (x, y, ...) that stand on no carriageway, a neighbouring street's included."""
+        col = ((rows[:, 0] + self.half) / self.gsd).astype(int).clip(0, self.size - 1)
+        row = ((self.half - rows[:, 1]) / self.gsd).astype(int).clip(0, self.size - 1)
+        return rows[~np.isin(self.material[row, col], (ASPHALT, KERB))]
+
     # -- blocks ------------------------------------------------------------------------------------------
 
     def draw_blocks(self) -> None:
@@ -659,7 +665,7 @@ def build_city(
     build.draw_blocks()
     rng = np.random.default_rng([seed, 3])
 
-    tree_rows = np.array(build.trees or np.zeros((0, 6)))
+    tree_rows = build.off_the_road(np.array(build.trees or np.zeros((0, 6))))
     draw = rng.random(len(tree_rows))
     trees = Trees(
         centre=tree_rows[:, :2],
@@ -724,7 +730,7 @@ def build_city(
         solids=solids,
         trees=trees,
         cars=_parked(slots, 0.55, rng),
-        poles=np.array(build.poles or np.zeros((0, 2))),
+        poles=build.off_the_road(np.array(build.poles or np.zeros((0, 2)))),
         streets=build.streets,
     )
 
@@ -799,10 +805,8 @@ def _render_aerial(
         build.canvas.fill(image, glass, (44.0, 50.0, 58.0))
         build.canvas.fill(image, _rectangle(centre - axis * 0.3, axis, half * (0.34, 0.8)), body)
         build.canvas.fill(surface, _rectangle(centre, axis, half), 1.3)
-    for place in build.poles:
-        build.canvas.fill(
-            image, _rectangle(np.array(place), np.array([1.0, 0.0]), np.array([0.2, 0.2])), (70.0,) * 3
-        )
+    for place in build.off_the_road(np.array(build.poles or np.zeros((0, 2)))):
+        build.canvas.fill(image, _rectangle(place, np.array([1.0, 0.0]), np.array([0.2, 0.2])), (70.0,) * 3)
     leaf = np.asarray(style.foliage_aerial, np.float32)
     azimuth = math.radians(style.aerial_sun[0])
     grain = _noise(rng, 512, 3) + 0.8 * _noise(rng, 512, 7)

@@ -21,9 +21,9 @@ from xview_loc.simulation.styles import Style
 
 Ints = NDArray[np.int64]
 
-_RADII = np.geomspace(0.45, 260.0, 190).astype(np.float32)
-_TREE_RANGE_M = 110.0
-_CAR_RANGE_M = 80.0
+_RADII = np.geomspace(0.45, 260.0, 160).astype(np.float32)
+_TREE_RANGE_M = 90.0
+_CAR_RANGE_M = 70.0
 _NOISE = 256  # side of the noise textures, a power of two
 # A car's body and cabin, in metres: half length, half width, bottom, top, and the centre's shift forward.
 _CAR_BOXES = ((2.2, 0.9, 0.22, 0.86, 0.0), (1.25, 0.78, 0.86, 1.46, -0.25))
