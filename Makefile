@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 .PHONY: demo test lint clean
 
 demo: $(STAMP)
-	$(VENV)/bin/python -m xview_loc.demo
+	$(VENV)/bin/python -m xview_loc.nodes.demo
 
 test: $(STAMP)
 	$(VENV)/bin/python -m pytest
