@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sys
 import time
 from contextlib import suppress
@@ -38,10 +39,17 @@ from std_msgs.msg import Float64, Header
 from xview_loc.camera import CameraError, CameraModel, ImageError
 from xview_loc.geodesy import LocalProjection, wrap_angle
 from xview_loc.imagery import AerialMap, MapError, MapOptions, NoImageryError
-from xview_loc.localizer import LocalizationError, Localizer, Observation, PoseEstimate
+from xview_loc.localizer import (
+    LocalizationError,
+    Localizer,
+    Observation,
+    PoseEstimate,
+    required_tile_px,
+)
 from xview_loc.models import create_model
 from xview_loc.models.base import CrossViewModel
 from xview_loc.models.checkpoint import CheckpointError, load_checkpoint
+from xview_loc.mounting import Mounting
 from xview_loc.nodes import messages, parameters
 from xview_loc.nodes.diagnostics import ERROR, WARN, Health
 from xview_loc.nodes.frame_worker import FrameWorker
@@ -57,21 +65,15 @@ from xview_loc.nodes.input_sync import (
     blend_heading,
 )
 from xview_loc.nodes.messages import RejectedInput
+from xview_loc.overlay import draw_overlay
 from xview_loc.tile_store import TileStore
 
 HEADING_TYPES = {"imu": Imu, "quaternion": QuaternionStamped, "pose": PoseStamped}
 RESTART_SHOWN_S = 10.0
 SILENT_AFTER_S = 3.0
+# The motion that tiles are fetched ahead of is measured over so many metres, within so many seconds.
+MOTION_M, MOTION_S = 10.0, 10.0
 STATUS = ("latency_ms", "inference_ms", "confidence", "tile_age_s", "fix_offset_m")
-
-
-@dataclass(frozen=True)
-class Mount:
-    """Where antenna and camera are: metres forward and left of base_link, yaw in radians."""
-
-    antenna: tuple[float, float]
-    camera: tuple[float, float]
-    camera_yaw: float
 
 
 @dataclass(frozen=True)
@@ -91,13 +93,7 @@ class Job:
     frame: Frame
     fix: GnssFix
     heading: HeadingSample | None
-    mount: Mount
-
-
-def turned(offset: tuple[float, float], yaw: float) -> np.ndarray:
-    """A vehicle-frame offset in the axes that ``yaw`` (radians) is measured in."""
-    cos, sin = math.cos(yaw), math.sin(yaw)
-    return np.array([cos * offset[0] - sin * offset[1], sin * offset[0] + cos * offset[1]])
+    mounting: Mounting
 
 
 class LocalizerNode(LifecycleNode):
@@ -182,12 +178,13 @@ class LocalizerNode(LifecycleNode):
         self._headings: History[HeadingSample] = History("heading", blend_heading, p["max_heading_age_s"])
         self._waiting: WaitingRoom[Frame] = WaitingRoom(p["max_wait_s"])
         self._camera: CameraModel | None = None
+        self._motion_start: GnssFix | None = None
         self._last_image_ns = 0
         self._last_image_at: float | None = None
         self._tile_key, self._tile_since = "", 0.0
         self._heat_map_at = -math.inf
-        self._tf = self._make_tf_buffer() if p["camera_frame"] or p["antenna_frame"] else None
-        self._broadcaster = self._make_broadcaster() if p["publish_tf"] else None
+        self._tf: Any = self._make_tf_buffer() if p["camera_frame"] or p["antenna_frame"] else None
+        self._broadcaster: Any = self._make_broadcaster() if p["publish_tf"] else None
         self._advertise()
 
     def _load_model(self) -> CrossViewModel:
@@ -207,16 +204,20 @@ class LocalizerNode(LifecycleNode):
     def _make_localizer(self, model: CrossViewModel) -> Localizer:
         p, spec = self._p, model.spec
         assert self._map is not None
-        self._tiles = TileStore(self._map, spec.aerial_size, spec.gsd, p["snap_m"] or None)
+        self._tiles = TileStore(self._map, required_tile_px(spec), spec.gsd, p["snap_m"] or None)
         prior = {"known": 0.0, "prior": p["heading_prior_deg"], "unknown": None}[p["heading_mode"]]
-        return Localizer(
+        radius = p["search_radius_m"]
+        localizer = Localizer(
             self._tiles,
             model,
             heading_prior_deg=prior,
-            search_radius_m=p["search_radius_m"] or "covariance",
+            search_radius_m=None if radius < 0 else radius or "covariance",
             min_valid_fraction=p["min_valid_fraction"],
+            covariance_floor_m=p["covariance_floor_m"],
             device=p["device"],
         )
+        localizer.warm_up()
+        return localizer
 
     def _map_options(self) -> MapOptions:
         p = self._p
@@ -423,11 +424,11 @@ class LocalizerNode(LifecycleNode):
             heading = None if unknown else self._at(self._headings, frame.stamp_ns)
             if self._needs_camera_info and frame.camera is None:
                 raise RejectedInput("camera_info_missing", "no usable camera_info received")
-            mount = self._mount()
+            mounting = self._mounting()
         except RejectedInput as error:
             self._reject(error.reason, str(error))
             return
-        if self._worker is not None and self._worker.put(Job(frame, fix, heading, mount)):
+        if self._worker is not None and self._worker.put(Job(frame, fix, heading, mounting)):
             self._health.count("frames_dropped")
 
     def _at(self, history: History[Any], stamp_ns: int) -> Any:
@@ -436,7 +437,7 @@ class LocalizerNode(LifecycleNode):
         except SyncError as error:
             raise RejectedInput(f"{history.name}_{error.reason}", str(error)) from None
 
-    def _mount(self) -> Mount:
+    def _mounting(self) -> Mounting:
         p = self._p
         antenna, camera = (p["antenna_x"], p["antenna_y"]), (p["camera_x"], p["camera_y"])
         yaw = math.radians(p["camera_yaw_deg"])
@@ -444,7 +445,7 @@ class LocalizerNode(LifecycleNode):
             antenna, _ = self._look_up(p["antenna_frame"])
         if p["camera_frame"]:
             camera, yaw = self._look_up(p["camera_frame"])
-        return Mount(antenna, camera, yaw)
+        return Mounting(antenna, camera, yaw)
 
     def _look_up(self, frame: str) -> tuple[tuple[float, float], float]:
         try:
@@ -475,7 +476,9 @@ class LocalizerNode(LifecycleNode):
         except MapError as error:
             self._reject("map_unavailable", str(error))
         except LocalizationError as error:
-            self._reject("not_localized", str(error))
+            # HeadingRequiredError -> heading_required
+            name = type(error).__name__.removesuffix("Error")
+            self._reject(re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower(), str(error))
         except Exception as error:
             # The node must outlive a bug; this is where it is told.
             if rclpy.ok():
@@ -484,14 +487,14 @@ class LocalizerNode(LifecycleNode):
     def _localize(self, job: Job) -> None:
         started = time.monotonic_ns()
         image = messages.rgb_from_image(job.frame.image)
-        fix, mount, heading = job.fix, job.mount, job.heading
+        fix, heading = job.fix, job.heading
+        self._prefetch(fix)
         lat, lon = fix.lat, fix.lon
         looks = None
         if heading is not None:
             # The core localises the camera; the receiver measured the antenna.
-            lever = (mount.camera[0] - mount.antenna[0], mount.camera[1] - mount.antenna[1])
-            lat, lon = LocalProjection(lat, lon).inverse(*turned(lever, heading.yaw))
-            looks = wrap_angle(heading.yaw + mount.camera_yaw)
+            lat, lon = job.mounting.camera_from_antenna(lat, lon, heading.yaw)
+            looks = job.mounting.looking(heading.yaw)
         estimate = self._localizer.localize(
             Observation(
                 image=image,
@@ -509,25 +512,38 @@ class LocalizerNode(LifecycleNode):
                 "low_confidence",
                 f"confidence {estimate.confidence:.3f} is below {self._p['min_confidence']:g}",
             )
+        if estimate.at_search_border:
+            self._health.count("frames_at_search_border")
+            text = "the likeliest place lies on the edge of the search area; the true one may be outside"
+            self._health.condition("search_border", WARN, text, for_s=3.0)
         done = time.monotonic_ns()
         self._publish(job, estimate)
         self._health.accepted()
         self._publish_status(job, estimate, (done - started) / 1e6)
+
+    def _prefetch(self, fix: GnssFix) -> None:
+        """Load tiles ahead of the motion, measured over a distance that noise does not reach."""
+        start, tiles = self._motion_start, self._tiles
+        if start is None or tiles is None or not 0.0 < (fix.stamp_ns - start.stamp_ns) / NS < MOTION_S:
+            self._motion_start = fix
+            return
+        moved = LocalProjection(start.lat, start.lon).forward(fix.lat, fix.lon)
+        if math.hypot(*moved) >= MOTION_M:
+            seconds = (fix.stamp_ns - start.stamp_ns) / NS
+            tiles.prefetch(fix.lat, fix.lon, (moved[0] / seconds, moved[1] / seconds))
+            self._motion_start = fix
 
     def _publish(self, job: Job, estimate: PoseEstimate) -> None:
         stamp = job.frame.image.header.stamp
         if self._datum is None:
             self._datum = LocalProjection(job.fix.lat, job.fix.lon)
             self._show_datum()
-        yaw = None if estimate.heading is None else wrap_angle(estimate.heading - job.mount.camera_yaw)
-        variance = estimate.heading_variance if yaw is not None else 0.0
-        lat, lon = estimate.lat, estimate.lon
-        covariance = np.array(estimate.covariance, float)
-        if yaw is not None and any(job.mount.camera):
-            arm = -turned(job.mount.camera, yaw)
-            lat, lon = LocalProjection(lat, lon).inverse(*arm)
-            swing = np.array([-arm[1], arm[0]])
-            covariance = covariance + variance * np.outer(swing, swing)
+        yaw, variance = None, estimate.heading_variance
+        lat, lon, covariance = estimate.lat, estimate.lon, estimate.covariance
+        if estimate.heading is not None:
+            yaw = job.mounting.heading(estimate.heading)
+            lat, lon = job.mounting.base_from_camera(lat, lon, yaw)
+            covariance = job.mounting.base_covariance(covariance, yaw, variance)
         x, y = self._datum.forward(lat, lon)
         convergence = self._datum.convergence(lat, lon)
         cos, sin = math.cos(convergence), math.sin(convergence)
@@ -554,8 +570,6 @@ class LocalizerNode(LifecycleNode):
             self._publish_overlay(base, job, estimate)
 
     def _publish_overlay(self, header: Header, job: Job, estimate: PoseEstimate) -> None:
-        from xview_loc.overlay import draw_overlay
-
         self._overlay_pub.publish(
             messages.image_message(header, draw_overlay(estimate, job.fix.lat, job.fix.lon))
         )
