@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from test_ccvpe import image, weight
 
 from xview_loc.models import create_model
+from xview_loc.models.checkpoint import load_checkpoint
 from xview_loc.models.base import HeatMaps
 from xview_loc.models.ggcvt import CONFIGS, GGCVT, box_sum, correlate, ranking_loss
 from xview_loc.models.vgg import unit
@@ -233,3 +234,14 @@ if __name__ == "__main__":
         RECORDED,
         **{f"{name}/{i}": level for name in CONFIGS for i, level in enumerate(sampled(run(name)), start=1)},
     )
+
+
+def test_authors_checkpoint_with_unused_branches_loads(tmp_path):
+    model = create_model("ggcvt-small")
+    state = dict(model.state_dict())
+    state["SatFeatureNet.conv_dec3.1.weight"] = torch.zeros(4)
+    state["TransRefine.linear.weight"] = torch.zeros(4)
+    path = tmp_path / "model.pt"
+    torch.save(state, path)
+    loaded = load_checkpoint(path, "ggcvt-small").model
+    assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())

@@ -72,11 +72,13 @@ class CrossViewModel(nn.Module):
 
     ``extra_inputs`` names the keyword arguments that ``match`` needs beyond the interface's:
     ``meters_per_pixel`` (B,), the tile's ground sample distance, and ``intrinsics`` (B, 3, 3), the camera
-    matrix in pixels of the ground image as passed.
+    matrix in pixels of the ground image as passed. ``ignored_weights`` are the prefixes of keys that the
+    authors' checkpoints hold and localisation does not need.
     """
 
     spec: ModelSpec
     extra_inputs: frozenset[str] = frozenset()
+    ignored_weights: tuple[str, ...] = ()
 
     def encode_aerial(self, aerial: Tensor) -> Any:
         """Everything that depends on the tile alone; ``aerial`` is (B, 3, S, S), normalised."""

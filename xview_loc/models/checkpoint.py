@@ -101,6 +101,7 @@ def load_checkpoint(path: str | os.PathLike[str], expected_model: str | None = N
         model = create_model(metadata["model"])
     except ValueError as error:
         raise CheckpointError(f"checkpoint {path}: {error}") from None
+    state = {key: value for key, value in state.items() if not key.startswith(model.ignored_weights)}
     _check_state(path, state, model)
     model.load_state_dict(state)
     if "spec" in metadata:
