@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from test_ccvpe import image, weight
 
 from xview_loc.models import create_model
-from xview_loc.models.checkpoint import load_checkpoint
 from xview_loc.models.base import HeatMaps
+from xview_loc.models.checkpoint import load_checkpoint
 from xview_loc.models.ggcvt import CONFIGS, GGCVT, box_sum, correlate, ranking_loss
 from xview_loc.models.vgg import unit
 
