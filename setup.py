@@ -37,9 +37,11 @@ setup(
     zip_safe=False,
     install_requires=[
         "httpx",
+        "lightning-fabric",
         "matplotlib",
         "numpy",
         "opencv-python-headless",
+        "pmtiles",
         "pyproj",
         "rasterio",
         "rich",

@@ -118,9 +118,11 @@ class LocalizerNode(LifecycleNode):
         """Open map and model, create the outputs. rclpy swallows exceptions here, so we tell them."""
         try:
             self._configure()
-        except (MapError, CheckpointError, parameters.ParameterError, ValueError, RuntimeError) as error:
+        except Exception as error:
             self._close()
             text = " ".join(str(error).split())
+            if not isinstance(error, (MapError, CheckpointError, ValueError)):
+                text = f"{type(error).__name__}: {text}"
             self.get_logger().error(f"cannot configure: {text}")
             self._health.condition("not_configured", ERROR, text)
             return TransitionCallbackReturn.FAILURE
