@@ -1,6 +1,7 @@
 """One build script for colcon (ament_python) and for pip."""
 
 from glob import glob
+from pathlib import Path
 
 from setuptools import find_packages, setup
 
@@ -14,13 +15,13 @@ ROS = [
     "ros-sensor-msgs",
     "ros-std-srvs",
 ]
-TEST = ["pytest", "pytest-timeout", "hypothesis"]
+TEST = ["hypothesis", "pytest", "pytest-timeout", "pyyaml"]
 
 setup(
     name=NAME,
     version="0.1.0",
     description="Localises a vehicle by matching its camera image to an aerial image.",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     maintainer="xview_loc maintainers",
     maintainer_email="maintainers@xview-loc.dev",
