@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import importlib.util
 import math
 import signal
 import time
@@ -202,6 +203,16 @@ def test_heat_map_peaks_at_the_pose(rig):
     assert math.hypot(x - p.x, y - p.y) < GSD
 
 
+def test_overlay_is_drawn_once_it_is_asked_for(rig):
+    pictures = rig.bench.listen(Image, "/localizer/overlay", 1)
+    rig.bench.wait(lambda: rig.bench.node.count_publishers("/localizer/overlay"))
+    pose = rig.good_frame()
+    while not pictures:
+        pose = rig.good_frame()
+    assert pictures[-1].encoding == "rgb8" and any(pictures[-1].data)
+    rig.bench.wait(lambda: pictures[-1].header.stamp == pose.header.stamp)
+
+
 def test_untrained_weights_are_said(rig):
     rig.bench.wait_diagnosis("random weights")
 
@@ -325,7 +336,7 @@ def test_no_fix_no_heading_no_camera_info_and_unheard_publisher(aerial, tmp_path
             assert node.stop() == 0, node.log
 
 
-@pytest.mark.parametrize("fault", ["missing", "corrupt", "map", "model"])
+@pytest.mark.parametrize("fault", ["missing", "corrupt", "map", "model", "tf"])
 def test_bad_configuration_is_said_and_survived(aerial, tmp_path, fault):
     bad = tmp_path / "bad.safetensors"
     if fault == "corrupt":
@@ -336,6 +347,10 @@ def test_bad_configuration_is_said_and_survived(aerial, tmp_path, fault):
         parameters, says = {"map": str(tmp_path / "none.tif")}, "none.tif"
     elif fault == "model":
         parameters, says = {"map": str(aerial), "model": "nonesuch"}, "unknown model 'nonesuch'"
+    elif fault == "tf":
+        if importlib.util.find_spec("tf2_ros"):
+            pytest.skip("tf2_ros is installed")
+        parameters, says = {"map": str(aerial), "camera_frame": "camera"}, "tf2_ros cannot be imported"
     with bench(DOMAIN + 3) as b:
         node = start(tmp_path, DOMAIN + 3, **parameters)
         try:
@@ -361,8 +376,6 @@ def test_yaml_lists_every_parameter_with_its_default():
 
 def test_launch_file_describes_its_arguments():
     pytest.importorskip("launch_ros", reason="launch_ros is not installed")
-    import importlib.util
-
     path = ROOT / "launch" / "localize.launch.py"
     spec = importlib.util.spec_from_file_location("localize_launch", path)
     module = importlib.util.module_from_spec(spec)
