@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -30,7 +31,9 @@ from matplotlib import pyplot as plt
 
 FRAMES = 20
 RATE_HZ = 2.0
-TIMEOUT_S = 60.0
+START_TIMEOUT_S = 60.0
+LAST_FRAME_TIMEOUT_S = 5.0
+FASTDDS_PROFILE = Path(__file__).resolve().parents[2] / "config" / "fastdds.xml"
 
 
 def record_drive(city: City, folder: Path) -> list[dict]:
@@ -80,18 +83,38 @@ class Listener(Node):
         self.grid = grid
 
 
-def listen(frames: list[dict], processes: list[subprocess.Popen]) -> Listener:
-    """Spin until every frame has its pose; raises SystemExit when that does not happen."""
-    rclpy.init()
-    listener = Listener(frames)
-    executor = SingleThreadedExecutor()
-    executor.add_node(listener)
-    end = time.monotonic() + TIMEOUT_S
-    while len(listener.fixes) < len(frames) or listener.grid is None:
-        executor.spin_once(timeout_sec=0.1)
-        if any(p.poll() not in (None, 0) for p in processes) or time.monotonic() > end:
-            raise SystemExit(f"demo: {len(listener.fixes)} of {len(frames)} frames were localised")
-    return listener
+class Demo:
+    """The processes of the demo and the node that listens to them."""
+
+    def __init__(self, frames: list[dict]) -> None:
+        rclpy.init()
+        self.listener = Listener(frames)
+        self.processes: list[subprocess.Popen] = []
+        self._executor = SingleThreadedExecutor()
+        self._executor.add_node(self.listener)
+
+    def start(self, module: str, *arguments: str) -> subprocess.Popen:
+        """Start one of this package's modules as a process of its own."""
+        process = subprocess.Popen([sys.executable, "-m", module, *arguments])
+        self.processes.append(process)
+        return process
+
+    def wait(self, condition: Callable[[], object], timeout_s: float) -> bool:
+        """Spin until ``condition`` holds; False when it took too long or a process failed."""
+        end = time.monotonic() + timeout_s
+        while not condition():
+            if time.monotonic() > end or any(p.poll() not in (None, 0) for p in self.processes):
+                return False
+            self._executor.spin_once(timeout_sec=0.1)
+        return True
+
+    def close(self) -> None:
+        """End every process."""
+        for process in self.processes:
+            process.terminate()
+        for process in self.processes:
+            process.wait(20)
+        rclpy.try_shutdown()
 
 
 def draw(listener: Listener, map_path: Path, datum: LocalProjection, picture: Path) -> None:
@@ -130,6 +153,8 @@ def main() -> None:
     folder = Path("demo_output").resolve()
     folder.mkdir(exist_ok=True)
     os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
+    if FASTDDS_PROFILE.exists():
+        os.environ.setdefault("FASTDDS_DEFAULT_PROFILES_FILE", str(FASTDDS_PROFILE))
     print("building a simulated city ...", flush=True)
     city = build_city(7, "source")
     map_path = city.write_geotiff(folder / "city.tif")
@@ -145,28 +170,29 @@ def main() -> None:
     }
     arguments = [x for name, value in parameters.items() for x in ("-p", f"{name}:={value}")]
     print("the weights are UNTRAINED: this shows the plumbing, the positions mean nothing yet", flush=True)
-    processes = [
-        subprocess.Popen([sys.executable, "-m", "xview_loc.nodes.localizer_node", "--ros-args", *arguments]),
-        subprocess.Popen(
-            [sys.executable, "-m", "xview_loc.nodes.drive_publisher", str(folder / "drive"), str(RATE_HZ)]
-        ),
-    ]
+    demo = Demo(frames)
+    listener = demo.listener
     try:
-        listener = listen(frames, processes)
+        demo.start("xview_loc.nodes.localizer_node", "--ros-args", *arguments)
+        if not demo.wait(lambda: listener.count_publishers("/localizer/fix"), START_TIMEOUT_S):
+            raise SystemExit("demo: the localizer did not start; see its messages above")
+        publisher = demo.start("xview_loc.nodes.drive_publisher", str(folder / "drive"), str(RATE_HZ))
+        demo.wait(lambda: publisher.poll() is not None, START_TIMEOUT_S + FRAMES / RATE_HZ)
+        demo.wait(lambda: len(listener.fixes) == len(frames), LAST_FRAME_TIMEOUT_S)
+        if len(listener.fixes) < len(frames) / 2 or listener.grid is None:
+            raise SystemExit(f"demo: only {len(listener.fixes)} of {len(frames)} frames were localised")
         draw(listener, map_path, datum, folder / "demo.png")
-        errors = [
-            math.dist(datum.forward(f["lat"], f["lon"]), datum.forward(f["true_lat"], f["true_lon"]))
-            for f in frames
-        ]
-        print(f"{len(frames)} frames localised; mean error of the coarse fix {np.mean(errors):.1f} m")
-        print(f"picture: {folder / 'demo.png'}")
     finally:
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.wait(20)
-        if rclpy.ok():
-            rclpy.shutdown()
+        demo.close()
+    errors = [
+        math.dist(datum.forward(f["lat"], f["lon"]), datum.forward(f["true_lat"], f["true_lon"]))
+        for f in frames
+    ]
+    print(f"{len(listener.fixes)} of {len(frames)} frames localised")
+    print(
+        f"mean error of the coarse fix: {np.mean(errors):.1f} m (the estimate means nothing before training)"
+    )
+    print(f"picture: {folder / 'demo.png'}")
 
 
 if __name__ == "__main__":
