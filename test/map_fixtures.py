@@ -74,7 +74,7 @@ def reproject_geotiff(source: Path, path: Path, crs: str, scale: float = 0.5) ->
             width=int(width / scale),
             height=int(height / scale),
             resampling=Resampling.cubic,
-            tolerance=0.0,
+            tolerance=0.001,
             add_alpha=True,
         ) as warped:
             data = warped.read()
@@ -125,7 +125,7 @@ class Renderer:
                 width=self.side,
                 height=self.side,
                 resampling=Resampling.cubic,
-                tolerance=0.0,
+                tolerance=0.001,
                 add_alpha=not alpha,
             ) as warped:
                 data = np.moveaxis(warped.read([1, 2, 3, 4]), 0, -1)
@@ -211,7 +211,7 @@ class TileServer:
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:  # noqa: N802
+            def do_GET(self) -> None:
                 outer._answer(self)
 
             def log_message(self, *args: object) -> None:

@@ -27,7 +27,7 @@ from rasterio.enums import ColorInterp, Resampling
 from rasterio.errors import RasterioError
 from rasterio.transform import Affine
 from rasterio.vrt import WarpedVRT
-from rasterio.warp import transform_bounds
+from rasterio.warp import transform, transform_bounds
 
 from xview_loc.geodesy import LocalProjection, wrap_angle
 
@@ -418,15 +418,11 @@ class RasterMap(AerialMap):
             west, south, east, north = transform_bounds(dataset.crs, "EPSG:4326", *dataset.bounds)
         except RasterioError as error:
             raise MapOpenError(f"{self._name}: {self._reason(error)}") from None
-        lat = (south + north) / 2.0
-        # Metres on the ground per source pixel, whatever unit the source's projection is in.
-        place = LocalProjection(lat, west + ((east - west) % 360.0) / 2.0)
-        w, s = place.forward(south, west)
-        e, n = place.forward(north, east)
-        if math.isfinite(e - w) and math.isfinite(n - s):
-            resolution = math.hypot(e - w, n - s) / math.hypot(dataset.width, dataset.height)
-        else:
-            resolution = (north - south) * 111_320.0 / dataset.height
+        # Metres on the ground per source pixel at the middle, whatever unit the source's projection is in.
+        row, col = dataset.height // 2, dataset.width // 2
+        xs, ys = zip(dataset.xy(row, col), dataset.xy(row + 1, col + 1), strict=True)
+        lons, lats = transform(dataset.crs, "EPSG:4326", xs, ys)
+        resolution = math.hypot(*LocalProjection(lats[0], lons[0]).forward(lats[1], lons[1])) / math.sqrt(2.0)
         tags = dataset.tags()
         return MapInfo(
             kind=f"raster ({dataset.driver}, {dataset.width} x {dataset.height} px, {dataset.count} bands)",

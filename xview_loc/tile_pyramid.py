@@ -420,12 +420,8 @@ class HttpSource(TileSource):
         if self._key:
             LOG_REDACTOR.secrets.add(self._key)
         fixed_query = template.partition("?")[2]
-        if fixed_query and not re.search(r"\{-?[xyz]\}", fixed_query):
-            LOG_REDACTOR.secrets.add(fixed_query)
-        else:
-            LOG_REDACTOR.secrets.update(
-                value for value in re.findall(r"=([^&{}]{8,})(?=&|$)", fixed_query) if value
-            )
+        # Any value of the query may be a key, however short its name.
+        LOG_REDACTOR.secrets.update(re.findall(r"=([^&{}]{4,})(?=&|$)", fixed_query))
         self._cache: TileCache | None = None
         if options.cache_dir is not None:
             name = hashlib.sha256(template.encode()).hexdigest()[:16]

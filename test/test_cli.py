@@ -1,0 +1,72 @@
+"""The xview-loc command, run as a user runs it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from map_fixtures import TileServer, texture, write_geotiff
+
+LAT, LON = 48.2, 16.37
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "xview_loc.cli", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=60,
+    )
+
+
+def gpx(path: Path) -> Path:
+    points = "".join(f'<trkpt lat="{LAT + i * 1e-5}" lon="{LON}"/>' for i in range(30))
+    path.write_text(
+        f'<gpx xmlns="http://www.topografix.com/GPX/1/1"><trk><trkseg>{points}</trkseg></trk></gpx>'
+    )
+    return path
+
+
+def test_info(tmp_path):
+    tif = write_geotiff(tmp_path / "a.tif", texture(200, 300), LAT, LON, 0.25, "EPSG:32633")
+    done = run("map", "info", str(tif))
+    assert done.returncode == 0, done.stderr
+    assert "EPSG:32633" in done.stdout and "0.250 m/px" in done.stdout
+
+
+@pytest.mark.parametrize("by", ["bbox", "track"])
+def test_prefetched_tiles_serve_the_drive_offline(tmp_path, by):
+    from xview_loc.imagery import AerialMap, MapOptions
+
+    cache = tmp_path / "cache"
+    area = (
+        ["--bbox", f"{LAT - 2e-4},{LON - 2e-4},{LAT + 2e-4},{LON + 2e-4}"]
+        if by == "bbox"
+        else ["--track", str(gpx(tmp_path / "a.gpx")), "--radius", "20"]
+    )
+    with TileServer(None) as server:
+        url = server.url
+        done = run("map", "prefetch", url, *area, "--size", "256", "--gsd", "0.3", "--cache-dir", str(cache))
+        assert done.returncode == 0, done.stderr
+        assert "tiles" in done.stdout
+    with AerialMap.open(url, MapOptions(cache_dir=cache, offline=True)) as offline:
+        assert offline.tile(LAT + 1e-4, LON, 256, 0.3).valid_fraction == 1.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["map", "info", "/nowhere.tif"], 1, "nowhere.tif"),
+        (["map", "prefetch", "http://127.0.0.1:9/{z}/{x}/{y}.png"], 2, "either --bbox or --track"),
+        (["map", "prefetch", "http://127.0.0.1:9/{z}/{x}/{y}.png", "--bbox", "1,2,x,4"], 2, "four numbers"),
+        (["map", "prefetch", "http://127.0.0.1:9/{z}/{x}/{y}.png", "--track", "none.gpx"], 1, "no such file"),
+        (["map", "info", "http://h/{z}/{x}/{y}", "--header", "nonsense"], 2, "Name: value"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, code, message):
+    done = run(*arguments)
+    assert done.returncode == code
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
