@@ -66,7 +66,7 @@ def reproject_geotiff(source: Path, path: Path, crs: str, scale: float = 0.5) ->
     """The same scene in another projection; pixels ``scale`` times the size, to lose little."""
     with rasterio.open(source) as src:
         affine, width, height = calculate_default_transform(src.crs, crs, src.width, src.height, *src.bounds)
-        affine = affine * Affine.scale(scale)
+        affine = Affine(affine.a * scale, 0.0, affine.c, 0.0, affine.e * scale, affine.f)
         with WarpedVRT(
             src,
             crs=crs,

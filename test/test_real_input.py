@@ -98,7 +98,7 @@ def test_the_receivers_error_is_a_real_one():
 @pytest.mark.parametrize("crs", SOURCES)
 @pytest.mark.parametrize("form", FORMS)
 def test_the_same_ground_from_every_map(maps, form, crs):
-    """Tiles lie where the tiles of the original orthophoto lie, to a twentieth of a pixel (1.5 cm)."""
+    """Tiles lie where the tiles of the original orthophoto lie, to a tenth of a pixel (3 cm)."""
     if (form, crs) == ("geotiff", "EPSG:31256"):
         # The original itself: against its pixels, read at projected positions.
         with AerialMap.open(VIENNA) as aerial, rasterio.open(VIENNA) as source:
@@ -125,7 +125,7 @@ def test_the_same_ground_from_every_map(maps, form, crs):
             ]
     worst = max(shift(a, b) for a, b in pairs)
     print(f"{form} {crs}: tiles {worst:.3f} px apart")
-    assert worst < 0.05
+    assert worst < 0.1
 
 
 @pytest.mark.parametrize("crs", SOURCES)
