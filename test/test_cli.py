@@ -7,6 +7,10 @@ from pathlib import Path
 import pytest
 from map_fixtures import TileServer, texture, write_geotiff
 
+from xview_loc.imagery import AerialMap, MapOptions
+from xview_loc.tile_store import TileStore
+from xview_loc.tracks import TrackError, read_track
+
 LAT, LON = 48.2, 16.37
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -38,8 +42,6 @@ def test_info(tmp_path):
 
 @pytest.mark.parametrize("by", ["bbox", "track"])
 def test_prefetched_tiles_serve_the_drive_offline(tmp_path, by):
-    from xview_loc.imagery import AerialMap, MapOptions
-
     cache = tmp_path / "cache"
     area = (
         ["--bbox", f"{LAT - 2e-4},{LON - 2e-4},{LAT + 2e-4},{LON + 2e-4}"]
@@ -55,10 +57,65 @@ def test_prefetched_tiles_serve_the_drive_offline(tmp_path, by):
         assert offline.tile(LAT + 1e-4, LON, 256, 0.3).valid_fraction == 1.0
 
 
+@pytest.mark.parametrize("server_is", [{}, {"side": 512}, {"max_zoom": 18}, {"side": 512, "max_zoom": 18}])
+def test_offline_needs_what_prefetch_got(tmp_path, server_is):
+    """Whatever the server's tiles are like, and anywhere in the box, its edges included."""
+    tif = write_geotiff(tmp_path / "a.tif", texture(900, 900), LAT, LON, 0.2, "EPSG:32633")
+    cache, half = tmp_path / "cache", 1.5e-4
+    box = f"{LAT - half},{LON - half},{LAT + half},{LON + half}"
+    size, gsd = 128, 0.14
+    with TileServer(tif, **server_is) as server:
+        url = server.url
+        model = ["--size", str(size), "--gsd", str(gsd), "--max-zoom", "20"]
+        done = run("map", "prefetch", url, "--bbox", box, "--cache-dir", str(cache), *model)
+        assert done.returncode == 0, done.stderr
+    options = MapOptions(cache_dir=cache, offline=True, max_zoom=20)
+    with AerialMap.open(url, options) as offline:
+        store = TileStore(offline, size, gsd)
+        for east in (-half, 0.0, half):
+            for north in (-half, 0.0, half):
+                assert store.around(LAT + north, LON + east).valid_fraction == 1.0
+        store.close()
+
+
+def test_track_from_a_bag():
+    bag = ROOT.parent / "shared" / "data" / "tracks" / "robot_localization_test1.bag"
+    if not bag.exists():
+        pytest.skip("the shared bag is not here")
+    points = read_track(bag)
+    assert len(points) > 100
+    assert max(lat for lat, _ in points) - min(lat for lat, _ in points) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.gpx", "<gpx><trk>", "cannot read"),
+        ("a.gpx", "<gpx/>", "no positions"),
+        ("a.gpx", '<gpx><wpt lat="x" lon="1"/></gpx>', "valid lat and lon"),
+        ("a.bag", "rubbish", "cannot read"),
+        ("a.mcap", "rubbish", "cannot read"),
+    ],
+)
+def test_bad_tracks(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(TrackError, match=message):
+        read_track(path)
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
         (["map", "info", "/nowhere.tif"], 1, "nowhere.tif"),
+        (["map", "prefetch", "/nowhere.tif", "--bbox", "1,2,1,2"], 1, "nowhere.tif"),
+        (
+            ["map", "prefetch", "http://127.0.0.1:9/{z}/{x}/{y}.png", "--bbox", "1,179.9,1,-179.9"],
+            2,
+            "too large",
+        ),
+        (["map", "prefetch", "http://127.0.0.1:9/{z}/{x}/{y}.png", "--bbox", "1,2,1,2"], 1, "cannot reach"),
+        (["map", "info", "http://h/{z}/{x}/{y}?k={key}", "--api-key-env", "NO_SUCH"], 2, "NO_SUCH"),
         (["map", "prefetch", "http://127.0.0.1:9/{z}/{x}/{y}.png"], 2, "either --bbox or --track"),
         (["map", "prefetch", "http://127.0.0.1:9/{z}/{x}/{y}.png", "--bbox", "1,2,x,4"], 2, "four numbers"),
         (["map", "prefetch", "http://127.0.0.1:9/{z}/{x}/{y}.png", "--track", "none.gpx"], 1, "no such file"),

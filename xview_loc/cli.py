@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from xview_loc.geodesy import LocalProjection
 from xview_loc.imagery import AerialMap, MapError, MapOptions, default_cache_dir
-from xview_loc.tile_pyramid import HttpSource, PyramidMap, TileId
+from xview_loc.tile_pyramid import HttpSource, PyramidMap
 from xview_loc.tracks import TrackError, read_track
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Cross-view localisation.")
@@ -23,8 +22,8 @@ map_app = typer.Typer(no_args_is_help=True, help="Aerial maps.")
 app.add_typer(map_app, name="map")
 console = Console()
 
-# Tiles are asked for in groups of so many, the progress bar's step.
-GROUP = 16
+# More places than this is a slip of the pen (a box the wrong way around the globe), not a drive.
+MAX_PLACES = 1_000_000
 
 Source = Annotated[str, typer.Argument(metavar="MAP", help="GeoTIFF, .mbtiles, .pmtiles or a tile URL.")]
 Headers = Annotated[list[str] | None, typer.Option("--header", help="HTTP header, 'Name: value'.")]
@@ -70,36 +69,24 @@ def prefetch(
     if bool(bbox) == (track is not None):
         raise UsageError("give either --bbox or --track")
     if track is None:
-        places = list(_grid(*_parse_bbox(bbox), step_m=size * gsd / 2.0))
+        places = list(_grid(*_parse_bbox(bbox), tile_m=size * gsd))
     else:
         step = size * gsd / 4.0
         drive = _thinned(read_track(track, topic), step)
-        places = [place for lat, lon in drive for place in _around(lat, lon, radius, step)]
+        # Tile centres snap to a grid of this step: half of it is how far a tile may lie off the vehicle.
+        places = [place for lat, lon in drive for place in _around(lat, lon, radius + step / 2.0, step)]
     options = _options(header, api_key_env, cache_dir, max_zoom)
     with AerialMap.open(source, options) as aerial:
         if not isinstance(aerial, PyramidMap) or not isinstance(aerial.source, HttpSource):
             raise UsageError(f"{source} is a file on this machine already: nothing to fetch")
-        wanted: dict[TileId, None] = {}
-        for lat, lon in places:
-            wanted.update(dict.fromkeys(aerial.covering(lat, lon, size, gsd)))
-        missing = _fetch(aerial.source, list(wanted), options.deadline_s)
-    console.print(
-        f"{len(wanted) - missing} tiles in {options.cache_dir}; the server has none for {missing} more"
-    )
-
-
-def _fetch(server: HttpSource, tiles: list[TileId], deadline_s: float) -> int:
-    """Fetch what the cache lacks; how many of the tiles the server does not have."""
-    missing = 0
-    columns = (TextColumn("tiles"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("tiles", total=len(tiles))
-        for start in range(0, len(tiles), GROUP):
-            group = tiles[start : start + GROUP]
-            found = server.get(group, time.monotonic() + deadline_s)
-            missing += sum(data is None for data in found.values())
-            progress.advance(bar, len(group))
-    return missing
+        columns = (TextColumn("tiles"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        done = missing = 0
+        with Progress(*columns, console=console) as progress:
+            bar = progress.add_task("tiles", total=None)
+            for state in aerial.prefetch(places, size, gsd):
+                done, total, missing = state
+                progress.update(bar, completed=done, total=total)
+    console.print(f"{done - missing} tiles in {options.cache_dir}; the server has none for {missing} more")
 
 
 def _options(
@@ -135,12 +122,19 @@ def _parse_bbox(text: str) -> tuple[float, float, float, float]:
 
 
 def _grid(
-    south: float, west: float, north: float, east: float, step_m: float
+    south: float, west: float, north: float, east: float, tile_m: float
 ) -> Iterator[tuple[float, float]]:
-    """Places no further than ``step_m`` apart that fill the box, its corners included."""
+    """Places half a tile apart that fill the box and a margin of a quarter of a tile, for snapped centres."""
     metres = math.radians(1.0) * 6_371_000.0
-    rows = max(1, math.ceil((north - south) * metres / step_m))
-    columns = max(1, math.ceil((east - west) * metres * math.cos(math.radians(south)) / step_m))
+    step, margin = tile_m / 2.0, tile_m / 4.0 / metres
+    south, north = south - margin, north + margin
+    narrowest = math.cos(math.radians(max(abs(south), abs(north))))
+    widest = 1.0 if south < 0.0 < north else math.cos(math.radians(min(abs(south), abs(north))))
+    west, east = west - margin / narrowest, east + margin / narrowest
+    rows = max(1, math.ceil((north - south) * metres / step))
+    columns = max(1, math.ceil((east - west) * metres * widest / step))
+    if rows * columns > MAX_PLACES:
+        raise UsageError("--bbox: the area is too large to fetch (are the corners right?)")
     for row in range(rows + 1):
         for column in range(columns + 1):
             yield south + (north - south) * row / rows, west + (east - west) * column / columns

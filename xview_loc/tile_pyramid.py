@@ -23,12 +23,12 @@ import threading
 import time
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import cv2
 import httpx
@@ -58,6 +58,7 @@ from xview_loc.imagery import (
 )
 
 LOG = logging.getLogger(__name__)
+T = TypeVar("T")
 
 EARTH_CIRCUMFERENCE_M = 2.0 * math.pi * 6_378_137.0
 MAX_LATITUDE = 85.0511
@@ -68,6 +69,7 @@ OVERZOOM_LEVELS = 2
 MAX_TILES = 400
 DECODED_TILES = 96
 PARALLEL_REQUESTS = 8
+PREFETCH_GROUP = 16
 ATTEMPTS = 3
 FIRST_BACKOFF_S = 0.2
 SOCKET_TIMEOUT_S = 5.0
@@ -89,9 +91,13 @@ class TileId(NamedTuple):
 
 
 class TileSource:
-    """Where encoded tiles come from. Methods may be called from several threads."""
+    """Where encoded tiles come from. Methods may be called from several threads.
+
+    ``side`` is that of its tiles in pixels, as far as known.
+    """
 
     name: str
+    side: int = 256
     min_zoom: int = 0
     max_zoom: int = DEFAULT_MAX_ZOOM
     bounds: tuple[float, float, float, float] | None = None
@@ -104,6 +110,10 @@ class TileSource:
         Raises MapUnavailableError.
         """
         raise NotImplementedError
+
+    def learn_side(self, side: int) -> None:
+        """Note the side of the tiles, once one was seen."""
+        self.side = side
 
     def close(self) -> None:
         """Let go of everything held."""
@@ -139,8 +149,6 @@ class PyramidMap(AerialMap):
         self._max_zoom = source.max_zoom if options.max_zoom is None else options.max_zoom
         if not isinstance(source, HttpSource):
             self._max_zoom = min(self._max_zoom, source.max_zoom)
-        # Side of the source's tiles in pixels; corrected when the first tile is seen.
-        self._side = 256
         self._decoded: OrderedDict[TileId, NDArray[np.uint8] | None] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -153,11 +161,28 @@ class PyramidMap(AerialMap):
                 return tile
             # The server's tiles are of another size than assumed, so another zoom suits better.
 
-    def covering(self, lat: float, lon: float, size_px: int, gsd: float) -> list[TileId]:
-        """The pyramid's tiles that an aerial tile about the place is made of."""
-        zoom = self._zoom(lat, gsd)
-        grid_x, grid_y, _ = self._grid(LocalProjection(lat, lon), size_px, gsd, zoom)
-        return [tile for _, tile in self._tiles(grid_x, grid_y, zoom)]
+    def prefetch(
+        self, places: Sequence[tuple[float, float]], size_px: int, gsd: float
+    ) -> Iterator[tuple[int, int, int]]:
+        """Have the source fetch all that aerial tiles about ``places`` (lat, lon) are made of.
+
+        Yields (tiles done, tiles in all, tiles without imagery) as it goes on. Raises
+        MapUnavailableError; what was fetched until then stays in the cache.
+        """
+        while True:
+            side = self.source.side
+            wanted: dict[TileId, None] = {}
+            for lat, lon in places:
+                wanted.update(dict.fromkeys(self._covering(lat, lon, size_px, gsd)))
+            tiles, missing = list(wanted), 0
+            for start in range(0, len(tiles), PREFETCH_GROUP):
+                group = tiles[start : start + PREFETCH_GROUP]
+                missing += self._fetch(group)
+                if self.source.side != side:
+                    break  # another zoom suits better: work out anew what is needed
+                yield start + len(group), len(tiles), missing
+            else:
+                return
 
     def info(self) -> MapInfo:
         """See :meth:`AerialMap.info`."""
@@ -177,7 +202,7 @@ class PyramidMap(AerialMap):
         self.source.close()
 
     def _resolution(self, lat: float, zoom: int) -> float:
-        return EARTH_CIRCUMFERENCE_M * math.cos(math.radians(lat)) / (self._side * 2.0**zoom)
+        return EARTH_CIRCUMFERENCE_M * math.cos(math.radians(lat)) / (self.source.side * 2.0**zoom)
 
     def _zoom(self, lat: float, gsd: float) -> int:
         """The coarsest zoom at least as fine as ``gsd``, within what the source has."""
@@ -197,7 +222,7 @@ class PyramidMap(AerialMap):
         east, south = np.meshgrid(metres, metres)
         lat, lon = place.inverse(east, -south)
         lon = place.lon + (np.asarray(lon) - place.lon + 180.0) % 360.0 - 180.0
-        world = self._side * 2.0**zoom
+        world = self.source.side * 2.0**zoom
         x = (lon + 180.0) / 360.0 * world
         y = (0.5 - np.arcsinh(np.tan(np.radians(lat))) / (2.0 * math.pi)) * world
         return x, y, nodes
@@ -206,7 +231,7 @@ class PyramidMap(AerialMap):
         self, grid_x: NDArray[np.float64], grid_y: NDArray[np.float64], zoom: int
     ) -> list[tuple[tuple[int, int], TileId]]:
         """((unwrapped column, row), tile) of all tiles under the grid, with room for interpolation."""
-        side, count = self._side, 2**zoom
+        side, count = self.source.side, 2**zoom
         columns = range(math.floor((grid_x.min() - 2) / side), math.floor((grid_x.max() + 2) / side) + 1)
         rows = range(
             max(0, math.floor((grid_y.min() - 2) / side)),
@@ -219,17 +244,33 @@ class PyramidMap(AerialMap):
             )
         return [((x, y), TileId(zoom, x % count, y)) for y in rows for x in columns]
 
+    def _covering(self, lat: float, lon: float, size_px: int, gsd: float) -> list[TileId]:
+        """The pyramid's tiles that an aerial tile about the place is made of."""
+        zoom = self._zoom(lat, gsd)
+        grid_x, grid_y, _ = self._grid(LocalProjection(lat, lon), size_px, gsd, zoom)
+        return [tile for _, tile in self._tiles(grid_x, grid_y, zoom)]
+
+    def _fetch(self, tiles: list[TileId]) -> int:
+        """Have the source fetch tiles, or what is enlarged in their place; how many have neither."""
+        deadline = time.monotonic() + self._deadline_s
+        sources, data = self._with_ancestors(tiles, lambda group: self.source.get(group, deadline))
+        for tile, encoded in data.items():
+            if encoded is not None:
+                self._decode(encoded, tile)  # one shows the size of all
+                break
+        return sum(data[sources[tile]] is None for tile in tiles)
+
     def _cut(self, lat: float, lon: float, size_px: int, gsd: float, deadline: float) -> AerialTile | None:
         """The aerial tile, or None if the pyramid's tiles turned out to be of another size."""
         place = LocalProjection(lat, lon)
         if abs(place.lat) > MAX_LATITUDE:
             raise NoImageryError(f"{self.source.name} ends at latitude {MAX_LATITUDE}, asked for {lat:.6f}")
-        side = self._side
+        side = self.source.side
         zoom = self._zoom(lat, gsd)
         grid_x, grid_y, nodes = self._grid(place, size_px, gsd, zoom)
         placed = self._tiles(grid_x, grid_y, zoom)
         images = self._load([tile for _, tile in placed], deadline)
-        if self._side != side:
+        if self.source.side != side:
             return None
         if all(image is None for image in images.values()):
             raise NoImageryError(f"{self.source.name} has no imagery at {lat:.6f}, {lon:.6f} (zoom {zoom})")
@@ -274,16 +315,23 @@ class PyramidMap(AerialMap):
     def _load(self, tiles: Iterable[TileId], deadline: float) -> dict[TileId, NDArray[np.uint8] | None]:
         """Decoded RGB(A) tiles; missing ones are enlarged from an ancestor where there is one."""
         wanted = list(dict.fromkeys(tiles))
-        images = self._decode_all(wanted, deadline)
-        sources = {tile: tile for tile in wanted}
+        sources, images = self._with_ancestors(wanted, lambda group: self._decode_all(group, deadline))
+        return {tile: self._enlarge(images[sources[tile]], tile, sources[tile]) for tile in wanted}
+
+    def _with_ancestors(
+        self, tiles: list[TileId], get: Callable[[list[TileId]], dict[TileId, T | None]]
+    ) -> tuple[dict[TileId, TileId], dict[TileId, T | None]]:
+        """Which tile stands in for each tile (itself, where it is not missing), and what ``get`` gave."""
+        found = dict(get(tiles))
+        sources = {tile: tile for tile in tiles}
         for _ in range(OVERZOOM_LEVELS):
-            missing = [tile for tile in wanted if images[sources[tile]] is None]
+            missing = [tile for tile in tiles if found[sources[tile]] is None]
             missing = [tile for tile in missing if sources[tile].z > self.source.min_zoom]
             if not missing:
                 break
             sources.update({tile: sources[tile].parent for tile in missing})
-            images.update(self._decode_all(list({sources[tile] for tile in missing}), deadline))
-        return {tile: self._enlarge(images[sources[tile]], tile, sources[tile]) for tile in wanted}
+            found.update(get(list(dict.fromkeys(sources[tile] for tile in missing))))
+        return sources, found
 
     def _enlarge(
         self, image: NDArray[np.uint8] | None, tile: TileId, ancestor: TileId
@@ -292,14 +340,14 @@ class PyramidMap(AerialMap):
         levels = tile.z - ancestor.z
         if image is None or levels == 0:
             return image
-        part = self._side >> levels
+        part = self.source.side >> levels
         x, y = (tile.x - (ancestor.x << levels)) * part, (tile.y - (ancestor.y << levels)) * part
         # warpAffine reads neighbours beyond the part, so that no seam shows between enlarged tiles.
         scale = 1.0 / 2**levels
         offset = (scale - 1.0) / 2.0
         matrix = np.array([[scale, 0.0, x + offset], [0.0, scale, y + offset]])
         flags = cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP
-        size = (self._side, self._side)
+        size = (self.source.side, self.source.side)
         enlarged = cv2.warpAffine(image, matrix, size, flags=flags, borderMode=cv2.BORDER_REPLICATE)
         return enlarged.astype(np.uint8, copy=False)
 
@@ -329,13 +377,15 @@ class PyramidMap(AerialMap):
         except ValueError as error:
             where = f"{tile.z}/{tile.x}/{tile.y}"
             raise MapUnavailableError(f"{self.source.name}: tile {where} is damaged: {error}") from None
-        if image.shape[0] != self._side:
+        if image.shape[0] != self.source.side:
             with self._lock:
                 if self._decoded:
                     # Not the first tile seen: an odd one out.
-                    image = cv2.resize(image, (self._side, self._side), interpolation=cv2.INTER_AREA)
+                    image = cv2.resize(
+                        image, (self.source.side, self.source.side), interpolation=cv2.INTER_AREA
+                    )
                 else:
-                    self._side = image.shape[0]
+                    self.source.learn_side(image.shape[0])
         return image.astype(np.uint8, copy=False)
 
 
@@ -426,13 +476,19 @@ class HttpSource(TileSource):
         if options.cache_dir is not None:
             name = hashlib.sha256(template.encode()).hexdigest()[:16]
             self._cache = TileCache(Path(options.cache_dir) / name, options.cache_mb)
+            self.side = self._cache.read_side() or self.side
         elif options.offline:
             raise MapOpenError(f"{self.name}: offline needs a cache directory")
-        self._client = httpx.Client(
-            headers={"User-Agent": options.user_agent, **options.headers},
-            follow_redirects=True,
-            limits=httpx.Limits(max_connections=PARALLEL_REQUESTS),
-        )
+        try:
+            httpx.URL(self._url(TileId(0, 0, 0)))
+            self._client = httpx.Client(
+                headers={"User-Agent": options.user_agent, **options.headers},
+                follow_redirects=True,
+                limits=httpx.Limits(max_connections=PARALLEL_REQUESTS),
+            )
+        except (httpx.InvalidURL, ValueError, TypeError):
+            # Their text may hold the key.
+            raise MapOpenError(f"{self.name}: not a valid URL, or a header that cannot be sent") from None
         self._pool = ThreadPoolExecutor(PARALLEL_REQUESTS, thread_name_prefix="map-tiles")
         self._closing = threading.Event()
 
@@ -467,9 +523,11 @@ class HttpSource(TileSource):
                 future.cancel()
         return found
 
-    def is_cached(self, tile: TileId) -> bool:
-        """Whether the disk cache answers for the tile."""
-        return self._cache is not None and self._cache.read(tile, MISSING_KEPT_S) is not None
+    def learn_side(self, side: int) -> None:
+        """See :meth:`TileSource.learn_side`; kept on disk: an offline drive asks for the same tiles."""
+        super().learn_side(side)
+        if self._cache:
+            self._cache.write_side(side)
 
     def close(self) -> None:
         """See :meth:`TileSource.close`."""
@@ -482,6 +540,8 @@ class HttpSource(TileSource):
             return future.result(timeout=max(0.0, deadline - time.monotonic()))
         except FutureTimeoutError:
             raise MapUnavailableError(f"{self._describe(tile)}: no answer before the deadline") from None
+        except CancelledError:
+            raise MapUnavailableError(f"{self.name}: the map is closed") from None
 
     def _url(self, tile: TileId) -> str:
         flipped = 2**tile.z - 1 - tile.y
@@ -511,6 +571,10 @@ class HttpSource(TileSource):
             except httpx.HTTPError as error:
                 # Only the kind of the error: its text may hold the URL.
                 problem = f"cannot reach the server ({type(error).__name__})"
+            except RuntimeError:
+                if not self._closing.is_set():
+                    raise
+                problem = "the map is closed"
             else:
                 if status in (204, 404, 410):
                     self._keep(tile, b"")
@@ -598,6 +662,23 @@ class TileCache:
         path = self._path(tile)
         now = time.time()
         content = self.HEADER.pack(self.MAGIC, self._crc(data, now), now) + data
+        if self._replace(path, content):
+            self._account(len(content))
+
+    def read_side(self) -> int | None:
+        """The side of the tiles in pixels, if it was ever seen."""
+        try:
+            side = int((self.directory / "tile_side").read_text())
+        except (OSError, ValueError):
+            return None
+        return side if 16 <= side <= 4096 else None
+
+    def write_side(self, side: int) -> None:
+        """Keep the side of the tiles in pixels."""
+        self._replace(self.directory / "tile_side", str(side).encode())
+
+    def _replace(self, path: Path, content: bytes) -> bool:
+        """Write a file so that it is never seen half done; whether it worked."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
@@ -612,8 +693,8 @@ class TileCache:
             if not self._warned:
                 self._warned = True
                 LOG.warning("cannot write the map cache %s: %s", self.directory, error.strerror)
-            return
-        self._account(len(content))
+            return False
+        return True
 
     def _crc(self, data: bytes, written: float) -> int:
         return zlib.crc32(data, zlib.crc32(struct.pack("<d", written)))
@@ -649,6 +730,8 @@ class TileCache:
         for folder, _, names in os.walk(self.directory):
             for name in names:
                 path = Path(folder, name)
+                if path.suffix not in (".tile", ".part"):
+                    continue
                 try:
                     stat = path.stat()
                 except OSError:
