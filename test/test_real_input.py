@@ -40,7 +40,7 @@ def plane(lat: float, lon: float) -> pyproj.Proj:
 
 
 def receiver_error() -> np.ndarray:
-    """(n, 2) east and north metres: the fix minus the precise position at its arrival, as a driver sees it."""
+    """(n, 2) east and north metres: the fix minus the precise position when it arrives, as drivers see it."""
     folder = DATA / "tracks" / "comma2k19"
     fixes, times = np.load(folder / "live_gnss_ublox_value"), np.load(folder / "live_gnss_ublox_t")
     positions, frame_times = np.load(folder / "frame_positions"), np.load(folder / "frame_times")
