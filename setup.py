@@ -13,7 +13,6 @@ ROS = [
     "ros-geometry-msgs",
     "ros-nav-msgs",
     "ros-sensor-msgs",
-    "ros-std-srvs",
 ]
 TEST = ["hypothesis", "pytest", "pytest-timeout", "pyyaml"]
 
@@ -38,7 +37,6 @@ setup(
     zip_safe=False,
     install_requires=[
         "httpx",
-        "lightning-fabric",
         "matplotlib",
         "numpy",
         "opencv-python-headless",

@@ -9,14 +9,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_ccvpe import image, weight
+from hashed_models import hashed_model, inputs
 
 from xview_loc.models import create_model
 from xview_loc.models.base import HeatMaps
@@ -34,23 +33,6 @@ def extra(name: str, batch: int = 1) -> dict[str, torch.Tensor]:
     if name == "ggcvt-kitti":
         return {"intrinsics": KITTI_CAMERA.expand(batch, 3, 3)}
     return {"meters_per_pixel": torch.full((batch,), CONFIGS[name].spec.gsd)}
-
-
-@lru_cache(maxsize=1)
-def hashed_model(name: str) -> GGCVT:
-    model = create_model(name)
-    assert isinstance(model, GGCVT)
-    state = model.state_dict()
-    for key, value in state.items():
-        if value.is_floating_point():
-            state[key] = torch.from_numpy(weight(key, tuple(value.shape)))
-    model.load_state_dict(state)
-    return model
-
-
-def inputs(model: GGCVT) -> tuple[torch.Tensor, torch.Tensor]:
-    size = model.spec.aerial_size
-    return image("ground", *model.spec.ground_size), image("aerial", size, size)
 
 
 def run(name: str) -> HeatMaps:
