@@ -37,6 +37,7 @@ setup(
     zip_safe=False,
     install_requires=[
         "httpx",
+        "lightning-fabric",
         "matplotlib",
         "numpy",
         "opencv-python-headless",

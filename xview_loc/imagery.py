@@ -29,12 +29,13 @@ from rasterio.transform import Affine
 from rasterio.vrt import WarpedVRT
 from rasterio.warp import transform, transform_bounds
 
+from xview_loc.errors import UserError
 from xview_loc.geodesy import LocalProjection, wrap_angle
 
 SECRET = "***"
 
 
-class MapError(Exception):
+class MapError(UserError):
     """Something is wrong with the aerial map; the message is one clear line."""
 
 

@@ -9,10 +9,12 @@ from xml.etree import ElementTree
 
 from rosbags.highlevel import AnyReader, AnyReaderError
 
+from xview_loc.errors import UserError
+
 FIX_TYPE = "sensor_msgs/msg/NavSatFix"
 
 
-class TrackError(Exception):
+class TrackError(UserError):
     """The track cannot be read; the message is one clear line."""
 
 

@@ -23,7 +23,7 @@ _LAST_CHANNELS = 16
 class CCVPEConfig:
     """The sizes of one CCVPE model; tuples run from the coarsest level to the finest.
 
-    width: factor on the backbones' channels.
+    width: factor on the backbones' channels. groups: how many of EfficientNet-B0's groups they have.
     cell: side, in final backbone features, of the cell that one coarse satellite descriptor covers.
     satellite_descriptor: length of that descriptor.
     ground_channels: channels per panorama column of each level's ground descriptor.
@@ -46,6 +46,7 @@ class CCVPEConfig:
     taps: tuple[int, ...] = (15, 10, 4, 2, 0)
     cell: int = 2
     width: float = 1.0
+    groups: int = 7
     padding: Literal["zeros", "reflect"] = "zeros"
     classifier: bool = True
 
@@ -74,18 +75,20 @@ _KITTI = CCVPEConfig(
     conv_orientation=(512, 256, 128, 64, 32),
 )
 _SMALL = CCVPEConfig(
-    # One feature per coarse cell: the coarsest level has 8x8 cells of 9.6 m, as VIGOR's, in one level less.
-    spec=ModelSpec("ccvpe-small", "panorama", (128, 512), 256, 0.30, 16),
+    # Backbones of stride 16 and one feature per coarse cell: 10x10 cells of 7.7 m and as many heading bins
+    # as the panorama has columns of features.
+    spec=ModelSpec("ccvpe-small", "panorama", (64, 256), 160, 0.48, 16),
     satellite_descriptor=256,
-    ground_channels=(16, 8, 4, 2, 1),
-    shifts=(16, 8, 4, 2, 1),
-    up=(128, 64, 32, 24),
-    conv=(128, 64, 32, 16),
-    up_orientation=(96, 48, 24, 16),
-    conv_orientation=(96, 48, 24, 16),
-    taps=(10, 4, 2, 0),
+    ground_channels=(16, 8, 4, 2),
+    shifts=(16, 8, 4, 2),
+    up=(96, 48, 24),
+    conv=(128, 64, 32),
+    up_orientation=(64, 32, 16),
+    conv_orientation=(64, 32, 16),
+    taps=(4, 2, 0),
     cell=1,
-    width=0.35,
+    width=0.5,
+    groups=5,
     padding="reflect",
     classifier=False,
 )
@@ -127,9 +130,9 @@ class CCVPE(CrossViewModel):
         skip_channels = [block_channels(config.width)[tap] for tap in config.taps]
 
         ground_padding: Padding = "circular" if config.spec.camera == "panorama" else "zeros"
-        self.grd_efficientnet = EfficientNet(ground_padding, config.width, config.classifier)
-        self.sat_efficientnet = EfficientNet(config.padding, config.width, config.classifier)
-        rows = config.spec.ground_size[0] // 32
+        self.grd_efficientnet = EfficientNet(ground_padding, config.width, config.classifier, config.groups)
+        self.sat_efficientnet = EfficientNet(config.padding, config.width, config.classifier, config.groups)
+        rows = config.spec.ground_size[0] // self.grd_efficientnet.stride
         for level, channels in enumerate(config.ground_channels, start=1):
             self.add_module(
                 f"grd_feature_to_descriptor{level}",

@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from xview_loc.errors import UserError
 from xview_loc.models import create_model
 from xview_loc.models.base import CrossViewModel, ModelSpec
 
@@ -29,7 +30,7 @@ _TORCH_MAGIC = (b"PK\x03\x04", b"\x80")
 _WRAPPERS = ("state_dict", "model")
 
 
-class CheckpointError(Exception):
+class CheckpointError(UserError):
     """A file that is not a usable checkpoint of the model asked for."""
 
 
@@ -108,6 +109,23 @@ def load_checkpoint(path: str | os.PathLike[str], expected_model: str | None = N
         model.spec = _checked_spec(path, metadata["spec"], model.spec)
     metadata["spec"] = model.spec.to_json()
     return Checkpoint(model, metadata, hashlib.sha256(data).hexdigest())
+
+
+def shipped_checkpoint(name: str) -> Path | None:
+    """The weights that this package brings for the model called ``name``, None where it has none."""
+    path = Path(__file__).parent / "weights" / f"{name}.safetensors"
+    return path if path.exists() else None
+
+
+def load_model(name: str | None, path: str | os.PathLike[str] | None = None) -> Checkpoint:
+    """The checkpoint at ``path``, by default the one that this package brings for the model ``name``.
+
+    Raises CheckpointError as :func:`load_checkpoint` does, and where neither is there.
+    """
+    path = path or (shipped_checkpoint(name) if name else None)
+    if path is None:
+        raise CheckpointError(f"no weights are shipped for {name or 'an unnamed model'}: give a checkpoint")
+    return load_checkpoint(path, name)
 
 
 def _read_torch(path: Path, data: bytes) -> dict[str, Tensor]:

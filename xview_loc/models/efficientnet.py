@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -111,19 +112,26 @@ class _Block(nn.Module):
 
 
 class EfficientNet(nn.Module):
-    """EfficientNet-B0 without its classifier; total stride 32.
+    """EfficientNet-B0 without its classifier; total stride 32, or 16 with its first five groups alone.
 
     ``width`` scales every layer's channels. ``classifier`` keeps the unused ``_fc`` weights, which
-    published checkpoints carry, as frozen parameters.
+    published checkpoints carry, as frozen parameters. ``groups`` is how many groups of blocks there are.
     """
 
-    def __init__(self, padding: Padding = "zeros", width: float = 1.0, classifier: bool = True) -> None:
+    def __init__(
+        self,
+        padding: Padding = "zeros",
+        width: float = 1.0,
+        classifier: bool = True,
+        groups: int = len(_GROUPS),
+    ) -> None:
         super().__init__()
+        self.stride = 2 * math.prod(stride for _, _, stride, _, _ in _GROUPS[:groups])
         channels = scaled_channels(_STEM_CHANNELS, width)
         self._conv_stem = _SameConv2d(3, channels, 3, 2, 1, padding)
         self._bn0 = _batch_norm(channels)
         self._blocks = nn.ModuleList()
-        for repeats, kernel, stride, expansion, out in _GROUPS:
+        for repeats, kernel, stride, expansion, out in _GROUPS[:groups]:
             for i in range(repeats):
                 out_scaled = scaled_channels(out, width)
                 block = _Block(channels, out_scaled, kernel, 1 if i else stride, expansion, padding)

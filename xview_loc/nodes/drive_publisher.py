@@ -1,71 +1,56 @@
-"""Publishes a recorded drive's camera, GNSS and heading as a vehicle would: the demo's other process.
-
-A drive is a folder with ``drive.json`` (a list of frames: image file, fix lat/lon in degrees and sigma in
-metres, heading as true-north ENU yaw in radians) and the images.
-"""
+"""Publishes a simulated drive live: camera, GNSS, heading, wheel odometry, and the truth beside them."""
 
 from __future__ import annotations
 
-import array
-import json
-import math
-import sys
 import time
-from pathlib import Path
+from collections.abc import Iterable
+from importlib import import_module
 
 import rclpy
-from geometry_msgs.msg import QuaternionStamped
+from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.node import Node
-from sensor_msgs.msg import Image, NavSatFix, NavSatStatus
 
-from xview_loc.camera import decode_compressed
+from xview_loc.simulation.drive import Frame
+from xview_loc.simulation.messages import TOPICS, frame_messages
 
-
-def publish_drive(folder: Path, rate_hz: float) -> None:
-    """Publish every frame once, at ``rate_hz``, after all three topics have a listener."""
-    node = Node("drive_publisher")
-    outputs = {
-        topic: node.create_publisher(kind, topic, 10)
-        for topic, kind in (("image", Image), ("fix", NavSatFix), ("heading", QuaternionStamped))
-    }
-    while not all(p.get_subscription_count() for p in outputs.values()):
-        time.sleep(0.05)
-    for frame in json.loads((folder / "drive.json").read_text()):
-        began = time.monotonic()
-        stamp = node.get_clock().now().to_msg()
-        rgb = decode_compressed((folder / frame["image"]).read_bytes())
-
-        heading = QuaternionStamped()
-        heading.header.stamp = stamp
-        heading.header.frame_id = "base_link"
-        heading.quaternion.z = math.sin(frame["heading"] / 2)
-        heading.quaternion.w = math.cos(frame["heading"] / 2)
-        outputs["heading"].publish(heading)
-
-        fix = NavSatFix(latitude=frame["lat"], longitude=frame["lon"])
-        fix.header.stamp = stamp
-        fix.header.frame_id = "antenna"
-        fix.status.status = NavSatStatus.STATUS_FIX
-        fix.position_covariance = [frame["sigma"] ** 2 if i in (0, 4) else 0.0 for i in range(9)]
-        fix.position_covariance[8] = (2 * frame["sigma"]) ** 2
-        fix.position_covariance_type = NavSatFix.COVARIANCE_TYPE_DIAGONAL_KNOWN
-        outputs["fix"].publish(fix)
-
-        image = Image(height=rgb.shape[0], width=rgb.shape[1], step=3 * rgb.shape[1], encoding="rgb8")
-        image.header.stamp = stamp
-        image.header.frame_id = "camera"
-        image.data = array.array("B", rgb.tobytes())
-        outputs["image"].publish(image)
-        time.sleep(max(0.0, 1.0 / rate_hz - (time.monotonic() - began)))
-    node.destroy_node()
+_POLL_S = 0.05
+_LAST_MESSAGES_S = 0.5
 
 
-def main() -> None:
-    """``python -m xview_loc.nodes.drive_publisher FOLDER RATE_HZ``."""
+def publish_drive(frames: Iterable[Frame], rate_hz: float) -> int:
+    """Publish each frame at ``rate_hz`` once somebody listens to the image; how many were published.
+
+    Stamps are the times of publishing. A frame that takes longer to render than its turn comes late, and the
+    ones after it follow at the same rate. Ends early when ROS shuts down.
+    """
     rclpy.init()
-    publish_drive(Path(sys.argv[1]), float(sys.argv[2]))
-    rclpy.shutdown()
-
-
-if __name__ == "__main__":
-    main()
+    node = Node("drive")
+    executor = SingleThreadedExecutor()
+    executor.add_node(node)
+    count = 0
+    try:
+        outputs = {}
+        for topic, kind in TOPICS.items():
+            package, _, name = kind.split("/")
+            message_type = getattr(import_module(f"{package}.msg"), name)
+            # Relative names, so that a namespace applies.
+            outputs[topic] = node.create_publisher(message_type, topic[1:], 10)
+        while not outputs["/image"].get_subscription_count():
+            executor.spin_once(_POLL_S)
+        due = time.monotonic()
+        for frame in frames:
+            while (wait := due - time.monotonic()) > 0:
+                executor.spin_once(wait)
+            due = max(due + 1.0 / rate_hz, time.monotonic())
+            stamp_ns = node.get_clock().now().nanoseconds
+            for message in frame_messages(frame, stamp_ns):
+                outputs[message.topic].publish(message.data)
+            count += 1
+        # Reliable or not, what was just published leaves with the process unless it stays a moment.
+        executor.spin_once(_LAST_MESSAGES_S)
+    except (KeyboardInterrupt, ExternalShutdownException):
+        pass
+    finally:
+        node.destroy_node()
+        rclpy.try_shutdown()
+    return count

@@ -48,7 +48,7 @@ from xview_loc.localizer import (
 )
 from xview_loc.models import create_model
 from xview_loc.models.base import CrossViewModel
-from xview_loc.models.checkpoint import CheckpointError, load_checkpoint
+from xview_loc.models.checkpoint import CheckpointError, load_checkpoint, shipped_checkpoint
 from xview_loc.mounting import Mounting
 from xview_loc.nodes import messages, parameters
 from xview_loc.nodes.diagnostics import ERROR, WARN, Health
@@ -190,7 +190,8 @@ class LocalizerNode(LifecycleNode):
         self._advertise()
 
     def _load_model(self) -> CrossViewModel:
-        name, path = self._p["model"], self._p["checkpoint"]
+        name = self._p["model"]
+        path = self._p["checkpoint"] or shipped_checkpoint(name)
         if path:
             checkpoint = load_checkpoint(path, name or None)
             self._health.clear("untrained")

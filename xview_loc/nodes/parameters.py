@@ -37,7 +37,11 @@ LOCALIZER: tuple[Parameter, ...] = (
     P("map_deadline_s", 10.0, "Longest wait for one aerial tile, in seconds.", (0.1, 120.0)),
     P("snap_m", 0.0, "Spacing of the tile centres in metres; 0: a quarter of a tile.", (0.0, 1000.0)),
     P("model", "ccvpe-vigor", "Model's name."),
-    P("checkpoint", "", "Weights' file; empty: random weights, for trying the plumbing only."),
+    P(
+        "checkpoint",
+        "",
+        "Weights' file; empty: the model's shipped ones, or random ones to try the plumbing.",
+    ),
     P("device", "cpu", "PyTorch device, such as cpu or cuda:0."),
     P("torch_threads", 0, "Threads PyTorch may use; 0: its own default.", (0, 256)),
     P("image_transport", "raw", "Type of the image topic.", choices=("raw", "compressed")),

@@ -1,4 +1,4 @@
-"""The ``xview-loc`` command."""
+"""``xview-loc map``: what a map covers, and fetching it ahead."""
 
 from __future__ import annotations
 
@@ -9,18 +9,15 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from xview_loc.cli.console import UsageError, console
 from xview_loc.geodesy import LocalProjection
-from xview_loc.imagery import AerialMap, MapError, MapOptions, default_cache_dir
+from xview_loc.imagery import AerialMap, MapOptions, default_cache_dir
 from xview_loc.tile_pyramid import HttpSource, PyramidMap
-from xview_loc.tracks import TrackError, read_track
+from xview_loc.tracks import read_track
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Cross-view localisation.")
-map_app = typer.Typer(no_args_is_help=True, help="Aerial maps.")
-app.add_typer(map_app, name="map")
-console = Console()
+app = typer.Typer(no_args_is_help=True, help="Aerial maps.")
 
 # More places than this is a slip of the pen (a box the wrong way around the globe), not a drive.
 MAX_PLACES = 1_000_000
@@ -30,11 +27,7 @@ Headers = Annotated[list[str] | None, typer.Option("--header", help="HTTP header
 KeyEnv = Annotated[str, typer.Option(help="Environment variable whose value replaces {key} in the URL.")]
 
 
-class UsageError(Exception):
-    """The command's words are off; the message is one clear line."""
-
-
-@map_app.command()
+@app.command()
 def info(source: Source, header: Headers = None, api_key_env: KeyEnv = "") -> None:
     """Print what a map covers, and how finely."""
     with AerialMap.open(source, _options(header, api_key_env)) as aerial:
@@ -51,7 +44,7 @@ def info(source: Source, header: Headers = None, api_key_env: KeyEnv = "") -> No
     console.print(f"attribution  {facts.attribution or 'none given'}")
 
 
-@map_app.command()
+@app.command()
 def prefetch(
     source: Source,
     bbox: Annotated[str, typer.Option(help="Area: LAT0,LON0,LAT1,LON1 in degrees.")] = "",
@@ -156,19 +149,3 @@ def _around(lat: float, lon: float, radius_m: float, step_m: float) -> Iterator[
     for i in range(-count, count + 1):
         for j in range(-count, count + 1):
             yield plane.inverse(i * radius_m / max(count, 1), j * radius_m / max(count, 1))
-
-
-def main() -> None:
-    """Run the command; what goes wrong is said in one line, with exit code 1 (2 for wrong usage)."""
-    try:
-        app()
-    except UsageError as error:
-        Console(stderr=True).print(f"xview-loc: {error}", markup=False, soft_wrap=True)
-        raise SystemExit(2) from None
-    except (MapError, TrackError) as error:
-        Console(stderr=True).print(f"xview-loc: {error}", markup=False, soft_wrap=True)
-        raise SystemExit(1) from None
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,101 @@
+"""A simulated drive as a bag and over DDS: every topic, whole, and the same as the drive in memory."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rosbags.highlevel import AnyReader
+
+from xview_loc.simulation.city import build_city
+from xview_loc.simulation.drive import Frame, drive
+from xview_loc.simulation.messages import START_NS, TOPICS, write_bag
+from xview_loc.simulation.render import PanoramaView
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def frames() -> list[Frame]:
+    return list(drive(build_city(5, "source", size_m=420.0), 6, seed=2, view=PanoramaView(32, 128)))
+
+
+def test_bag_holds_the_drive(frames: list[Frame], tmp_path: Path) -> None:
+    write_bag(frames, tmp_path / "bag")
+    got: dict[str, list] = {topic: [] for topic in TOPICS}
+    with AnyReader([tmp_path / "bag"]) as reader:
+        for connection, stamp, raw in reader.messages():
+            message = reader.deserialize(raw, connection.msgtype)
+            assert message.header.stamp.sec * 10**9 + message.header.stamp.nanosec == stamp
+            got[connection.topic].append((stamp - START_NS, message))
+    for topic, messages in got.items():
+        assert [stamp for stamp, _ in messages] == [f.stamp_ns for f in frames], topic
+    for k, frame in enumerate(frames):
+        image, fix, heading = (got[topic][k][1] for topic in ("/image", "/fix", "/heading"))
+        assert np.array_equal(image.data.reshape(image.height, image.width, 3), frame.image)
+        assert (image.encoding, image.step) == ("rgb8", 3 * 128)
+        assert (fix.latitude, fix.longitude) == (frame.fix.lat, frame.fix.lon)
+        assert fix.position_covariance[0] == frame.fix.covariance[0, 0]
+        yaw = 2 * math.atan2(heading.quaternion.z, heading.quaternion.w)
+        assert math.remainder(yaw - frame.heading, 2 * math.pi) == pytest.approx(0.0, abs=1e-12)
+        truth, odometry = got["/truth/fix"][k][1], got["/odom"][k][1]
+        assert (truth.latitude, truth.longitude) == (frame.truth.lat, frame.truth.lon)
+        assert odometry.twist.twist.linear.x == frame.speed
+        assert odometry.twist.twist.angular.z == frame.yaw_rate
+    with pytest.raises(FileExistsError):
+        write_bag(frames, tmp_path / "bag")
+
+
+def test_command_drives_live(tmp_path: Path) -> None:
+    pytest.importorskip("rclpy")
+    from nav_msgs.msg import Odometry
+    from ros_harness import bench, environment, pick_domain
+    from sensor_msgs.msg import Image, NavSatFix
+
+    domain = pick_domain()
+    words = ["simulate", str(tmp_path), "--ros", "--frames", "12", "--rate", "10", "--height", "32"]
+    with bench(domain) as here:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "xview_loc.cli", *words],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=environment(domain),
+        )
+        try:
+            fixes, truths = here.listen(NavSatFix, "/fix"), here.listen(NavSatFix, "/truth/fix")
+            odometry = here.listen(Odometry, "/odom")
+            here.wait(
+                lambda: all(
+                    here.node.count_publishers(topic) for topic in ("/image", "/fix", "/truth/fix", "/odom")
+                ),
+                60.0,
+                "the drive",
+            )
+            # It waits for somebody who sees.
+            assert not fixes
+            images = here.listen(Image, "/image")
+            here.wait(lambda: process.poll() is not None, 30.0, "the end of the drive")
+        finally:
+            process.kill()
+        assert process.stdout is not None and "published 12 frames" in process.stdout.read()
+    assert process.returncode == 0 and (tmp_path / "city.tif").exists()
+    stamps = [[(m.header.stamp.sec, m.header.stamp.nanosec) for m in inbox] for inbox in (images, fixes)]
+    assert len(stamps[0]) == 12 and stamps[0] == stamps[1]
+    assert len(truths) == len(odometry) == 12
+    assert (images[0].height, images[0].width) == (32, 128)
+
+
+def test_command_writes_a_bag_once(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "xview_loc.cli", "simulate", str(tmp_path), "--frames", "3"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=100)
+    assert done.returncode == 0, done.stderr
+    with AnyReader([tmp_path / "drive"]) as reader:
+        assert {c.topic: c.msgcount for c in reader.connections} == dict.fromkeys(TOPICS, 3)
+    again = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=100)
+    assert again.returncode == 2 and "exists already" in again.stderr
+    assert "Traceback" not in again.stderr

@@ -1,0 +1,133 @@
+"""The training losses: where they are least, and what the authors' conventions say."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from xview_loc.losses import (
+    CCVPELoss,
+    bin_weights,
+    cross_entropy,
+    gaussian_label,
+    info_nce,
+    loss_for,
+    orientation_error,
+)
+from xview_loc.models import create_model
+
+
+def test_label_is_a_bump_at_the_place() -> None:
+    label = gaussian_label(torch.tensor([[10.0, 20.0], [3.5, 7.0]]), 32, 2.0)
+    assert float(label[0, 10, 20]) == 1.0 and int(label[0].argmax()) == 10 * 32 + 20
+    assert float(label[0, 12, 20]) == pytest.approx(math.exp(-0.5))
+    assert float(label[1, 3, 7]) == float(label[1, 4, 7]) == pytest.approx(math.exp(-0.5 * 0.25**2))
+
+
+@pytest.mark.parametrize(
+    ("degrees", "weights"),
+    [
+        (0.0, {0: 1.0}),
+        (18.0, {19: 1.0}),  # the published convention: heading 18 degrees of 20 bins is bin 19
+        (27.0, {19: 0.5, 18: 0.5}),
+        (-4.5, {0: 0.75, 1: 0.25}),
+        (351.0, {0: 0.5, 1: 0.5}),
+    ],
+)
+def test_headings_are_shared_by_the_two_nearest_bins(degrees: float, weights: dict[int, float]) -> None:
+    got = bin_weights(torch.tensor([math.radians(degrees)], dtype=torch.float64), 20)[0]
+    want = torch.zeros(20, dtype=torch.float64)
+    for index, weight in weights.items():
+        want[index] = weight
+    torch.testing.assert_close(got, want)
+
+
+def test_bins_agree_with_the_model() -> None:
+    """The bin that a turned panorama scores best in is the one that the loss calls positive."""
+    model = create_model("ccvpe-small")
+    torch.manual_seed(0)
+    size = model.spec.aerial_size
+    ground, aerial = torch.randn(1, 3, *model.spec.ground_size), torch.randn(1, 3, size, size)
+    with torch.inference_mode():
+        features = model.encode_aerial(aerial)
+        straight = model.match(ground, features).levels[0]
+        column = ground.shape[3] // model.spec.bins
+        # Content moved to the right by a bin: what was the centre, and with it the heading, turns left.
+        turned = model.match(ground.roll(column, 3), features).levels[0]
+    heading = 2 * math.pi / model.spec.bins
+    index = int(bin_weights(torch.tensor([heading]), model.spec.bins).argmax())
+    torch.testing.assert_close(turned[:, index], straight[:, 0], atol=0.02, rtol=0.0)
+
+
+def test_info_nce_counts_the_positive_cells() -> None:
+    label = gaussian_label(torch.tensor([[8.0, 8.0]]), 16, 0.4)
+    scores = torch.zeros(1, 3, 16, 16)
+    one_hot = torch.tensor([[0.0, 1.0, 0.0]])
+    # Nothing known: the share of one cell among all cells of all bins.
+    assert float(info_nce(scores, label, one_hot)) == pytest.approx(math.log(3 * 256))
+    scores[0, 1, 8, 8] = 1.0
+    better = float(info_nce(scores, label, one_hot))
+    scores[0, 1, 8, 8], scores[0, 2, 8, 8] = 0.0, 1.0
+    wrong_bin = float(info_nce(scores, label, one_hot))
+    assert better < math.log(3 * 256) < wrong_bin
+
+
+def test_info_nce_pools_the_label_to_the_level() -> None:
+    label = gaussian_label(torch.tensor([[5.0, 13.0]]), 16, 0.3)
+    scores = torch.full((1, 1, 4, 4), -1.0)
+    scores[0, 0, 1, 3] = 1.0
+    assert float(info_nce(scores, label, torch.ones(1, 1))) < 1e-3
+
+
+def test_cross_entropy_is_least_at_the_label() -> None:
+    label = gaussian_label(torch.tensor([[6.0, 9.0]]), 16, 1.5)
+    entropy = -(label / label.sum() * (label / label.sum()).log()).nansum()
+    torch.testing.assert_close(cross_entropy(label.log(), label), entropy, rtol=1e-4, atol=1e-4)
+    assert float(cross_entropy(torch.zeros(1, 16, 16), label)) == pytest.approx(math.log(256))
+
+
+def test_orientation_is_judged_at_the_place() -> None:
+    label = gaussian_label(torch.tensor([[4.0, 4.0]]), 16, 0.3)
+    angle = torch.tensor([0.7])
+    field = torch.zeros(1, 2, 16, 16)
+    field[0, :, 4, 4] = torch.tensor([math.cos(0.7), math.sin(0.7)])
+    assert float(orientation_error(field, angle, label)) < 0.02
+    assert float(orientation_error(-field, angle, label)) == pytest.approx(4.0, abs=0.1)
+
+
+@pytest.mark.parametrize("prior", [None, 0.0])
+def test_a_step_lowers_the_loss(prior: float | None) -> None:
+    torch.manual_seed(1)
+    model = create_model("ccvpe-small").train()
+    loss = CCVPELoss(sigma=2.0)
+    size = model.spec.aerial_size
+    batch = {
+        "ground": torch.randn(2, 3, *model.spec.ground_size),
+        "aerial": torch.randn(2, 3, size, size),
+        "position": torch.tensor([[40.0, 100.0], [90.0, 30.0]]),
+        "heading": torch.tensor([0.02, -0.01]),
+    }
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    values = []
+    for _ in range(6):
+        maps = model.match(
+            batch["ground"], model.encode_aerial(batch["aerial"]), prior, orientation=prior is None
+        )
+        value = loss(model, maps, batch, prior)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        values.append(float(value))
+    assert values[-1] < values[0] and math.isfinite(values[-1])
+
+
+def test_every_model_has_its_authors_loss() -> None:
+    assert loss_for(create_model("ccvpe-small")).to_json() == {
+        "name": "ccvpe",
+        "sigma": 4.0,
+        "level_weight": 1e4,
+        "orientation_weight": 10.0,
+    }
+    assert loss_for(create_model("ggcvt-small")).to_json() == {"name": "ggcvt"}

@@ -1,0 +1,251 @@
+"""Supervised training: its samples, what it writes, and that a killed run ends as one that was not."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from xview_loc.camera import normalise
+from xview_loc.datasets import DatasetError, PoseDataset, Sample, SimulatedDataset, open_dataset
+from xview_loc.losses import CCVPELoss, GGCVTLoss
+from xview_loc.models import create_model
+from xview_loc.models.base import CrossViewModel, HeatMaps
+from xview_loc.models.checkpoint import load_checkpoint
+from xview_loc.training import TrainingError, TrainingOptions, evaluate, train, turn_panoramas
+
+ROOT = Path(__file__).resolve().parent.parent
+SPEC = create_model("ccvpe-small").spec
+DATA = ["--data", "simulated:source:0:22", "--validation", "simulated:validation:500:4"]
+
+
+@pytest.fixture(scope="session")
+def cities(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the rendered cities of this session are kept."""
+    return tmp_path_factory.mktemp("cities")
+
+
+@pytest.fixture(scope="session")
+def samples(cities: Path) -> SimulatedDataset:
+    dataset = open_dataset("simulated:source:0:22", SPEC, cache_dir=cities, augment=True)
+    assert isinstance(dataset, SimulatedDataset)
+    dataset.prepare()
+    return dataset
+
+
+def command(out: Path, cities: Path, *more: str) -> list[str]:
+    words = ["train", *DATA, "--out", str(out), "--cache-dir", str(cities), "--accelerator", "cpu"]
+    words += ["--epochs", "2", "--batch-size", "2", "--heading", "both", "--sigma", "2", "--save-every", "2"]
+    words += ["--learning-rate", "1e-3", "--schedule", "cosine", "--warmup", "3"]
+    return [sys.executable, "-m", "xview_loc.cli", *words, *more]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.timeout(300)
+def test_a_killed_run_ends_with_the_same_numbers(
+    samples: SimulatedDataset, cities: Path, tmp_path: Path
+) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    done = subprocess.run(
+        command(whole, cities), capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    for last_line in ("step 4 of 22", "step 15 of 22"):  # in each of the two epochs of 11 steps
+        process = subprocess.Popen(
+            command(cut, cities), stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment()
+        )
+        assert process.stdout is not None
+        assert any(line.startswith(last_line) for line in process.stdout)
+        process.send_signal(signal.SIGKILL)
+        process.wait(10)
+    assert len(json.loads((cut / "history.json").read_text())) == 1
+    again = subprocess.run(
+        command(cut, cities), capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=200
+    )
+    assert again.returncode == 0, again.stderr
+    history = json.loads((whole / "history.json").read_text())
+    assert len(history) == 2 and history == json.loads((cut / "history.json").read_text())
+    best = load_checkpoint(whole / "best.safetensors", "ccvpe-small")
+    other = load_checkpoint(cut / "best.safetensors", "ccvpe-small")
+    for key, value in best.model.state_dict().items():
+        assert torch.equal(value, other.model.state_dict()[key]), key
+    assert best.metadata["training"]["data"] == "simulated:source:0-0:22"
+    assert best.metadata["command"].startswith("xview-loc train")
+
+
+def test_samples_show_the_place_they_say(samples: SimulatedDataset) -> None:
+    """The same panorama lies at the same spot of the world whatever tile is cut around it."""
+    samples.epoch = 0
+    first = samples[3]
+    samples.epoch = 1
+    second = samples[3]
+    samples.epoch = 0
+    assert torch.equal(first["aerial"], samples[3]["aerial"])
+    assert not torch.equal(first["aerial"], second["aerial"])
+    patches = []
+    for sample in (first, second):
+        image = sample["aerial"].permute(1, 2, 0).numpy()
+        row, col = sample["position"].tolist()
+        # The camera is away from the border, so that there is something around it.
+        assert min(row, col) >= 12 and max(row, col) <= SPEC.aerial_size - 13
+        patches.append(_around(image, row, col))
+    assert np.corrcoef(patches[0].ravel(), patches[1].ravel())[0, 1] > 0.98
+    assert abs(float(first["heading"])) < math.radians(12)
+
+
+def _around(image: np.ndarray, row: float, col: float) -> np.ndarray:
+    import cv2
+
+    return cv2.getRectSubPix(np.ascontiguousarray(image), (15, 15), (col, row))
+
+
+def test_datasets_are_named_clearly(cities: Path) -> None:
+    for text, message in (
+        ("vogir:/data", "unknown dataset"),
+        ("simulated:source:0", "written STYLE:CITIES:FRAMES"),
+        ("simulated:nowhere:0:5", "unknown style"),
+        ("simulated:source:5-3:5", "at least one city"),
+    ):
+        with pytest.raises(DatasetError, match=message):
+            open_dataset(text, SPEC, cache_dir=cities)
+    with pytest.raises(DatasetError, match="ccvpe-kitti does not take"):
+        open_dataset("simulated:source:0:5", create_model("ccvpe-kitti").spec, cache_dir=cities)
+
+
+def test_a_damaged_cache_is_named(tmp_path: Path) -> None:
+    dataset = SimulatedDataset("source", range(1), 2, SPEC, cache_dir=tmp_path)
+    folder = dataset._path(0)
+    folder.mkdir()
+    (folder / "panoramas.npy").write_bytes(b"rubbish")
+    with pytest.raises(DatasetError, match="is damaged"):
+        dataset[0]
+
+
+class Dots(PoseDataset):
+    """Aerial tiles with one white pixel, where the camera is."""
+
+    name = "dots"
+
+    def __init__(self, count: int = 6) -> None:
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Sample:
+        side = SPEC.aerial_size
+        image = np.zeros((side, side, 3), np.uint8)
+        row, col = 20 + 17 * index, 140 - 11 * index
+        image[row, col] = 255
+        return {
+            "ground": torch.zeros(3, *SPEC.ground_size),
+            "aerial": normalise(image)[0],
+            "position": torch.tensor([row, col], dtype=torch.float32),
+            "heading": torch.tensor(0.0),
+        }
+
+
+class Seer(CrossViewModel):
+    """Finds the white pixel, and with an unknown heading one ten pixels east of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spec = SPEC
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def encode_aerial(self, aerial: Tensor) -> Tensor:
+        return aerial[:, 0] * self.weight
+
+    def match(
+        self,
+        ground: Tensor,
+        features: Tensor,
+        heading_prior_deg: float | None = None,
+        *,
+        orientation: bool = False,
+    ) -> HeatMaps:
+        logits = features.roll(10, 2) if heading_prior_deg is None else features
+        return HeatMaps([logits[:, None]], logits)
+
+
+def test_evaluation_measures_metres() -> None:
+    loader = torch.utils.data.DataLoader(Dots(), 4)
+    errors = evaluate(Seer(), loader, "both")
+    assert errors["known_mean_m"] == errors["known_median_m"] == 0.0
+    assert errors["unknown_mean_m"] == pytest.approx(10 * SPEC.gsd, rel=1e-5)
+    assert set(evaluate(Seer(), loader, "known")) == {"known_mean_m", "known_median_m"}
+
+
+def test_turned_panoramas_turn_their_heading() -> None:
+    width = 256
+    ground = torch.arange(width, dtype=torch.float32).expand(5, 1, 2, width)
+    batch = {"ground": ground, "heading": torch.full((5,), 0.1)}
+    turned = turn_panoramas(batch, np.random.default_rng(3))
+    for image, heading in zip(turned["ground"], turned["heading"], strict=True):
+        # What the centre looked at before is now so far to the right of it as the heading turned left.
+        column = int((image[0, 0] == width // 2).nonzero())
+        moved = (column - width // 2) / width * 2 * math.pi
+        assert math.remainder(float(heading) - 0.1 - moved, 2 * math.pi) == pytest.approx(0.0, abs=1e-5)
+    assert len({round(float(h), 4) for h in turned["heading"]}) > 1
+
+
+def options(**changes: object) -> TrainingOptions:
+    base: dict = {"epochs": 1, "batch_size": 2, "accelerator": "cpu", "devices": 1}
+    return TrainingOptions(**{**base, **changes})
+
+
+class Anywhere:
+    """A loss that any model takes."""
+
+    orientation = False
+
+    def __init__(self, value: float = 1.0) -> None:
+        self.value = value
+
+    def __call__(self, model: object, maps: HeatMaps, batch: dict, prior: float | None) -> Tensor:
+        return maps.logits.mean() * self.value
+
+    def to_json(self) -> dict:
+        return {"name": "anywhere"}
+
+
+def test_what_cannot_be_trained_says_so(tmp_path: Path) -> None:
+    def fails(message: str, *arguments: object, **changes: object) -> None:
+        model, loss, folder = arguments
+        with pytest.raises(TrainingError, match=message):
+            train(model, Dots(), Dots(), folder, loss, options(**changes))
+
+    fails("do not fill one batch", Seer(), Anywhere(), tmp_path / "a", batch_size=7)
+    fails("needs a known heading", create_model("ggcvt-small"), GGCVTLoss(), tmp_path / "b", heading="both")
+    fails("no panoramas", create_model("ccvpe-kitti"), CCVPELoss(), tmp_path / "c", heading="unknown")
+    fails("not finite at step 0", Seer(), Anywhere(math.nan), tmp_path / "d")
+    train(Seer(), Dots(), Dots(), tmp_path / "e", Anywhere(), options())
+    fails("other settings .options.", Seer(), Anywhere(), tmp_path / "e", learning_rate=5e-4)
+    (tmp_path / "e" / "last.pt").write_bytes(b"cut off")
+    fails("damaged", Seer(), Anywhere(), tmp_path / "e")
+
+
+def test_the_best_epoch_is_kept(tmp_path: Path) -> None:
+    """A model that gets worse: its weight turns negative, and the dot is found no more."""
+    model = Seer()
+    model.weight.data.fill_(0.002)
+
+    class Falls(Anywhere):
+        def __call__(self, model: object, maps: HeatMaps, batch: dict, prior: float | None) -> Tensor:
+            return model.weight  # type: ignore[attr-defined]
+
+    standing = train(model, Dots(), Dots(), tmp_path, Falls(), options(epochs=2, learning_rate=5e-4))
+    assert standing.history[0]["known_mean_m"] == 0.0 and standing.history[1]["known_mean_m"] > 1.0
+    assert standing.best_error_m == 0.0

@@ -1,0 +1,25 @@
+"""The ``xview-loc`` command."""
+
+from __future__ import annotations
+
+import typer
+from rich.console import Console
+
+from xview_loc.cli import evaluate, maps, simulate, train
+from xview_loc.cli.console import UsageError
+from xview_loc.errors import UserError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Cross-view localisation.")
+app.add_typer(maps.app, name="map")
+app.command()(train.train)
+app.command()(evaluate.evaluate)
+app.command()(simulate.simulate)
+
+
+def main() -> None:
+    """Run the command; what goes wrong is said in one line, with exit code 1 (2 for wrong usage)."""
+    try:
+        app()
+    except UserError as error:
+        Console(stderr=True).print(f"xview-loc: {error}", markup=False, soft_wrap=True)
+        raise SystemExit(2 if isinstance(error, UsageError) else 1) from None

@@ -1,0 +1,56 @@
+"""``xview-loc simulate``: a drive through a simulated city, as a bag or live over ROS 2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import track
+
+from xview_loc.cli.console import UsageError, console
+
+
+def simulate(
+    out: Annotated[Path, typer.Argument(help="Folder for the map (city.tif) and the bag (drive).")],
+    style: Annotated[str, typer.Option(help="Style of the city.")] = "source",
+    city: Annotated[int, typer.Option(min=0, help="Seed of the city.")] = 7,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the drive.")] = 0,
+    frames: Annotated[int, typer.Option(min=1, help="Length of the drive.")] = 300,
+    rate: Annotated[float, typer.Option(min=0.1, help="Frames a second.")] = 5.0,
+    height: Annotated[int, typer.Option(min=16, help="Of the panorama, pixels; four times as wide.")] = 128,
+    ros: Annotated[bool, typer.Option("--ros", help="Publish live instead of writing a bag.")] = False,
+) -> None:
+    """Build a city, write its aerial map, and drive through it.
+
+    With --ros the drive starts when somebody subscribes to the image.
+    """
+    from xview_loc.simulation.city import build_city
+    from xview_loc.simulation.drive import DriveOptions, drive
+    from xview_loc.simulation.messages import TOPICS, write_bag
+    from xview_loc.simulation.render import PanoramaView
+    from xview_loc.simulation.styles import STYLES
+
+    if style not in STYLES:
+        raise UsageError(f"unknown style {style!r}; choose from {', '.join(STYLES)}")
+    bag = out / "drive"
+    if not ros and bag.exists():
+        raise UsageError(f"{bag} exists already: choose another folder or delete it")
+    with console.status("building the city"):
+        built = build_city(city, style)
+        out.mkdir(parents=True, exist_ok=True)
+        map_path = built.write_geotiff(out / "city.tif")
+    seen = drive(
+        built, frames, seed, options=DriveOptions(rate_hz=rate), view=PanoramaView(height, 4 * height)
+    )
+    console.print(f"map: {map_path}", soft_wrap=True)
+    if ros:
+        try:
+            from xview_loc.nodes.drive_publisher import publish_drive
+        except ImportError as error:
+            raise UsageError(f"--ros needs ROS 2's Python packages ({error})") from None
+        console.print(f"topics: {' '.join(TOPICS)}; waiting for a subscriber to the image", soft_wrap=True)
+        console.print(f"published {publish_drive(seen, rate)} frames")
+        return
+    write_bag(track(seen, "driving", total=frames, console=console, transient=True), bag)
+    console.print(f"bag: {bag}", soft_wrap=True)

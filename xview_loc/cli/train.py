@@ -1,0 +1,146 @@
+"""``xview-loc train``: supervised training on a dataset with true poses."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from dataclasses import replace
+from enum import Enum
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from xview_loc import __version__
+from xview_loc.cli.console import UsageError, console
+
+if TYPE_CHECKING:
+    from xview_loc.training import Standing
+
+
+class Heading(str, Enum):
+    """Is the panoramas' heading known to the model?"""
+
+    known = "known"
+    unknown = "unknown"
+    both = "both"
+
+
+class Schedule(str, Enum):
+    """How the learning rate goes on after the warm-up."""
+
+    constant = "constant"
+    cosine = "cosine"
+
+
+def train(
+    data: Annotated[str, typer.Option(help="Training data, simulated:STYLE:CITIES:FRAMES.")],
+    validation: Annotated[str, typer.Option(help="Data that picks the best checkpoint.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run; an unfinished run there is resumed.")],
+    model: Annotated[str, typer.Option(help="Model's name.")] = "ccvpe-small",
+    start: Annotated[Path | None, typer.Option(help="Checkpoint to start from.")] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the data.")] = 10,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples per step and process.")] = 8,
+    learning_rate: Annotated[float, typer.Option(min=0.0, help="Adam's.")] = 1e-4,
+    schedule: Annotated[Schedule, typer.Option(help="Of the learning rate.")] = Schedule.constant,
+    warmup: Annotated[int, typer.Option(min=0, help="Steps until the full learning rate.")] = 0,
+    heading: Annotated[Heading, typer.Option(help="Is the panoramas' heading known?")] = Heading.known,
+    sigma: Annotated[float, typer.Option(min=0.1, help="Of CCVPE's label, tile pixels.")] = 4.0,
+    seed: Annotated[int, typer.Option(help="Of the weights and the order.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that load data.")] = 0,
+    precision: Annotated[str, typer.Option(help="32-true, bf16-mixed or 16-mixed.")] = "32-true",
+    accelerator: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    devices: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between saved states.")] = 200,
+    cache_dir: Annotated[Path | None, typer.Option(help="Where rendered cities are kept.")] = None,
+) -> None:
+    """Train a model; cut off, the same command goes on where it stopped."""
+    import torch
+
+    from xview_loc import training
+    from xview_loc.datasets import SimulatedDataset, open_dataset
+    from xview_loc.losses import CCVPELoss, loss_for
+    from xview_loc.models import create_model
+    from xview_loc.models.checkpoint import load_checkpoint
+
+    torch.manual_seed(seed)
+    try:
+        net = load_checkpoint(start, model).model if start else create_model(model)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    loss = loss_for(net)
+    if isinstance(loss, CCVPELoss):
+        loss = replace(loss, sigma=sigma)
+    sets = [
+        open_dataset(text, net.spec, cache_dir=cache_dir, augment=augment)
+        for text, augment in ((data, True), (validation, False))
+    ]
+    options = training.TrainingOptions(
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        schedule=schedule.value,
+        warmup=warmup,
+        heading=heading.value,
+        seed=seed,
+        workers=workers,
+        precision=precision,
+        accelerator=accelerator,
+        devices=devices,
+        save_every=save_every,
+    )
+    # Of several processes the first renders and prints.
+    first = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[facts]}"),
+    )
+    with Progress(*columns, console=console, disable=not (first and console.is_terminal)) as bars:
+        for dataset in sets:
+            if isinstance(dataset, SimulatedDataset) and first:
+                bar = bars.add_task(f"rendering {dataset.name}", total=dataset.cities, facts="")
+                dataset.prepare(partial(bars.advance, bar))
+        bar = bars.add_task("training", total=None, facts="")
+        printed = 0
+
+        def show(standing: Standing) -> None:
+            nonlocal printed
+            if not first:
+                return
+            done = standing.epoch * standing.steps_per_epoch + standing.step_in_epoch
+            total = options.epochs * standing.steps_per_epoch
+            bars.update(bar, completed=done, total=total, facts=f"loss {standing.loss:.4g}")
+            if not console.is_terminal and standing.step_in_epoch % save_every == 0:
+                print(f"step {done} of {total}: loss {standing.loss:.4g}", flush=True)
+            for entry in standing.history[printed:]:
+                bars.console.print(_line(entry), soft_wrap=True)
+            printed = len(standing.history)
+
+        standing = training.train(
+            net,
+            sets[0],
+            sets[1],
+            out,
+            loss,
+            options,
+            metadata={"version": __version__, "command": shlex.join(["xview-loc", *sys.argv[1:]])},
+            on_step=show,
+        )
+    if first:
+        best = f"{standing.best_error_m:.2f} m mean validation error"
+        console.print(f"{out / training.BEST_FILE}: {best}", soft_wrap=True)
+
+
+def _line(entry: dict[str, float]) -> str:
+    errors = ", ".join(
+        f"{name.removesuffix('_m').replace('_', ' heading ')} {value:.2f} m"
+        for name, value in entry.items()
+        if name.endswith("_m")
+    )
+    return f"epoch {entry['epoch']:.0f}: loss {entry['loss']:.4g}; {errors}"

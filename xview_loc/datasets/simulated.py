@@ -1,0 +1,157 @@
+"""Samples from drives through simulated cities, rendered once and kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from xview_loc.camera import normalise, prepare_ground
+from xview_loc.datasets.base import DatasetError, PoseDataset, Sample
+from xview_loc.geodesy import wrap_angle
+from xview_loc.imagery import default_cache_dir
+from xview_loc.models.base import ModelSpec
+from xview_loc.simulation.city import build_city
+from xview_loc.simulation.drive import DriveOptions, drive
+from xview_loc.simulation.render import PanoramaView
+from xview_loc.simulation.styles import STYLES
+
+# Raise it when the simulation changes what it draws.
+_VERSION = 1
+# One frame a second, about 8 m apart: neighbours show different things.
+_RATE_HZ = 1.0
+# The camera is at least this far from the tile's border, where nothing surrounds it.
+_BORDER_M = 6.0
+_HEADING_NOISE = math.radians(2.0)
+
+
+_FILES = ("panoramas", "aerial", "poses")
+_Rendered = tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.float64]]
+
+
+class SimulatedDataset(PoseDataset):
+    """Panoramas along drives through ``cities`` (seeds) of a style, ``frames`` in each.
+
+    The camera is anywhere on its tile but near the border, and the panorama is turned north with a heading
+    that is off by 2 degrees (standard deviation). ``augment`` draws both anew in every epoch.
+    Cities are rendered by :meth:`prepare`, or when first needed, into ``cache_dir``.
+    Raises DatasetError for a model that does not take panoramas, and on an unknown style.
+    """
+
+    def __init__(
+        self,
+        style: str,
+        cities: range,
+        frames: int,
+        spec: ModelSpec,
+        *,
+        cache_dir: Path | None = None,
+        augment: bool = False,
+    ) -> None:
+        if spec.camera != "panorama":
+            raise DatasetError(f"the simulated dataset has panoramas, which {spec.name} does not take")
+        if style not in STYLES:
+            raise DatasetError(f"unknown style {style!r}; choose from {', '.join(STYLES)}")
+        if not cities or frames < 1:
+            raise DatasetError("a simulated dataset needs at least one city and one frame")
+        self.name = f"simulated:{style}:{cities.start}-{cities.stop - 1}:{frames}"
+        self._style, self._cities, self._frames = style, cities, frames
+        self._spec = spec
+        self._folder = (cache_dir or default_cache_dir().parent / "simulated").expanduser()
+        self._augment = augment
+        self._open: dict[int, _Rendered] = {}
+
+    @classmethod
+    def parse(
+        cls, text: str, spec: ModelSpec, *, cache_dir: Path | None = None, augment: bool = False
+    ) -> SimulatedDataset:
+        """From ``STYLE:CITIES:FRAMES``; CITIES is a seed or ``FIRST-LAST``."""
+        match = re.fullmatch(r"(\w+):(\d+)(?:-(\d+))?:(\d+)", text)
+        if not match:
+            raise DatasetError(f"a simulated dataset is written STYLE:CITIES:FRAMES, not {text!r}")
+        style, first, last, frames = match.groups()
+        cities = range(int(first), int(last or first) + 1)
+        return cls(style, cities, int(frames), spec, cache_dir=cache_dir, augment=augment)
+
+    @property
+    def cities(self) -> int:
+        """How many cities there are to render."""
+        return len(self._cities)
+
+    def __len__(self) -> int:
+        return len(self._cities) * self._frames
+
+    def prepare(self, on_city: Callable[[], object] = lambda: None) -> None:
+        """Render the cities that the cache lacks; ``on_city`` is called after each city."""
+        for seed in self._cities:
+            if not self._path(seed).exists():
+                self._render(seed)
+            on_city()
+
+    def __getitem__(self, index: int) -> Sample:
+        seed = self._cities[index // self._frames]
+        panoramas, aerial, poses = self._city(seed)
+        frame = index % self._frames
+        rng = np.random.default_rng([index, self.epoch if self._augment else 0])
+        east, north, heading = poses[frame]
+        side, gsd = self._spec.aerial_size, self._spec.gsd
+        reach = side * gsd / 2 - _BORDER_M
+        offset = rng.uniform(-reach, reach, 2)
+        half = aerial.shape[0] * gsd / 2
+        col, row = (east + offset[0] + half) / gsd - 0.5, (half - north - offset[1]) / gsd - 0.5
+        tile = cv2.getRectSubPix(aerial, (side, side), (float(col), float(row))).astype(np.uint8, copy=False)
+        measured = heading + _HEADING_NOISE * rng.normal()
+        ground = prepare_ground(panoramas[frame], self._spec, heading=measured, camera=None)
+        middle = (side - 1) / 2
+        position = (middle + offset[1] / gsd, middle - offset[0] / gsd)
+        return {
+            "ground": ground[0],
+            "aerial": normalise(tile)[0],
+            "position": torch.tensor(position, dtype=torch.float32),
+            "heading": torch.tensor(wrap_angle(heading - measured), dtype=torch.float32),
+        }
+
+    def _path(self, seed: int) -> Path:
+        what = (_VERSION, self._style, seed, self._frames, self._spec.ground_size, self._spec.gsd)
+        return self._folder / hashlib.sha256(repr(what).encode()).hexdigest()[:16]
+
+    def _city(self, seed: int) -> _Rendered:
+        if seed not in self._open:
+            path = self._path(seed)
+            if not path.exists():
+                self._render(seed)
+            try:
+                panoramas, aerial, poses = (np.load(path / f"{name}.npy", mmap_mode="r") for name in _FILES)
+            except (OSError, ValueError) as error:
+                raise DatasetError(f"{path} is damaged ({error}): delete it to render it anew") from None
+            self._open[seed] = (panoramas, aerial, poses)
+        return self._open[seed]
+
+    def _render(self, seed: int) -> None:
+        city = build_city(seed, self._style)
+        height, width = self._spec.ground_size
+        images, poses = [], []
+        options, view = DriveOptions(rate_hz=_RATE_HZ), PanoramaView(height, width)
+        for frame in drive(city, self._frames, options=options, view=view):
+            images.append(frame.image)
+            poses.append((frame.truth.east, frame.truth.north, frame.truth.heading))
+        side = round(city.size_m / self._spec.gsd)
+        aerial = cv2.resize(city.aerial, (side, side), interpolation=cv2.INTER_AREA)
+        path = self._path(seed)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Complete or not at all: a folder is renamed in one step.
+        with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
+            folder = Path(temporary) / path.name
+            folder.mkdir()
+            for name, values in zip(_FILES, (images, aerial, poses), strict=True):
+                np.save(folder / f"{name}.npy", np.array(values))
+            if not path.exists():
+                folder.rename(path)

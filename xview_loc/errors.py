@@ -1,0 +1,7 @@
+"""The root of the errors that a user can put right."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Something the user gave cannot be used; the message is one clear line that says what to do."""

@@ -1,0 +1,61 @@
+"""Self-contained HTML pages: text, tables and matplotlib pictures in one file that opens anywhere."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
+  color: #1b1f24 }
+h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2rem }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+th, td { padding: .3rem .9rem; border-bottom: 1px solid #d0d7de; text-align: right }
+th:first-child, td:first-child { text-align: left }
+img { max-width: 100% } figure { margin: 1rem 0 } figcaption { color: #57606a; font-size: .9rem }
+"""
+
+
+class Page:
+    """An HTML page, built from top to bottom."""
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._parts: list[str] = [f"<h1>{html.escape(title)}</h1>"]
+
+    def heading(self, text: str) -> None:
+        """A section's heading."""
+        self._parts.append(f"<h2>{html.escape(text)}</h2>")
+
+    def text(self, text: str) -> None:
+        """A paragraph."""
+        self._parts.append(f"<p>{html.escape(text)}</p>")
+
+    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """A table; the first column is its rows' names."""
+        lines = ["<table>"]
+        for tag, cells in [("th", header), *(("td", row) for row in rows)]:
+            lines.append("<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>")
+        self._parts.append("".join([*lines, "</table>"]))
+
+    def figure(self, figure: Figure, caption: str) -> None:
+        """A picture with its caption."""
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=100, bbox_inches="tight")
+        data = base64.b64encode(buffer.getvalue()).decode()
+        text = html.escape(caption)
+        self._parts.append(
+            f'<figure><img alt="{text}" src="data:image/png;base64,{data}">'
+            f"<figcaption>{text}</figcaption></figure>"
+        )
+
+    def write(self, path: Path) -> None:
+        """Write the page as one file."""
+        head = f'<meta charset="utf-8"><title>{html.escape(self._title)}</title><style>{_STYLE}</style>'
+        body = "\n".join(self._parts)
+        path.write_text(f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>\n')
