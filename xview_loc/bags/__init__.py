@@ -1,0 +1,1 @@
+"""rosbag2 directories (MCAP): written so that nothing is lost, repaired, and read, without ROS."""

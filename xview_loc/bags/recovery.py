@@ -1,0 +1,163 @@
+"""Reads what is intact of damaged MCAP files, and makes whole bags of them again."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mcap.reader import make_reader
+from mcap.records import Channel, Chunk, McapRecord, Message, Schema
+from mcap.stream_reader import StreamReader, breakup_chunk
+from mcap.writer import CompressionType, Writer
+
+from xview_loc.bags.metadata import FileSummary, write_metadata
+from xview_loc.errors import UserError
+
+# No record of a bag is longer; a longer one is a damaged length.
+_LONGEST_RECORD = 1 << 30
+
+
+class BagError(UserError):
+    """A bag that cannot be used; the message is one clear line."""
+
+
+@dataclass
+class Damage:
+    """What could not be read of a file: broken chunks that were skipped, and where reading had to end."""
+
+    chunks_skipped: int = 0
+    ended_early: str = ""
+
+    def __bool__(self) -> bool:
+        return bool(self.chunks_skipped or self.ended_early)
+
+
+@dataclass(frozen=True)
+class RawMessage:
+    """One message of a bag: topic, type, definition, stamp in nanoseconds, CDR bytes."""
+
+    topic: str
+    kind: str
+    definition: bytes
+    stamp_ns: int
+    data: bytes
+
+
+def read_intact(path: Path, damage: Damage) -> Iterator[RawMessage]:
+    """All messages of an MCAP file whose chunks' checksums hold, in the file's order.
+
+    ``damage`` is filled in on the way. Raises BagError where the file is not MCAP at all, OSError.
+    """
+    schemas: dict[int, Schema] = {}
+    channels: dict[int, Channel] = {}
+    with path.open("rb") as file:
+        # A file that was completed repeats these at its end, where a broken chunk does not take them along.
+        try:
+            summary = make_reader(file).get_summary()
+        except Exception:
+            summary = None
+        if summary is not None:
+            schemas.update(summary.schemas)
+            channels.update(summary.channels)
+        file.seek(0)
+        records = StreamReader(file, emit_chunks=True, record_size_limit=_LONGEST_RECORD).records
+        while True:
+            try:
+                record = next(records)
+            except StopIteration:
+                return
+            except Exception as error:
+                if file.tell() <= 8 and not damage:
+                    raise BagError(f"{path} is not an MCAP file") from None
+                damage.ended_early = f"{type(error).__name__} at byte {file.tell()}"
+                return
+            inner: list[McapRecord] = [record]
+            if isinstance(record, Chunk):
+                try:
+                    inner = breakup_chunk(record, validate_crc=True)
+                except Exception:
+                    damage.chunks_skipped += 1
+                    continue
+            for item in inner:
+                if isinstance(item, Schema):
+                    schemas[item.id] = item
+                elif isinstance(item, Channel):
+                    channels[item.id] = item
+                elif isinstance(item, Message):
+                    channel = channels.get(item.channel_id)
+                    schema = schemas.get(channel.schema_id) if channel else None
+                    if channel is None or schema is None:
+                        continue  # described in a broken chunk alone
+                    yield RawMessage(channel.topic, schema.name, schema.data, item.log_time, item.data)
+
+
+@dataclass
+class Recovery:
+    """What :func:`recover_bag` did: messages saved, and the damage of each file that had some."""
+
+    messages: int = 0
+    damage: dict[str, Damage] = field(default_factory=dict)
+
+
+def bag_files(folder: Path) -> list[Path]:
+    """The MCAP files of a bag's directory, in the order they were written. Raises BagError without one."""
+
+    def number(path: Path) -> tuple[int, str]:
+        match = re.search(r"_(\d+)\.mcap$", path.name)
+        return (int(match[1]) if match else 0, path.name)
+
+    files = sorted(folder.glob("*.mcap"), key=number) if folder.is_dir() else []
+    if not files:
+        raise BagError(f"{folder} holds no .mcap files")
+    return files
+
+
+def recover_bag(folder: Path, out: Path) -> Recovery:
+    """Copy everything intact of the bag ``folder`` into a new, complete bag ``out``.
+
+    The original is only read. Raises BagError where there is nothing to recover or ``out`` exists, OSError.
+    """
+    files = bag_files(folder)
+    if out.exists():
+        raise BagError(f"{out} exists already: choose another folder")
+    out.mkdir(parents=True)
+    recovery, summaries = Recovery(), []
+    topics: dict[str, str] = {}
+    for source in files:
+        damage, summary = Damage(), FileSummary(source.name)
+        try:
+            _copy_intact(source, out / source.name, damage, summary, topics)
+        except BagError:
+            damage.ended_early = "not an MCAP file"
+            (out / source.name).unlink(missing_ok=True)
+        if damage:
+            recovery.damage[source.name] = damage
+        if summary.counts:
+            summaries.append(summary)
+            recovery.messages += summary.counts.total()
+    write_metadata(out, summaries, topics)
+    return recovery
+
+
+def _copy_intact(
+    source: Path, target: Path, damage: Damage, summary: FileSummary, topics: dict[str, str]
+) -> None:
+    channels: dict[str, int] = {}
+    with target.open("xb") as file:
+        writer = Writer(file, compression=CompressionType.ZSTD)
+        writer.start(profile="ros2", library="xview_loc")
+        for message in read_intact(source, damage):
+            if message.topic not in channels:
+                schema = writer.register_schema(message.kind, "ros2msg", message.definition)
+                channels[message.topic] = writer.register_channel(message.topic, "cdr", schema)
+                topics[message.topic] = message.kind
+            writer.add_message(channels[message.topic], message.stamp_ns, message.data, message.stamp_ns)
+            summary.add(message.topic, message.stamp_ns)
+        writer.finish()
+        file.flush()
+        os.fsync(file.fileno())
+    if not summary.counts:
+        target.unlink()

@@ -1,0 +1,203 @@
+"""Writes a rosbag2 directory of MCAP files that a pulled plug takes at most a second from."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Literal
+
+from mcap.writer import CompressionType, Writer
+
+from xview_loc.bags.metadata import FileSummary, write_metadata
+from xview_loc.bags.ros_types import definition
+
+FLUSH_S = 0.5
+_CHUNK_BYTES = 1 << 20
+# The summary that closes a file must still fit on a full disk.
+_RESERVE_BYTES = 1 << 20
+
+
+class BagFullError(OSError):
+    """The quota or the free-space floor is reached, and nothing may be deleted; one clear line."""
+
+
+@dataclass(frozen=True)
+class BagLimits:
+    """How large a bag may grow; bytes and seconds, 0 for no limit.
+
+    A new file is begun after ``split_bytes`` or ``split_seconds`` (of stamps). All files together stay below
+    ``quota_bytes``, and ``min_free_bytes`` of the disk stay free; beyond either the writer stops
+    (``when_full`` is ``"stop"``) or deletes its oldest file first (``"delete_oldest"``).
+    """
+
+    split_bytes: int = 1 << 30
+    split_seconds: float = 0.0
+    quota_bytes: int = 0
+    min_free_bytes: int = 1 << 30
+    when_full: Literal["stop", "delete_oldest"] = "stop"
+
+
+class BagWriter:
+    """A new rosbag2 directory. Any thread may call its methods.
+
+    What was written is on the disk (chunk closed, fdatasync) at most ``FLUSH_S`` later, by a thread of the
+    writer's own. After a failure every further call raises OSError; :meth:`close` never does.
+    """
+
+    def __init__(self, folder: Path, topics: Mapping[str, str], limits: BagLimits | None = None) -> None:
+        """``topics`` maps each topic to its type, such as sensor_msgs/msg/Imu.
+
+        Raises FileExistsError where ``folder`` exists, OSError where it cannot be written.
+        """
+        self.folder = folder
+        self.files_deleted = 0
+        self._topics = dict(topics)
+        self._limits = limits or BagLimits()
+        self._lock = threading.RLock()
+        self._files: list[FileSummary] = []
+        self._next_number = 0
+        self._failure: OSError | None = None
+        self._dirty = False
+        folder.mkdir(parents=True)
+        self._open_file()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._flush_regularly, name="bag flush", daemon=True)
+        self._thread.start()
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the bag on the disk."""
+        with self._lock:
+            return sum((self.folder / file.name).stat().st_size for file in self._files)
+
+    @property
+    def message_count(self) -> int:
+        """Messages in the bag."""
+        with self._lock:
+            return sum(file.counts.total() for file in self._files)
+
+    def write(self, topic: str, stamp_ns: int, data: bytes) -> None:
+        """Add a serialized message. Raises BagFullError, OSError."""
+        with self._lock:
+            self._check()
+            try:
+                self._make_room(len(data))
+                self._mcap.add_message(self._channels[topic], stamp_ns, data, stamp_ns)
+            except OSError as error:
+                self._failure = error
+                raise
+            self._files[-1].add(topic, stamp_ns)
+            self._dirty = True
+
+    def flush(self) -> None:
+        """Put everything written so far on the disk. Raises OSError."""
+        with self._lock:
+            self._check()
+            if not self._dirty:
+                return
+            try:
+                self._mcap.flush()
+                os.fdatasync(self._stream.fileno())
+            except OSError as error:
+                self._failure = error
+                raise
+            self._dirty = False
+
+    def split(self) -> None:
+        """Go on in a new file, unless this one is empty. Raises OSError."""
+        with self._lock:
+            self._check()
+            if not self._files[-1].counts:
+                return
+            try:
+                self._close_file()
+                self._open_file()
+            except OSError as error:
+                self._failure = error
+                raise
+
+    def close(self) -> None:
+        """Complete the bag; a bag that cannot be completed can still be recovered."""
+        self._closing.set()
+        self._thread.join()
+        with self._lock:
+            if self._stream.closed:
+                return
+            try:
+                self._close_file()
+            except OSError:
+                # A full disk: what is still buffered is lost, the rest can be recovered.
+                with suppress(OSError):
+                    self._stream.close()
+            with suppress(OSError):
+                write_metadata(self.folder, self._files, self._topics)
+            self._failure = self._failure or OSError(f"the bag {self.folder} is closed")
+
+    def _open_file(self) -> None:
+        path = self.folder / f"{self.folder.name}_{self._next_number}.mcap"
+        self._stream: IO[bytes] = path.open("xb")
+        self._next_number += 1
+        self._files.append(FileSummary(path.name))
+        self._mcap = Writer(self._stream, chunk_size=_CHUNK_BYTES, compression=CompressionType.ZSTD)
+        self._mcap.start(profile="ros2", library="xview_loc")
+        self._channels = {}
+        for topic, kind in self._topics.items():
+            schema = self._mcap.register_schema(kind, "ros2msg", definition(kind).encode())
+            self._channels[topic] = self._mcap.register_channel(
+                topic, "cdr", schema, {"offered_qos_profiles": ""}
+            )
+        # So that the files so far open with every tool while the drive goes on.
+        write_metadata(self.folder, self._files, self._topics)
+
+    def _close_file(self) -> None:
+        self._mcap.finish()
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        self._stream.close()
+        self._dirty = False
+
+    def _make_room(self, size: int) -> None:
+        """Split and delete as the limits say, ahead of a message of ``size`` bytes."""
+        limits, current = self._limits, self._files[-1]
+        too_long = limits.split_seconds and current.end_ns - current.start_ns >= limits.split_seconds * 1e9
+        too_large = limits.split_bytes and self._stream.tell() >= limits.split_bytes
+        if current.counts and (too_long or too_large):
+            self.split()
+        while (reason := self._full(size)) is not None:
+            # The file being written is never deleted.
+            if limits.when_full == "stop" or len(self._files) < 2:
+                raise BagFullError(reason)
+            oldest = self._files.pop(0)
+            (self.folder / oldest.name).unlink()
+            self.files_deleted += 1
+            write_metadata(self.folder, self._files, self._topics)
+
+    def _full(self, size: int) -> str | None:
+        """Why a message of ``size`` bytes would be too much, None where it is not."""
+        limits = self._limits
+        if limits.quota_bytes and self.size_bytes + size + _RESERVE_BYTES > limits.quota_bytes:
+            return f"the quota of {limits.quota_bytes / 1e6:.0f} MB for {self.folder} is used up"
+        if limits.min_free_bytes:
+            free = shutil.disk_usage(self.folder).free
+            if free - size - _RESERVE_BYTES < limits.min_free_bytes:
+                return (
+                    f"only {free / 1e6:.0f} MB are free on the disk of {self.folder}, "
+                    f"{limits.min_free_bytes / 1e6:.0f} MB must stay free"
+                )
+        return None
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _flush_regularly(self) -> None:
+        while not self._closing.wait(FLUSH_S):
+            try:
+                self.flush()
+            except OSError:
+                return  # kept in _failure: the next write tells it
