@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from xview_loc.nodes.input_sync import (
+from xview_loc.input_sync import (
     NS,
     GnssFix,
     HeadingSample,

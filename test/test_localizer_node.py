@@ -28,6 +28,7 @@ from sensor_msgs.msg import CameraInfo, CompressedImage, Image, Imu, NavSatFix
 from std_msgs.msg import Float64
 from stub_node import GSD, PEAK, SIZE
 
+from xview_loc import input_messages
 from xview_loc.geodesy import LocalProjection, snap_to_grid
 from xview_loc.imagery import AerialTile
 from xview_loc.nodes import messages
@@ -182,7 +183,7 @@ def test_position_heading_and_stamp(rig):
     assert pose.header.frame_id == "map"
     assert pose.header.stamp.sec * 10**9 + pose.header.stamp.nanosec == rig.ns
     expected = YAW + DATUM.convergence(lat, lon)
-    assert messages.yaw_of(pose.pose.pose.orientation) == pytest.approx(expected, abs=1e-3)
+    assert input_messages.yaw_of(pose.pose.pose.orientation) == pytest.approx(expected, abs=1e-3)
     covariance = np.array(pose.pose.covariance).reshape(6, 6)
     assert 0.1 < covariance[0, 0] < 100.0 and covariance[2, 2] == 1e6
     assert rig.latency and 0.0 < rig.latency[-1].data < 5000.0
@@ -195,7 +196,7 @@ def test_heat_map_peaks_at_the_pose(rig):
     grid = rig.grids[-1]
     cells = np.array(grid.data).reshape(grid.info.height, grid.info.width)
     row, col = np.unravel_index(cells.argmax(), cells.shape)
-    yaw = messages.yaw_of(grid.info.origin.orientation)
+    yaw = input_messages.yaw_of(grid.info.origin.orientation)
     right, up = (col + 0.5) * grid.info.resolution, (row + 0.5) * grid.info.resolution
     x = grid.info.origin.position.x + math.cos(yaw) * right - math.sin(yaw) * up
     y = grid.info.origin.position.y + math.sin(yaw) * right + math.cos(yaw) * up

@@ -12,12 +12,13 @@ from geometry_msgs.msg import PoseStamped, QuaternionStamped
 from sensor_msgs.msg import CameraInfo, Imu, NavSatFix
 from std_msgs.msg import Header
 
+from xview_loc import input_messages
 from xview_loc.geodesy import LocalProjection
 from xview_loc.heatmap import HeatMap
 from xview_loc.imagery import AerialTile
+from xview_loc.input_messages import RejectedInput
 from xview_loc.models.base import HeatMapGrid
 from xview_loc.nodes import messages
-from xview_loc.nodes.messages import RejectedInput
 
 HEADER = Header(stamp=Time(sec=12, nanosec=5), frame_id="map")
 
@@ -37,7 +38,7 @@ def reason(call, *arguments) -> str:
 
 
 def test_good_fix():
-    fix = messages.fix_from_navsat(
+    fix = input_messages.fix_from_navsat(
         navsat(position_covariance=[4.0, 0, 0, 0, 9.0, 0, 0, 0, 25.0], position_covariance_type=2), 0, 10.0
     )
     assert (fix.lat, fix.lon, fix.stamp_ns) == (48.2, 16.37, 12_000_000_005)
@@ -45,7 +46,7 @@ def test_good_fix():
 
 
 def test_bad_fixes_are_refused_for_their_own_reason():
-    gate = messages.fix_from_navsat
+    gate = input_messages.fix_from_navsat
     no_fix = navsat()
     no_fix.status.status = -1
     assert reason(gate, no_fix, 0, 0.0) == "fix_status"
@@ -67,7 +68,7 @@ def test_heading_of_every_source_is_corrected_for_declination(kind):
     else:
         message = PoseStamped(header=HEADER)
         message.pose.orientation = q
-    heading = messages.heading_from_message(message, math.radians(4.0), 0.05)
+    heading = input_messages.heading_from_message(message, math.radians(4.0), 0.05)
     assert heading.yaw == pytest.approx(math.radians(96.0))
     assert heading.std == 0.05
 
@@ -75,14 +76,14 @@ def test_heading_of_every_source_is_corrected_for_declination(kind):
 def test_imu_without_orientation_is_refused():
     no_orientation = Imu(header=HEADER)
     no_orientation.orientation_covariance[0] = -1.0
-    assert reason(messages.heading_from_message, no_orientation, 0.0, 0.1) == "heading_unavailable"
+    assert reason(input_messages.heading_from_message, no_orientation, 0.0, 0.1) == "heading_unavailable"
     zero = Imu(header=HEADER)
     zero.orientation.w = 0.0
-    assert reason(messages.heading_from_message, zero, 0.0, 0.1) == "heading_not_unit"
+    assert reason(input_messages.heading_from_message, zero, 0.0, 0.1) == "heading_not_unit"
 
 
 def test_uncalibrated_camera_info_is_refused():
-    assert reason(messages.camera_from_info, CameraInfo(width=640, height=480)) == "camera_info_invalid"
+    assert reason(input_messages.camera_from_info, CameraInfo(width=640, height=480)) == "camera_info_invalid"
 
 
 def test_pose_marks_what_is_unknown():
@@ -92,7 +93,7 @@ def test_pose_marks_what_is_unknown():
     assert (np.diag(covariance)[2:] == 1e6).all()
     known = messages.pose_message(HEADER, (1.0, 2.0), np.eye(2), 0.5, 0.01)
     assert known.pose.covariance[35] == 0.01
-    assert messages.yaw_of(known.pose.pose.orientation) == pytest.approx(0.5)
+    assert input_messages.yaw_of(known.pose.pose.orientation) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("datum", [(48.2, 16.37), (48.25, 16.9)])
@@ -109,7 +110,7 @@ def test_heat_map_cells_lie_where_their_pixels_do(datum, rotation):
     row, col = np.unravel_index(cells.argmax(), cells.shape)
     assert cells[row, col] == 100 and sorted(set(cells.ravel())) == [0, 25, 100]
     # A cell's centre as RViz computes it, against the pixel's own way to the plane.
-    origin, yaw = grid.info.origin, messages.yaw_of(grid.info.origin.orientation)
+    origin, yaw = grid.info.origin, input_messages.yaw_of(grid.info.origin.orientation)
     right, up = (col + 0.5) * grid.info.resolution, (row + 0.5) * grid.info.resolution
     x = origin.position.x + math.cos(yaw) * right - math.sin(yaw) * up
     y = origin.position.y + math.sin(yaw) * right + math.cos(yaw) * up

@@ -18,7 +18,9 @@ class Health:
     status is the worst of all conditions and of what happened to the frames since the last report.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, doing: str) -> None:
+        """``doing`` is what the status says where nothing is wrong."""
+        self._doing = doing
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
         self._values: dict[str, str] = {}
@@ -54,14 +56,14 @@ class Health:
             self._conditions.pop(key, None)
 
     def accepted(self) -> None:
-        """A frame led to a pose."""
+        """A frame led to what the node is for."""
         with self._lock:
             self._counts["frames_accepted"] += 1
             self._accepted_since += 1
             self._last_rejection = None
 
     def rejected(self, reason: str, message: str) -> bool:
-        """A frame led to no pose; True where the frame before it was not rejected for the same reason."""
+        """A frame led to nothing; True where the frame before it was not rejected for the same reason."""
         with self._lock:
             self._counts[f"frames_rejected/{reason}"] += 1
             self._rejections[reason] = message
@@ -85,7 +87,7 @@ class Health:
             problems.sort(key=lambda problem: problem[0], reverse=True)
             status = DiagnosticStatus(name=name, hardware_id="xview_loc")
             status.level = problems[0][0] if problems else OK
-            status.message = "; ".join(text for _, text in problems) or "localising"
+            status.message = "; ".join(text for _, text in problems) or self._doing
             values = {
                 **self._values,
                 "rate_hz": f"{rate:.2f}",
