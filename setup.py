@@ -13,6 +13,7 @@ ROS = [
     "ros-geometry-msgs",
     "ros-nav-msgs",
     "ros-sensor-msgs",
+    "ros-std-srvs",
 ]
 TEST = ["hypothesis", "pytest", "pytest-timeout", "pyyaml"]
 
@@ -60,6 +61,7 @@ setup(
     entry_points={
         "console_scripts": [
             "localizer = xview_loc.nodes.localizer_node:main",
+            "pair_logger = xview_loc.nodes.pair_logger_node:main",
             "xview-loc = xview_loc.cli:main",
         ],
     },

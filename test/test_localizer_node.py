@@ -32,6 +32,7 @@ from xview_loc import input_messages
 from xview_loc.geodesy import LocalProjection, snap_to_grid
 from xview_loc.imagery import AerialTile
 from xview_loc.nodes import messages
+from xview_loc.nodes.parameters import LOCALIZER, PAIR_LOGGER
 
 ROOT = Path(__file__).parent.parent
 LAT, LON = 48.2, 16.37
@@ -363,24 +364,27 @@ def test_bad_configuration_is_said_and_survived(aerial, tmp_path, fault):
         assert "Traceback" not in node.log
 
 
-def test_yaml_lists_every_parameter_with_its_default():
-    from xview_loc.nodes.parameters import LOCALIZER
-
-    text = (ROOT / "config" / "localizer.yaml").read_text()
+@pytest.mark.parametrize(("name", "table"), [("localizer", LOCALIZER), ("pair_logger", PAIR_LOGGER)])
+def test_yaml_lists_every_parameter_with_its_default(name, table):
+    text = (ROOT / "config" / f"{name}.yaml").read_text()
     written = yaml.safe_load(text)["/**"]["ros__parameters"]
-    assert list(written) == [p.name for p in LOCALIZER]
-    for p in LOCALIZER:
+    assert list(written) == [p.name for p in table]
+    for p in table:
         value = written[p.name]
         assert value == p.default or (math.isnan(value) and math.isnan(p.default)), p.name
         assert type(value) is type(p.default) and p.description in text, p.name
 
 
-def test_launch_file_describes_its_arguments():
+@pytest.mark.parametrize(
+    ("file", "own"),
+    [("localize", {"checkpoint", "model"}), ("record", {"directory", "vehicle", "odom"})],
+)
+def test_launch_files_describe_their_arguments(file, own):
     pytest.importorskip("launch_ros", reason="launch_ros is not installed")
-    path = ROOT / "launch" / "localize.launch.py"
-    spec = importlib.util.spec_from_file_location("localize_launch", path)
+    path = ROOT / "launch" / f"{file}.launch.py"
+    spec = importlib.util.spec_from_file_location(f"{file}_launch", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     names = {argument.name for argument in module.generate_launch_description().get_launch_arguments()}
-    assert {"params_file", "map", "checkpoint", "model", "namespace", "use_sim_time"} <= names
+    assert {"params_file", "map", "namespace", "use_sim_time"} | own <= names
     assert {"image", "camera_info", "fix", "heading"} <= names

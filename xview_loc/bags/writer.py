@@ -81,10 +81,21 @@ class BagWriter:
         with self._lock:
             return sum(file.counts.total() for file in self._files)
 
-    def write(self, topic: str, stamp_ns: int, data: bytes) -> None:
-        """Add a serialized message. Raises BagFullError, OSError."""
+    @property
+    def current_file(self) -> str:
+        """Name of the file being written."""
+        with self._lock:
+            return self._files[-1].name
+
+    def write(self, topic: str, stamp_ns: int, data: bytes, *, may_split: bool = True) -> None:
+        """Add a serialized message; without ``may_split`` to the file of the one before it.
+
+        Raises BagFullError, OSError.
+        """
         with self._lock:
             self._check()
+            if may_split:
+                self.split_if_due()
             try:
                 self._make_room(len(data))
                 self._mcap.add_message(self._channels[topic], stamp_ns, data, stamp_ns)
@@ -107,6 +118,15 @@ class BagWriter:
                 self._failure = error
                 raise
             self._dirty = False
+
+    def split_if_due(self) -> None:
+        """Go on in a new file where the limits ask for it. Raises OSError."""
+        with self._lock:
+            limits, current = self._limits, self._files[-1]
+            seconds = (current.end_ns - current.start_ns) / 1e9
+            too_long = limits.split_seconds and seconds >= limits.split_seconds
+            if too_long or (limits.split_bytes and self._stream.tell() >= limits.split_bytes):
+                self.split()
 
     def split(self) -> None:
         """Go on in a new file, unless this one is empty. Raises OSError."""
@@ -162,12 +182,8 @@ class BagWriter:
         self._dirty = False
 
     def _make_room(self, size: int) -> None:
-        """Split and delete as the limits say, ahead of a message of ``size`` bytes."""
-        limits, current = self._limits, self._files[-1]
-        too_long = limits.split_seconds and current.end_ns - current.start_ns >= limits.split_seconds * 1e9
-        too_large = limits.split_bytes and self._stream.tell() >= limits.split_bytes
-        if current.counts and (too_long or too_large):
-            self.split()
+        """Delete what the limits say, ahead of a message of ``size`` bytes."""
+        limits = self._limits
         while (reason := self._full(size)) is not None:
             # The file being written is never deleted.
             if limits.when_full == "stop" or len(self._files) < 2:

@@ -1,4 +1,4 @@
-"""The localizer's parameters: name, default, meaning and range, in one table."""
+"""The nodes' parameters: name, default, meaning and range, in one table for each node."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ class Parameter:
 
 
 P = Parameter
-LOCALIZER: tuple[Parameter, ...] = (
+# What every node with a map and a vehicle's inputs has.
+_MAP: tuple[Parameter, ...] = (
     P("autostart", True, "Configure and activate on start; otherwise wait for lifecycle requests."),
     P("map", "", "Aerial map: GeoTIFF or any GDAL dataset, .mbtiles, .pmtiles, or a URL with {z}/{x}/{y}."),
     P("map_headers", [""], "HTTP headers for a tile server, each 'Name: value'."),
@@ -36,28 +37,10 @@ LOCALIZER: tuple[Parameter, ...] = (
     P("map_max_zoom", 0, "Deepest zoom level of the tile server; 0: what the source says.", (0, 30)),
     P("map_deadline_s", 10.0, "Longest wait for one aerial tile, in seconds.", (0.1, 120.0)),
     P("snap_m", 0.0, "Spacing of the tile centres in metres; 0: a quarter of a tile.", (0.0, 1000.0)),
-    P("model", "ccvpe-vigor", "Model's name."),
-    P(
-        "checkpoint",
-        "",
-        "Weights' file; empty: the model's shipped ones, or random ones to try the plumbing.",
-    ),
-    P("device", "cpu", "PyTorch device, such as cpu or cuda:0."),
-    P("torch_threads", 0, "Threads PyTorch may use; 0: its own default.", (0, 256)),
+)
+_INPUTS: tuple[Parameter, ...] = (
     P("image_transport", "raw", "Type of the image topic.", choices=("raw", "compressed")),
     P("heading_source", "imu", "Type of the heading topic.", choices=("imu", "quaternion", "pose")),
-    P(
-        "heading_mode",
-        "known",
-        "known: trust the heading; prior: search about it; unknown: search all, subscribe none.",
-        choices=("known", "prior", "unknown"),
-    ),
-    P(
-        "heading_prior_deg",
-        72.0,
-        "Half width of the search about the heading in mode prior, degrees.",
-        (0.0, 180.0),
-    ),
     P(
         "heading_std_deg",
         3.0,
@@ -70,15 +53,6 @@ LOCALIZER: tuple[Parameter, ...] = (
         "Where the heading's north lies east of true north, degrees; 0 if the heading is true.",
         (-180.0, 180.0),
     ),
-    P(
-        "search_radius_m",
-        0.0,
-        "Radius about the fix to search, metres; 0: three sigma of the fix; negative: no limit.",
-        (-1.0, 1000.0),
-    ),
-    P("covariance_floor_m", 0.5, "Standard deviation added to the heat map's, metres.", (0.0, 100.0)),
-    P("min_valid_fraction", 0.9, "Least share of the tile that has imagery.", (0.0, 1.0)),
-    P("min_confidence", 0.0, "Least confidence of a pose that is published.", (0.0, 1.0)),
     P(
         "fix_min_status",
         0,
@@ -95,6 +69,46 @@ LOCALIZER: tuple[Parameter, ...] = (
         "Age by the node's clock above which images are warned about.",
         (0.0, 3600.0),
     ),
+    P(
+        "qos_reliability",
+        "best_effort",
+        "Reliability asked of the inputs.",
+        choices=("best_effort", "reliable"),
+    ),
+    P("qos_depth", 5, "Queue length of the inputs.", (1, 1000)),
+)
+LOCALIZER: tuple[Parameter, ...] = (
+    *_MAP,
+    *_INPUTS,
+    P("model", "ccvpe-vigor", "Model's name."),
+    P(
+        "checkpoint",
+        "",
+        "Weights' file; empty: the model's shipped ones, or random ones to try the plumbing.",
+    ),
+    P("device", "cpu", "PyTorch device, such as cpu or cuda:0."),
+    P("torch_threads", 0, "Threads PyTorch may use; 0: its own default.", (0, 256)),
+    P(
+        "heading_mode",
+        "known",
+        "known: trust the heading; prior: search about it; unknown: search all, subscribe none.",
+        choices=("known", "prior", "unknown"),
+    ),
+    P(
+        "heading_prior_deg",
+        72.0,
+        "Half width of the search about the heading in mode prior, degrees.",
+        (0.0, 180.0),
+    ),
+    P(
+        "search_radius_m",
+        0.0,
+        "Radius about the fix to search, metres; 0: three sigma of the fix; negative: no limit.",
+        (-1.0, 1000.0),
+    ),
+    P("covariance_floor_m", 0.5, "Standard deviation added to the heat map's, metres.", (0.0, 100.0)),
+    P("min_valid_fraction", 0.9, "Least share of the tile that has imagery.", (0.0, 1.0)),
+    P("min_confidence", 0.0, "Least confidence of a pose that is published.", (0.0, 1.0)),
     P("datum_lat", math.nan, "Latitude of the map frame's origin, degrees; nan: the first fix used."),
     P("datum_lon", math.nan, "Longitude of the map frame's origin, degrees; nan: the first fix used."),
     P("antenna_x", 0.0, "Antenna's position on the vehicle: metres forward of base_link.", (-100.0, 100.0)),
@@ -116,14 +130,39 @@ LOCALIZER: tuple[Parameter, ...] = (
         False,
         "Broadcast map_frame -> base_frame on tf; leave it to a filter where there is one.",
     ),
-    P(
-        "qos_reliability",
-        "best_effort",
-        "Reliability asked of the inputs.",
-        choices=("best_effort", "reliable"),
-    ),
-    P("qos_depth", 5, "Queue length of the inputs.", (1, 1000)),
     P("heat_map_rate", 1.0, "Largest rate of ~/heat_map in Hz; 0: never.", (0.0, 100.0)),
+)
+PAIR_LOGGER: tuple[Parameter, ...] = (
+    *_MAP,
+    *_INPUTS,
+    P("directory", "~/xview_loc_pairs", "Folder in which each recording makes a bag of its own."),
+    P("record_on_start", True, "Record as soon as active; otherwise wait for ~/start."),
+    P("vehicle", "", "Name of the vehicle, kept with the recording."),
+    P("map_licence", "", "Licence of the imagery, kept with the recording; empty: the map's attribution."),
+    P("tile_px", 512, "Side of the stored aerial tiles in pixels: the model's, or more.", (16, 4096)),
+    P("tile_gsd", 0.14, "Their ground sample distance, m/px: the model's.", (0.01, 10.0)),
+    P("use_heading", True, "Log the heading, and only frames that have one."),
+    P("use_odometry", True, "Log odom as it comes, and take the distance and standing from its speed."),
+    P(
+        "camera_yaw_deg",
+        0.0,
+        "Where the image's centre column looks, degrees left of forward.",
+        (-180.0, 180.0),
+    ),
+    P("keyframe_distance_m", 2.0, "A pair after so many metres; 0: not by distance.", (0.0, 1000.0)),
+    P("keyframe_interval_s", 0.0, "A pair after so many seconds of driving; 0: not by time.", (0.0, 3600.0)),
+    P("keyframe_turn_deg", 15.0, "A pair after a turn by so many degrees; 0: not by turns.", (0.0, 180.0)),
+    P("jpeg_quality", 95, "Quality at which raw images are compressed.", (1, 100)),
+    P("split_mb", 1024, "A new file after so many MB; 0: never.", (0, 1000000)),
+    P("split_s", 0.0, "A new file after so many seconds; 0: never.", (0.0, 86400.0)),
+    P("quota_mb", 0, "Most that one recording may take; 0: no limit.", (0, 100000000)),
+    P("min_free_mb", 2048, "What must stay free on the disk.", (0, 100000000)),
+    P(
+        "when_full",
+        "stop",
+        "At the quota or the free-space floor: stop recording, or delete the oldest file.",
+        choices=("stop", "delete_oldest"),
+    ),
 )
 
 

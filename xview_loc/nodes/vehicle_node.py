@@ -188,6 +188,13 @@ class VehicleNode(LifecycleNode):
         """Further subscriptions: type, name, callback, whether it wants CDR bytes."""
         return [(CameraInfo, "camera_info", self._on_camera_info, False)] if self._needs_camera_info else []
 
+    def accept(self, job: Job) -> bool:
+        """Whether a paired frame goes to the worker."""
+        return True
+
+    def stopped(self) -> None:
+        """Called once inputs and worker of an active node are gone."""
+
     def release(self) -> None:
         """Let go of what :meth:`configure` opened; may be called again, and after a failure."""
         raise NotImplementedError
@@ -266,6 +273,7 @@ class VehicleNode(LifecycleNode):
         if self._worker is not None:
             self._worker.close()
             self._worker = None
+            self.stopped()
 
     def _close(self) -> None:
         self._stop()
@@ -395,7 +403,8 @@ class VehicleNode(LifecycleNode):
         except RejectedInput as error:
             self._reject(error.reason, str(error))
             return
-        if self._worker is not None and self._worker.put(Job(frame, fix, heading)):
+        job = Job(frame, fix, heading)
+        if self._worker is not None and self.accept(job) and self._worker.put(job):
             self._health.count("frames_dropped")
 
     def _at(self, history: History[Any], stamp_ns: int) -> Any:
