@@ -40,7 +40,7 @@ setup(
         "httpx",
         "lightning-fabric",
         "matplotlib",
-        "mcap",
+        "mcap>=1.6",
         "numpy",
         "opencv-python-headless",
         "pmtiles",

@@ -40,9 +40,13 @@ def environment(domain: int) -> dict[str, str]:
 class NodeProcess:
     """The node under test; ``log`` is what it wrote."""
 
-    def __init__(self, domain: int, log: Path, parameters: dict[str, Any], *arguments: str) -> None:
+    def __init__(
+        self, domain: int, log: Path, parameters: dict[str, Any], *arguments: str, module: str = ""
+    ) -> None:
+        """``module``: what to run; default: the localizer with a stub of a model."""
         self._log = log
-        command = [sys.executable, str(HERE / "stub_node.py"), "--ros-args"]
+        program = ["-m", module] if module else [str(HERE / "stub_node.py")]
+        command = [sys.executable, *program, "--ros-args"]
         for name, value in parameters.items():
             text = str(value).lower() if isinstance(value, bool) else str(value)
             if isinstance(value, str):

@@ -62,7 +62,7 @@ class BagWriter:
         self._files: list[FileSummary] = []
         self._next_number = 0
         self._failure: OSError | None = None
-        self._dirty = False
+        self._pending = 0
         folder.mkdir(parents=True)
         self._open_file()
         self._closing = threading.Event()
@@ -71,9 +71,9 @@ class BagWriter:
 
     @property
     def size_bytes(self) -> int:
-        """Size of the bag on the disk."""
+        """Size of the bag, with what is not on the disk yet."""
         with self._lock:
-            return sum((self.folder / file.name).stat().st_size for file in self._files)
+            return self._pending + sum((self.folder / file.name).stat().st_size for file in self._files)
 
     @property
     def message_count(self) -> int:
@@ -103,13 +103,13 @@ class BagWriter:
                 self._failure = error
                 raise
             self._files[-1].add(topic, stamp_ns)
-            self._dirty = True
+            self._pending += len(data)
 
     def flush(self) -> None:
         """Put everything written so far on the disk. Raises OSError."""
         with self._lock:
             self._check()
-            if not self._dirty:
+            if not self._pending:
                 return
             try:
                 self._mcap.flush()
@@ -117,7 +117,7 @@ class BagWriter:
             except OSError as error:
                 self._failure = error
                 raise
-            self._dirty = False
+            self._pending = 0
 
     def split_if_due(self) -> None:
         """Go on in a new file where the limits ask for it. Raises OSError."""
@@ -179,7 +179,7 @@ class BagWriter:
         self._stream.flush()
         os.fsync(self._stream.fileno())
         self._stream.close()
-        self._dirty = False
+        self._pending = 0
 
     def _make_room(self, size: int) -> None:
         """Delete what the limits say, ahead of a message of ``size`` bytes."""

@@ -71,6 +71,7 @@ class PairLoggerNode(VehicleNode):
     table = parameters.PAIR_LOGGER
     doing = "recording"
     raw_images = True
+    optional_inputs = frozenset({"camera_info", "odom"})
 
     def __init__(self) -> None:
         self._writer: PairWriter | None = None

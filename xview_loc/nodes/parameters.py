@@ -186,6 +186,6 @@ def read(node: Node, parameters: tuple[Parameter, ...]) -> dict[str, Any]:
     for p in parameters:
         if p.choices and values[p.name] not in p.choices:
             raise ParameterError(f"{p.name} is {values[p.name]!r}; choose from {', '.join(p.choices)}")
-    if math.isfinite(values["datum_lat"]) != math.isfinite(values["datum_lon"]):
+    if "datum_lat" in values and math.isfinite(values["datum_lat"]) != math.isfinite(values["datum_lon"]):
         raise ParameterError("set both datum_lat and datum_lon, or neither")
     return values

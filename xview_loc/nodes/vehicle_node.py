@@ -92,12 +92,13 @@ class VehicleNode(LifecycleNode):
 
     A node of this kind names its ``table`` of parameters and what it is ``doing``, and says in
     :meth:`configure`, :meth:`make_worker` and :meth:`release` what else it needs. ``raw_images`` asks for
-    images as CDR bytes.
+    images as CDR bytes; without ``optional_inputs`` the node does its job as well.
     """
 
     table: tuple[parameters.Parameter, ...]
     doing: str
     raw_images = False
+    optional_inputs: frozenset[str] = frozenset()
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -253,12 +254,14 @@ class VehicleNode(LifecycleNode):
         )
         image = CompressedImage if p["image_transport"] == "compressed" else Image
         wanted: list[tuple[Any, str, Callable[[Any], None], bool]] = [
+            # First: of messages that are here together, they are taken first, so that an image that a fix
+            # completes finds them.
+            *self.more_inputs(),
             (image, "image", self._on_image, self.raw_images),
             (NavSatFix, "fix", self._on_fix, False),
         ]
         if self.wants_heading():
             wanted.append((HEADING_TYPES[p["heading_source"]], "heading", self._on_heading, False))
-        wanted += self.more_inputs()
         self._inputs = {
             name: self.create_subscription(kind, name, call, qos, raw=raw) for kind, name, call, raw in wanted
         }
@@ -447,19 +450,19 @@ class VehicleNode(LifecycleNode):
     def _check_publishers(self) -> None:
         for name, subscription in self._inputs.items():
             key = f"{name}_topic"
-            problem = self._hearing_problem(subscription)
+            problem = self._hearing_problem(subscription, name in self.optional_inputs)
             if problem is None:
                 self._health.clear(key)
             elif self._health.condition(key, WARN, problem):
                 self.get_logger().warning(problem)
 
-    def _hearing_problem(self, subscription: Any) -> str | None:
+    def _hearing_problem(self, subscription: Any, optional: bool) -> str | None:
         topic = subscription.topic_name
         own = subscription.msg_type
         type_name = f"{own.__module__.split('.')[0]}/msg/{own.__name__}"
         publishers = self.get_publishers_info_by_topic(topic)
         if not publishers:
-            return f"{topic} has no publisher"
+            return None if optional else f"{topic} has no publisher"
         for info in publishers:
             who = f"{info.node_namespace.rstrip('/')}/{info.node_name}"
             if info.topic_type != type_name:
