@@ -5,12 +5,14 @@ from __future__ import annotations
 import typer
 from rich.console import Console
 
-from xview_loc.cli import evaluate, maps, simulate, train
+from xview_loc.cli import bags, evaluate, maps, simulate, train
 from xview_loc.cli.console import UsageError
 from xview_loc.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Cross-view localisation.")
 app.add_typer(maps.app, name="map")
+app.add_typer(bags.bag_app, name="bag")
+app.add_typer(bags.pairs_app, name="pairs")
 app.command()(train.train)
 app.command()(evaluate.evaluate)
 app.command()(simulate.simulate)

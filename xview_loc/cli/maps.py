@@ -30,7 +30,7 @@ KeyEnv = Annotated[str, typer.Option(help="Environment variable whose value repl
 @app.command()
 def info(source: Source, header: Headers = None, api_key_env: KeyEnv = "") -> None:
     """Print what a map covers, and how finely."""
-    with AerialMap.open(source, _options(header, api_key_env)) as aerial:
+    with AerialMap.open(source, map_options(header, api_key_env)) as aerial:
         facts = aerial.info()
     console.print(f"kind         {facts.kind}")
     console.print(f"projection   {facts.crs}")
@@ -68,7 +68,7 @@ def prefetch(
         drive = _thinned(read_track(track, topic), step)
         # Tile centres snap to a grid of this step: half of it is how far a tile may lie off the vehicle.
         places = [place for lat, lon in drive for place in _around(lat, lon, radius + step / 2.0, step)]
-    options = _options(header, api_key_env, cache_dir, max_zoom)
+    options = map_options(header, api_key_env, cache_dir, max_zoom)
     with AerialMap.open(source, options) as aerial:
         if not isinstance(aerial, PyramidMap) or not isinstance(aerial.source, HttpSource):
             raise UsageError(f"{source} is a file on this machine already: nothing to fetch")
@@ -82,12 +82,13 @@ def prefetch(
     console.print(f"{done - missing} tiles in {options.cache_dir}; the server has none for {missing} more")
 
 
-def _options(
+def map_options(
     headers: list[str] | None,
     api_key_env: str,
     cache_dir: Path | None = None,
     max_zoom: int | None = None,
 ) -> MapOptions:
+    """What the words of a command say about a map. Raises UsageError."""
     pairs = [header.partition(":") for header in headers or []]
     if any(not colon for _, colon, _ in pairs):
         raise UsageError("a header is written 'Name: value'")

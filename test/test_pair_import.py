@@ -1,0 +1,267 @@
+"""Pairs from ordinary recordings, the dataset on them, and the commands, as a user runs them."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from map_fixtures import texture, write_geotiff
+from rosbags.rosbag1 import Writer as Writer1
+from rosbags.rosbag2 import StoragePlugin
+from rosbags.rosbag2 import Writer as Writer2
+from rosbags.typesys import Stores, get_typestore
+
+from xview_loc.bags.recovery import BagError, bag_files
+from xview_loc.datasets import DatasetError
+from xview_loc.datasets.pairs import PairDataset
+from xview_loc.geodesy import LocalProjection
+from xview_loc.imagery import AerialMap
+from xview_loc.keyframes import KeyframeRule
+from xview_loc.models import create_model
+from xview_loc.pair_import import ImportOptions, import_bag
+from xview_loc.pairs import PairBag
+
+ROOT = Path(__file__).resolve().parent.parent
+REAL_BAG = ROOT.parent / "shared/data/tracks/robot_localization_test1.bag"
+LAT, LON = 48.2, 16.37
+PLANE = LocalProjection(LAT, LON)
+T0 = 1_700_000_000 * 10**9
+SPEC = create_model("ccvpe-small").spec
+OPTIONS = ImportOptions(tile_px=SPEC.aerial_size, tile_gsd=SPEC.gsd)
+
+
+@pytest.fixture(scope="module")
+def aerial_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_geotiff(
+        tmp_path_factory.mktemp("map") / "map.tif", texture(900, 900), LAT, LON, 0.4, "EPSG:32633"
+    )
+
+
+def record(path: Path, form: str, *, frames: int = 30, image: str = "raw", heading: bool = True) -> Path:
+    """A drive east, 1.1 m a frame, ten frames a second, as somebody else's tools would have recorded it."""
+    store = get_typestore(Stores.ROS1_NOETIC if form == "ros1" else Stores.ROS2_HUMBLE)
+    types = store.types
+    if form == "ros1":
+        writer = Writer1(path)
+    else:
+        plugin = StoragePlugin.MCAP if form == "mcap" else StoragePlugin.SQLITE3
+        writer = Writer2(path, version=8, storage_plugin=plugin)
+    kinds = {
+        "/cam/image": "sensor_msgs/msg/Image" if image == "raw" else "sensor_msgs/msg/CompressedImage",
+        "/gps/fix": "sensor_msgs/msg/NavSatFix",
+        "/imu": "sensor_msgs/msg/Imu",
+    }
+    if not heading:
+        del kinds["/imu"]
+    with writer:
+        connections = {t: writer.add_connection(t, kind, typestore=store) for t, kind in kinds.items()}
+        for k in range(frames):
+            stamp = T0 + k * 10**8
+
+            def write(topic: str, at: int, **fields: object) -> None:
+                seconds, nanoseconds = divmod(at, 10**9)
+                sequence = {"seq": 0} if form == "ros1" else {}
+                time = types["builtin_interfaces/msg/Time"](sec=seconds, nanosec=nanoseconds)
+                head = types["std_msgs/msg/Header"](stamp=time, frame_id="x", **sequence)
+                message = types[kinds[topic]](header=head, **fields)
+                serialize = store.serialize_ros1 if form == "ros1" else store.serialize_cdr
+                writer.write(connections[topic], at, serialize(message, kinds[topic]))
+
+            for late in (0, 5 * 10**7):  # twice as often as the images
+                lat, lon = PLANE.inverse(1.1 * (k + late / 1e8), 0.0)
+                write(
+                    "/gps/fix",
+                    stamp + late,
+                    status=types["sensor_msgs/msg/NavSatStatus"](status=0 if k != 9 else -1, service=1),
+                    latitude=lat,
+                    longitude=lon,
+                    altitude=100.0,
+                    position_covariance=np.diag([4.0, 4.0, 9.0]).reshape(9),
+                    position_covariance_type=2,
+                )
+                if heading:
+                    zero = types["geometry_msgs/msg/Vector3"](x=0.0, y=0.0, z=0.0)
+                    turn = types["geometry_msgs/msg/Quaternion"](
+                        x=0.0, y=0.0, z=math.sin(0.1), w=math.cos(0.1)
+                    )
+                    write(
+                        "/imu",
+                        stamp + late,
+                        orientation=turn,
+                        orientation_covariance=np.diag([1.0, 1.0, 0.01]).reshape(9),
+                        angular_velocity=zero,
+                        angular_velocity_covariance=np.zeros(9),
+                        linear_acceleration=zero,
+                        linear_acceleration_covariance=np.zeros(9),
+                    )
+            pixels = texture(64, 256, k)
+            if image == "raw":
+                write(
+                    "/cam/image", stamp, height=64, width=256, encoding="rgb8", is_bigendian=0, step=768,
+                    data=pixels.reshape(-1) if k != 20 else pixels.reshape(-1)[:100],
+                )  # fmt: skip
+            else:
+                data = cv2.imencode(".jpg", pixels)[1].reshape(-1)
+                write("/cam/image", stamp, format="jpeg", data=data if k != 20 else data[:100])
+    return path
+
+
+@pytest.mark.parametrize("form", ["mcap", "sqlite3", "ros1"])
+@pytest.mark.parametrize("image", ["raw", "compressed"])
+def test_recordings_of_every_kind(aerial_path: Path, tmp_path: Path, form: str, image: str) -> None:
+    source = record(tmp_path / ("a.bag" if form == "ros1" else "a"), form, image=image)
+    shares: list[float] = []
+    with AerialMap.open(str(aerial_path)) as aerial:
+        result = import_bag(source, tmp_path / "out" / "a", aerial, OPTIONS, shares.append)
+        assert result is not None and import_bag(source, tmp_path / "out" / "a", aerial, OPTIONS) is None
+    # Every second frame, where the wheels say nothing; the damaged image is one of them.
+    assert result.pairs == 14 and result.without_tile == 0
+    assert result.dropped == {"image_invalid": 1, "fix_status": 2}
+    assert result.read == {"image": 30, "fix": 60, "heading": 60}
+    assert min(shares) >= 0.0 and max(shares) <= 1.0
+    pairs = PairBag(tmp_path / "out" / "a")
+    stamps = [pairs[k].stamp_ns for k in range(len(pairs))]
+    assert stamps == [T0 + k * 10**8 for k in range(0, 30, 2) if k != 20]
+    for k, stamp in enumerate(stamps):
+        pair, tile = pairs[k], pairs.tile(k)
+        assert math.hypot(*LocalProjection(pair.lat, pair.lon).forward(
+            *PLANE.inverse(1.1 * (stamp - T0) / 1e8, 0.0))) < 0.01  # fmt: skip
+        assert pair.heading == pytest.approx(0.2) and pair.heading_std == pytest.approx(0.1)
+        assert tile is not None and tile.size_px == SPEC.aerial_size
+    sent = texture(64, 256, 4)
+    if image == "compressed":
+        assert pairs[2].image_bytes == cv2.imencode(".jpg", sent)[1].tobytes()
+    else:
+        assert np.abs(pairs[2].image().astype(int) - sent).mean() < 6.0
+
+
+def test_missing_tiles_are_filled_in_later(aerial_path: Path, tmp_path: Path) -> None:
+    source = record(tmp_path / "a", "mcap")
+    first = import_bag(source, tmp_path / "bare" / "a", None, OPTIONS)
+    assert first is not None and first.without_tile == first.pairs == 14
+    with pytest.raises(DatasetError, match="has no tile"):
+        PairDataset([tmp_path / "bare" / "a"], SPEC)[0]
+    with AerialMap.open(str(aerial_path)) as aerial:
+        second = import_bag(tmp_path / "bare" / "a", tmp_path / "full" / "a", aerial, OPTIONS)
+    assert second is not None and (second.pairs, second.without_tile) == (14, 0)
+    bare, full = PairBag(tmp_path / "bare" / "a"), PairBag(tmp_path / "full" / "a")
+    assert all(bare[k].image_bytes == full[k].image_bytes for k in range(14))
+    assert all(full.tile(k) is not None for k in range(14))
+
+
+def test_interrupted_imports_start_over(tmp_path: Path) -> None:
+    source = record(tmp_path / "a", "mcap")
+
+    def interrupt(share: float) -> None:
+        if share > 0.5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        import_bag(source, tmp_path / "out" / "a", None, OPTIONS, interrupt)
+    assert not (tmp_path / "out" / "a").exists()
+    result = import_bag(source, tmp_path / "out" / "a", None, OPTIONS)
+    assert result is not None and result.pairs == 14
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["a"]
+
+
+def test_unusable_recordings_say_why(tmp_path: Path) -> None:
+    no_heading = record(tmp_path / "a", "mcap", heading=False)
+    with pytest.raises(BagError, match="no topic for heading"):
+        import_bag(no_heading, tmp_path / "out" / "a", None, OPTIONS)
+    result = import_bag(no_heading, tmp_path / "out" / "b", None, replace(OPTIONS, use_heading=False))
+    assert result is not None and result.pairs > 10 and PairBag(tmp_path / "out" / "b")[0].heading is None
+    with pytest.raises(BagError, match="no image topic /camera"):
+        import_bag(no_heading, tmp_path / "out" / "c", None, replace(OPTIONS, topics={"image": "/camera"}))
+    (tmp_path / "x.bag").write_bytes(b"no bag")
+    for path in (tmp_path / "x.bag", tmp_path / "nowhere"):
+        with pytest.raises(BagError, match="cannot read"):
+            import_bag(path, tmp_path / "out" / "d", None, OPTIONS)
+
+
+@pytest.mark.skipif(not REAL_BAG.exists(), reason="the real recording is not beside the repository")
+def test_a_real_recording_without_images(tmp_path: Path) -> None:
+    options = replace(OPTIONS, topics={"heading": "/imu/data"})
+    with pytest.raises(BagError, match=r"no images to pair \(read: [1-9]\d+ of fix, [1-9]\d+ of heading"):
+        import_bag(REAL_BAG, tmp_path / "out", None, options)
+
+
+@pytest.fixture(scope="module")
+def imported(aerial_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("imported")
+    with AerialMap.open(str(aerial_path)) as aerial:
+        import_bag(record(folder / "raw", "mcap"), folder / "pairs", aerial, OPTIONS)
+    return folder / "pairs"
+
+
+def test_dataset_decodes_in_workers(imported: Path) -> None:
+    dataset = PairDataset([imported, imported], SPEC)
+    assert len(dataset) == 28
+    loader = torch.utils.data.DataLoader(dataset, batch_size=5, num_workers=2, shuffle=True)
+    seen = torch.cat([batch["index"] for batch in loader])
+    assert sorted(seen.tolist()) == list(range(28))
+    one = dataset[15]
+    twin = dataset[1]
+    assert one["ground"].shape == (3, 64, 256) and one["aerial"].shape == (3, 160, 160)
+    assert torch.equal(one["ground"], twin["ground"]) and torch.equal(one["fix"], twin["fix"])
+    assert bool(one["heading_known"])
+    # Tiles snap to a quarter of their size: the fix is near the middle.
+    assert (one["fix"] - 79.5).abs().max() < 160 / 8 + 1
+    with pytest.raises(IndexError):
+        dataset[28]
+
+
+def test_dataset_refuses_tiles_of_another_model(imported: Path) -> None:
+    with pytest.raises(DatasetError, match="ccvpe-vigor needs 512 px"):
+        PairDataset([imported], create_model("ccvpe-vigor").spec)[0]
+    with pytest.raises(DatasetError, match="turned to the heading"):
+        PairDataset([imported], create_model("ccvpe-kitti").spec)
+
+
+def command(*arguments: object) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "xview_loc.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=100,
+    )
+
+
+def test_commands(aerial_path: Path, tmp_path: Path) -> None:
+    one, two = record(tmp_path / "one", "mcap"), record(tmp_path / "two.bag", "ros1")
+    out = tmp_path / "pairs"
+    words = ["--map", aerial_path, "--out", out, "--size", 160, "--gsd", 0.48]
+    done = command("pairs", one, two, *words)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("14 pairs") == 2 and "dropped: 1 image_invalid" in done.stdout
+    again = command("pairs", one, two, *words)
+    assert again.stdout.count("done already") == 2
+    info = command("pairs", "info", out / "one")
+    assert info.returncode == 0, info.stderr
+    assert "14, 0 without a tile" in info.stdout and "2.0 m (median" in info.stdout
+    picture = cv2.imread(str(out / "one_pairs.png"))
+    assert picture is not None and picture.std() > 20
+    data = bag_files(out / "one")[0].read_bytes()
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "cut_0.mcap").write_bytes(data[: -len(data) // 3])
+    told = command("pairs", "info", tmp_path / "cut")
+    assert told.returncode == 1 and "xview-loc bag recover" in told.stderr
+    assert "Traceback" not in told.stderr
+    recovered = command("bag", "recover", tmp_path / "cut")
+    assert recovered.returncode == 0 and "messages recovered" in recovered.stdout
+    wrong = command("pairs", tmp_path / "nowhere", "--out", out)
+    assert wrong.returncode == 1 and "cannot read" in wrong.stdout and "Traceback" not in wrong.stderr
+
+
+def test_keyframe_distance_is_an_option(tmp_path: Path) -> None:
+    source = record(tmp_path / "a", "mcap")
+    options = replace(OPTIONS, keyframes=KeyframeRule(distance_m=5.0))
+    result = import_bag(source, tmp_path / "out", None, options)
+    assert result is not None and result.pairs + result.dropped["image_invalid"] == 6

@@ -1,0 +1,141 @@
+"""``xview-loc bag`` and ``xview-loc pairs``: recover recordings, make pairs of them, look at them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from typer.core import TyperGroup
+
+from xview_loc.cli.console import UsageError, console
+from xview_loc.cli.maps import Headers, KeyEnv, map_options
+
+bag_app = typer.Typer(no_args_is_help=True, help="Recordings.")
+
+
+class _ImportUnlessNamed(TyperGroup):
+    """``pairs BAG...`` imports; ``pairs info DIR`` shows."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] not in self.commands:
+            args = ["import", *args]
+        return super().resolve_command(ctx, args)
+
+
+pairs_app = typer.Typer(
+    cls=_ImportUnlessNamed, no_args_is_help=True, help="Target-area pairs: make them (BAG...), look at them."
+)
+
+
+@bag_app.command()
+def recover(
+    bag: Annotated[Path, typer.Argument(help="Directory of a bag that was not closed, or is damaged.")],
+    out: Annotated[Path | None, typer.Option(help="New bag; default: BAG_recovered beside it.")] = None,
+) -> None:
+    """Copy what is intact of a bag into a new, complete one. The original is only read."""
+    from xview_loc.bags.recovery import recover_bag
+
+    target = out or bag.with_name(f"{bag.resolve().name}_recovered")
+    report = recover_bag(bag, target)
+    for name, damage in report.damage.items():
+        parts = [f"{damage.chunks_skipped} damaged chunks skipped"] if damage.chunks_skipped else []
+        parts += [f"ends early ({damage.ended_early})"] if damage.ended_early else []
+        console.print(f"{name}: {', '.join(parts)}", soft_wrap=True)
+    console.print(f"{report.messages} messages recovered into {target}", soft_wrap=True)
+
+
+@pairs_app.command("import")
+def import_(
+    bags: Annotated[list[Path], typer.Argument(help="Recordings: rosbag2 directories, ROS 1 .bag files.")],
+    out: Annotated[Path, typer.Option(help="Folder in which each gets a bag of pairs of its own.")],
+    map_: Annotated[str, typer.Option("--map", help="Aerial map; without it pairs get no tiles.")] = "",
+    image: Annotated[str, typer.Option(help="Topic; default: the only one of its type.")] = "",
+    fix: Annotated[str, typer.Option(help="Topic.")] = "",
+    heading: Annotated[str, typer.Option(help="Topic; 'none' for pairs without a heading.")] = "",
+    camera_info: Annotated[str, typer.Option(help="Topic.")] = "",
+    odom: Annotated[str, typer.Option(help="Topic.")] = "",
+    distance: Annotated[float, typer.Option(min=0.0, help="Metres between pairs.")] = 2.0,
+    size: Annotated[int, typer.Option(min=16, help="Side of the aerial tiles, pixels.")] = 512,
+    gsd: Annotated[float, typer.Option(min=0.01, help="Their ground sample distance, m/px.")] = 0.14,
+    declination: Annotated[float, typer.Option(help="Of a magnetic heading, degrees east.")] = 0.0,
+    header: Headers = None,
+    api_key_env: KeyEnv = "",
+) -> None:
+    """Make pairs of recordings, or give pairs without tiles theirs. What is done already is skipped."""
+    from xview_loc.bags.recovery import BagError
+    from xview_loc.imagery import AerialMap
+    from xview_loc.keyframes import KeyframeRule
+    from xview_loc.pair_import import ImportOptions, import_bag
+
+    named = {"image": image, "fix": fix, "camera_info": camera_info, "odom": odom, "heading": heading}
+    options = ImportOptions(
+        topics={name: topic for name, topic in named.items() if topic and topic != "none"},
+        use_heading=heading != "none",
+        declination=math.radians(declination),
+        keyframes=KeyframeRule(distance_m=distance),
+        tile_px=size,
+        tile_gsd=gsd,
+    )
+    names = [bag.resolve().stem if bag.suffix == ".bag" else bag.resolve().name for bag in bags]
+    if len(set(names)) < len(names):
+        raise UsageError("two of the recordings have the same name: import them into different folders")
+    aerial = AerialMap.open(map_, map_options(header, api_key_env)) if map_ else None
+    failures: list[BagError] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    try:
+        with Progress(*columns, console=console) as bars:
+            for bag, name in zip(bags, names, strict=True):
+                bar = bars.add_task(name, total=1.0)
+                try:
+                    result = import_bag(
+                        bag,
+                        out / name,
+                        aerial,
+                        options,
+                        lambda share, bar=bar: bars.update(bar, completed=share),  # type: ignore[misc]
+                    )
+                except BagError as error:
+                    # The others are imported all the same.
+                    failures.append(error)
+                    bars.console.print(f"xview-loc: {error}", markup=False, soft_wrap=True)
+                    continue
+                bars.update(bar, completed=1.0)
+                if result is None:
+                    bars.console.print(f"{out / name}: done already", soft_wrap=True)
+                    continue
+                without = f", {result.without_tile} of them without a tile" if result.without_tile else ""
+                bars.console.print(f"{out / name}: {result.pairs} pairs{without}", soft_wrap=True)
+                for reason, count in sorted(result.dropped.items()):
+                    bars.console.print(f"  dropped: {count} {reason}", soft_wrap=True)
+    finally:
+        if aerial is not None:
+            aerial.close()
+    if failures:
+        raise BagError(f"{len(failures)} of {len(bags)} recordings could not be imported")
+
+
+@pairs_app.command()
+def info(
+    bag: Annotated[Path, typer.Argument(help="Bag of pairs.")],
+    picture: Annotated[Path | None, typer.Option(help="Default: BAG_pairs.png beside it.")] = None,
+) -> None:
+    """Print what a bag of pairs holds, and draw where the pairs are."""
+    from xview_loc.pair_statistics import draw_places, pair_statistics
+    from xview_loc.pairs import PairBag
+
+    pairs = PairBag(bag)
+    facts, session = pair_statistics(pairs), pairs.session()
+    console.print(f"pairs        {facts.pairs}, {facts.without_tile} without a tile, {facts.damaged} damaged")
+    console.print(f"tiles        {facts.tiles}")
+    console.print(f"track        {facts.length_m:.0f} m in {facts.seconds:.0f} s")
+    box = f"{facts.south:.6f},{facts.west:.6f},{facts.north:.6f},{facts.east:.6f}"
+    console.print(f"area         {box} (south,west,north,east)")
+    console.print(f"fix sigma    {facts.fix_sigma_m:.1f} m (median, as the receiver claims)")
+    console.print(f"vehicle      {session.get('vehicle') or 'not named'}")
+    console.print(f"licence      {session.get('licence') or 'none given'}", soft_wrap=True)
+    path = picture or bag.with_name(f"{bag.resolve().name}_pairs.png")
+    draw_places(pairs, facts).savefig(path, dpi=100, bbox_inches="tight")
+    console.print(f"picture      {path}", soft_wrap=True)
