@@ -153,7 +153,7 @@ class PairLoggerNode(VehicleNode):
             folder = parent / f"{name}_{number}"
         session = {
             "vehicle": p["vehicle"],
-            "map": p["map"],
+            "map": _without_query(p["map"]),
             "licence": p["map_licence"] or self._attribution,
             "tile": {"size": p["tile_px"], "gsd": p["tile_gsd"]},
             "camera_yaw": math.radians(p["camera_yaw_deg"]),
@@ -329,6 +329,11 @@ class PairLoggerNode(VehicleNode):
             writer.close()
             return False
         return True
+
+
+def _without_query(source: str) -> str:
+    """A tile server's URL without what may hold a key."""
+    return source.partition("?")[0] if "://" in source else source
 
 
 def _velocity(odometry: Odometry) -> tuple[float, float]:
