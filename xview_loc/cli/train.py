@@ -115,7 +115,8 @@ def train(
                 return
             done = standing.epoch * standing.steps_per_epoch + standing.step_in_epoch
             total = options.epochs * standing.steps_per_epoch
-            bars.update(bar, completed=done, total=total, facts=f"loss {standing.loss:.4g}")
+            best = f", best validation {standing.best_error_m:.2f} m" if standing.history else ""
+            bars.update(bar, completed=done, total=total, facts=f"loss {standing.loss:.4g}{best}")
             if not console.is_terminal and standing.step_in_epoch % save_every == 0:
                 print(f"step {done} of {total}: loss {standing.loss:.4g}", flush=True)
             for entry in standing.history[printed:]:
