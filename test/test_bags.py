@@ -123,7 +123,8 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
         with pytest.raises(OSError, match="No space left"):
             fill(writer, 100, size=100_000, start=10)
             writer.flush()
-        writer.close()
+        with pytest.raises(OSError, match="could not be completed"):
+            writer.close()
         recover_bag(disk / "bag", tmp_path / "saved")
     finally:
         subprocess.run(["umount", disk], check=True)
@@ -224,6 +225,16 @@ def test_what_cannot_be_recovered_says_so(tmp_path: Path, intact: Path) -> None:
     assert report.messages == 160 and set(report.damage) == {"x_0.mcap"}
     with pytest.raises(BagError, match="exists already"):
         recover_bag(tmp_path / "bag", tmp_path / "out")
+
+
+def test_a_bad_stamp_does_not_spoil_the_bag(tmp_path: Path) -> None:
+    writer = BagWriter(tmp_path / "bag", TOPICS, NO_FLOOR)
+    fill(writer, 3)
+    with pytest.raises(ValueError, match="cannot be written"):
+        writer.write("/b", -1, text("before 1970"))
+    fill(writer, 3, start=3)
+    writer.close()
+    assert numbers(tmp_path / "bag") == list(range(6))
 
 
 def test_threads_may_share_a_writer(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from mcap.reader import make_reader
 from rosbags.highlevel import AnyReader
 
 from xview_loc.bags.recovery import BagError, bag_files, recover_bag
-from xview_loc.bags.ros_types import header, message, quaternion, serialize
+from xview_loc.bags.ros_types import deserialize, header, message, quaternion, serialize
 from xview_loc.bags.writer import BagLimits
 from xview_loc.camera import CameraModel
 from xview_loc.geodesy import LocalProjection
@@ -122,7 +122,9 @@ def test_pairs_come_back_as_they_were(bag: Path) -> None:
         assert stored is not None and stored.key == original.key == got.tile_id
         assert np.array_equal(stored.image, original.image)
         assert stored.valid_fraction == original.valid_fraction
-    assert [o.twist.twist.linear.x for _, o in pairs.odometry()] == list(range(40))
+    speeds = [deserialize(TOPICS["/odom"], data).twist.twist.linear.x for _, data in pairs.odometry()]
+    assert speeds == list(range(40))
+    assert pairs.raw_image(7).endswith(jpeg(7)[-40:])
     session = pairs.session()
     assert session["vehicle"] == "cart" and session["conventions"] == CONVENTIONS
     with pytest.raises(IndexError):
@@ -150,6 +152,17 @@ def test_every_file_stands_for_itself(tmp_path: Path) -> None:
     left = PairBag(tmp_path / "bag")
     assert 10 < len(left) < 30 and left.session()["format"] == 1
     assert all(left.tile(k) is not None for k in range(len(left)))
+
+
+def test_time_that_starts_again_keeps_pairs_apart(tmp_path: Path) -> None:
+    writer = PairWriter(tmp_path / "bag", {}, NO_FLOOR)
+    for lap in range(2):
+        for k in range(5):
+            writer.add(pair(k, altitude=float(lap)), tile(0))
+    writer.close()
+    pairs = PairBag(tmp_path / "bag")
+    assert sorted(pairs[k].altitude for k in range(10)) == [0.0] * 5 + [1.0] * 5
+    assert all(pairs.tile(k) is not None for k in range(10))
 
 
 def test_what_is_not_known_stays_unknown(tmp_path: Path) -> None:

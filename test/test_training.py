@@ -154,6 +154,7 @@ class Dots(PoseDataset):
             "aerial": normalise(image)[0],
             "position": torch.tensor([row, col], dtype=torch.float32),
             "heading": torch.tensor(0.0),
+            "meters_per_pixel": torch.tensor(SPEC.gsd),
         }
 
 

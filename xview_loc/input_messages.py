@@ -30,9 +30,7 @@ def stamp_ns(message: Any) -> int:
     """The header's stamp in nanoseconds; RejectedInput where it was never set."""
     stamp = message.header.stamp
     ns = int(stamp.sec) * 1_000_000_000 + int(stamp.nanosec)
-    if ns == 0:
-        raise RejectedInput("no_stamp", "the message's stamp is zero")
-    return ns
+    return _checked_stamp(ns)
 
 
 def cdr_stamp_ns(data: bytes) -> int:
@@ -42,8 +40,13 @@ def cdr_stamp_ns(data: bytes) -> int:
     # Byte 1 of the encapsulation says in which order the others come.
     seconds, nanoseconds = struct.unpack_from("<iI" if data[1] & 1 else ">iI", data, 4)
     ns = int(seconds) * 1_000_000_000 + int(nanoseconds)
-    if ns == 0:
-        raise RejectedInput("no_stamp", "the message's stamp is zero")
+    return _checked_stamp(ns)
+
+
+def _checked_stamp(ns: int) -> int:
+    if ns <= 0:
+        what = "zero" if ns == 0 else "negative"
+        raise RejectedInput("no_stamp", f"the message's stamp is {what}")
     return ns
 
 

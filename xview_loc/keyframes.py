@@ -52,6 +52,8 @@ class Keyframes:
 
         lat, lon: degrees; yaw: radians, None if unknown; speed: of the wheels in m/s, None if unknown.
         """
+        if speed is not None and not math.isfinite(speed):
+            speed = None
         if self._seen_ns is not None and speed is not None:
             self._driven += abs(speed) * (stamp_ns - self._seen_ns) / 1e9
         self._seen_ns = stamp_ns

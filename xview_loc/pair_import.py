@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-from rosbags.highlevel import AnyReader, AnyReaderError
+from rosbags.highlevel import AnyReader
 from rosbags.interfaces import Connection
 
 from xview_loc.bags.recovery import BagError
 from xview_loc.bags.ros_types import serialize
 from xview_loc.bags.writer import BagLimits
 from xview_loc.camera import CameraError, CameraModel, ImageError
-from xview_loc.imagery import AerialMap, AerialTile, MapError
+from xview_loc.imagery import AerialMap, AerialTile, MapError, NoImageryError
 from xview_loc.input_messages import (
     RejectedInput,
     camera_from_info,
@@ -29,6 +29,7 @@ from xview_loc.input_messages import (
     stamp_ns,
 )
 from xview_loc.input_sync import (
+    RESTART_NS,
     GnssFix,
     HeadingSample,
     History,
@@ -38,7 +39,7 @@ from xview_loc.input_sync import (
     blend_heading,
 )
 from xview_loc.keyframes import KeyframeRule, Keyframes
-from xview_loc.pairs import IMAGE, ODOMETRY, TOPICS, Pair, PairBag, PairWriter
+from xview_loc.pairs import IMAGE, Pair, PairBag, PairWriter
 from xview_loc.tile_store import TileStore
 
 # What each input may be, and its types in the order of preference.
@@ -58,6 +59,10 @@ _OPTIONAL = ("camera_info", "odom")
 # How long an image waits for a later fix and heading, in the recording's time.
 _WAIT_S = 1.5
 _JPEG_QUALITY = 95
+# So many tiles in a row that cannot be had are not the odd one that a server lost.
+_MAP_FAILURES = 3
+# A speed older than this says nothing about standing.
+_SPEED_AGE_NS = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -105,9 +110,12 @@ def import_bag(
     are copied, with tiles for those that lack one. ``aerial`` None: pairs without tiles. ``on_progress`` is
     told the share done. ``out`` appears when it is complete; where it exists already, nothing is done and
     the result is None.
-    Raises BagError where the recording cannot be used, OSError where ``out`` cannot be written.
+    Raises BagError where the recording cannot be used, MapError where the map is out of reach, OSError where
+    ``out`` cannot be written.
     """
     if out.exists():
+        if out.resolve() == source.resolve():
+            raise BagError(f"{out} is the recording itself: choose another folder for the pairs")
         return None
     options = options or ImportOptions()
     # A bag's files carry its name: it is made under the same name elsewhere on the disk.
@@ -134,16 +142,34 @@ class _Tiles:
 
     def __init__(self, aerial: AerialMap | None, options: ImportOptions) -> None:
         self._store = TileStore(aerial, options.tile_px, options.tile_gsd) if aerial else None
+        self._failures = 0
         self.licence = options.licence or (aerial.attribution if aerial else "")
         self.size, self.gsd = options.tile_px, options.tile_gsd
 
     def around(self, lat: float, lon: float) -> AerialTile | None:
+        """The tile, None where the map has no imagery. Raises MapError where it is out of reach for long."""
         if self._store is None:
             return None
         try:
-            return self._store.around(lat, lon)
-        except MapError:
+            tile = self._store.around(lat, lon)
+        except NoImageryError:
             return None
+        except MapError:
+            self._failures += 1
+            if self._failures >= _MAP_FAILURES:
+                raise
+            return None
+        self._failures = 0
+        return tile
+
+    @property
+    def cuts(self) -> bool:
+        """Whether there is a map to cut tiles from."""
+        return self._store is not None
+
+    def fits(self, tile: AerialTile) -> bool:
+        """Whether a tile has the size and ground sample distance asked for."""
+        return tile.size_px == self.size and math.isclose(tile.gsd, self.gsd, rel_tol=1e-6)
 
     def close(self) -> None:
         if self._store is not None:
@@ -161,37 +187,65 @@ class _Tiles:
 def _reading(source: Path) -> Iterator[AnyReader]:
     if not source.exists():
         raise BagError(f"cannot read {source}: no such file")
+    reader = AnyReader([source])
     try:
-        with AnyReader([source]) as reader:
-            yield reader
-    except (AnyReaderError, OSError, ValueError, AssertionError, KeyError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise BagError(f"cannot read {source}: {reason}") from None
+        reader.open()
+    except Exception as error:  # damaged files raise anything
+        raise BagError(f"cannot read {source}: {_reason(error)}") from None
+    try:
+        yield reader
+    finally:
+        reader.close()
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _complete(
     source: Path, partial: Path, tiles: _Tiles, result: ImportResult, on_progress: Callable[[float], object]
 ) -> None:
-    """Copy a bag of pairs, cutting the tiles that are missing."""
+    """Copy a bag of pairs, cutting the tiles that are missing, damaged, or of another size."""
     bag = PairBag(source)
-    session = {**bag.session(), "licence": tiles.licence or bag.session().get("licence", "")}
+    before = bag.session()
+    session = {**before, "licence": tiles.licence or before.get("licence", "")}
+    if tiles.cuts:
+        session["tile"] = {"size": tiles.size, "gsd": tiles.gsd}
+    odometry = _readable(bag.odometry(), result)
+    waiting = next(odometry, None)
     writer = PairWriter(partial, session, BagLimits(min_free_bytes=0))
     try:
-        for stamp, odometry in bag.odometry():
-            writer.add_odometry(stamp, serialize(TOPICS[ODOMETRY], odometry))
         for index in range(len(bag)):
+            on_progress(index / len(bag))
             try:
-                pair, tile = bag[index], bag.tile(index)
+                pair, raw = bag[index], bag.raw_image(index)
             except BagError:
                 result.dropped["pair_damaged"] += 1
                 continue
-            tile = tile or tiles.around(pair.lat, pair.lon)
-            writer.add(pair, tile)
+            while waiting is not None and waiting[0] <= pair.stamp_ns:
+                writer.add_odometry(*waiting)
+                waiting = next(odometry, None)
+            try:
+                tile = bag.tile(index)
+            except BagError:
+                tile = None
+            if tile is None or (tiles.cuts and not tiles.fits(tile)):
+                tile = tiles.around(pair.lat, pair.lon)
+            writer.add(pair, tile, raw)
             result.pairs += 1
             result.without_tile += tile is None
-            on_progress((index + 1) / len(bag))
+        while waiting is not None:
+            writer.add_odometry(*waiting)
+            waiting = next(odometry, None)
     finally:
         writer.close()
+
+
+def _readable(odometry: Iterator[tuple[int, bytes]], result: ImportResult) -> Iterator[tuple[int, bytes]]:
+    try:
+        yield from odometry
+    except BagError:
+        result.dropped["odometry_damaged"] += 1
 
 
 @dataclass(frozen=True)
@@ -221,20 +275,21 @@ class _Importer:
         self._waiting: WaitingRoom[_Frame] = WaitingRoom(_WAIT_S, capacity=256)
         self._keyframes = Keyframes(options.keyframes)
         self._camera: CameraModel | None = None
-        self._speed: float | None = None
+        self._speed: tuple[int, float] | None = None
         self._last_image_ns = 0
 
     def run(self, on_progress: Callable[[float], object]) -> None:
         """Read the recording through. Raises BagError where it has nothing to pair."""
         inputs = self._choose()
-        by_topic = {connection.topic: name for name, connection in inputs.items()}
+        by_topic = {connections[0].topic: name for name, connections in inputs.items()}
+        chosen = [connection for connections in inputs.values() for connection in connections]
         span = max(1, self._reader.end_time - self._reader.start_time)
         writer: PairWriter | None = None
         if "image" in inputs:
             session = self._tiles.session(self._source)
             writer = PairWriter(self._partial, session, BagLimits(min_free_bytes=0))
         try:
-            for connection, now, data in self._reader.messages(connections=list(inputs.values())):
+            for connection, now, data in self._messages(chosen):
                 name = by_topic[connection.topic]
                 self._result.read[name] += 1
                 try:
@@ -255,28 +310,42 @@ class _Importer:
             counts = ", ".join(f"{self._result.read[n]} of {n}" for n in inputs) or "nothing of use"
             raise BagError(f"{self._source} has no images to pair (read: {counts})")
 
-    def _choose(self) -> dict[str, Connection]:
+    def _messages(self, chosen: list[Connection]) -> Iterator[tuple[Connection, int, bytes]]:
+        """What can be read of the recording."""
+        messages = self._reader.messages(connections=chosen)
+        while True:
+            try:
+                found = next(messages)
+            except StopIteration:
+                return
+            except Exception as error:  # damaged files raise anything
+                self._result.dropped[f"rest_of_recording_damaged/{type(error).__name__}"] += 1
+                return
+            yield found
+
+    def _choose(self) -> dict[str, list[Connection]]:
+        """The connections of each input; a topic has several where a publisher was started again."""
         chosen = {}
         for name, types in TYPES.items():
             if name == "heading" and not self._options.use_heading:
                 continue
             wanted = self._options.topics.get(name)
-            fitting = [
-                c
-                for kind in types
-                for c in self._reader.connections
-                if c.msgtype == kind and wanted in (None, c.topic)
-            ]
-            topics = list(dict.fromkeys(c.topic for c in fitting))
+            topics: dict[str, list[Connection]] = {}
+            for kind in types:
+                for c in self._reader.connections:
+                    if c.msgtype == kind and wanted in (None, c.topic):
+                        topics.setdefault(c.topic, []).append(c)
+                if topics:
+                    break  # the next types are second choice
             if wanted and not topics:
                 raise BagError(f"{self._source} has no {name} topic {wanted} of a type that fits")
-            if len(topics) > 1 and name not in _OPTIONAL:
+            if len(topics) > 1:
                 raise BagError(
                     f"{self._source} has several topics for {name}, choose one: {', '.join(topics)}"
                 )
-            if topics and (len(topics) == 1 or wanted):
-                chosen[name] = fitting[0]
-            elif not topics and name in ("fix", "heading"):
+            if topics:
+                (chosen[name],) = topics.values()
+            elif name in ("fix", "heading"):
                 hint = " (or do without it)" if name == "heading" else ""
                 raise BagError(f"{self._source} has no topic for {name}{hint}")
         return chosen
@@ -293,17 +362,23 @@ class _Importer:
                 raise RejectedInput("fix_stamp_not_newer", "")
         elif name == "heading":
             heading = heading_from_message(message, self._options.declination, self._options.heading_std)
+            if self._headings.went_back(heading.stamp_ns):
+                self._restart()
             if not self._headings.add(heading):
                 raise RejectedInput("heading_stamp_not_newer", "")
         elif name == "camera_info":
             self._camera = camera_from_info(message)
         elif name == "odom":
-            self._speed = math.hypot(message.twist.twist.linear.x, message.twist.twist.linear.y)
+            stamp = stamp_ns(message)
+            speed = math.hypot(message.twist.twist.linear.x, message.twist.twist.linear.y)
+            if math.isfinite(speed):
+                self._speed = (stamp, speed)
             if writer is not None:
-                kind = TYPES["odom"][0]
-                writer.add_odometry(stamp_ns(message), data if self._ros2 else serialize(kind, message))
+                writer.add_odometry(stamp, data if self._ros2 else serialize(TYPES["odom"][0], message))
         else:
             stamp = stamp_ns(message)
+            if stamp < self._last_image_ns - RESTART_NS:
+                self._restart()
             if stamp <= self._last_image_ns:
                 raise RejectedInput("image_stamp_not_newer", "")
             self._last_image_ns = stamp
@@ -338,7 +413,10 @@ class _Importer:
         fix = self._at(self._fixes, frame.stamp_ns)
         heading = self._at(self._headings, frame.stamp_ns) if self._options.use_heading else None
         yaw = None if heading is None else heading.yaw
-        if not self._keyframes.wants(frame.stamp_ns, fix.lat, fix.lon, yaw, self._speed):
+        speed = None
+        if self._speed is not None and abs(frame.stamp_ns - self._speed[0]) <= _SPEED_AGE_NS:
+            speed = self._speed[1]
+        if not self._keyframes.wants(frame.stamp_ns, fix.lat, fix.lon, yaw, speed):
             return
         message: Any = self._reader.deserialize(frame.data, frame.connection.msgtype)
         compressed = hasattr(message, "format")

@@ -85,12 +85,13 @@ def draw_places(bag: PairBag, statistics: PairStatistics) -> Figure:
     drawn: set[str] = set()
     for index in range(len(bag)):
         try:
-            tile = bag.tile(index)
+            name = bag[index].tile_id
+            tile = bag.tile(index) if name not in drawn else None
         except BagError:
             continue
-        if tile is None or tile.key in drawn:
+        if tile is None:
             continue
-        drawn.add(tile.key)
+        drawn.add(name)
         x, y = middle.forward(tile.lat, tile.lon)
         half = tile.size_px * tile.gsd / 2
         step = max(1, tile.size_px // 128)

@@ -135,6 +135,7 @@ class PairWriter:
         self._lock = threading.Lock()
         self._file = ""
         self._tiles: dict[str, int] = {}
+        self._last_stamp = 0
         self.pairs = 0
 
     @property
@@ -145,11 +146,15 @@ class PairWriter:
     def add(self, pair: Pair, tile: AerialTile | None, raw_image: bytes | None = None) -> None:
         """Write a pair and, the first time in each file, its tile.
 
-        ``raw_image``: the CDR bytes of the image's message where it came as a CompressedImage.
+        ``raw_image``: the CDR bytes of the image's message where it came as a CompressedImage; they are
+        written as they are.
         """
         stamp = pair.stamp_ns
         head = header(stamp, "")
         with self._lock:
+            if stamp <= self._last_stamp:
+                # Time started again. A pair is found by its stamp: within a file it must be the only one.
+                self._bag.split()
             self._begin(stamp)
             tile_stamp, tile_id = 0, ""
             if tile is not None:
@@ -167,6 +172,7 @@ class PairWriter:
                 image = message(TOPICS[IMAGE], header=head, format=pair.image_format, data=data)
                 raw_image = serialize(TOPICS[IMAGE], image)
             self._bag.write(IMAGE, stamp, raw_image, may_split=False)
+            self._last_stamp = stamp
             self.pairs += 1
 
     def add_odometry(self, stamp: int, data: bytes) -> None:
@@ -175,9 +181,15 @@ class PairWriter:
             self._begin(stamp)
             self._bag.write(ODOMETRY, stamp, data, may_split=False)
 
+    def split(self) -> None:
+        """Go on in a new file."""
+        with self._lock:
+            self._bag.split()
+
     def close(self) -> None:
         """Complete the bag."""
-        self._bag.close()
+        with self._lock:
+            self._bag.close()
 
     def _begin(self, stamp: int) -> None:
         """Split where it is due: here, so that no pair is torn apart.
@@ -299,8 +311,7 @@ class PairBag:
         """The aerial tile of a pair, None where it was stored without one. Raises as ``bag[index]``."""
         stamp, number = self._index[index]
         try:
-            ((_, data),) = self._messages(number, stamp, (TILE,))
-            reference = deserialize(TOPICS[TILE], data)
+            reference = deserialize(TOPICS[TILE], self._one(number, stamp, TILE))
             if not reference.frame_id:
                 return None
             at = stamp_ns(reference)
@@ -327,11 +338,27 @@ class PairBag:
                 return content
         raise BagError(f"{self.folder} is not a bag of pairs: it has no {SESSION}")
 
-    def odometry(self) -> Iterator[tuple[int, Any]]:
-        """(stamp in nanoseconds, ``nav_msgs/Odometry``) along the drive."""
-        for number in range(len(self._paths)):
-            for _, _, found in self._reader(number).iter_messages(topics=[ODOMETRY]):
-                yield found.log_time, deserialize(TOPICS[ODOMETRY], found.data)
+    def raw_image(self, index: int) -> bytes:
+        """The CDR bytes of a pair's image message. Raises as ``bag[index]``."""
+        stamp, number = self._index[index]
+        try:
+            return self._one(number, stamp, IMAGE)
+        except Exception as error:
+            raise BagError(f"pair {index} of {self.folder} is damaged: {_reason(error)}") from None
+
+    def odometry(self) -> Iterator[tuple[int, bytes]]:
+        """(stamp in nanoseconds, CDR bytes of a ``nav_msgs/Odometry``) along the drive.
+
+        Raises BagError where the bag is damaged.
+        """
+        for number, path in enumerate(self._paths):
+            try:
+                for _, _, found in self._reader(number).iter_messages(topics=[ODOMETRY]):
+                    yield found.log_time, found.data
+            except BagError:
+                raise
+            except Exception as error:
+                raise BagError(f"the odometry in {path} is damaged: {_reason(error)}") from None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}
@@ -365,8 +392,17 @@ class PairBag:
         for chunk in summary.chunk_indexes:
             for channel in channels & chunk.message_index_offsets.keys():
                 file.seek(chunk.message_index_offsets[channel] + 9)  # past the record's opcode and length
-                for stamp, _ in MessageIndex.read(ReadDataStream(file)).records:
-                    yield stamp
+                try:
+                    stamps = [stamp for stamp, _ in MessageIndex.read(ReadDataStream(file)).records]
+                except Exception as error:
+                    raise BagError(
+                        f"the index of {self._paths[number]} is damaged ({_reason(error)}): "
+                        f"run xview-loc bag recover {self.folder}"
+                    ) from None
+                yield from stamps
+
+    def _one(self, number: int, stamp: int, topic: str) -> bytes:
+        return next(data for _, data in self._messages(number, stamp, (topic,)))
 
     def _messages(self, number: int, stamp: int, topics: tuple[str, ...]) -> Iterator[tuple[str, bytes]]:
         found = self._reader(number).iter_messages(topics=topics, starting_at=stamp, ending_at=stamp)

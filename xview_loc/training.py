@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
@@ -189,13 +190,16 @@ def train(
     step = _Step(model.train(), loss)
     optimizer = torch.optim.Adam(step.parameters(), lr=options.learning_rate)
     wrapped, wrapped_optimizer = fabric.setup(step, optimizer)
-    run = {"options": _comparable(options), "data": data.name, "validation": validation.name}
-    run |= {"model": model.spec.name, "loss": loss.to_json()}
+    run: dict[str, Any] = {"options": _comparable(options), "data": data.name, "validation": validation.name}
+    run |= {"model": model.spec.name, "loss": loss.to_json(), "processes": fabric.world_size}
+    run |= {"samples": len(data), "start": _digest(model)}
     standing = Standing(steps_per_epoch=per_epoch)
     totals = [0.0, 0]
     state_file = folder / STATE_FILE
-    if state_file.exists():
-        state = _load_state(state_file, run, fabric.device)
+    # Every process goes on from the first one's state, whether they share a disk or not.
+    state = fabric.broadcast(_load_state(state_file) if fabric.is_global_zero else None)
+    if state is not None:
+        _check_run(folder, state["run"], run)
         standing, totals = Standing(**state["standing"]), state["totals"]
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -239,7 +243,8 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = options.learning_rate * _rate(options, count, options.epochs * per_epoch)
             value = wrapped(batch, 0.0 if known else None)
-            if not bool(torch.isfinite(value)):
+            # All of them stop, or none: the others would wait for ever.
+            if not bool(fabric.all_reduce(torch.isfinite(value).float(), reduce_op="mean") == 1):
                 raise TrainingError(
                     f"the loss is not finite at step {count}: lower the learning rate or the precision's risk"
                 )
@@ -269,7 +274,18 @@ def train(
         if fabric.is_global_zero:
             _write(folder / HISTORY_FILE, json.dumps(standing.history, indent=1).encode())
         on_step(standing)
+    if fabric.is_global_zero:
+        # Once more: the run may have been cut off between its last state and this.
+        _write(folder / HISTORY_FILE, json.dumps(standing.history, indent=1).encode())
     return standing
+
+
+def _digest(model: CrossViewModel) -> str:
+    """Names the weights that a run starts from."""
+    digest = hashlib.sha256()
+    for value in model.state_dict().values():
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _comparable(options: TrainingOptions) -> dict[str, Any]:
@@ -280,17 +296,24 @@ def _comparable(options: TrainingOptions) -> dict[str, Any]:
     return values
 
 
-def _load_state(path: Path, run: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def _load_state(path: Path) -> dict[str, Any] | None:
+    """The state to go on from, None where there is none."""
+    if not path.exists():
+        return None
     try:
-        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+        # On the CPU: the model and Adam put each tensor where it belongs.
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged archive raises anything
         raise TrainingError(f"{path} is damaged ({type(error).__name__}): delete it to start anew") from None
-    if state["run"] != run:
-        differing = sorted(key for key in run if state["run"].get(key) != run[key])
-        raise TrainingError(
-            f"{path.parent} holds a run with other settings ({', '.join(differing)}); use another folder"
-        )
     return state
+
+
+def _check_run(folder: Path, before: dict[str, Any], run: dict[str, Any]) -> None:
+    if before != run:
+        differing = sorted(key for key in run if before.get(key) != run[key])
+        raise TrainingError(
+            f"{folder} holds a run with other settings ({', '.join(differing)}); use another folder"
+        )
 
 
 def _rate(options: TrainingOptions, count: int, total: int) -> float:

@@ -18,12 +18,13 @@ _VERSION = 5
 
 @dataclass
 class FileSummary:
-    """One file of a bag: name, messages per topic, first and last stamp in nanoseconds."""
+    """One file of a bag: name, messages per topic, first and last stamp in nanoseconds, bytes."""
 
     name: str
     counts: Counter[str] = field(default_factory=Counter)
     start_ns: int = 0
     end_ns: int = 0
+    size: int = 0
 
     def add(self, topic: str, stamp_ns: int) -> None:
         """Count a message."""
@@ -81,3 +82,13 @@ def write_metadata(folder: Path, files: Sequence[FileSummary], topics: Mapping[s
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(folder / FILE)
+    sync_folder(folder)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make new and renamed files of a folder survive a power loss. Raises OSError."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

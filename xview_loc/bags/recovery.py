@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,9 +27,13 @@ class BagError(UserError):
 
 @dataclass
 class Damage:
-    """What could not be read of a file: broken chunks that were skipped, and where reading had to end."""
+    """What could not be read of a file: broken chunks that were skipped, and where reading had to end.
+
+    ``undescribed``: messages whose topic was described in a broken chunk alone.
+    """
 
     chunks_skipped: int = 0
+    undescribed: int = 0
     ended_early: str = ""
 
     def __bool__(self) -> bool:
@@ -90,7 +95,8 @@ def read_intact(path: Path, damage: Damage) -> Iterator[RawMessage]:
                     channel = channels.get(item.channel_id)
                     schema = schemas.get(channel.schema_id) if channel else None
                     if channel is None or schema is None:
-                        continue  # described in a broken chunk alone
+                        damage.undescribed += 1
+                        continue
                     yield RawMessage(channel.topic, schema.name, schema.data, item.log_time, item.data)
 
 
@@ -123,22 +129,28 @@ def recover_bag(folder: Path, out: Path) -> Recovery:
     files = bag_files(folder)
     if out.exists():
         raise BagError(f"{out} exists already: choose another folder")
-    out.mkdir(parents=True)
+    if folder.resolve() in out.resolve().parents:
+        raise BagError(f"{out} lies in the bag itself: choose another folder")
+    partial = out.with_name(f".{out.name}.partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
     recovery, summaries = Recovery(), []
     topics: dict[str, str] = {}
     for source in files:
         damage, summary = Damage(), FileSummary(source.name)
         try:
-            _copy_intact(source, out / source.name, damage, summary, topics)
+            _copy_intact(source, partial / source.name, damage, summary, topics)
         except BagError:
             damage.ended_early = "not an MCAP file"
-            (out / source.name).unlink(missing_ok=True)
+            (partial / source.name).unlink(missing_ok=True)
         if damage:
             recovery.damage[source.name] = damage
         if summary.counts:
             summaries.append(summary)
             recovery.messages += summary.counts.total()
-    write_metadata(out, summaries, topics)
+    write_metadata(partial, summaries, topics)
+    partial.rename(out)
     return recovery
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
 
 from mcap.writer import CompressionType, Writer
 
-from xview_loc.bags.metadata import FileSummary, write_metadata
+from xview_loc.bags.metadata import FileSummary, sync_folder, write_metadata
 from xview_loc.bags.ros_types import definition
 
 FLUSH_S = 0.5
@@ -46,7 +46,7 @@ class BagWriter:
     """A new rosbag2 directory. Any thread may call its methods.
 
     What was written is on the disk (chunk closed, fdatasync) at most ``FLUSH_S`` later, by a thread of the
-    writer's own. After a failure every further call raises OSError; :meth:`close` never does.
+    writer's own. After a failure every further call raises OSError.
     """
 
     def __init__(self, folder: Path, topics: Mapping[str, str], limits: BagLimits | None = None) -> None:
@@ -62,6 +62,8 @@ class BagWriter:
         self._files: list[FileSummary] = []
         self._next_number = 0
         self._failure: OSError | None = None
+        self._closed = False
+        # Bytes handed over since the last flush.
         self._pending = 0
         folder.mkdir(parents=True)
         self._open_file()
@@ -73,7 +75,7 @@ class BagWriter:
     def size_bytes(self) -> int:
         """Size of the bag, with what is not on the disk yet."""
         with self._lock:
-            return self._pending + sum((self.folder / file.name).stat().st_size for file in self._files)
+            return self._pending + self._written + sum(file.size for file in self._files[:-1])
 
     @property
     def message_count(self) -> int:
@@ -90,34 +92,25 @@ class BagWriter:
     def write(self, topic: str, stamp_ns: int, data: bytes, *, may_split: bool = True) -> None:
         """Add a serialized message; without ``may_split`` to the file of the one before it.
 
-        Raises BagFullError, OSError.
+        Raises BagFullError, OSError, and ValueError on a stamp that no bag can hold.
         """
-        with self._lock:
-            self._check()
+        if not 0 <= stamp_ns < 1 << 63:
+            raise ValueError(f"a stamp of {stamp_ns} ns cannot be written")
+        with self._lock, self._failing():
             if may_split:
                 self.split_if_due()
-            try:
-                self._make_room(len(data))
-                self._mcap.add_message(self._channels[topic], stamp_ns, data, stamp_ns)
-            except OSError as error:
-                self._failure = error
-                raise
+            self._make_room(len(data))
+            self._mcap.add_message(self._channels[topic], stamp_ns, data, stamp_ns)
             self._files[-1].add(topic, stamp_ns)
             self._pending += len(data)
 
     def flush(self) -> None:
         """Put everything written so far on the disk. Raises OSError."""
-        with self._lock:
-            self._check()
-            if not self._pending:
-                return
-            try:
+        with self._lock, self._failing():
+            if self._pending:
                 self._mcap.flush()
                 os.fdatasync(self._stream.fileno())
-            except OSError as error:
-                self._failure = error
-                raise
-            self._pending = 0
+                self._pending, self._written = 0, self._stream.tell()
 
     def split_if_due(self) -> None:
         """Go on in a new file where the limits ask for it. Raises OSError."""
@@ -125,45 +118,60 @@ class BagWriter:
             limits, current = self._limits, self._files[-1]
             seconds = (current.end_ns - current.start_ns) / 1e9
             too_long = limits.split_seconds and seconds >= limits.split_seconds
-            if too_long or (limits.split_bytes and self._stream.tell() >= limits.split_bytes):
+            too_large = limits.split_bytes and self._written + self._pending >= limits.split_bytes
+            if too_long or too_large:
                 self.split()
 
     def split(self) -> None:
         """Go on in a new file, unless this one is empty. Raises OSError."""
-        with self._lock:
-            self._check()
-            if not self._files[-1].counts:
-                return
-            try:
+        with self._lock, self._failing():
+            if self._files[-1].counts:
                 self._close_file()
                 self._open_file()
-            except OSError as error:
-                self._failure = error
-                raise
 
     def close(self) -> None:
-        """Complete the bag; a bag that cannot be completed can still be recovered."""
+        """Complete the bag. Raises OSError where that fails: the bag can then be recovered."""
         self._closing.set()
         self._thread.join()
         with self._lock:
-            if self._stream.closed:
+            if self._closed:
                 return
+            self._closed = True
             try:
-                self._close_file()
-            except OSError:
+                if not self._stream.closed:
+                    self._close_file()
+                write_metadata(self.folder, self._files, self._topics)
+            except Exception as error:
                 # A full disk: what is still buffered is lost, the rest can be recovered.
                 with suppress(OSError):
                     self._stream.close()
-            with suppress(OSError):
-                write_metadata(self.folder, self._files, self._topics)
-            self._failure = self._failure or OSError(f"the bag {self.folder} is closed")
+                with suppress(OSError):
+                    write_metadata(self.folder, self._files, self._topics)
+                raise OSError(f"the bag {self.folder} could not be completed: {error}") from error
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Whatever goes wrong inside is the end of the bag, and raised as OSError from then on."""
+        if self._failure is not None:
+            raise self._failure
+        if self._closed:
+            raise OSError(f"the bag {self.folder} is closed")
+        try:
+            yield
+        except OSError as error:
+            self._failure = error
+            raise
+        except Exception as error:
+            self._failure = OSError(f"writing the bag {self.folder} failed: {error}")
+            raise self._failure from error
 
     def _open_file(self) -> None:
         path = self.folder / f"{self.folder.name}_{self._next_number}.mcap"
         self._stream: IO[bytes] = path.open("xb")
         self._next_number += 1
+        self._written = 0
         self._files.append(FileSummary(path.name))
-        self._mcap = Writer(self._stream, chunk_size=_CHUNK_BYTES, compression=CompressionType.ZSTD)
+        self._mcap: Writer = Writer(self._stream, chunk_size=_CHUNK_BYTES, compression=CompressionType.ZSTD)
         self._mcap.start(profile="ros2", library="xview_loc")
         self._channels = {}
         for topic, kind in self._topics.items():
@@ -171,6 +179,7 @@ class BagWriter:
             self._channels[topic] = self._mcap.register_channel(
                 topic, "cdr", schema, {"offered_qos_profiles": ""}
             )
+        sync_folder(self.folder)
         # So that the files so far open with every tool while the drive goes on.
         write_metadata(self.folder, self._files, self._topics)
 
@@ -178,8 +187,9 @@ class BagWriter:
         self._mcap.finish()
         self._stream.flush()
         os.fsync(self._stream.fileno())
-        self._stream.close()
+        self._files[-1].size = self._written = self._stream.tell()
         self._pending = 0
+        self._stream.close()
 
     def _make_room(self, size: int) -> None:
         """Delete what the limits say, ahead of a message of ``size`` bytes."""
@@ -206,10 +216,6 @@ class BagWriter:
                     f"{limits.min_free_bytes / 1e6:.0f} MB must stay free"
                 )
         return None
-
-    def _check(self) -> None:
-        if self._failure is not None:
-            raise self._failure
 
     def _flush_regularly(self) -> None:
         while not self._closing.wait(FLUSH_S):

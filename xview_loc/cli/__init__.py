@@ -25,3 +25,6 @@ def main() -> None:
     except UserError as error:
         Console(stderr=True).print(f"xview-loc: {error}", markup=False, soft_wrap=True)
         raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
+    except OSError as error:
+        Console(stderr=True).print(f"xview-loc: {error}", markup=False, soft_wrap=True)
+        raise SystemExit(1) from None

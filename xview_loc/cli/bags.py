@@ -30,6 +30,12 @@ pairs_app = typer.Typer(
 )
 
 
+def _beside(bag: Path, ending: str) -> Path:
+    """A name beside a bag; ``.`` has none of its own."""
+    whole = bag.resolve()
+    return whole.with_name(whole.name + ending)
+
+
 @bag_app.command()
 def recover(
     bag: Annotated[Path, typer.Argument(help="Directory of a bag that was not closed, or is damaged.")],
@@ -38,10 +44,12 @@ def recover(
     """Copy what is intact of a bag into a new, complete one. The original is only read."""
     from xview_loc.bags.recovery import recover_bag
 
-    target = out or bag.with_name(f"{bag.resolve().name}_recovered")
+    target = out or _beside(bag, "_recovered")
     report = recover_bag(bag, target)
     for name, damage in report.damage.items():
         parts = [f"{damage.chunks_skipped} damaged chunks skipped"] if damage.chunks_skipped else []
+        if damage.undescribed:
+            parts.append(f"{damage.undescribed} messages whose topic is described nowhere")
         parts += [f"ends early ({damage.ended_early})"] if damage.ended_early else []
         console.print(f"{name}: {', '.join(parts)}", soft_wrap=True)
     console.print(f"{report.messages} messages recovered into {target}", soft_wrap=True)
@@ -136,6 +144,6 @@ def info(
     console.print(f"fix sigma    {facts.fix_sigma_m:.1f} m (median, as the receiver claims)")
     console.print(f"vehicle      {session.get('vehicle') or 'not named'}")
     console.print(f"licence      {session.get('licence') or 'none given'}", soft_wrap=True)
-    path = picture or bag.with_name(f"{bag.resolve().name}_pairs.png")
+    path = picture or _beside(bag, "_pairs.png")
     draw_places(pairs, facts).savefig(path, dpi=100, bbox_inches="tight")
     console.print(f"picture      {path}", soft_wrap=True)

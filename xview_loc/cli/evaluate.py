@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from dataclasses import asdict
 from enum import Enum
@@ -65,7 +66,8 @@ def evaluate(
             "heading": heading.value,
         }
         content |= {name.replace(" ", "_"): asdict(errors) for name, errors in rows.items()}
-        content |= {"fix_m": drive.fix.tolist(), "estimate_m": drive.estimate.tolist()}
+        content |= {"fix_m": drive.fix.tolist()}
+        content["estimate_m"] = [None if math.isnan(e) else e for e in drive.estimate.tolist()]
         out.write_text(json.dumps(content))
 
 

@@ -49,7 +49,7 @@ def train(
     warmup: Annotated[int, typer.Option(min=0, help="Steps until the full learning rate.")] = 0,
     heading: Annotated[Heading, typer.Option(help="Is the panoramas' heading known?")] = Heading.known,
     sigma: Annotated[float, typer.Option(min=0.1, help="Of CCVPE's label, tile pixels.")] = 4.0,
-    seed: Annotated[int, typer.Option(help="Of the weights and the order.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the weights and the order.")] = 0,
     workers: Annotated[int, typer.Option(min=0, help="Processes that load data.")] = 0,
     precision: Annotated[str, typer.Option(help="32-true, bf16-mixed or 16-mixed.")] = "32-true",
     accelerator: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",

@@ -20,13 +20,15 @@ class Sample(TypedDict):
     ground: float32 (3, h, w), normalised; a panorama faces north as far as the measured heading knows.
     aerial: float32 (3, S, S), normalised. position: float32 (2,), the camera's (row, col) in tile pixels.
     heading: float32 (), the true angle of the image's centre column in the convention of
-    :attr:`xview_loc.models.base.HeatMaps.orientation`, radians.
+    :attr:`xview_loc.models.base.HeatMaps.orientation`, radians. meters_per_pixel: float32 (), the tile's
+    ground sample distance.
     """
 
     ground: Tensor
     aerial: Tensor
     position: Tensor
     heading: Tensor
+    meters_per_pixel: Tensor
 
 
 class PoseDataset(Dataset[Sample]):

@@ -26,13 +26,14 @@ class PairSample(TypedDict):
 
     ground: float32 (3, h, w), normalised; a panorama with a known heading faces north. aerial: float32
     (3, S, S), normalised. fix: float32 (2,), the coarse fix's (row, col) in tile pixels. heading_known: bool
-    (). index: int64 (), of the pair in the dataset.
+    (). meters_per_pixel: float32 (), of the tile. index: int64 (), of the pair in the dataset.
     """
 
     ground: Tensor
     aerial: Tensor
     fix: Tensor
     heading_known: Tensor
+    meters_per_pixel: Tensor
     index: Tensor
 
 
@@ -85,6 +86,7 @@ class PairDataset(Dataset[PairSample]):
             "aerial": normalise(tile.image)[0],
             "fix": torch.tensor([row, col], dtype=torch.float32),
             "heading_known": torch.tensor(pair.heading is not None),
+            "meters_per_pixel": torch.tensor(tile.gsd, dtype=torch.float32),
             "index": torch.tensor(index),
         }
 

@@ -117,6 +117,7 @@ class SimulatedDataset(PoseDataset):
             "aerial": normalise(tile)[0],
             "position": torch.tensor(position, dtype=torch.float32),
             "heading": torch.tensor(wrap_angle(heading - measured), dtype=torch.float32),
+            "meters_per_pixel": torch.tensor(gsd, dtype=torch.float32),
         }
 
     def _path(self, seed: int) -> Path:

@@ -33,7 +33,7 @@ STYLE, CITY = "source", 4321
 FRAMES, RATE_HZ = 160, 4.0
 MODEL = "ccvpe-small"
 START_TIMEOUT_S = 90.0
-LAST_FRAME_TIMEOUT_S = 5.0
+LAST_FRAME_TIMEOUT_S = 1.5
 FASTDDS_PROFILE = Path(__file__).resolve().parents[2] / "config" / "fastdds.xml"
 
 Place = tuple[float, float]
@@ -123,7 +123,10 @@ class Demo:
         for process in self.processes:
             process.terminate()
         for process in self.processes:
-            process.wait(20)
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
         rclpy.try_shutdown()
 
 

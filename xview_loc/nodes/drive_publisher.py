@@ -14,6 +14,8 @@ from xview_loc.simulation.drive import Frame
 from xview_loc.simulation.messages import TOPICS, frame_messages
 
 _POLL_S = 0.05
+# Discovery matches a listener's topics one after the other.
+_SETTLE_S = 1.0
 _LAST_MESSAGES_S = 0.5
 
 
@@ -37,7 +39,7 @@ def publish_drive(frames: Iterable[Frame], rate_hz: float) -> int:
             outputs[topic] = node.create_publisher(message_type, topic[1:], 10)
         while not outputs["/image"].get_subscription_count():
             executor.spin_once(_POLL_S)
-        due = time.monotonic()
+        due = time.monotonic() + _SETTLE_S
         for frame in frames:
             while (wait := due - time.monotonic()) > 0:
                 executor.spin_once(wait)

@@ -11,8 +11,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import cv2
 from nav_msgs.msg import Odometry
@@ -22,47 +26,102 @@ from std_srvs.srv import Trigger
 
 from xview_loc.bags.writer import BagFullError, BagLimits
 from xview_loc.camera import CameraError, ImageError
-from xview_loc.imagery import AerialTile, MapError
+from xview_loc.imagery import AerialTile, NoImageryError
 from xview_loc.input_messages import RejectedInput, cdr_stamp_ns, rgb_from_image
 from xview_loc.keyframes import KeyframeRule, Keyframes
 from xview_loc.nodes import parameters
 from xview_loc.nodes.diagnostics import ERROR, WARN
 from xview_loc.nodes.vehicle_node import Job, VehicleNode, run
 from xview_loc.pairs import Pair, PairWriter
+from xview_loc.tile_store import TileStore
 
-# Keyframes that wait for a slow disk or map; at 10 a second this is several seconds of them.
-QUEUE_LENGTH = 64
+# Keyframes that wait for a slow disk; at 10 a second this is several seconds of them.
+KEYFRAMES_WAITING = 64
+ODOMETRY_WAITING = 4096
 # A speed older than this says nothing about standing.
 SPEED_AGE_NS = 1_000_000_000
 # A map out of reach is asked again after so long; the pairs in between are stored without tiles.
 MAP_RETRY_S = 5.0
+TILE_WAIT_S = 0.3
+# Odometry of another clock (uptime) is of no use beside images.
+ODOMETRY_CLOCK_NS = 60 * 1_000_000_000
 
 
-class _PairWorker:
-    """Works on keyframes one after another; none is replaced by a newer one."""
+@dataclass(frozen=True)
+class _Odometry:
+    """CDR bytes of an odometry message."""
 
-    def __init__(self, work: Callable[[Job], None]) -> None:
+    stamp_ns: int
+    data: bytes
+
+
+class _Recorder:
+    """Works on keyframes and odometry one after another; none is replaced by a newer one."""
+
+    def __init__(self, work: Callable[[Job | _Odometry], None]) -> None:
         self._work = work
-        self._jobs: queue.Queue[Job | None] = queue.Queue(QUEUE_LENGTH)
+        self._queue: queue.Queue[Job | _Odometry | None] = queue.Queue(ODOMETRY_WAITING)
+        # Images are what needs the memory.
+        self._room = threading.BoundedSemaphore(KEYFRAMES_WAITING)
         self._thread = threading.Thread(target=self._run, name="record", daemon=True)
         self._thread.start()
 
-    def put(self, job: Job) -> bool:
-        """Hand over a job; True where it had to be dropped because too many wait."""
+    def put(self, job: Job | _Odometry) -> bool:
+        """Hand something over; True where it had to be dropped because too much waits."""
+        image = isinstance(job, Job)
+        if image and not self._room.acquire(blocking=False):
+            return True
         try:
-            self._jobs.put_nowait(job)
+            self._queue.put_nowait(job)
         except queue.Full:
+            if image:
+                self._room.release()
             return True
         return False
 
     def close(self) -> None:
         """Write what waits, and end the thread."""
-        self._jobs.put(None)
+        self._queue.put(None)
         self._thread.join()
 
     def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
+        while (job := self._queue.get()) is not None:
+            if isinstance(job, Job):
+                self._room.release()
             self._work(job)
+
+
+class _TileCutter:
+    """Tiles of a map that may be slow: a pair does not wait for its tile longer than ``TILE_WAIT_S``."""
+
+    def __init__(self, tiles: TileStore) -> None:
+        self._tiles = tiles
+        self._pool = ThreadPoolExecutor(1, "tile")
+        self._cutting: Future[AerialTile] | None = None
+
+    def around(self, lat: float, lon: float) -> AerialTile | None:
+        """The tile; None where it is not here in time (a later pair may find it).
+
+        Raises what the map does, in time or at the next call.
+        """
+        if self._cutting is not None:
+            if not self._cutting.done():
+                return None
+            late, self._cutting = self._cutting, None
+            late.result()
+        self._cutting = self._pool.submit(self._tiles.around, lat, lon)
+        try:
+            tile = self._cutting.result(TILE_WAIT_S)
+        except FutureTimeout:
+            return None
+        finally:
+            if self._cutting.done():
+                self._cutting = None
+        return tile
+
+    def close(self) -> None:
+        """Wait for nothing."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 class PairLoggerNode(VehicleNode):
@@ -85,11 +144,13 @@ class PairLoggerNode(VehicleNode):
     def configure(self) -> None:
         """Open the map. One that is out of reach is no reason not to record: tiles can be filled in later."""
         p = self._p
+        self._cutter: _TileCutter | None = None
         self._map_failed_at = -math.inf
         self._attribution = ""
         if p["map"]:
             tiles = self._open_map(p["tile_px"], p["tile_gsd"])
             self._attribution = tiles.map.attribution
+            self._cutter = _TileCutter(tiles)
         else:
             self._health.condition("no_map", WARN, "no map is named: pairs are stored without tiles")
         rule = KeyframeRule(
@@ -99,11 +160,11 @@ class PairLoggerNode(VehicleNode):
         self._speed: tuple[int, float] | None = None
         self._rate = (time.monotonic(), 0)
 
-    def make_worker(self) -> _PairWorker:
+    def make_worker(self) -> _Recorder:
         """Every keyframe counts: they wait for each other."""
         if self._p["record_on_start"]:
             self._begin()
-        return _PairWorker(self._record_safely)
+        return _Recorder(self._record_safely)
 
     def wants_heading(self) -> bool:
         """As the parameter says."""
@@ -123,7 +184,10 @@ class PairLoggerNode(VehicleNode):
         self._end()
 
     def release(self) -> None:
-        """Map and inputs are all there is to let go of."""
+        """End the cutting of tiles."""
+        cutter = getattr(self, "_cutter", None)
+        if cutter is not None:
+            cutter.close()
 
     def before_report(self) -> None:
         """Pairs, megabytes and rate."""
@@ -153,7 +217,7 @@ class PairLoggerNode(VehicleNode):
             folder = parent / f"{name}_{number}"
         session = {
             "vehicle": p["vehicle"],
-            "map": _without_query(p["map"]),
+            "map": _without_key(p["map"]),
             "licence": p["map_licence"] or self._attribution,
             "tile": {"size": p["tile_px"], "gsd": p["tile_gsd"]},
             "camera_yaw": math.radians(p["camera_yaw_deg"]),
@@ -163,8 +227,12 @@ class PairLoggerNode(VehicleNode):
                 "turn": math.radians(p["keyframe_turn_deg"]),
             },
         }
+        split = p["split_mb"] * 1_000_000
+        if p["when_full"] == "delete_oldest" and p["quota_mb"]:
+            # Only whole files can be deleted.
+            split = min(split or math.inf, p["quota_mb"] * 1_000_000 // 4)
         limits = BagLimits(
-            split_bytes=p["split_mb"] * 1_000_000,
+            split_bytes=int(split),
             split_seconds=p["split_s"],
             quota_bytes=p["quota_mb"] * 1_000_000,
             min_free_bytes=p["min_free_mb"] * 1_000_000,
@@ -186,16 +254,23 @@ class PairLoggerNode(VehicleNode):
         with self._written:
             writer, self._writer = self._writer, None
             if writer is not None:
-                writer.close()
-                self.get_logger().info(f"recorded {writer.pairs} pairs into {writer.bag.folder}")
+                self._complete_bag(writer)
         return writer
+
+    def _complete_bag(self, writer: PairWriter) -> None:
+        try:
+            writer.close()
+        except OSError as error:
+            self._health.condition("disk", ERROR, f"{error}; run xview-loc bag recover")
+            self.get_logger().error(str(error))
+        self.get_logger().info(f"recorded {writer.pairs} pairs into {writer.bag.folder}")
 
     def _on_start(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         response.success = False
         if self._state != "active":
             response.message = "the node is not active"
-        elif self._writer is not None:
-            response.message = f"recording already, into {self._writer.bag.folder}"
+        elif (writer := self._writer) is not None:
+            response.message = f"recording already, into {writer.bag.folder}"
         else:
             try:
                 folder = self._begin()
@@ -218,7 +293,7 @@ class PairLoggerNode(VehicleNode):
         writer = self._writer
         try:
             if writer is not None:
-                writer.bag.split()
+                writer.split()
         except OSError as error:
             response.success, response.message = False, str(error)
             return response
@@ -232,15 +307,21 @@ class PairLoggerNode(VehicleNode):
         self._health.count("odom_received")
         try:
             stamp = cdr_stamp_ns(data)
+            away = abs(stamp - self._last_image_ns)
+            if self._last_image_ns and away > ODOMETRY_CLOCK_NS:
+                raise RejectedInput("other_clock", f"its stamps are {away / 1e9:.0f} s from the images'")
             speed = math.hypot(*_velocity(deserialize_message(data, Odometry)))
         except RejectedInput as error:
             self._refuse("odom", error)
             return
+        self._health.clear("odom")
         if math.isfinite(speed):
             self._speed = (stamp, speed)
-        with self._written:
-            if self._writer is not None:
-                self._write(lambda writer: writer.add_odometry(stamp, data))
+        # Without an image there is nothing that it could be the motion of.
+        if self._writer is None or self._worker is None or not self._last_image_ns:
+            return
+        if self._worker.put(_Odometry(stamp, data)):
+            self._health.count("odom_dropped")
 
     def accept(self, job: Job) -> bool:
         """Whether a paired frame is a keyframe."""
@@ -254,9 +335,14 @@ class PairLoggerNode(VehicleNode):
 
     # Writing: the worker's thread
 
-    def _record_safely(self, job: Job) -> None:
+    def _record_safely(self, job: Job | _Odometry) -> None:
         try:
-            self._record(job)
+            if isinstance(job, Job):
+                self._record(job)
+                return
+            with self._written:
+                if self._writer is not None:
+                    self._write(lambda writer: writer.add_odometry(job.stamp_ns, job.data))
         except ImageError as error:
             self._reject("image_invalid", str(error))
         except CameraError as error:
@@ -300,18 +386,20 @@ class PairLoggerNode(VehicleNode):
                     self._health.count("pairs_without_tile")
 
     def _tile(self, job: Job) -> AerialTile | None:
-        if self._tiles is None or time.monotonic() - self._map_failed_at < MAP_RETRY_S:
+        if self._cutter is None or time.monotonic() - self._map_failed_at < MAP_RETRY_S:
             return None
         try:
             self._prefetch(job.fix)
-            tile = self._tiles.around(job.fix.lat, job.fix.lon)
-        except MapError as error:
-            self._map_failed_at = time.monotonic()
+            tile = self._cutter.around(job.fix.lat, job.fix.lon)
+        except Exception as error:  # whatever it is, the pair counts
+            if not isinstance(error, NoImageryError):
+                self._map_failed_at = time.monotonic()
             text = f"pairs are stored without tiles: {error}"
             if self._health.condition("map", WARN, text):
                 self.get_logger().warning(text)
             return None
-        self._health.clear("map")
+        if tile is not None:
+            self._health.clear("map")
         return tile
 
     def _write(self, write: Callable[[PairWriter], None]) -> bool:
@@ -326,14 +414,15 @@ class PairLoggerNode(VehicleNode):
             self._health.condition("disk_full" if full else "disk", ERROR, text)
             self.get_logger().error(text)
             self._writer = None
-            writer.close()
+            self._complete_bag(writer)
             return False
         return True
 
 
-def _without_query(source: str) -> str:
-    """A tile server's URL without what may hold a key."""
-    return source.partition("?")[0] if "://" in source else source
+def _without_key(source: str) -> str:
+    """A map's name without what may hold a key: of a tile server, the host alone."""
+    parts = urlsplit(source)
+    return f"{parts.scheme}://{parts.hostname}" if "://" in source else source
 
 
 def _velocity(odometry: Odometry) -> tuple[float, float]:

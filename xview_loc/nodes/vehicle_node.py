@@ -78,7 +78,7 @@ class Job:
 class Worker(Protocol):
     """What does the node's job in a thread of its own."""
 
-    def put(self, job: Job) -> bool:
+    def put(self, job: Any) -> bool:
         """Hand over a job; True where one was dropped for it."""
         ...
 
@@ -263,9 +263,22 @@ class VehicleNode(LifecycleNode):
         if self.wants_heading():
             wanted.append((HEADING_TYPES[p["heading_source"]], "heading", self._on_heading, False))
         self._inputs = {
-            name: self.create_subscription(kind, name, call, qos, raw=raw) for kind, name, call, raw in wanted
+            name: self.create_subscription(kind, name, self._guarded(name, call), qos, raw=raw)
+            for kind, name, call, raw in wanted
         }
         self._wait_timer = self.create_timer(0.02, self._release, autostart=False)
+
+    def _guarded(self, name: str, call: Callable[[Any], None]) -> Callable[[Any], None]:
+        """A callback that no message can end the node with."""
+
+        def guarded(message: Any) -> None:
+            try:
+                call(message)
+            except Exception as error:
+                if rclpy.ok():
+                    self._refuse(name, RejectedInput("damaged", f"{type(error).__name__}: {error}"))
+
+        return guarded
 
     def _stop(self) -> None:
         for subscription in self._inputs.values():
