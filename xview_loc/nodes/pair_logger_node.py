@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import cv2
+import rclpy
 from nav_msgs.msg import Odometry
 from rclpy.serialization import deserialize_message
 from sensor_msgs.msg import CameraInfo, Image
@@ -262,8 +263,10 @@ class PairLoggerNode(VehicleNode):
             writer.close()
         except OSError as error:
             self._health.condition("disk", ERROR, f"{error}; run xview-loc bag recover")
-            self.get_logger().error(str(error))
-        self.get_logger().info(f"recorded {writer.pairs} pairs into {writer.bag.folder}")
+            if rclpy.ok():
+                self.get_logger().error(str(error))
+        if rclpy.ok():  # on Ctrl-C the context is gone already
+            self.get_logger().info(f"recorded {writer.pairs} pairs into {writer.bag.folder}")
 
     def _on_start(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         response.success = False
