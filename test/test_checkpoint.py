@@ -188,16 +188,16 @@ def test_wrong_model(model: CrossViewModel, saved: Path, tmp_path: Path) -> None
 
 
 def test_weights_that_do_not_fit(model: CrossViewModel, tmp_path: Path) -> None:
-    bias = "deconv5__bias"
+    bias = "deconv4__bias"
     path = tmp_path / "model.safetensors"
-    assert "1 missing (first: deconv5.bias)" in fails(altered(model, path, **{bias: None}))
+    assert "1 missing (first: deconv4.bias)" in fails(altered(model, path, **{bias: None}))
     assert "1 unexpected (first: extra)" in fails(altered(model, path, extra=torch.zeros(2)))
-    assert "has shape (3,), not (128,)" in fails(altered(model, path, **{bias: torch.zeros(3)}))
-    assert "has type" in fails(altered(model, path, **{bias: torch.zeros(128, dtype=torch.int64)}))
+    assert "has shape (3,), not (96,)" in fails(altered(model, path, **{bias: torch.zeros(3)}))
+    assert "has type" in fails(altered(model, path, **{bias: torch.zeros(96, dtype=torch.int64)}))
     for value in (float("nan"), float("inf")):
-        weights = torch.zeros(128)
+        weights = torch.zeros(96)
         weights[7] = value
-        assert "deconv5.bias has weights that are not finite" in fails(
+        assert "deconv4.bias has weights that are not finite" in fails(
             altered(model, path, **{bias: weights})
         )
 

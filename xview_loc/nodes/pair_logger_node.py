@@ -401,7 +401,10 @@ class PairLoggerNode(VehicleNode):
             if self._health.condition("map", WARN, text):
                 self.get_logger().warning(text)
             return None
-        if tile is not None:
+        if tile is None:
+            text = f"pairs are stored without tiles: the map has not answered within {TILE_WAIT_S:g} s"
+            self._health.condition("map", WARN, text, for_s=MAP_RETRY_S)
+        else:
             self._health.clear("map")
         return tile
 
