@@ -51,7 +51,7 @@ def test_bag_holds_the_drive(frames: list[Frame], tmp_path: Path) -> None:
 
 
 def test_command_drives_live(tmp_path: Path) -> None:
-    pytest.importorskip("rclpy")
+    pytest.importorskip("rclpy", reason="ROS 2's Python packages are not installed")
     from nav_msgs.msg import Odometry
     from ros_harness import bench, environment, pick_domain
     from sensor_msgs.msg import Image, NavSatFix

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from xview_loc.evaluation import Drive, Errors, distance_m, localize_drive
+from xview_loc.evaluation import DriveErrors, Errors, distance_m, localize_drive
 from xview_loc.geodesy import LocalProjection
 from xview_loc.localizer import LocalizationError, Observation
 from xview_loc.report import Page
@@ -50,7 +50,7 @@ def test_a_drive_is_measured_frame_by_frame() -> None:
     assert drive.fix == pytest.approx(np.full(6, 2.0), abs=1e-3)
     assert drive.estimate[[0, 1, 3, 4]] == pytest.approx(np.full(4, 3.0), abs=1e-3)
     assert np.isnan(drive.estimate[[2, 5]]).all()
-    assert len(Drive.joined([drive, drive]).fix) == 12
+    assert len(DriveErrors.joined([drive, drive]).fix) == 12
 
 
 def test_errors_leave_out_what_has_none() -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import yaml
 
-pytest.importorskip("rclpy")
+pytest.importorskip("rclpy", reason="ROS 2's Python packages are not installed")
 
 from geometry_msgs.msg import PoseWithCovarianceStamped
 from map_fixtures import TileServer, texture, write_geotiff

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-pytest.importorskip("rclpy")
+pytest.importorskip("rclpy", reason="ROS 2's Python packages are not installed")
 
 from builtin_interfaces.msg import Time
 from geometry_msgs.msg import PoseStamped, QuaternionStamped

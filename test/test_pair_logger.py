@@ -196,6 +196,11 @@ def test_services_start_stop_and_split(aerial: Path, tmp_path: Path) -> None:
             rig = Rig(here, compressed=False)
             rig.ready()
             drive(rig, here, 10)
+            # All that came before the start is dealt with before it.
+            counts = [f"{name}_received" for name in ("image", "fix", "heading")]
+            here.wait(
+                lambda: here.status and all(here.value(count) == "10" for count in counts), 15.0, "the frames"
+            )
             assert not rig.call("stop").success and not (tmp_path / "bags").exists()
             assert rig.call("start").success
             assert "already" in rig.call("start").message

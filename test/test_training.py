@@ -21,7 +21,7 @@ from xview_loc.losses import CCVPELoss, GGCVTLoss
 from xview_loc.models import create_model
 from xview_loc.models.base import CrossViewModel, HeatMaps
 from xview_loc.models.checkpoint import load_checkpoint
-from xview_loc.training import TrainingError, TrainingOptions, evaluate, train, turn_panoramas
+from xview_loc.training import TrainingError, TrainingOptions, train, turn_panoramas, validate
 
 ROOT = Path(__file__).resolve().parent.parent
 SPEC = create_model("ccvpe-small").spec
@@ -181,12 +181,12 @@ class Seer(CrossViewModel):
         return HeatMaps([logits[:, None]], logits)
 
 
-def test_evaluation_measures_metres() -> None:
+def test_validation_measures_metres() -> None:
     loader = torch.utils.data.DataLoader(Dots(), 4)
-    errors = evaluate(Seer(), loader, "both")
+    errors = validate(Seer(), loader, "both")
     assert errors["known_mean_m"] == errors["known_median_m"] == 0.0
     assert errors["unknown_mean_m"] == pytest.approx(10 * SPEC.gsd, rel=1e-5)
-    assert set(evaluate(Seer(), loader, "known")) == {"known_mean_m", "known_median_m"}
+    assert set(validate(Seer(), loader, "known")) == {"known_mean_m", "known_median_m"}
 
 
 def test_turned_panoramas_turn_their_heading() -> None:

@@ -118,6 +118,13 @@ _JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 _JPEG_END, _JPEG_SCAN = 0xD9, 0xDA
 
 
+def encode_jpeg(image: Image, quality: int) -> bytes:
+    """JPEG bytes of an RGB image, ``quality`` 1 to 100."""
+    return bytes(
+        cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
+    )
+
+
 def _jpeg_is_whole(content: bytes) -> bool:
     """Whether the segments lead to the end marker.
 

@@ -16,7 +16,7 @@ Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Drive:
+class DriveErrors:
     """One localised drive: distances from the truth in metres, one for each frame.
 
     ``estimate`` is not-a-number where the localizer refused the frame.
@@ -26,7 +26,7 @@ class Drive:
     estimate: Array
 
     @classmethod
-    def joined(cls, drives: Iterable[Drive]) -> Drive:
+    def joined(cls, drives: Iterable[DriveErrors]) -> DriveErrors:
         """All frames of several drives."""
         parts = list(drives)
         return cls(np.concatenate([p.fix for p in parts]), np.concatenate([p.estimate for p in parts]))
@@ -56,7 +56,9 @@ def distance_m(lat: float, lon: float, true_lat: float, true_lon: float) -> floa
     return math.hypot(*LocalProjection(true_lat, true_lon).forward(lat, lon))
 
 
-def localize_drive(localizer: Localizer, frames: Iterable[tuple[Observation, tuple[float, float]]]) -> Drive:
+def localize_drive(
+    localizer: Localizer, frames: Iterable[tuple[Observation, tuple[float, float]]]
+) -> DriveErrors:
     """Localise each observation by itself and compare with its true (lat, lon).
 
     A frame that the localizer refuses stays in the figures as not-a-number.
@@ -70,4 +72,4 @@ def localize_drive(localizer: Localizer, frames: Iterable[tuple[Observation, tup
             estimate.append(math.nan)
         else:
             estimate.append(distance_m(pose.lat, pose.lon, lat, lon))
-    return Drive(np.array(fix), np.array(estimate))
+    return DriveErrors(np.array(fix), np.array(estimate))

@@ -11,6 +11,8 @@ from xview_loc.geodesy import LocalProjection, wrap_angle
 STANDING_SPEED = 0.3
 # Without odometry, a fix that moved less than this may be noise.
 STANDING_M = 1.0
+# A speed further from an image says nothing about it.
+SPEED_AGE_NS = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,24 @@ class _Keyframe:
     stamp_ns: int
     place: LocalProjection
     yaw: float | None
+
+
+class WheelSpeed:
+    """The latest speed of the wheels, for as long as it says anything."""
+
+    def __init__(self) -> None:
+        self._seen: tuple[int, float] | None = None
+
+    def saw(self, stamp_ns: int, speed: float) -> None:
+        """Odometry was received; ``speed`` in m/s, left out where it is not finite."""
+        if math.isfinite(speed):
+            self._seen = (stamp_ns, speed)
+
+    def at(self, stamp_ns: int) -> float | None:
+        """The speed in m/s at a stamp, None where none was seen near it."""
+        if self._seen is None or abs(stamp_ns - self._seen[0]) > SPEED_AGE_NS:
+            return None
+        return self._seen[1]
 
 
 class Keyframes:
@@ -52,8 +72,6 @@ class Keyframes:
 
         lat, lon: degrees; yaw: radians, None if unknown; speed: of the wheels in m/s, None if unknown.
         """
-        if speed is not None and not math.isfinite(speed):
-            speed = None
         if self._seen_ns is not None and speed is not None:
             self._driven += abs(speed) * (stamp_ns - self._seen_ns) / 1e9
         self._seen_ns = stamp_ns

@@ -47,7 +47,7 @@ def bin_weights(heading: Tensor, count: int) -> Tensor:
     return weights
 
 
-def info_nce(scores: Tensor, label: Tensor, bins: Tensor, positive: float = POSITIVE) -> Tensor:
+def info_nce(scores: Tensor, label: Tensor, bins: Tensor) -> Tensor:
     """CCVPE's InfoNCE of one level (T-PAMI 2023, section on the losses).
 
     scores: (B, n, h, w), the level's heat map. label: (B, H, W), peak 1, of a size that is a multiple of
@@ -55,23 +55,26 @@ def info_nce(scores: Tensor, label: Tensor, bins: Tensor, positive: float = POSI
     """
     pooled = F.adaptive_max_pool2d(label, scores.shape[2:])
     target = bins[:, :, None, None] * pooled[:, None]
-    target = torch.where(target > positive, target, 0.0)
+    target = torch.where(target > POSITIVE, target, 0.0)
     log_share = F.log_softmax(scores.float().flatten(1) / TEMPERATURE, dim=1)
     return -(log_share * target.flatten(1)).sum() / target.sum().clamp_min(1e-12)
 
 
 def cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
     """Mean cross-entropy of the finest map (B, H, W) against ``label`` (B, H, W), normalised here."""
-    target = (label / label.sum((1, 2), keepdim=True).clamp_min(1e-12)).flatten(1)
-    return -(F.log_softmax(logits.float().flatten(1), dim=1) * target).sum(1).mean()
+    log_share = F.log_softmax(logits.float().flatten(1), dim=1)
+    return -(log_share * _normalised(label).flatten(1)).sum(1).mean()
 
 
 def orientation_error(field: Tensor, heading: Tensor, label: Tensor) -> Tensor:
     """Squared error of the (cos, sin) ``field`` (B, 2, H, W), weighted by the normalised ``label``."""
     target = torch.stack([heading.cos(), heading.sin()], 1)[:, :, None, None]
     error = (field.float() - target).square().sum(1)
-    weight = label / label.sum((1, 2), keepdim=True).clamp_min(1e-12)
-    return (error * weight).sum((1, 2)).mean()
+    return (error * _normalised(label)).sum((1, 2)).mean()
+
+
+def _normalised(label: Tensor) -> Tensor:
+    return label / label.sum((1, 2), keepdim=True).clamp_min(1e-12)
 
 
 class HeatMapLoss(Protocol):
@@ -101,7 +104,8 @@ class HeatMapLoss(Protocol):
 class CCVPELoss:
     """CCVPE's supervised loss: cross-entropy of the finest map, InfoNCE of every level, orientation.
 
-    ``sigma`` is the label's standard deviation in tile pixels; the weights are the authors'.
+    ``sigma`` is the label's standard deviation in tile pixels (the authors' 4 are 0.56 m on VIGOR's tiles);
+    the weights are the authors'.
     """
 
     sigma: float = 4.0
@@ -155,7 +159,4 @@ class GGCVTLoss:
 
 def loss_for(model: CrossViewModel) -> HeatMapLoss:
     """The authors' loss of a model."""
-    if isinstance(model, CCVPE):
-        # The authors' 4 pixels are 0.56 m at VIGOR's ground sample distance.
-        return CCVPELoss()
-    return GGCVTLoss()
+    return CCVPELoss() if isinstance(model, CCVPE) else GGCVTLoss()

@@ -6,19 +6,19 @@ import math
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import cv2
 from rosbags.highlevel import AnyReader
 from rosbags.interfaces import Connection
 
 from xview_loc.bags.recovery import BagError
 from xview_loc.bags.ros_types import serialize
 from xview_loc.bags.writer import BagLimits
-from xview_loc.camera import CameraError, CameraModel, ImageError
+from xview_loc.camera import CameraError, CameraModel, ImageError, encode_jpeg
+from xview_loc.errors import reason
 from xview_loc.imagery import AerialMap, AerialTile, MapError, NoImageryError
 from xview_loc.input_messages import (
     RejectedInput,
@@ -38,7 +38,7 @@ from xview_loc.input_sync import (
     blend_fix,
     blend_heading,
 )
-from xview_loc.keyframes import KeyframeRule, Keyframes
+from xview_loc.keyframes import KeyframeRule, Keyframes, WheelSpeed
 from xview_loc.pairs import IMAGE, Pair, PairBag, PairWriter
 from xview_loc.tile_store import TileStore
 
@@ -54,15 +54,11 @@ TYPES = {
     "camera_info": ("sensor_msgs/msg/CameraInfo",),
     "odom": ("nav_msgs/msg/Odometry",),
 }
-# Inputs that a recording may lack.
-_OPTIONAL = ("camera_info", "odom")
 # How long an image waits for a later fix and heading, in the recording's time.
 _WAIT_S = 1.5
 _JPEG_QUALITY = 95
 # So many tiles in a row that cannot be had are not the odd one that a server lost.
 _MAP_FAILURES = 3
-# A speed older than this says nothing about standing.
-_SPEED_AGE_NS = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -122,15 +118,12 @@ def import_bag(
     partial = out.parent / ".partial" / out.name
     if partial.exists():
         shutil.rmtree(partial)
-    tiles = _Tiles(aerial, options)
-    with _reading(source) as reader:
-        topics = {connection.topic for connection in reader.connections}
-        result = ImportResult()
-        if IMAGE in topics:
+    result = ImportResult()
+    with _reading(source) as reader, closing(_Tiles(aerial, options)) as tiles:
+        if IMAGE in {connection.topic for connection in reader.connections}:
             _complete(source, partial, tiles, result, on_progress)
         else:
             _Importer(source, reader, partial, tiles, options, result).run(on_progress)
-    tiles.close()
     partial.rename(out)
     with suppress(OSError):  # another import may be under way
         partial.parent.rmdir()
@@ -138,7 +131,7 @@ def import_bag(
 
 
 class _Tiles:
-    """Tiles of the map, or none where it has none or is out of reach."""
+    """The map's tiles; none where there is no map, or no imagery."""
 
     def __init__(self, aerial: AerialMap | None, options: ImportOptions) -> None:
         self._store = TileStore(aerial, options.tile_px, options.tile_gsd) if aerial else None
@@ -191,15 +184,11 @@ def _reading(source: Path) -> Iterator[AnyReader]:
     try:
         reader.open()
     except Exception as error:  # damaged files raise anything
-        raise BagError(f"cannot read {source}: {_reason(error)}") from None
+        raise BagError(f"cannot read {source}: {reason(error)}") from None
     try:
         yield reader
     finally:
         reader.close()
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _complete(
@@ -275,7 +264,7 @@ class _Importer:
         self._waiting: WaitingRoom[_Frame] = WaitingRoom(_WAIT_S, capacity=256)
         self._keyframes = Keyframes(options.keyframes)
         self._camera: CameraModel | None = None
-        self._speed: tuple[int, float] | None = None
+        self._wheels = WheelSpeed()
         self._last_image_ns = 0
 
     def run(self, on_progress: Callable[[float], object]) -> None:
@@ -370,9 +359,8 @@ class _Importer:
             self._camera = camera_from_info(message)
         elif name == "odom":
             stamp = stamp_ns(message)
-            speed = math.hypot(message.twist.twist.linear.x, message.twist.twist.linear.y)
-            if math.isfinite(speed):
-                self._speed = (stamp, speed)
+            velocity = message.twist.twist.linear
+            self._wheels.saw(stamp, math.hypot(velocity.x, velocity.y))
             if writer is not None:
                 writer.add_odometry(stamp, data if self._ros2 else serialize(TYPES["odom"][0], message))
         else:
@@ -413,10 +401,8 @@ class _Importer:
         fix = self._at(self._fixes, frame.stamp_ns)
         heading = self._at(self._headings, frame.stamp_ns) if self._options.use_heading else None
         yaw = None if heading is None else heading.yaw
-        speed = None
-        if self._speed is not None and abs(frame.stamp_ns - self._speed[0]) <= _SPEED_AGE_NS:
-            speed = self._speed[1]
-        if not self._keyframes.wants(frame.stamp_ns, fix.lat, fix.lon, yaw, speed):
+        stamp = frame.stamp_ns
+        if not self._keyframes.wants(stamp, fix.lat, fix.lon, yaw, self._wheels.at(stamp)):
             return
         message: Any = self._reader.deserialize(frame.data, frame.connection.msgtype)
         compressed = hasattr(message, "format")
@@ -424,22 +410,9 @@ class _Importer:
         if compressed:
             image_format, data = message.format, message.data.tobytes()
         else:
-            quality = [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY]
-            encoded = cv2.imencode(".jpg", cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR), quality)[1]
-            image_format, data = "jpeg", encoded.tobytes()
+            image_format, data = "jpeg", encode_jpeg(rgb, _JPEG_QUALITY)
         tile = self._tiles.around(fix.lat, fix.lon)
-        pair = Pair(
-            stamp_ns=frame.stamp_ns,
-            image_format=image_format,
-            image_bytes=data,
-            lat=fix.lat,
-            lon=fix.lon,
-            altitude=fix.altitude,
-            fix_covariance=fix.covariance,
-            heading=yaw,
-            heading_std=0.0 if heading is None else heading.std,
-            camera=frame.camera,
-        )
+        pair = Pair.of(stamp, image_format, data, fix, heading, frame.camera)
         writer.add(pair, tile, frame.data if compressed and self._ros2 else None)
         self._result.pairs += 1
         self._result.without_tile += tile is None

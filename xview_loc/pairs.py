@@ -36,8 +36,10 @@ from xview_loc.bags.ros_types import (
 )
 from xview_loc.bags.writer import BagLimits, BagWriter
 from xview_loc.camera import CameraModel, Image, decode_compressed
+from xview_loc.errors import reason
 from xview_loc.imagery import AerialTile
 from xview_loc.input_messages import camera_from_info, yaw_of
+from xview_loc.input_sync import GnssFix, HeadingSample
 
 IMAGE, FIX, HEADING, CAMERA, TILE = (
     f"/pair/{name}" for name in ("image", "fix", "heading", "camera_info", "tile")
@@ -88,6 +90,30 @@ class Pair:
     heading_std: float = 0.0
     camera: CameraModel | None = None
     tile_id: str = ""
+
+    @classmethod
+    def of(
+        cls,
+        stamp_ns: int,
+        image_format: str,
+        image_bytes: bytes,
+        fix: GnssFix,
+        heading: HeadingSample | None,
+        camera: CameraModel | None,
+    ) -> Pair:
+        """From a vehicle's inputs at the image's stamp."""
+        return cls(
+            stamp_ns=stamp_ns,
+            image_format=image_format,
+            image_bytes=image_bytes,
+            lat=fix.lat,
+            lon=fix.lon,
+            altitude=fix.altitude,
+            fix_covariance=fix.covariance,
+            heading=None if heading is None else heading.yaw,
+            heading_std=0.0 if heading is None else heading.std,
+            camera=camera,
+        )
 
     def image(self) -> Image:
         """The ground image, RGB. Raises ImageError where its bytes are damaged."""
@@ -305,7 +331,7 @@ class PairBag:
             }
             return _pair(stamp, found)
         except Exception as error:
-            raise BagError(f"pair {index} of {self.folder} is damaged: {_reason(error)}") from None
+            raise BagError(f"pair {index} of {self.folder} is damaged: {reason(error)}") from None
 
     def tile(self, index: int) -> AerialTile | None:
         """The aerial tile of a pair, None where it was stored without one. Raises as ``bag[index]``."""
@@ -328,7 +354,7 @@ class PairBag:
                 raise ValueError("its tile is missing")
             return decode_tile(image, georeference)
         except Exception as error:
-            raise BagError(f"pair {index} of {self.folder} has no usable tile: {_reason(error)}") from None
+            raise BagError(f"pair {index} of {self.folder} has no usable tile: {reason(error)}") from None
 
     def session(self) -> dict[str, Any]:
         """What the bag says about its recording."""
@@ -344,7 +370,7 @@ class PairBag:
         try:
             return self._one(number, stamp, IMAGE)
         except Exception as error:
-            raise BagError(f"pair {index} of {self.folder} is damaged: {_reason(error)}") from None
+            raise BagError(f"pair {index} of {self.folder} is damaged: {reason(error)}") from None
 
     def odometry(self) -> Iterator[tuple[int, bytes]]:
         """(stamp in nanoseconds, CDR bytes of a ``nav_msgs/Odometry``) along the drive.
@@ -358,7 +384,7 @@ class PairBag:
             except BagError:
                 raise
             except Exception as error:
-                raise BagError(f"the odometry in {path} is damaged: {_reason(error)}") from None
+                raise BagError(f"the odometry in {path} is damaged: {reason(error)}") from None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}
@@ -375,7 +401,7 @@ class PairBag:
                 summary = reader.get_summary()
             except Exception as error:
                 raise BagError(
-                    f"{path} cannot be read ({_reason(error)}): run xview-loc bag recover {self.folder}"
+                    f"{path} cannot be read ({reason(error)}): run xview-loc bag recover {self.folder}"
                 ) from None
             if summary is None:
                 raise BagError(f"{path} was not closed: run xview-loc bag recover {self.folder}")
@@ -396,7 +422,7 @@ class PairBag:
                     stamps = [stamp for stamp, _ in MessageIndex.read(ReadDataStream(file)).records]
                 except Exception as error:
                     raise BagError(
-                        f"the index of {self._paths[number]} is damaged ({_reason(error)}): "
+                        f"the index of {self._paths[number]} is damaged ({reason(error)}): "
                         f"run xview-loc bag recover {self.folder}"
                     ) from None
                 yield from stamps
@@ -428,8 +454,3 @@ def _pair(stamp: int, found: Mapping[str, Any]) -> Pair:
         camera=camera_from_info(found[CAMERA]) if CAMERA in found else None,
         tile_id=found[TILE].frame_id,
     )
-
-
-def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 from rosbags.highlevel import AnyReader, AnyReaderError
 
-from xview_loc.errors import UserError
+from xview_loc.errors import UserError, reason
 
 FIX_TYPE = "sensor_msgs/msg/NavSatFix"
 
@@ -66,8 +66,7 @@ def _read_bag(path: Path, topic: str | None) -> list[tuple[float, float]]:
     except TrackError:
         raise
     except (AnyReaderError, OSError, ValueError, AssertionError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise TrackError(f"cannot read {path}: {reason}") from None
+        raise TrackError(f"cannot read {path}: {reason(error)}") from None
 
 
 def _plausible(lat: float, lon: float) -> bool:

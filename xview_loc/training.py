@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from xview_loc.datasets.base import PoseDataset
 from xview_loc.errors import UserError
+from xview_loc.files import write_whole
 from xview_loc.losses import HeatMapLoss
 from xview_loc.models.base import CrossViewModel
 from xview_loc.models.checkpoint import save_checkpoint
@@ -38,7 +39,7 @@ class TrainingError(UserError):
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """How to train; the defaults are CCVPE's own for training from its authors' start.
+    """How to train; the defaults are those of CCVPE's authors.
 
     ``heading``: the panoramas' heading is ``"known"`` to the model (to the dataset's error), ``"unknown"``
     (panoramas turned at random), or either by turns of one batch (``"both"``). ``schedule``: the
@@ -57,7 +58,7 @@ class TrainingOptions:
     workers: int = 0
     precision: str = "32-true"
     accelerator: str = "auto"
-    devices: int | str = "auto"
+    devices: int = 1
     save_every: int = 200
 
 
@@ -73,7 +74,7 @@ class Standing:
     best_error_m: float = math.inf
 
 
-class _Resumable(Sampler[list[int]]):
+class _EpochBatches(Sampler[list[int]]):
     """Batches of one epoch for one process; its order is a function of (seed, epoch) alone."""
 
     def __init__(
@@ -120,7 +121,7 @@ def turn_panoramas(batch: Batch, rng: np.random.Generator) -> Batch:
 
 
 @torch.inference_mode()
-def evaluate(model: CrossViewModel, batches: Iterable[Batch], heading: Heading) -> dict[str, float]:
+def validate(model: CrossViewModel, batches: Iterable[Batch], heading: Heading) -> dict[str, float]:
     """Mean and median distance in metres of the heat map's maximum from the true place, on whole tiles.
 
     Keys: ``known_mean_m``, ``known_median_m`` and the same with ``unknown`` (panoramas turned at random,
@@ -167,11 +168,12 @@ def train(
     ``folder`` gets ``last.pt`` (the state to go on from), ``history.json`` (loss and validation errors per
     epoch) and ``best.safetensors`` (the weights with the least mean validation error, with ``metadata``,
     options, data and errors). Each file is complete at any instant. On the CPU, a run that was killed and
-    started again ends with the numbers of one that was not. ``on_step`` is called after every step.
+    started again ends with the numbers of one that was not. ``on_step`` is called after every step
+    and every epoch.
     Raises TrainingError where the folder holds a run with other options, the data is less than one batch,
     or the loss is not finite.
     """
-    parallel = options.devices not in (1, "1") or int(os.environ.get("WORLD_SIZE", "1")) > 1
+    parallel = options.devices > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1
     fabric = Fabric(
         accelerator=options.accelerator,
         devices=options.devices,
@@ -213,7 +215,7 @@ def train(
             state |= {"precision": fabric.strategy.precision.state_dict()}
             buffer = io.BytesIO()
             torch.save(state, buffer)
-            _write(state_file, buffer.getvalue())
+            write_whole(state_file, buffer.getvalue())
 
     valid_loader: Any = fabric.setup_dataloaders(
         DataLoader(validation, options.batch_size, num_workers=options.workers),
@@ -221,7 +223,7 @@ def train(
     )
     while standing.epoch < options.epochs:
         data.epoch = standing.epoch
-        batches = _Resumable(
+        batches = _EpochBatches(
             len(data),
             options.batch_size,
             options.seed,
@@ -246,7 +248,7 @@ def train(
             # All of them stop, or none: the others would wait for ever.
             if not bool(fabric.all_reduce(torch.isfinite(value).float(), reduce_op="mean") == 1):
                 raise TrainingError(
-                    f"the loss is not finite at step {count}: lower the learning rate or the precision's risk"
+                    f"the loss is not finite at step {count}: lower the learning rate, or train in 32-true"
                 )
             fabric.backward(value)
             wrapped_optimizer.step()
@@ -257,7 +259,7 @@ def train(
             if standing.step_in_epoch % options.save_every == 0:
                 save_state()
             on_step(standing)
-        errors = evaluate(model, valid_loader, options.heading)
+        errors = validate(model, valid_loader, options.heading)
         entry = {"epoch": standing.epoch, "loss": standing.loss, **errors}
         standing.history.append(entry)
         error = float(np.mean([value for name, value in errors.items() if name.endswith("_mean_m")]))
@@ -269,14 +271,11 @@ def train(
         standing.epoch += 1
         standing.step_in_epoch = 0
         totals = [0.0, 0]
-        # After the checkpoint: a run cut off in between validates once more and writes the same file.
-        save_state()
         if fabric.is_global_zero:
-            _write(folder / HISTORY_FILE, json.dumps(standing.history, indent=1).encode())
+            write_whole(folder / HISTORY_FILE, json.dumps(standing.history, indent=1).encode())
+        # Last: a run that is cut off before it validates once more, and writes the same files.
+        save_state()
         on_step(standing)
-    if fabric.is_global_zero:
-        # Once more: the run may have been cut off between its last state and this.
-        _write(folder / HISTORY_FILE, json.dumps(standing.history, indent=1).encode())
     return standing
 
 
@@ -321,13 +320,3 @@ def _rate(options: TrainingOptions, count: int, total: int) -> float:
     warm = min(1.0, (count + 1) / options.warmup) if options.warmup else 1.0
     fall = 0.5 * (1 + math.cos(math.pi * count / total)) if options.schedule == "cosine" else 1.0
     return warm * fall
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file so that it is the new or the old one at any instant, power loss included."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

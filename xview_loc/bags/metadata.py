@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+
+from xview_loc.files import write_whole
 
 FILE = "metadata.yaml"
 _VERSION = 5
@@ -76,19 +77,4 @@ def write_metadata(folder: Path, files: Sequence[FileSummary], topics: Mapping[s
     }
     text = io.StringIO()
     YAML(typ="safe").dump({"rosbag2_bagfile_information": content}, text)
-    temporary = folder / f".{FILE}.tmp"
-    with temporary.open("w") as file:
-        file.write(text.getvalue())
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(folder / FILE)
-    sync_folder(folder)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make new and renamed files of a folder survive a power loss. Raises OSError."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    write_whole(folder / FILE, text.getvalue().encode())

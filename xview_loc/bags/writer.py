@@ -13,7 +13,7 @@ from typing import IO, Literal
 
 from mcap.writer import CompressionType, Writer
 
-from xview_loc.bags.metadata import FileSummary, sync_folder, write_metadata
+from xview_loc.bags.metadata import FileSummary, write_metadata
 from xview_loc.bags.ros_types import definition
 
 FLUSH_S = 0.5
@@ -179,7 +179,6 @@ class BagWriter:
             self._channels[topic] = self._mcap.register_channel(
                 topic, "cdr", schema, {"offered_qos_profiles": ""}
             )
-        sync_folder(self.folder)
         # So that the files so far open with every tool while the drive goes on.
         write_metadata(self.folder, self._files, self._topics)
 

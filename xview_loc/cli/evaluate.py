@@ -14,10 +14,10 @@ import typer
 from rich.progress import track
 from rich.table import Table
 
-from xview_loc.cli.console import UsageError, console, parse_cities
+from xview_loc.cli.console import UsageError, console
 
 if TYPE_CHECKING:
-    from xview_loc.evaluation import Drive
+    from xview_loc.evaluation import DriveErrors
     from xview_loc.models.base import CrossViewModel
 
 
@@ -38,7 +38,8 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Write the errors, frame by frame, as JSON.")] = None,
 ) -> None:
     """Drive through simulated cities, localise every frame by itself and print the errors."""
-    from xview_loc.evaluation import Drive, Errors
+    from xview_loc.datasets.simulated import parse_cities
+    from xview_loc.evaluation import DriveErrors, Errors
     from xview_loc.models.checkpoint import load_model
     from xview_loc.simulation.styles import STYLES
 
@@ -49,7 +50,7 @@ def evaluate(
         _drive(net, style, seed, frames, heading is Heading.known)
         for seed in track(parse_cities(cities), "cities", console=console, transient=True)
     ]
-    drive = Drive.joined(drives)
+    drive = DriveErrors.joined(drives)
     table = Table(title=f"{net.spec.name}, {style} style, heading {heading.value}, metres")
     for column in ("", "frames", "mean", "median", "95 %"):
         table.add_column(column, justify="right" if column else "left")
@@ -71,7 +72,7 @@ def evaluate(
         out.write_text(json.dumps(content))
 
 
-def _drive(net: CrossViewModel, style: str, seed: int, frames: int, known: bool) -> Drive:
+def _drive(net: CrossViewModel, style: str, seed: int, frames: int, known: bool) -> DriveErrors:
     from xview_loc.evaluation import localize_drive
     from xview_loc.imagery import AerialMap
     from xview_loc.localizer import Localizer, Observation, required_tile_px

@@ -37,6 +37,15 @@ _FILES = ("panoramas", "aerial", "poses")
 _Rendered = tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.float64]]
 
 
+def parse_cities(text: str) -> range:
+    """Seeds of cities from ``7`` or ``0-23`` (both ends included). Raises DatasetError."""
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    cities = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
+    if not cities:
+        raise DatasetError(f"cities are written 7 or 0-23, at least one city, not {text!r}")
+    return cities
+
+
 class SimulatedDataset(PoseDataset):
     """Panoramas along drives through ``cities`` (seeds) of a style, ``frames`` in each.
 
@@ -74,12 +83,11 @@ class SimulatedDataset(PoseDataset):
         cls, text: str, spec: ModelSpec, *, cache_dir: Path | None = None, augment: bool = False
     ) -> SimulatedDataset:
         """From ``STYLE:CITIES:FRAMES``; CITIES is a seed or ``FIRST-LAST``."""
-        match = re.fullmatch(r"(\w+):(\d+)(?:-(\d+))?:(\d+)", text)
+        match = re.fullmatch(r"(\w+):([^:]+):(\d+)", text)
         if not match:
             raise DatasetError(f"a simulated dataset is written STYLE:CITIES:FRAMES, not {text!r}")
-        style, first, last, frames = match.groups()
-        cities = range(int(first), int(last or first) + 1)
-        return cls(style, cities, int(frames), spec, cache_dir=cache_dir, augment=augment)
+        style, cities, frames = match.groups()
+        return cls(style, parse_cities(cities), int(frames), spec, cache_dir=cache_dir, augment=augment)
 
     @property
     def cities(self) -> int:

@@ -7,7 +7,6 @@ import io
 import json
 import os
 import pickle
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from xview_loc.errors import UserError
+from xview_loc.files import write_whole
 from xview_loc.models import create_model
 from xview_loc.models.base import CrossViewModel, ModelSpec
 
@@ -59,17 +59,7 @@ def save_checkpoint(
     own = {"format": _FORMAT, "model": model.spec.name, "spec": model.spec.to_json()}
     header = json.dumps({**(metadata or {}), **own}, allow_nan=False)
     data = safetensors.torch.save(state, {_METADATA_KEY: header})
-    # In the same folder, so that the rename is atomic.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_whole(path, data)
     return hashlib.sha256(data).hexdigest()
 
 

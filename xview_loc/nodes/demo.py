@@ -24,6 +24,7 @@ from sensor_msgs.msg import NavSatFix
 from xview_loc.evaluation import Errors, distance_m
 from xview_loc.geodesy import LocalProjection
 from xview_loc.imagery import AerialMap
+from xview_loc.input_messages import stamp_ns
 from xview_loc.report import Page
 
 matplotlib.use("Agg")
@@ -71,7 +72,8 @@ class Listener(Node):
         self.create_subscription(OccupancyGrid, "/localizer/heat_map", self._on_grid, latched)
 
     def _on_estimate(self, message: NavSatFix) -> None:
-        stamp = _note(self.track.estimate, message)
+        _collect(self.track.estimate, message)
+        stamp = stamp_ns(message)
         truth, fix = self.track.truth.get(stamp), self.track.fix.get(stamp)
         if truth and fix:
             coarse, own = (distance_m(*place, *truth) for place in (fix, self.track.estimate[stamp]))
@@ -80,17 +82,19 @@ class Listener(Node):
 
     def _on_grid(self, grid: OccupancyGrid) -> None:
         self.grid = grid
-        self.grid_stamp = grid.header.stamp.sec * 1_000_000_000 + grid.header.stamp.nanosec
+        self.grid_stamp = stamp_ns(grid)
 
 
 def _collect(places: dict[int, Place], message: NavSatFix) -> None:
-    _note(places, message)
+    places[stamp_ns(message)] = (message.latitude, message.longitude)
 
 
-def _note(places: dict[int, Place], message: NavSatFix) -> int:
-    stamp = message.header.stamp.sec * 1_000_000_000 + message.header.stamp.nanosec
-    places[stamp] = (message.latitude, message.longitude)
-    return stamp
+def _middle(map_path: Path) -> Place:
+    with AerialMap.open(str(map_path)) as aerial:
+        bounds = aerial.info().bounds
+    assert bounds is not None
+    south, west, north, east = bounds
+    return (south + north) / 2, (west + east) / 2
 
 
 class Demo:
@@ -143,15 +147,14 @@ def run_drive(folder: Path) -> tuple[Listener, Path]:
         # The drive's topics appear once the map is written.
         if not demo.wait(lambda: listener.count_publishers("/image"), START_TIMEOUT_S):
             raise SystemExit("demo: the simulated drive did not start; see its messages above")
-        with AerialMap.open(str(map_path)) as aerial:
-            south, west, north, east = aerial.info().bounds or (0.0, 0.0, 0.0, 0.0)
+        datum_lat, datum_lon = _middle(map_path)
         parameters = {
             "map": str(map_path),
             "model": MODEL,
             "heading_source": "quaternion",
             "qos_reliability": "reliable",
-            "datum_lat": (south + north) / 2,
-            "datum_lon": (west + east) / 2,
+            "datum_lat": datum_lat,
+            "datum_lon": datum_lon,
         }
         words = [word for name, value in parameters.items() for word in ("-p", f"{name}:={value}")]
         demo.start("xview_loc.nodes.localizer_node", "--ros-args", *words)
@@ -258,9 +261,7 @@ def main() -> None:
     page.heading("How far off")
     page.figure(draw_errors(coarse, own), "Distance from the truth of the coarse fix and of the estimate")
     if listener.grid is not None:
-        with AerialMap.open(str(map_path)) as aerial:
-            south, west, north, east = aerial.info().bounds or (0.0, 0.0, 0.0, 0.0)
-        datum = LocalProjection((south + north) / 2, (west + east) / 2)
+        datum = LocalProjection(*_middle(map_path))
         page.heading("One heat map")
         page.figure(draw_heat_map(listener, map_path, datum), "The last frame's aerial tile and heat map")
     page.write(folder / "demo.html")

@@ -45,8 +45,8 @@ def publish_drive(frames: Iterable[Frame], rate_hz: float) -> int:
                 executor.spin_once(wait)
             due = max(due + 1.0 / rate_hz, time.monotonic())
             stamp_ns = node.get_clock().now().nanoseconds
-            for message in frame_messages(frame, stamp_ns):
-                outputs[message.topic].publish(message.data)
+            for topic, data in frame_messages(frame, stamp_ns):
+                outputs[topic].publish(data)
             count += 1
         # Reliable or not, what was just published leaves with the process unless it stays a moment.
         executor.spin_once(_LAST_MESSAGES_S)

@@ -15,13 +15,10 @@ from typing import Any
 import numpy as np
 import rclpy
 import torch
-from geometry_msgs.msg import PoseStamped, PoseWithCovarianceStamped, QuaternionStamped
+from geometry_msgs.msg import PoseWithCovarianceStamped
 from nav_msgs.msg import OccupancyGrid
-from rclpy.qos import (
-    DurabilityPolicy,
-    QoSProfile,
-)
-from sensor_msgs.msg import Image, Imu, NavSatFix
+from rclpy.qos import DurabilityPolicy, QoSProfile
+from sensor_msgs.msg import Image, NavSatFix
 from std_msgs.msg import Float64, Header
 
 from xview_loc import input_messages
@@ -46,11 +43,6 @@ from xview_loc.nodes.frame_worker import FrameWorker
 from xview_loc.nodes.vehicle_node import Job, VehicleNode, run
 from xview_loc.overlay import draw_overlay
 
-HEADING_TYPES = {"imu": Imu, "quaternion": QuaternionStamped, "pose": PoseStamped}
-RESTART_SHOWN_S = 10.0
-SILENT_AFTER_S = 3.0
-# The motion that tiles are fetched ahead of is measured over so many metres, within so many seconds.
-MOTION_M, MOTION_S = 10.0, 10.0
 STATUS = ("latency_ms", "inference_ms", "confidence", "tile_age_s", "fix_offset_m")
 
 

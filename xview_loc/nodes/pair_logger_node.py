@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import cv2
 import rclpy
 from nav_msgs.msg import Odometry
 from rclpy.serialization import deserialize_message
@@ -26,10 +25,10 @@ from sensor_msgs.msg import CameraInfo, Image
 from std_srvs.srv import Trigger
 
 from xview_loc.bags.writer import BagFullError, BagLimits
-from xview_loc.camera import CameraError, ImageError
+from xview_loc.camera import CameraError, ImageError, encode_jpeg
 from xview_loc.imagery import AerialTile, NoImageryError
 from xview_loc.input_messages import RejectedInput, cdr_stamp_ns, rgb_from_image
-from xview_loc.keyframes import KeyframeRule, Keyframes
+from xview_loc.keyframes import KeyframeRule, Keyframes, WheelSpeed
 from xview_loc.nodes import parameters
 from xview_loc.nodes.diagnostics import ERROR, WARN
 from xview_loc.nodes.vehicle_node import Job, VehicleNode, run
@@ -39,8 +38,6 @@ from xview_loc.tile_store import TileStore
 # Keyframes that wait for a slow disk; at 10 a second this is several seconds of them.
 KEYFRAMES_WAITING = 64
 ODOMETRY_WAITING = 4096
-# A speed older than this says nothing about standing.
-SPEED_AGE_NS = 1_000_000_000
 # A map out of reach is asked again after so long; the pairs in between are stored without tiles.
 MAP_RETRY_S = 5.0
 TILE_WAIT_S = 0.3
@@ -134,6 +131,7 @@ class PairLoggerNode(VehicleNode):
     optional_inputs = frozenset({"camera_info", "odom"})
 
     def __init__(self) -> None:
+        self._cutter: _TileCutter | None = None
         self._writer: PairWriter | None = None
         self._written = threading.Lock()
         super().__init__("pair_logger")
@@ -145,7 +143,6 @@ class PairLoggerNode(VehicleNode):
     def configure(self) -> None:
         """Open the map. One that is out of reach is no reason not to record: tiles can be filled in later."""
         p = self._p
-        self._cutter: _TileCutter | None = None
         self._map_failed_at = -math.inf
         self._attribution = ""
         if p["map"]:
@@ -158,7 +155,7 @@ class PairLoggerNode(VehicleNode):
             p["keyframe_distance_m"], p["keyframe_interval_s"], math.radians(p["keyframe_turn_deg"])
         )
         self._keyframes = Keyframes(rule)
-        self._speed: tuple[int, float] | None = None
+        self._wheels = WheelSpeed()
         self._rate = (time.monotonic(), 0)
 
     def make_worker(self) -> _Recorder:
@@ -186,9 +183,9 @@ class PairLoggerNode(VehicleNode):
 
     def release(self) -> None:
         """End the cutting of tiles."""
-        cutter = getattr(self, "_cutter", None)
-        if cutter is not None:
-            cutter.close()
+        if self._cutter is not None:
+            self._cutter.close()
+            self._cutter = None
 
     def before_report(self) -> None:
         """Pairs, megabytes and rate."""
@@ -313,13 +310,12 @@ class PairLoggerNode(VehicleNode):
             away = abs(stamp - self._last_image_ns)
             if self._last_image_ns and away > ODOMETRY_CLOCK_NS:
                 raise RejectedInput("other_clock", f"its stamps are {away / 1e9:.0f} s from the images'")
-            speed = math.hypot(*_velocity(deserialize_message(data, Odometry)))
+            velocity = deserialize_message(data, Odometry).twist.twist.linear
         except RejectedInput as error:
             self._refuse("odom", error)
             return
         self._health.clear("odom")
-        if math.isfinite(speed):
-            self._speed = (stamp, speed)
+        self._wheels.saw(stamp, math.hypot(velocity.x, velocity.y))
         # Without an image there is nothing that it could be the motion of.
         if self._writer is None or self._worker is None or not self._last_image_ns:
             return
@@ -330,11 +326,8 @@ class PairLoggerNode(VehicleNode):
         """Whether a paired frame is a keyframe."""
         if self._writer is None:
             return False
-        speed = None
-        if self._speed is not None and abs(job.frame.stamp_ns - self._speed[0]) <= SPEED_AGE_NS:
-            speed = self._speed[1]
-        yaw = None if job.heading is None else job.heading.yaw
-        return self._keyframes.wants(job.frame.stamp_ns, job.fix.lat, job.fix.lon, yaw, speed)
+        stamp, yaw = job.frame.stamp_ns, None if job.heading is None else job.heading.yaw
+        return self._keyframes.wants(stamp, job.fix.lat, job.fix.lon, yaw, self._wheels.at(stamp))
 
     # Writing: the worker's thread
 
@@ -355,32 +348,14 @@ class PairLoggerNode(VehicleNode):
             self._reject("internal_error", f"{type(error).__name__}: {error}")
 
     def _record(self, job: Job) -> None:
-        compressed = self._p["image_transport"] == "compressed"
         data: bytes = job.frame.image
-        image_format, image_bytes, raw = "jpeg", b"", None
-        if compressed:
-            # As it came, bytes and all: the message is only looked at by those who read the bag.
-            raw = data
-        else:
-            rgb = rgb_from_image(deserialize_message(data, Image))
-            quality = [cv2.IMWRITE_JPEG_QUALITY, self._p["jpeg_quality"]]
-            done, encoded = cv2.imencode(".jpg", cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR), quality)
-            if not done:
-                raise ImageError("the image cannot be compressed")
-            image_bytes = encoded.tobytes()
-        fix, heading = job.fix, job.heading
-        pair = Pair(
-            stamp_ns=job.frame.stamp_ns,
-            image_format=image_format,
-            image_bytes=image_bytes,
-            lat=fix.lat,
-            lon=fix.lon,
-            altitude=fix.altitude,
-            fix_covariance=fix.covariance,
-            heading=None if heading is None else heading.yaw,
-            heading_std=0.0 if heading is None else heading.std,
-            camera=job.frame.camera,
-        )
+        # A CompressedImage stays as it came, bytes and all: only who reads the bag looks into it.
+        raw = data if self._p["image_transport"] == "compressed" else None
+        jpeg = b""
+        if raw is None:
+            jpeg = encode_jpeg(rgb_from_image(deserialize_message(data, Image)), self._p["jpeg_quality"])
+        frame = job.frame
+        pair = Pair.of(frame.stamp_ns, "jpeg", jpeg, job.fix, job.heading, frame.camera)
         tile = self._tile(job)
         with self._written:
             if self._writer is not None and self._write(lambda writer: writer.add(pair, tile, raw)):
@@ -429,11 +404,6 @@ def _without_key(source: str) -> str:
     """A map's name without what may hold a key: of a tile server, the host alone."""
     parts = urlsplit(source)
     return f"{parts.scheme}://{parts.hostname}" if "://" in source else source
-
-
-def _velocity(odometry: Odometry) -> tuple[float, float]:
-    linear = odometry.twist.twist.linear
-    return linear.x, linear.y
 
 
 def main(args: list[str] | None = None) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -26,16 +26,8 @@ TOPICS = {
 }
 
 
-class Message(NamedTuple):
-    """One serialized message: topic, type, CDR bytes."""
-
-    topic: str
-    kind: str
-    data: bytes
-
-
-def frame_messages(frame: Frame, stamp_ns: int) -> list[Message]:
-    """The frame's messages, stamped ``stamp_ns``; the image comes last, when all that belongs to it is out.
+def frame_messages(frame: Frame, stamp_ns: int) -> list[tuple[str, bytes]]:
+    """(topic, CDR bytes) of the frame's messages, stamped ``stamp_ns``; the image comes last.
 
     Headings are true-north ENU yaws. ``/odom`` has the wheels' twist alone: its pose is marked as unknown.
     """
@@ -49,7 +41,7 @@ def frame_messages(frame: Frame, stamp_ns: int) -> list[Message]:
     ]
     if frame.image is not None:
         messages.append(("/image", _image(stamp_ns, frame.image)))
-    return [Message(topic, TOPICS[topic], serialize(TOPICS[topic], value)) for topic, value in messages]
+    return [(topic, serialize(TOPICS[topic], value)) for topic, value in messages]
 
 
 def write_bag(frames: Iterable[Frame], folder: Path, start_ns: int = START_NS) -> None:
@@ -61,8 +53,8 @@ def write_bag(frames: Iterable[Frame], folder: Path, start_ns: int = START_NS) -
     try:
         for frame in frames:
             stamp = start_ns + frame.stamp_ns
-            for one in frame_messages(frame, stamp):
-                writer.write(one.topic, stamp, one.data)
+            for topic, data in frame_messages(frame, stamp):
+                writer.write(topic, stamp, data)
     finally:
         writer.close()
 
