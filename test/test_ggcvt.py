@@ -20,7 +20,7 @@ from hashed_models import hashed_model, inputs
 from xview_loc.models import create_model
 from xview_loc.models.base import HeatMaps
 from xview_loc.models.checkpoint import load_checkpoint
-from xview_loc.models.ggcvt import CONFIGS, GGCVT, box_sum, correlate, ranking_loss
+from xview_loc.models.ggcvt import CONFIGS, GGCVT, _project_panorama, box_sum, correlate, ranking_loss
 from xview_loc.models.vgg import unit
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -155,17 +155,32 @@ def test_loss_of_equal_scores_and_of_a_clear_peak() -> None:
     centre = torch.full((1, 2), (model.spec.aerial_size - 1) / 2)
     maps = HeatMaps(levels, levels[-1][:, 0])
     expected = sum(math.log(2) * side**2 / (side**2 - 1) for side in sides)
-    assert float(ranking_loss(maps, centre, 256)) == pytest.approx(expected, rel=1e-5)
+    assert float(ranking_loss(maps, centre, model.spec.aerial_size)) == pytest.approx(expected, rel=1e-5)
     grid = model.grid
     row, col = 50, 20
     for level, stride in zip(levels, (8, 4, 2), strict=True):
         middle = level.shape[-1] / 2 - 0.5
-        at = [round(middle + (grid.origin[0] + 2 * x - 127.5) / stride) for x in (row, col)]
+        at = [round(middle + (grid.origin[0] + 2 * x - 95.5) / stride) for x in (row, col)]
         level[0, 0, at[0], at[1]] = 2.0
     true = torch.tensor([[grid.origin[0] + 2 * row, grid.origin[1] + 2 * col]])
-    assert float(ranking_loss(maps, true, 256)) < 0.01
+    assert float(ranking_loss(maps, true, model.spec.aerial_size)) < 0.01
+    reach = model.reach_m / model.spec.gsd
+    ranking_loss(maps, centre + torch.tensor([[reach, -reach]]), model.spec.aerial_size)
     with pytest.raises(ValueError, match="search window"):
-        ranking_loss(maps, torch.tensor([[0.0, 0.0]]), 256)
+        ranking_loss(maps, centre + torch.tensor([[reach + 2, 0.0]]), model.spec.aerial_size)
+
+
+def test_flat_ground_lies_where_a_panorama_shows_it() -> None:
+    """The centre column faces north, columns run clockwise, rows from +30 to -60 degrees of elevation."""
+    config, cell_m, size, rows, cols = CONFIGS["ggcvt-small"], 0.5, 40, 64, 256
+    u, v = _project_panorama(cell_m, config, size, rows, cols)
+    for east, north in ((0.25, 6.25), (8.25, 0.25), (-3.25, 4.25), (2.25, -5.25)):
+        row, col = size / 2 - 0.5 - north / cell_m, size / 2 - 0.5 + east / cell_m
+        azimuth = math.degrees(math.atan2(east, north))
+        elevation = -math.degrees(math.atan2(config.camera_height, math.hypot(east, north)))
+        # Pixel k covers the k-th share of the circle, from its edge on.
+        assert float(u[int(row), int(col)]) == pytest.approx((azimuth + 180) / 360 * cols - 0.5, abs=1e-3)
+        assert float(v[int(row), int(col)]) == pytest.approx((30 - elevation) / 90 * rows - 0.5, abs=1e-3)
 
 
 @torch.no_grad()
@@ -210,14 +225,6 @@ def test_unused_weights_are_ignored_and_others_are_not() -> None:
         model.load_state_dict({**state, "SatFeatureNet.extra": torch.zeros(1)})
 
 
-if __name__ == "__main__":
-    RECORDED.parent.mkdir(exist_ok=True)
-    np.savez_compressed(
-        RECORDED,
-        **{f"{name}/{i}": level for name in CONFIGS for i, level in enumerate(sampled(run(name)), start=1)},
-    )
-
-
 def test_authors_checkpoint_with_unused_branches_loads(tmp_path):
     model = create_model("ggcvt-small")
     state = dict(model.state_dict())
@@ -227,3 +234,11 @@ def test_authors_checkpoint_with_unused_branches_loads(tmp_path):
     torch.save(state, path)
     loaded = load_checkpoint(path, "ggcvt-small").model
     assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())
+
+
+if __name__ == "__main__":
+    RECORDED.parent.mkdir(exist_ok=True)
+    np.savez_compressed(
+        RECORDED,
+        **{f"{name}/{i}": level for name in CONFIGS for i, level in enumerate(sampled(run(name)), start=1)},
+    )

@@ -75,7 +75,7 @@ def train(
     if isinstance(loss, CCVPELoss):
         loss = replace(loss, sigma=sigma)
     sets = [
-        open_dataset(text, net.spec, cache_dir=cache_dir, augment=augment)
+        open_dataset(text, net.spec, reach_m=net.reach_m, cache_dir=cache_dir, augment=augment)
         for text, augment in ((data, True), (validation, False))
     ]
     options = training.TrainingOptions(

@@ -7,34 +7,18 @@ import math
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import TypedDict
 
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from xview_loc.bags.recovery import BagError
 from xview_loc.camera import ImageError, normalise, prepare_ground
-from xview_loc.datasets.base import DatasetError
+from xview_loc.datasets.base import DatasetError, PairSample
 from xview_loc.imagery import AerialTile
 from xview_loc.models.base import ModelSpec
 from xview_loc.pairs import PairBag
-
-
-class PairSample(TypedDict):
-    """One pair as a model takes it; batches stack each field.
-
-    ground: float32 (3, h, w), normalised; a panorama with a known heading faces north. aerial: float32
-    (3, S, S), normalised. fix: float32 (2,), the coarse fix's (row, col) in tile pixels. heading_known: bool
-    (). meters_per_pixel: float32 (), of the tile. index: int64 (), of the pair in the dataset.
-    """
-
-    ground: Tensor
-    aerial: Tensor
-    fix: Tensor
-    heading_known: Tensor
-    meters_per_pixel: Tensor
-    index: Tensor
 
 
 class PairDataset(Dataset[PairSample]):
@@ -85,6 +69,7 @@ class PairDataset(Dataset[PairSample]):
             "ground": ground[0],
             "aerial": normalise(tile.image)[0],
             "fix": torch.tensor([row, col], dtype=torch.float32),
+            "fix_std": torch.tensor(_std(pair.fix_covariance), dtype=torch.float32),
             "heading_known": torch.tensor(pair.heading is not None),
             "meters_per_pixel": torch.tensor(tile.gsd, dtype=torch.float32),
             "index": torch.tensor(index),
@@ -97,3 +82,8 @@ class PairDataset(Dataset[PairSample]):
                 f"the tiles of {folder} have {tile.size_px} px at {tile.gsd:g} m/px, {spec.name} needs "
                 f"{spec.aerial_size} px at {spec.gsd:g} m/px: cut them anew with xview-loc pairs"
             )
+
+
+def _std(covariance: NDArray[np.float64] | None) -> float:
+    """Along either axis, m: the root mean square of the two."""
+    return math.nan if covariance is None else math.sqrt((covariance[0, 0] + covariance[1, 1]) / 2)

@@ -49,7 +49,8 @@ def parse_cities(text: str) -> range:
 class SimulatedDataset(PoseDataset):
     """Panoramas along drives through ``cities`` (seeds) of a style, ``frames`` in each.
 
-    The camera is anywhere on its tile but near the border, and the panorama is turned north with a heading
+    The camera is anywhere on its tile but near the border, within ``reach_m`` of its centre along rows and
+    columns, and the panorama is turned north with a heading
     that is off by 2 degrees (standard deviation). ``augment`` draws both anew in every epoch.
     Cities are rendered by :meth:`prepare`, or when first needed, into ``cache_dir``.
     Raises DatasetError for a model that does not take panoramas, and on an unknown style.
@@ -62,6 +63,7 @@ class SimulatedDataset(PoseDataset):
         frames: int,
         spec: ModelSpec,
         *,
+        reach_m: float = math.inf,
         cache_dir: Path | None = None,
         augment: bool = False,
     ) -> None:
@@ -76,18 +78,33 @@ class SimulatedDataset(PoseDataset):
         self._spec = spec
         self._folder = (cache_dir or default_cache_dir().parent / "simulated").expanduser()
         self._augment = augment
+        self._reach = min(spec.aerial_size * spec.gsd / 2 - _BORDER_M, reach_m)
         self._open: dict[int, _Rendered] = {}
 
     @classmethod
     def parse(
-        cls, text: str, spec: ModelSpec, *, cache_dir: Path | None = None, augment: bool = False
+        cls,
+        text: str,
+        spec: ModelSpec,
+        *,
+        reach_m: float = math.inf,
+        cache_dir: Path | None = None,
+        augment: bool = False,
     ) -> SimulatedDataset:
         """From ``STYLE:CITIES:FRAMES``; CITIES is a seed or ``FIRST-LAST``."""
         match = re.fullmatch(r"(\w+):([^:]+):(\d+)", text)
         if not match:
             raise DatasetError(f"a simulated dataset is written STYLE:CITIES:FRAMES, not {text!r}")
         style, cities, frames = match.groups()
-        return cls(style, parse_cities(cities), int(frames), spec, cache_dir=cache_dir, augment=augment)
+        return cls(
+            style,
+            parse_cities(cities),
+            int(frames),
+            spec,
+            reach_m=reach_m,
+            cache_dir=cache_dir,
+            augment=augment,
+        )
 
     @property
     def cities(self) -> int:
@@ -111,8 +128,7 @@ class SimulatedDataset(PoseDataset):
         rng = np.random.default_rng([index, self.epoch if self._augment else 0])
         east, north, heading = poses[frame]
         side, gsd = self._spec.aerial_size, self._spec.gsd
-        reach = side * gsd / 2 - _BORDER_M
-        offset = rng.uniform(-reach, reach, 2)
+        offset = rng.uniform(-self._reach, self._reach, 2)
         half = aerial.shape[0] * gsd / 2
         col, row = (east + offset[0] + half) / gsd - 0.5, (half - north - offset[1]) / gsd - 0.5
         tile = cv2.getRectSubPix(aerial, (side, side), (float(col), float(row))).astype(np.uint8, copy=False)
@@ -123,6 +139,10 @@ class SimulatedDataset(PoseDataset):
         return {
             "ground": ground[0],
             "aerial": normalise(tile)[0],
+            "fix": torch.full((2,), middle),
+            "fix_std": torch.tensor(self._reach / math.sqrt(3)),  # of a uniform distribution
+            "heading_known": torch.tensor(True),
+            "index": torch.tensor(index),
             "position": torch.tensor(position, dtype=torch.float32),
             "heading": torch.tensor(wrap_angle(heading - measured), dtype=torch.float32),
             "meters_per_pixel": torch.tensor(gsd, dtype=torch.float32),

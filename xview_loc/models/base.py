@@ -80,6 +80,11 @@ class CrossViewModel(nn.Module):
     extra_inputs: frozenset[str] = frozenset()
     ignored_weights: tuple[str, ...] = ()
 
+    @property
+    def reach_m(self) -> float:
+        """How far from the tile's centre, along rows or columns, a camera can be found, metres."""
+        return self.spec.aerial_size / 2 * self.spec.gsd
+
     def encode_aerial(self, aerial: Tensor) -> Any:
         """Everything that depends on the tile alone; ``aerial`` is (B, 3, S, S), normalised."""
         raise NotImplementedError

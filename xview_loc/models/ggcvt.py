@@ -35,6 +35,9 @@ class GGCVTConfig:
     camera_height: of the camera above flat ground, m.
     search_m: side of the square of positions that is scored, m (pinhole); None: ``crop`` says it.
     crop: share of the overhead view, about the camera, that is slid over the tile.
+    elevation_deg: of the panorama's upper and lower edge.
+    image_origin: pixel coordinate of an image's upper left corner: the published models put the first
+        pixel's centre there (0), it lies half a pixel inside (-0.5).
     zero_cell: what the published position formula adds to half the finest map's side for the tile's centre,
         in cells. The supervised loss trains the arg-max to -0.5.
     """
@@ -44,6 +47,8 @@ class GGCVTConfig:
     zero_cell: float
     search_m: float | None = None
     crop: float = 0.4
+    elevation_deg: tuple[float, float] = (90.0, -90.0)
+    image_origin: float = 0.0
     channels: tuple[int, int, int] = VGG16_CHANNELS
 
 
@@ -59,10 +64,14 @@ CONFIGS = {
             search_m=60.0,
         ),
         GGCVTConfig(
-            ModelSpec("ggcvt-small", "panorama", (128, 512), 256, 0.30, 0),
+            # The search window is 65 m wide, as the shipped drives' fixes need.
+            ModelSpec("ggcvt-small", "panorama", (64, 256), 192, 0.48, 0),
             2.0,
             zero_cell=-0.5,
-            channels=(32, 64, 128),
+            crop=0.3,
+            elevation_deg=(30.0, -60.0),
+            image_origin=-0.5,
+            channels=(16, 32, 64),
         ),
     )
 }
@@ -154,6 +163,13 @@ class GGCVT(CrossViewModel):
         return sizes
 
     @property
+    def reach_m(self) -> float:
+        """See :attr:`CrossViewModel.reach_m`: half the search window."""
+        stride = _STRIDES[-1]
+        cells = self.spec.aerial_size // stride - self.crop_sizes()[-1]
+        return cells / 2 * stride * self.spec.gsd
+
+    @property
     def grid(self) -> HeatMapGrid:
         """Where the finest map lies on the tile, by the published position formula."""
         stride = _STRIDES[-1]
@@ -242,18 +258,7 @@ class GGCVT(CrossViewModel):
         if not bool(given.isfinite().all()) or (self._panorama and not bool((given > 0).all())):
             raise ValueError(f"{name} must be finite{' and positive' if self._panorama else ''}")
         cameras = given.detach().to("cpu", torch.float32).flatten(1) if shape else given[:, None]
-        views = [
-            _view(
-                tuple(values),
-                self._panorama,
-                self.spec.gsd,
-                self._config.camera_height,
-                self.spec.ground_size,
-                self.spec.aerial_size,
-                ground.device,
-            )
-            for values in cameras.tolist()
-        ]
+        views = [_view(tuple(values), self._config, ground.device) for values in cameras.tolist()]
         return views * (batch // len(views))
 
 
@@ -348,27 +353,20 @@ class _View:
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # a view first made in inference serves training too
-def _view(
-    camera: tuple[float, ...],
-    panorama: bool,
-    gsd: float,
-    camera_height: float,
-    ground_size: tuple[int, int],
-    aerial_size: int,
-    device: torch.device,
-) -> _View:
-    """``camera`` is the tile's m/px (panorama), or the nine intrinsics (pinhole, whose tile has ``gsd``)."""
+def _view(camera: tuple[float, ...], config: GGCVTConfig, device: torch.device) -> _View:
+    """``camera``: m/px of a panorama's tile, or a pinhole camera's nine intrinsics (tiles as the spec)."""
+    spec = config.spec
     samplers = []
     plan = seen = None
     for stride in _STRIDES:
-        size, rows, cols = aerial_size // stride, ground_size[0] // stride, ground_size[1] // stride
-        if panorama:
-            u, v = _project_panorama(camera[0] * stride, camera_height, size, rows, cols)
+        size, (rows, cols) = spec.aerial_size // stride, (x // stride for x in spec.ground_size)
+        if spec.camera == "panorama":
+            u, v = _project_panorama(camera[0] * stride, config, size, rows, cols)
             visible = torch.ones_like(u, dtype=torch.bool)
         else:
             matrix = torch.tensor(camera).reshape(3, 3)
             matrix[:2] /= stride
-            u, v, visible = _project_pinhole(matrix, gsd * stride, camera_height, size)
+            u, v, visible = _project_pinhole(matrix, spec.gsd * stride, config.camera_height, size)
         samplers.append(_Sampler.of(u, v, rows, cols, device))
         if plan is None:
             plan = ColumnPlan.of(u.flatten(), cols)
@@ -379,7 +377,7 @@ def _view(
 
 
 def _project_panorama(
-    cell_m: float, camera_height: float, size: int, rows: int, cols: int
+    cell_m: float, config: GGCVTConfig, size: int, rows: int, cols: int
 ) -> tuple[Tensor, Tensor]:
     """Column and row (size, size) of flat ground around a panoramic camera that looks north."""
     # float32 and this order of operations: diagonals fall on whole columns, and rounding picks a side.
@@ -388,8 +386,10 @@ def _project_panorama(
     radius = torch.sqrt((row - centre) ** 2 + (col - centre) ** 2)
     angle = torch.atan2(row - centre, col - centre)
     angle = (-math.pi / 2 + angle % (2 * math.pi)) % (2 * math.pi)
-    polar = torch.atan2(radius * torch.tensor(cell_m), torch.tensor(-camera_height))
-    return angle / 2 / math.pi * cols, polar / math.pi * rows
+    polar = torch.atan2(radius * torch.tensor(cell_m), torch.tensor(-config.camera_height))
+    top, bottom = (math.radians(90.0 - elevation) for elevation in config.elevation_deg)
+    u, v = angle / 2 / math.pi * cols, (polar - top) / (bottom - top) * rows
+    return u + config.image_origin, v + config.image_origin
 
 
 def _project_pinhole(
