@@ -21,7 +21,15 @@ from xview_loc.losses import CCVPELoss, GGCVTLoss
 from xview_loc.models import create_model
 from xview_loc.models.base import CrossViewModel, HeatMaps
 from xview_loc.models.checkpoint import load_checkpoint
-from xview_loc.training import TrainingError, TrainingOptions, train, turn_panoramas, validate
+from xview_loc.training import (
+    PoseValidation,
+    TrainingError,
+    TrainingOptions,
+    make_fabric,
+    random_turns,
+    train,
+    turn_panoramas,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 SPEC = create_model("ccvpe-small").spec
@@ -154,6 +162,10 @@ class Dots(PoseDataset):
             "aerial": normalise(image)[0],
             "position": torch.tensor([row, col], dtype=torch.float32),
             "heading": torch.tensor(0.0),
+            "fix": torch.full((2,), (side - 1) / 2),
+            "fix_std": torch.tensor(10.0),
+            "heading_known": torch.tensor(True),
+            "index": torch.tensor(index),
             "meters_per_pixel": torch.tensor(SPEC.gsd),
         }
 
@@ -182,18 +194,18 @@ class Seer(CrossViewModel):
 
 
 def test_validation_measures_metres() -> None:
-    loader = torch.utils.data.DataLoader(Dots(), 4)
-    errors = validate(Seer(), loader, "both")
-    assert errors["known_mean_m"] == errors["known_median_m"] == 0.0
-    assert errors["unknown_mean_m"] == pytest.approx(10 * SPEC.gsd, rel=1e-5)
-    assert set(validate(Seer(), loader, "known")) == {"known_mean_m", "known_median_m"}
+    figures = PoseValidation(Dots(), (0.0, None), 4, 0)(Seer())
+    assert figures["known_mean_m"] == figures["known_median_m"] == 0.0
+    assert figures["unknown_mean_m"] == pytest.approx(10 * SPEC.gsd, rel=1e-5)
+    assert figures["score"] == pytest.approx(5 * SPEC.gsd, rel=1e-5)
+    assert set(PoseValidation(Dots(), (0.0,), 4, 0)(Seer())) == {"known_mean_m", "known_median_m", "score"}
 
 
 def test_turned_panoramas_turn_their_heading() -> None:
     width = 256
     ground = torch.arange(width, dtype=torch.float32).expand(5, 1, 2, width)
     batch = {"ground": ground, "heading": torch.full((5,), 0.1)}
-    turned = turn_panoramas(batch, np.random.default_rng(3))
+    turned = turn_panoramas(batch, random_turns(np.random.default_rng(3), 5, width, None))
     for image, heading in zip(turned["ground"], turned["heading"], strict=True):
         # What the centre looked at before is now so far to the right of it as the heading turned left.
         column = int((image[0, 0] == width // 2).nonzero())
@@ -202,21 +214,30 @@ def test_turned_panoramas_turn_their_heading() -> None:
     assert len({round(float(h), 4) for h in turned["heading"]}) > 1
 
 
+def test_turns_stay_within_the_prior() -> None:
+    rng = np.random.default_rng(4)
+    within = random_turns(rng, 500, 256, 30.0)
+    assert within.min() == -21 and within.max() == 21  # 30 degrees are 21.3 columns
+    assert set(random_turns(rng, 500, 8, None)) == set(range(8))
+    assert not random_turns(rng, 5, 256, 0.0).any()
+
+
 def options(**changes: object) -> TrainingOptions:
-    base: dict = {"epochs": 1, "batch_size": 2, "accelerator": "cpu", "devices": 1}
+    base: dict = {"epochs": 1, "batch_size": 2}
     return TrainingOptions(**{**base, **changes})
+
+
+VALIDATION = PoseValidation(Dots(), (0.0,), 4, 0)
 
 
 class Anywhere:
     """A loss that any model takes."""
 
-    orientation = False
-
     def __init__(self, value: float = 1.0) -> None:
         self.value = value
 
-    def __call__(self, model: object, maps: HeatMaps, batch: dict, prior: float | None) -> Tensor:
-        return maps.logits.mean() * self.value
+    def __call__(self, model: CrossViewModel, batch: dict, prior: float | None) -> Tensor:
+        return model.match(batch["ground"], model.encode_aerial(batch["aerial"])).logits.mean() * self.value
 
     def to_json(self) -> dict:
         return {"name": "anywhere"}
@@ -226,13 +247,23 @@ def test_what_cannot_be_trained_says_so(tmp_path: Path) -> None:
     def fails(message: str, *arguments: object, **changes: object) -> None:
         model, loss, folder = arguments
         with pytest.raises(TrainingError, match=message):
-            train(model, Dots(), Dots(), folder, loss, options(**changes))
+            train(fabric, model, Dots(), VALIDATION, folder, loss, options(**changes))
+
+    fabric = make_fabric("cpu")
 
     fails("do not fill one batch", Seer(), Anywhere(), tmp_path / "a", batch_size=7)
-    fails("needs a known heading", create_model("ggcvt-small"), GGCVTLoss(), tmp_path / "b", heading="both")
-    fails("no panoramas", create_model("ccvpe-kitti"), CCVPELoss(), tmp_path / "c", heading="unknown")
+    fails(
+        "needs a known heading",
+        create_model("ggcvt-small"),
+        GGCVTLoss(),
+        tmp_path / "b",
+        heading_priors_deg=(0.0, None),
+    )
+    fails(
+        "no panoramas", create_model("ccvpe-kitti"), CCVPELoss(), tmp_path / "c", heading_priors_deg=(None,)
+    )
     fails("not finite at step 0", Seer(), Anywhere(math.nan), tmp_path / "d")
-    train(Seer(), Dots(), Dots(), tmp_path / "e", Anywhere(), options())
+    train(fabric, Seer(), Dots(), VALIDATION, tmp_path / "e", Anywhere(), options())
     fails("other settings .options.", Seer(), Anywhere(), tmp_path / "e", learning_rate=5e-4)
     (tmp_path / "e" / "last.pt").write_bytes(b"cut off")
     fails("damaged", Seer(), Anywhere(), tmp_path / "e")
@@ -244,9 +275,12 @@ def test_the_best_epoch_is_kept(tmp_path: Path) -> None:
     model.weight.data.fill_(0.002)
 
     class Falls(Anywhere):
-        def __call__(self, model: object, maps: HeatMaps, batch: dict, prior: float | None) -> Tensor:
+        def __call__(self, model: object, batch: dict, prior: float | None) -> Tensor:
             return model.weight  # type: ignore[attr-defined]
 
-    standing = train(model, Dots(), Dots(), tmp_path, Falls(), options(epochs=2, learning_rate=5e-4))
+    fabric = make_fabric("cpu")
+    standing = train(
+        fabric, model, Dots(), VALIDATION, tmp_path, Falls(), options(epochs=2, learning_rate=5e-4)
+    )
     assert standing.history[0]["known_mean_m"] == 0.0 and standing.history[1]["known_mean_m"] > 1.0
-    assert standing.best_error_m == 0.0
+    assert standing.best_score == 0.0

@@ -47,15 +47,29 @@ def bin_weights(heading: Tensor, count: int) -> Tensor:
     return weights
 
 
-def info_nce(scores: Tensor, label: Tensor, bins: Tensor) -> Tensor:
+def pool_label(label: Tensor, side: int) -> Tensor:
+    """Max-pool the finest map's ``label`` (B, n, n) to a coarser level (B, side, side).
+
+    A cell takes the label's pixels that it covers. Both maps have the same centre, which is what CCVPE's
+    levels and GGCVT's search windows have in common.
+    """
+    stride = round(label.shape[1] / side)
+    # GGCVT's coarse windows reach a little further; on an odd difference cells are centred on a pixel.
+    spare = stride * side - label.shape[1]
+    odd = spare % 2
+    label = F.pad(label[:, None], ((spare + odd) // 2,) * 4)
+    return F.max_pool2d(label, stride + odd, stride)[:, 0]
+
+
+def info_nce(scores: Tensor, label: Tensor, bins: Tensor, positive: float = POSITIVE) -> Tensor:
     """CCVPE's InfoNCE of one level (T-PAMI 2023, section on the losses).
 
-    scores: (B, n, h, w), the level's heat map. label: (B, H, W), peak 1, of a size that is a multiple of
-    (h, w); it is max-pooled to the level. bins: (B, n), share of each heading bin (ones where there is one).
+    scores: (B, n, h, w), the level's heat map. label: (B, H, W), of the finest map's size, not negative; it
+    is max-pooled to the level. bins: (B, n), share of each heading bin (ones where there is one). Cells whose
+    label is larger than ``positive`` count, each with its label's weight.
     """
-    pooled = F.adaptive_max_pool2d(label, scores.shape[2:])
-    target = bins[:, :, None, None] * pooled[:, None]
-    target = torch.where(target > POSITIVE, target, 0.0)
+    target = bins[:, :, None, None] * pool_label(label, scores.shape[2])[:, None]
+    target = torch.where(target > positive, target, 0.0)
     log_share = F.log_softmax(scores.float().flatten(1) / TEMPERATURE, dim=1)
     return -(log_share * target.flatten(1)).sum() / target.sum().clamp_min(1e-12)
 
@@ -78,21 +92,12 @@ def _normalised(label: Tensor) -> Tensor:
 
 
 class HeatMapLoss(Protocol):
-    """A loss on what a model makes of a batch (fields of :class:`xview_loc.datasets.base.Sample`).
-
-    ``orientation``: whether it wants the orientation field where the heading is not known.
-    """
-
-    orientation: ClassVar[bool]
+    """A loss on what a model makes of a batch (fields of :class:`xview_loc.datasets.base.Sample`)."""
 
     def __call__(
-        self,
-        model: CrossViewModel,
-        maps: HeatMaps,
-        batch: Mapping[str, Tensor],
-        heading_prior_deg: float | None,
+        self, model: CrossViewModel, batch: Mapping[str, Tensor], heading_prior_deg: float | None
     ) -> Tensor:
-        """The scalar loss of one batch."""
+        """The scalar loss of one batch; runs as much of the model as it needs."""
         ...
 
     def to_json(self) -> dict[str, Any]:
@@ -111,17 +116,20 @@ class CCVPELoss:
     sigma: float = 4.0
     level_weight: float = 1e4
     orientation_weight: float = 10.0
-    orientation: ClassVar[bool] = True
 
     def __call__(
-        self,
-        model: CrossViewModel,
-        maps: HeatMaps,
-        batch: Mapping[str, Tensor],
-        heading_prior_deg: float | None,
+        self, model: CrossViewModel, batch: Mapping[str, Tensor], heading_prior_deg: float | None
     ) -> Tensor:
-        """The scalar loss of one batch."""
+        """See :class:`HeatMapLoss`; the orientation counts where the heading is not known."""
         assert isinstance(model, CCVPE)
+        features = model.encode_aerial(batch["aerial"])
+        maps = model.match(batch["ground"], features, heading_prior_deg, orientation=heading_prior_deg != 0)
+        return self.of_maps(model, maps, batch, heading_prior_deg)
+
+    def of_maps(
+        self, model: CCVPE, maps: HeatMaps, batch: Mapping[str, Tensor], heading_prior_deg: float | None
+    ) -> Tensor:
+        """The loss of heat maps that the model made of a batch."""
         label = gaussian_label(batch["position"], model.spec.aerial_size, self.sigma)
         bins = bin_weights(batch["heading"], model.spec.bins)[:, model.prior_bins(heading_prior_deg)]
         levels = [info_nce(scores, label, bins) for scores in maps.levels]
@@ -140,21 +148,68 @@ class CCVPELoss:
 class GGCVTLoss:
     """GGCVT's supervised loss (:func:`xview_loc.models.ggcvt.ranking_loss`)."""
 
-    orientation: ClassVar[bool] = False
-
     def __call__(
-        self,
-        model: CrossViewModel,
-        maps: HeatMaps,
-        batch: Mapping[str, Tensor],
-        heading_prior_deg: float | None,
+        self, model: CrossViewModel, batch: Mapping[str, Tensor], heading_prior_deg: float | None
     ) -> Tensor:
-        """The scalar loss of one batch."""
+        """See :class:`HeatMapLoss`."""
+        extra: dict[str, Any] = {name: batch[name] for name in model.extra_inputs}
+        maps = model.match(batch["ground"], model.encode_aerial(batch["aerial"]), heading_prior_deg, **extra)
         return ranking_loss(maps, batch["position"], model.spec.aerial_size)
 
     def to_json(self) -> dict[str, Any]:
         """The name, for a checkpoint's metadata."""
         return {"name": "ggcvt"}
+
+
+@dataclass(frozen=True)
+class DistillationLoss:
+    """Coarse-only supervision by pseudo ground truth (ECCV 2024, Sections 3.1 and 3.2).
+
+    The mean, over the first ``levels`` levels, of the InfoNCE against the pseudo ground truth X: a Gaussian
+    of ``sigma`` pixels of the finest map about the batch's ``position``, or, where a ``teacher`` is given,
+    the heat map that it makes of the batch. CCVPE's labels are lifted to the heading bins by the batch's
+    ``heading``.
+    """
+
+    levels: int
+    sigma: float = 4.0
+    teacher: CrossViewModel | None = None
+    weight: ClassVar[float] = 1e4  # of the published recipe
+
+    def __call__(
+        self, model: CrossViewModel, batch: Mapping[str, Tensor], heading_prior_deg: float | None
+    ) -> Tensor:
+        """See :class:`HeatMapLoss`."""
+        extra: dict[str, Any] = {name: batch[name] for name in model.extra_inputs}
+        features = model.encode_aerial(batch["aerial"])
+        maps = model.match_levels(batch["ground"], features, heading_prior_deg, self.levels, **extra)
+        label = self._label(model, batch, heading_prior_deg)
+        if isinstance(model, CCVPE):
+            bins = bin_weights(batch["heading"], model.spec.bins)[:, model.prior_bins(heading_prior_deg)]
+        else:
+            bins = torch.ones_like(batch["heading"])[:, None]
+        values = [info_nce(scores, label, bins, positive=0.0) for scores in maps]
+        return self.weight * torch.stack(values).mean()
+
+    def to_json(self) -> dict[str, Any]:
+        """Name and settings, for a checkpoint's metadata."""
+        label = {"sigma": self.sigma} if self.teacher is None else {"sigma": None}
+        return {"name": "distillation", "levels": self.levels, "mode_based": self.teacher is None, **label}
+
+    def _label(
+        self, model: CrossViewModel, batch: Mapping[str, Tensor], heading_prior_deg: float | None
+    ) -> Tensor:
+        if self.teacher is None:
+            grid = model.grid
+            cell = (batch["position"] - batch["position"].new_tensor(grid.origin)) / grid.scale
+            return gaussian_label(cell, model.map_size, self.sigma)
+        teacher = self.teacher.eval().to(batch["ground"].device)
+        extra: dict[str, Any] = {name: batch[name] for name in teacher.extra_inputs}
+        with torch.no_grad():
+            features = teacher.encode_aerial(batch["aerial"])
+            logits = teacher.match(batch["ground"], features, heading_prior_deg, **extra).logits
+            share: Tensor = logits.float().flatten(1).softmax(1).view_as(logits)
+        return share
 
 
 def loss_for(model: CrossViewModel) -> HeatMapLoss:

@@ -6,6 +6,7 @@ that knows which topic means what.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -386,6 +387,35 @@ class PairBag:
             except Exception as error:
                 raise BagError(f"the odometry in {path} is damaged: {reason(error)}") from None
 
+    def poses(self) -> list[tuple[int, float, float, float | None]]:
+        """(stamp in nanoseconds, lat, lon in degrees, heading in radians or None) of every pair, in order.
+
+        Each file is read once from end to end. Raises BagError where the bag is damaged.
+        """
+        fixes: dict[tuple[int, int], Any] = {}
+        headings: dict[tuple[int, int], Any] = {}
+        for number, path in enumerate(self._paths):
+            try:
+                for _, channel, found in self._reader(number).iter_messages(topics=[FIX, HEADING]):
+                    kind = fixes if channel.topic == FIX else headings
+                    kind[found.log_time, number] = deserialize(TOPICS[channel.topic], found.data)
+            except BagError:
+                raise
+            except Exception as error:
+                raise BagError(f"{path} is damaged: {reason(error)}") from None
+        try:
+            return [
+                (key[0], fixes[key].latitude, fixes[key].longitude, _measured_yaw(headings[key]))
+                for key in self._index
+            ]
+        except KeyError:
+            raise BagError(f"{self.folder} is damaged: a pair has no fix or heading") from None
+
+    def digest(self) -> str:
+        """Names what is in the bag, wherever it lies: its pairs' stamps and its files' sizes."""
+        sizes = [path.stat().st_size for path in self._paths]
+        return hashlib.sha256(repr((self._index, sizes)).encode()).hexdigest()
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}
 
@@ -439,8 +469,7 @@ class PairBag:
 def _pair(stamp: int, found: Mapping[str, Any]) -> Pair:
     fix, imu, image = found[FIX], found[HEADING], found[IMAGE]
     known = fix.position_covariance_type == COVARIANCE_KNOWN
-    measured = imu.orientation_covariance[0] != _UNKNOWN
-    q = imu.orientation
+    heading = _measured_yaw(imu)
     return Pair(
         stamp_ns=stamp,
         image_format=image.format,
@@ -449,8 +478,12 @@ def _pair(stamp: int, found: Mapping[str, Any]) -> Pair:
         lon=fix.longitude,
         altitude=fix.altitude,
         fix_covariance=fix.position_covariance.reshape(3, 3) if known else None,
-        heading=yaw_of(q) if measured else None,
-        heading_std=math.sqrt(imu.orientation_covariance[8]) if measured else 0.0,
+        heading=heading,
+        heading_std=0.0 if heading is None else math.sqrt(imu.orientation_covariance[8]),
         camera=camera_from_info(found[CAMERA]) if CAMERA in found else None,
         tile_id=found[TILE].frame_id,
     )
+
+
+def _measured_yaw(imu: Any) -> float | None:
+    return None if imu.orientation_covariance[0] == _UNKNOWN else yaw_of(imu.orientation)

@@ -1,12 +1,16 @@
-"""Reads where a track goes, from GPX files and ROS bags."""
+"""Reads where a track goes, from GPX files, ROS bags and tables."""
 
 from __future__ import annotations
 
+import csv
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
+from numpy.typing import NDArray
 from rosbags.highlevel import AnyReader, AnyReaderError
 
 from xview_loc.errors import UserError, reason
@@ -31,6 +35,69 @@ def read_track(path: Path, topic: str | None = None) -> list[tuple[float, float]
     return points
 
 
+@dataclass(frozen=True, eq=False)
+class TimedTrack:
+    """Places in the order of their stamps: stamp_ns (N,) int64; lat, lon (N,), degrees."""
+
+    stamp_ns: NDArray[np.int64]
+    lat: NDArray[np.float64]
+    lon: NDArray[np.float64]
+
+    def at(
+        self, stamp_ns: NDArray[np.int64], within_s: float = 1.0
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """(lat, lon), each (M,), at other stamps, linear between the places around them.
+
+        Not-a-number before the first place, after the last, and in gaps of more than ``within_s`` seconds.
+        """
+        # Counted from the first place: a float holds nanoseconds since 1970 to a quarter of a microsecond.
+        known, asked = (x - self.stamp_ns[0] for x in (self.stamp_ns, stamp_ns))
+        after = np.clip(np.searchsorted(known, asked), 1, max(1, len(known) - 1))
+        gap = known[np.minimum(after, len(known) - 1)] - known[after - 1]
+        exact = np.isin(asked, known)
+        bad = ~exact & ((asked < 0) | (asked > known[-1]) | (gap > within_s * 1e9))
+        lat, lon = (np.interp(asked, known, x) for x in (self.lat, self.lon))
+        return np.where(bad, np.nan, lat), np.where(bad, np.nan, lon)
+
+
+def read_timed_track(path: Path, topic: str | None = None) -> TimedTrack:
+    """Stamped places of a CSV file (header ``stamp,lat,lon``: seconds, degrees) or of a ROS bag's NavSatFix
+    topic (default: the only one).
+
+    Raises TrackError.
+    """
+    if not path.exists():
+        raise TrackError(f"cannot read {path}: no such file")
+    rows = _read_csv(path) if path.suffix.lower() == ".csv" else _read_stamped(path, topic)
+    if not rows:
+        raise TrackError(f"{path} holds no positions")
+    stamps, lat, lon = zip(*sorted(rows), strict=True)
+    return TimedTrack(np.array(stamps, np.int64), np.array(lat, float), np.array(lon, float))
+
+
+def _read_csv(path: Path) -> list[tuple[int, float, float]]:
+    rows: list[tuple[int, float, float]] = []
+    try:
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                # Whole seconds apart: a float does not hold nanoseconds since 1970.
+                seconds, _, part = row["stamp"].strip().partition(".")
+                stamp = int(seconds) * 1_000_000_000 + int((part + "0" * 9)[:9])
+                lat, lon = float(row["lat"]), float(row["lon"])
+                if not _plausible(lat, lon):
+                    raise ValueError
+                rows.append((stamp, lat, lon))
+    except KeyError as error:
+        raise TrackError(
+            f"cannot read {path}: it has no column {error}, only stamp,lat,lon will do"
+        ) from None
+    except (TypeError, ValueError, AttributeError):
+        raise TrackError(f"cannot read {path}: row {len(rows) + 1} has no valid stamp, lat and lon") from None
+    except OSError as error:
+        raise TrackError(f"cannot read {path}: {error}") from None
+    return rows
+
+
 def _read_gpx(path: Path) -> list[tuple[float, float]]:
     points = []
     try:
@@ -49,6 +116,10 @@ def _read_gpx(path: Path) -> list[tuple[float, float]]:
 
 
 def _read_bag(path: Path, topic: str | None) -> list[tuple[float, float]]:
+    return [(lat, lon) for _, lat, lon in _read_stamped(path, topic)]
+
+
+def _read_stamped(path: Path, topic: str | None) -> list[tuple[int, float, float]]:
     try:
         with AnyReader([path]) as reader:
             fixes = [c for c in reader.connections if c.msgtype == FIX_TYPE and topic in (None, c.topic)]
@@ -61,7 +132,8 @@ def _read_bag(path: Path, topic: str | None) -> list[tuple[float, float]]:
             for connection, _, raw in reader.messages(connections=fixes):
                 fix: Any = reader.deserialize(raw, connection.msgtype)
                 if fix.status.status >= 0 and _plausible(fix.latitude, fix.longitude):
-                    points.append((float(fix.latitude), float(fix.longitude)))
+                    stamp = fix.header.stamp.sec * 1_000_000_000 + fix.header.stamp.nanosec
+                    points.append((stamp, float(fix.latitude), float(fix.longitude)))
             return points
     except TrackError:
         raise

@@ -7,15 +7,16 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.strategies import DDPStrategy
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
@@ -27,7 +28,6 @@ from xview_loc.models.base import CrossViewModel
 from xview_loc.models.checkpoint import save_checkpoint
 
 Batch = dict[str, Tensor]
-Heading = Literal["known", "unknown", "both"]
 STATE_FILE = "last.pt"
 BEST_FILE = "best.safetensors"
 HISTORY_FILE = "history.json"
@@ -41,11 +41,11 @@ class TrainingError(UserError):
 class TrainingOptions:
     """How to train; the defaults are those of CCVPE's authors.
 
-    ``heading``: the panoramas' heading is ``"known"`` to the model (to the dataset's error), ``"unknown"``
-    (panoramas turned at random), or either by turns of one batch (``"both"``). ``schedule``: the
-    learning rate stays ``"constant"`` or falls to zero along a ``"cosine"`` after ``warmup`` steps.
-    ``precision``, ``accelerator`` and ``devices`` are Lightning Fabric's. ``save_every``: steps between
-    saved states within an epoch.
+    ``heading_priors_deg``: how far the panoramas are turned at random, and the prior the model is told (see
+    :meth:`CrossViewModel.match`; 0: the heading is known to the dataset's error, None: it is unknown); where
+    there are several, each has its turn of one batch. ``schedule``: the learning rate stays ``"constant"``
+    or falls to zero along a ``"cosine"`` after ``warmup`` steps. ``save_every``: steps between saved states
+    within an epoch.
     """
 
     epochs: int = 10
@@ -53,13 +53,24 @@ class TrainingOptions:
     learning_rate: float = 1e-4
     schedule: Literal["constant", "cosine"] = "constant"
     warmup: int = 0
-    heading: Heading = "known"
+    heading_priors_deg: tuple[float | None, ...] = (0.0,)
     seed: int = 0
     workers: int = 0
-    precision: str = "32-true"
-    accelerator: str = "auto"
-    devices: int = 1
     save_every: int = 200
+
+
+class Validation(Protocol):
+    """Judges a model after every epoch.
+
+    ``name`` says on what. A call returns figures for the history; ``score`` of them (the smaller the better)
+    picks the best epoch.
+    """
+
+    name: str
+
+    def __call__(self, model: CrossViewModel) -> dict[str, float]:
+        """The figures of a model, which is in evaluation mode."""
+        ...
 
 
 @dataclass
@@ -71,7 +82,7 @@ class Standing:
     steps_per_epoch: int = 0
     loss: float = math.nan
     history: list[dict[str, float]] = field(default_factory=list)
-    best_error_m: float = math.inf
+    best_score: float = math.inf
 
 
 class _EpochBatches(Sampler[list[int]]):
@@ -100,62 +111,101 @@ class _Step(nn.Module):
         self._loss = loss
 
     def forward(self, batch: Batch, heading_prior_deg: float | None) -> Tensor:
-        extra = {name: batch[name] for name in self.model.extra_inputs}
-        maps = self.model.match(
-            batch["ground"],
-            self.model.encode_aerial(batch["aerial"]),
-            heading_prior_deg,
-            orientation=self._loss.orientation and heading_prior_deg != 0,
-            **extra,
-        )
-        return self._loss(self.model, maps, batch, heading_prior_deg)
+        return self._loss(self.model, batch, heading_prior_deg)
 
 
-def turn_panoramas(batch: Batch, rng: np.random.Generator) -> Batch:
-    """The batch with each panorama turned by a random whole number of columns, and its heading with it."""
-    width = batch["ground"].shape[3]
-    columns = rng.integers(0, width, len(batch["ground"]))
-    ground = torch.stack([g.roll(int(c), 2) for g, c in zip(batch["ground"], columns, strict=True)])
-    turned = torch.as_tensor(columns, dtype=torch.float32, device=ground.device) * (2 * math.pi / width)
-    return {**batch, "ground": ground, "heading": batch["heading"] + turned}
+def turn_panoramas(batch: Batch, columns: NDArray[np.int64]) -> Batch:
+    """The batch with each panorama turned left by so many columns (B,), and its heading with it."""
+    ground = batch["ground"]
+    turned = torch.stack([g.roll(int(c), 2) for g, c in zip(ground, columns, strict=True)])
+    angle = torch.as_tensor(columns, dtype=torch.float32, device=ground.device)
+    heading = batch["heading"] + angle * (2 * math.pi / ground.shape[3])
+    return {**batch, "ground": turned, "heading": heading}
 
 
-@torch.inference_mode()
-def validate(model: CrossViewModel, batches: Iterable[Batch], heading: Heading) -> dict[str, float]:
-    """Mean and median distance in metres of the heat map's maximum from the true place, on whole tiles.
+def random_turns(
+    rng: np.random.Generator, count: int, width: int, heading_prior_deg: float | None
+) -> NDArray[np.int64]:
+    """Columns (count,) by which to turn panoramas of ``width`` columns: uniform within the prior."""
+    if heading_prior_deg is None:
+        return rng.integers(0, width, count)
+    most = math.floor(min(heading_prior_deg, 180.0) / 360 * width)
+    return rng.integers(-most, most + 1, count)
 
-    Keys: ``known_mean_m``, ``known_median_m`` and the same with ``unknown`` (panoramas turned at random,
-    the same way every time), as far as ``heading`` asks for them.
+
+class PoseValidation:
+    """Distances of the heat map's maximum from the true place, on whole tiles.
+
+    Figures: ``known_mean_m``, ``known_median_m`` and the same with ``unknown`` (panoramas turned at random,
+    the same way every time) or ``within 30 deg``, one pair for each heading prior; ``score`` is the mean of
+    the means.
     """
-    was_training = model.training
-    model.eval()
-    errors: dict[str, list[Tensor]] = {h: [] for h in ("known", "unknown") if heading in (h, "both")}
-    rng = np.random.default_rng(0)
-    for batch in batches:
-        features = model.encode_aerial(batch["aerial"])
-        extra: dict[str, Any] = {name: batch[name] for name in model.extra_inputs}
-        for name in errors:
-            one = turn_panoramas(batch, rng) if name == "unknown" else batch
-            maps = model.match(one["ground"], features, None if name == "unknown" else 0.0, **extra)
-            width = maps.logits.shape[2]
-            peak = maps.logits.flatten(1).argmax(1)
-            place = torch.stack([peak // width, peak % width], 1) * maps.grid.scale
-            origin = torch.tensor(maps.grid.origin, device=place.device)
-            distance = (place + origin - batch["position"]).norm(dim=1) * model.spec.gsd
-            errors[name].append(distance.cpu())
-    model.train(was_training)
-    result = {}
-    for name, parts in errors.items():
-        distance = torch.cat(parts).double()
-        result[f"{name}_mean_m"] = float(distance.mean())
-        result[f"{name}_median_m"] = float(distance.median())
-    return result
+
+    def __init__(
+        self,
+        dataset: PoseDataset,
+        heading_priors_deg: tuple[float | None, ...],
+        batch_size: int,
+        workers: int,
+    ) -> None:
+        self.name = dataset.name
+        self._priors = heading_priors_deg
+        self._loader: DataLoader[Any] = DataLoader(dataset, batch_size, num_workers=workers)
+
+    @torch.inference_mode()
+    def __call__(self, model: CrossViewModel) -> dict[str, float]:
+        """Distances in metres."""
+        device = next(model.parameters()).device
+        distances: dict[str, list[Tensor]] = {_heading_name(prior): [] for prior in self._priors}
+        rng = np.random.default_rng(0)
+        for batch in self._loader:
+            batch = {name: value.to(device) for name, value in batch.items()}
+            features = model.encode_aerial(batch["aerial"])
+            extra: dict[str, Any] = {name: batch[name] for name in model.extra_inputs}
+            for prior in self._priors:
+                ground = batch["ground"]
+                turned = batch
+                if prior != 0:
+                    columns = random_turns(rng, len(ground), ground.shape[3], prior)
+                    turned = turn_panoramas(batch, columns)
+                place = model.match(turned["ground"], features, prior, **extra).peak()
+                distance = (place - batch["position"]).norm(dim=1) * batch["meters_per_pixel"]
+                distances[_heading_name(prior)].append(distance.cpu())
+        figures = {}
+        for name, parts in distances.items():
+            distance = torch.cat(parts).double()
+            figures[f"{name}_mean_m"] = float(distance.mean())
+            figures[f"{name}_median_m"] = float(distance.median())
+        means = [value for name, value in figures.items() if name.endswith("_mean_m")]
+        return {**figures, "score": float(np.mean(means))}
+
+
+def _heading_name(prior: float | None) -> str:
+    return "unknown" if prior is None else f"within {prior:g} deg" if prior else "known"
+
+
+def make_fabric(accelerator: str = "auto", devices: int = 1, precision: str = "32-true") -> Fabric:
+    """Lightning Fabric for ``devices`` processes on this machine, or for those that torchrun started.
+
+    Launched already: the call returns in every process.
+    """
+    parallel = devices > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1
+    fabric = Fabric(
+        accelerator=accelerator,
+        devices=devices,
+        precision=precision,  # type: ignore[arg-type]
+        # A loss on the first levels leaves the weights of the others without gradients.
+        strategy=DDPStrategy(find_unused_parameters=True) if parallel else "auto",
+    )
+    fabric.launch()
+    return fabric
 
 
 def train(
+    fabric: Fabric,
     model: CrossViewModel,
     data: PoseDataset,
-    validation: PoseDataset,
+    validation: Validation,
     folder: Path,
     loss: HeatMapLoss,
     options: TrainingOptions,
@@ -165,26 +215,19 @@ def train(
 ) -> Standing:
     """Train ``model`` in place, or go on where an earlier call with the same arguments was cut off.
 
-    ``folder`` gets ``last.pt`` (the state to go on from), ``history.json`` (loss and validation errors per
-    epoch) and ``best.safetensors`` (the weights with the least mean validation error, with ``metadata``,
-    options, data and errors). Each file is complete at any instant. On the CPU, a run that was killed and
+    ``folder`` gets ``last.pt`` (the state to go on from), ``history.json`` (loss and validation figures per
+    epoch) and ``best.safetensors`` (the weights with the least validation score, with ``metadata``,
+    options, data and figures). Each file is complete at any instant. On the CPU, a run that was killed and
     started again ends with the numbers of one that was not. ``on_step`` is called after every step
     and every epoch.
     Raises TrainingError where the folder holds a run with other options, the data is less than one batch,
     or the loss is not finite.
     """
-    parallel = options.devices > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1
-    fabric = Fabric(
-        accelerator=options.accelerator,
-        devices=options.devices,
-        precision=options.precision,  # type: ignore[arg-type]
-        strategy=DDPStrategy(find_unused_parameters=True) if parallel else "auto",
-    )
-    fabric.launch()
     torch.manual_seed(options.seed)
-    if model.spec.camera == "pinhole" and options.heading != "known":
+    turned = any(prior != 0 for prior in options.heading_priors_deg)
+    if model.spec.camera == "pinhole" and turned:
         raise TrainingError(f"{model.spec.name} has no panoramas to turn: train it with a known heading")
-    if model.spec.bins == 0 and options.heading != "known":
+    if model.spec.bins == 0 and turned:
         raise TrainingError(f"{model.spec.name} needs a known heading")
     per_epoch = len(data) // (options.batch_size * fabric.world_size)
     if per_epoch == 0:
@@ -194,7 +237,11 @@ def train(
     wrapped, wrapped_optimizer = fabric.setup(step, optimizer)
     run: dict[str, Any] = {"options": _comparable(options), "data": data.name, "validation": validation.name}
     run |= {"model": model.spec.name, "loss": loss.to_json(), "processes": fabric.world_size}
-    run |= {"samples": len(data), "start": _digest(model)}
+    run |= {
+        "samples": len(data),
+        "start": weights_digest(model),
+        "precision": fabric.strategy.precision.precision,
+    }
     standing = Standing(steps_per_epoch=per_epoch)
     totals = [0.0, 0]
     state_file = folder / STATE_FILE
@@ -217,10 +264,6 @@ def train(
             torch.save(state, buffer)
             write_whole(state_file, buffer.getvalue())
 
-    valid_loader: Any = fabric.setup_dataloaders(
-        DataLoader(validation, options.batch_size, num_workers=options.workers),
-        use_distributed_sampler=False,
-    )
     while standing.epoch < options.epochs:
         data.epoch = standing.epoch
         batches = _EpochBatches(
@@ -239,12 +282,13 @@ def train(
         for batch in loader:
             count = standing.epoch * per_epoch + standing.step_in_epoch
             rng = np.random.default_rng([options.seed, count, fabric.global_rank])
-            known = options.heading == "known" or (options.heading == "both" and count % 2 == 0)
-            if not known:
-                batch = turn_panoramas(batch, rng)
+            prior = options.heading_priors_deg[count % len(options.heading_priors_deg)]
+            if prior != 0:
+                ground = batch["ground"]
+                batch = turn_panoramas(batch, random_turns(rng, len(ground), ground.shape[3], prior))
             for group in optimizer.param_groups:
                 group["lr"] = options.learning_rate * _rate(options, count, options.epochs * per_epoch)
-            value = wrapped(batch, 0.0 if known else None)
+            value = wrapped(batch, prior)
             # All of them stop, or none: the others would wait for ever.
             if not bool(fabric.all_reduce(torch.isfinite(value).float(), reduce_op="mean") == 1):
                 raise TrainingError(
@@ -259,14 +303,13 @@ def train(
             if standing.step_in_epoch % options.save_every == 0:
                 save_state()
             on_step(standing)
-        errors = validate(model, valid_loader, options.heading)
-        entry = {"epoch": standing.epoch, "loss": standing.loss, **errors}
-        standing.history.append(entry)
-        error = float(np.mean([value for name, value in errors.items() if name.endswith("_mean_m")]))
-        if error < standing.best_error_m:
-            standing.best_error_m = error
+        figures = validation(model.eval())
+        model.train()
+        standing.history.append({"epoch": standing.epoch, "loss": standing.loss, **figures})
+        if figures["score"] < standing.best_score:
+            standing.best_score = figures["score"]
             if fabric.is_global_zero:
-                training = {**run, "epoch": standing.epoch, "validation_errors": errors}
+                training = {**run, "epoch": standing.epoch, "validation_figures": figures}
                 save_checkpoint(model, folder / BEST_FILE, {**(metadata or {}), "training": training})
         standing.epoch += 1
         standing.step_in_epoch = 0
@@ -279,8 +322,8 @@ def train(
     return standing
 
 
-def _digest(model: CrossViewModel) -> str:
-    """Names the weights that a run starts from."""
+def weights_digest(model: CrossViewModel) -> str:
+    """Names a model's weights: 16 hexadecimal digits."""
     digest = hashlib.sha256()
     for value in model.state_dict().values():
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())
@@ -290,9 +333,10 @@ def _digest(model: CrossViewModel) -> str:
 def _comparable(options: TrainingOptions) -> dict[str, Any]:
     """What of the options decides the numbers."""
     values = asdict(options)
-    for name in ("workers", "accelerator", "devices", "save_every"):
+    for name in ("workers", "save_every"):
         del values[name]
-    return values
+    # As the saved state gives it back.
+    return {**values, "heading_priors_deg": list(options.heading_priors_deg)}
 
 
 def _load_state(path: Path) -> dict[str, Any] | None:

@@ -78,18 +78,16 @@ def train(
         open_dataset(text, net.spec, reach_m=net.reach_m, cache_dir=cache_dir, augment=augment)
         for text, augment in ((data, True), (validation, False))
     ]
+    priors = {"known": (0.0,), "unknown": (None,), "both": (0.0, None)}[heading.value]
     options = training.TrainingOptions(
         epochs=epochs,
         batch_size=batch_size,
         learning_rate=learning_rate,
         schedule=schedule.value,
         warmup=warmup,
-        heading=heading.value,
+        heading_priors_deg=priors,
         seed=seed,
         workers=workers,
-        precision=precision,
-        accelerator=accelerator,
-        devices=devices,
         save_every=save_every,
     )
     # Of several processes the first renders and prints.
@@ -115,7 +113,7 @@ def train(
                 return
             done = standing.epoch * standing.steps_per_epoch + standing.step_in_epoch
             total = options.epochs * standing.steps_per_epoch
-            best = f", best validation {standing.best_error_m:.2f} m" if standing.history else ""
+            best = f", best validation {standing.best_score:.2f} m" if standing.history else ""
             bars.update(bar, completed=done, total=total, facts=f"loss {standing.loss:.4g}{best}")
             if not console.is_terminal and standing.step_in_epoch % save_every == 0:
                 print(f"step {done} of {total}: loss {standing.loss:.4g}", flush=True)
@@ -124,9 +122,10 @@ def train(
             printed = len(standing.history)
 
         standing = training.train(
+            training.make_fabric(accelerator, devices, precision),
             net,
             sets[0],
-            sets[1],
+            training.PoseValidation(sets[1], priors, batch_size, workers),
             out,
             loss,
             options,
@@ -134,7 +133,7 @@ def train(
             on_step=show,
         )
     if first:
-        best = f"{standing.best_error_m:.2f} m mean validation error"
+        best = f"{standing.best_score:.2f} m mean validation error"
         console.print(f"{out / training.BEST_FILE}: {best}", soft_wrap=True)
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TypedDict
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from xview_loc.errors import UserError
+from xview_loc.geodesy import LocalProjection
 
 
 class DatasetError(UserError):
@@ -49,11 +53,44 @@ class Sample(PairSample):
     heading: Tensor
 
 
-class PoseDataset(Dataset[Sample]):
-    """Ground images with known poses.
+@dataclass(frozen=True, eq=False)
+class Track:
+    """Where and when a source's pairs were taken, in their order; one row for each.
+
+    drive: (N,), numbers the recordings. stamp_ns: (N,). lat, lon: (N,), the coarse fixes, degrees.
+    moved: (N, 2), metres east and north driven since the drive's previous pair by its odometry; not-a-number
+    where that is not known.
+    """
+
+    drive: NDArray[np.int64]
+    stamp_ns: NDArray[np.int64]
+    lat: NDArray[np.float64]
+    lon: NDArray[np.float64]
+    moved: NDArray[np.float64]
+
+    def rows(self, index: NDArray[np.int64]) -> Track:
+        """Those of some pairs, in ascending order; what was driven to a pair whose predecessor is not among
+        them is unknown."""
+        moved = self.moved[index].copy()
+        moved[~np.isin(index - 1, index)] = np.nan
+        return Track(self.drive[index], self.stamp_ns[index], self.lat[index], self.lon[index], moved)
+
+
+def true_from_fix(track: Track, lat: NDArray[np.float64], lon: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Metres (N, 2) east and north from each coarse fix of a track to the true place (degrees, (N,) each)."""
+    offsets = [
+        LocalProjection(fix_lat, fix_lon).forward(*place)
+        for fix_lat, fix_lon, *place in zip(track.lat, track.lon, lat, lon, strict=True)
+    ]
+    return np.array(offsets, np.float64).reshape(-1, 2)
+
+
+class PairSource(Dataset[PairSample]):
+    """Ground images with coarse fixes and aerial tiles.
 
     A sample is a function of its index and the ``epoch`` (set it before making a DataLoader's workers),
     whatever the order in which samples are read: what a run that was cut off needs to go on as it was.
+    ``name`` says what the source is, and differs where its samples do.
     """
 
     name: str
@@ -61,3 +98,11 @@ class PoseDataset(Dataset[Sample]):
 
     def __len__(self) -> int:
         raise NotImplementedError
+
+    def track(self) -> Track | None:
+        """Where the pairs come from a vehicle's drives: along which."""
+        return None
+
+
+class PoseDataset(PairSource, Dataset[Sample]):
+    """Pairs with known poses."""

@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import bisect
+import hashlib
 import math
 from collections.abc import Sequence
+from dataclasses import fields
 from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import Dataset
 
 from xview_loc.bags.recovery import BagError
+from xview_loc.bags.ros_types import deserialize
 from xview_loc.camera import ImageError, normalise, prepare_ground
-from xview_loc.datasets.base import DatasetError, PairSample
+from xview_loc.datasets.base import DatasetError, PairSample, PairSource, Track
 from xview_loc.imagery import AerialTile
+from xview_loc.keyframes import SPEED_AGE_NS
 from xview_loc.models.base import ModelSpec
-from xview_loc.pairs import PairBag
+from xview_loc.pairs import ODOMETRY, TOPICS, PairBag
 
 
-class PairDataset(Dataset[PairSample]):
+class PairDataset(PairSource):
     """The pairs of one or more bags, for a model of ``spec``; decoded when asked for, wherever that is.
 
     A worker of a data loader holds one pair and its tile at a time, and the bags' index. The stored tiles
-    must be of the spec's size and ground sample distance.
+    must have the spec's ground sample distance and be as large; of larger ones the middle is taken.
     Raises BagError where a bag cannot be read, DatasetError where its tiles do not fit.
     """
 
@@ -34,6 +37,8 @@ class PairDataset(Dataset[PairSample]):
             raise DatasetError(f"{spec.name} needs tiles turned to the heading, which pairs do not have")
         self._spec = spec
         self._bags = [PairBag(folder) for folder in folders]
+        digest = hashlib.sha256("".join(bag.digest() for bag in self._bags).encode()).hexdigest()
+        self.name = f"pairs:{digest[:16]}"
         self._camera_yaws = [float(bag.session().get("camera_yaw", 0.0)) for bag in self._bags]
         self._ends = list(accumulate(len(bag) for bag in self._bags))
 
@@ -53,7 +58,10 @@ class PairDataset(Dataset[PairSample]):
                 f"pair {within} of {bag.folder} has no tile: "
                 f"give it one with xview-loc pairs {bag.folder} --map"
             )
-        self._check(tile, bag.folder)
+        cut = self._margin(tile, bag.folder)
+        row, col = (x - cut for x in tile.enu_to_pixel(*tile.projection.forward(pair.lat, pair.lon)))
+        side = self._spec.aerial_size
+        aerial = np.ascontiguousarray(tile.image[cut : cut + side, cut : cut + side])
         try:
             ground = prepare_ground(
                 pair.image(),
@@ -64,10 +72,9 @@ class PairDataset(Dataset[PairSample]):
             )
         except ImageError as error:
             raise BagError(f"pair {within} of {bag.folder} is damaged: {error}") from None
-        row, col = tile.enu_to_pixel(*tile.projection.forward(pair.lat, pair.lon))
         return {
             "ground": ground[0],
-            "aerial": normalise(tile.image)[0],
+            "aerial": normalise(aerial)[0],
             "fix": torch.tensor([row, col], dtype=torch.float32),
             "fix_std": torch.tensor(_std(pair.fix_covariance), dtype=torch.float32),
             "heading_known": torch.tensor(pair.heading is not None),
@@ -75,13 +82,54 @@ class PairDataset(Dataset[PairSample]):
             "index": torch.tensor(index),
         }
 
-    def _check(self, tile: AerialTile, folder: Path) -> None:
+    def track(self) -> Track:
+        """Along which drives the pairs were taken: each bag is one. Raises BagError for a damaged pair."""
+        parts = [_bag_track(number, bag) for number, bag in enumerate(self._bags)]
+        return Track(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(Track)))
+
+    def _margin(self, tile: AerialTile, folder: Path) -> int:
+        """Pixels to leave out on each side of a tile, so that its middle is what the model takes."""
         spec = self._spec
-        if tile.size_px != spec.aerial_size or not math.isclose(tile.gsd, spec.gsd, rel_tol=1e-6):
+        spare = tile.size_px - spec.aerial_size
+        if spare < 0 or spare % 2 or not math.isclose(tile.gsd, spec.gsd, rel_tol=1e-6):
             raise DatasetError(
                 f"the tiles of {folder} have {tile.size_px} px at {tile.gsd:g} m/px, {spec.name} needs "
                 f"{spec.aerial_size} px at {spec.gsd:g} m/px: cut them anew with xview-loc pairs"
             )
+        return spare // 2
+
+
+def _bag_track(number: int, bag: PairBag) -> Track:
+    poses = bag.poses()
+    stamps = np.array([stamp for stamp, *_ in poses], np.int64)
+    yaws = np.array([math.nan if yaw is None else yaw for *_, yaw in poses])
+    moved = np.full((len(poses), 2), math.nan)
+    driven = _driven(bag, stamps)
+    # Along the mean of the headings at both ends.
+    direction = np.exp(1j * yaws[1:]) + np.exp(1j * yaws[:-1])
+    direction /= np.maximum(np.abs(direction), 1e-9)
+    moved[1:] = np.diff(driven)[:, None] * np.stack([direction.real, direction.imag], 1)
+    lat, lon = (np.array([pose[i] for pose in poses]) for i in (1, 2))
+    return Track(np.full(len(poses), number), stamps, lat, lon, moved)
+
+
+def _driven(bag: PairBag, stamps: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Metres (N,) driven by the wheels until each stamp, from any start; not-a-number out of their range."""
+    seen = [
+        (stamp, deserialize(TOPICS[ODOMETRY], data).twist.twist.linear.x) for stamp, data in bag.odometry()
+    ]
+    seen = sorted((stamp, speed) for stamp, speed in seen if math.isfinite(speed))
+    if len(seen) < 2:
+        return np.full(len(stamps), math.nan)
+    seconds = np.array([(stamp - seen[0][0]) / 1e9 for stamp, _ in seen])
+    speeds = np.array([speed for _, speed in seen])
+    steps = np.diff(seconds) * (speeds[1:] + speeds[:-1]) / 2
+    # A gap in the odometry says nothing about what was driven in it.
+    steps[np.diff(seconds) * 1e9 > 2 * SPEED_AGE_NS] = math.nan
+    at = (stamps - seen[0][0]) / 1e9
+    driven = np.interp(at, seconds, np.concatenate([[0.0], np.nancumsum(steps)]), math.nan, math.nan)
+    gaps = np.isnan(steps)[np.clip(np.searchsorted(seconds, at, "right") - 1, 0, len(steps) - 1)]
+    return np.where(gaps, math.nan, driven)
 
 
 def _std(covariance: NDArray[np.float64] | None) -> float:

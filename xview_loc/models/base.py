@@ -66,6 +66,17 @@ class HeatMaps:
     orientation: Tensor | None = None
     grid: HeatMapGrid = field(default_factory=HeatMapGrid)
 
+    def peak_cells(self) -> tuple[Tensor, Tensor]:
+        """Row and column (B,) of the finest map's maximum."""
+        width = self.logits.shape[2]
+        peak = self.logits.flatten(1).argmax(1)
+        return peak // width, peak % width
+
+    def peak(self) -> Tensor:
+        """Tile pixel (row, col) of the finest map's maximum, (B, 2)."""
+        cells = torch.stack(self.peak_cells(), 1).to(self.logits.dtype)
+        return cells * self.grid.scale + cells.new_tensor(self.grid.origin)
+
 
 class CrossViewModel(nn.Module):
     """Matches ground images against aerial tiles, with the tile's share computed once per tile.
@@ -79,6 +90,16 @@ class CrossViewModel(nn.Module):
     spec: ModelSpec
     extra_inputs: frozenset[str] = frozenset()
     ignored_weights: tuple[str, ...] = ()
+
+    @property
+    def grid(self) -> HeatMapGrid:
+        """Where the finest map lies on the tile."""
+        return HeatMapGrid()
+
+    @property
+    def map_size(self) -> int:
+        """Side of the finest map in its own pixels."""
+        return self.spec.aerial_size
 
     @property
     def reach_m(self) -> float:
@@ -102,6 +123,15 @@ class CrossViewModel(nn.Module):
         ``heading_prior_deg`` is how far the heading may be from the image's nominal one (a panorama
         rolled so that its centre column faces north): None searches all headings, 0 trusts it.
         ``orientation`` asks for the orientation field.
+        """
+        raise NotImplementedError
+
+    def match_levels(
+        self, ground: Tensor, features: Any, heading_prior_deg: float | None, count: int, **extra: Any
+    ) -> list[Tensor]:
+        """The first ``count`` levels that :meth:`match` returns, without computing what comes after them.
+
+        ``extra``: the inputs that ``extra_inputs`` names.
         """
         raise NotImplementedError
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -225,17 +225,39 @@ class CCVPE(CrossViewModel):
         plus (all of them, from bin 0, for None). The orientation field always uses all bins.
         Raises ValueError on a negative prior or a wrong image size.
         """
-        bins = self.prior_bins(heading_prior_deg).to(ground.device)
         descriptors = self.encode_ground(ground)
-        x = features.descriptors
-        maps = []
-        for level in range(self._levels):
-            x = _unit(x)
-            scores = self._scores(level, x, descriptors[level], bins)
-            maps.append(scores)
-            x = self._ascend(level, "", scores.amax(1, keepdim=True), x, features)
+        maps, x = self._climb(descriptors, features, heading_prior_deg, self._levels)
+        x = self._ascend(self._levels - 1, "", maps[-1].amax(1, keepdim=True), x, features)
         field = self._orientation(descriptors[0], features) if orientation else None
         return HeatMaps(maps, x[:, 0], field)
+
+    def match_levels(
+        self,
+        ground: Tensor,
+        features: AerialFeatures,
+        heading_prior_deg: float | None,
+        count: int,
+        **extra: Any,
+    ) -> list[Tensor]:
+        """See :meth:`CrossViewModel.match_levels`."""
+        return self._climb(self.encode_ground(ground), features, heading_prior_deg, count)[0]
+
+    def _climb(
+        self,
+        descriptors: list[Tensor],
+        features: AerialFeatures,
+        heading_prior_deg: float | None,
+        count: int,
+    ) -> tuple[list[Tensor], Tensor]:
+        """The first ``count`` levels' scores, and the last one's unit features."""
+        bins = self.prior_bins(heading_prior_deg).to(descriptors[0].device)
+        x = _unit(features.descriptors)
+        maps: list[Tensor] = []
+        for level in range(count):
+            if level:
+                x = _unit(self._ascend(level - 1, "", maps[-1].amax(1, keepdim=True), x, features))
+            maps.append(self._scores(level, x, descriptors[level], bins))
+        return maps, x
 
     def prior_bins(self, heading_prior_deg: float | None) -> Tensor:
         """Indices of the heading bins that a prior of +-``heading_prior_deg`` degrees leaves, in order."""

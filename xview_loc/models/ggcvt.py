@@ -165,16 +165,18 @@ class GGCVT(CrossViewModel):
     @property
     def reach_m(self) -> float:
         """See :attr:`CrossViewModel.reach_m`: half the search window."""
-        stride = _STRIDES[-1]
-        cells = self.spec.aerial_size // stride - self.crop_sizes()[-1]
-        return cells / 2 * stride * self.spec.gsd
+        return (self.map_size - 1) / 2 * _STRIDES[-1] * self.spec.gsd
+
+    @property
+    def map_size(self) -> int:
+        """See :attr:`CrossViewModel.map_size`."""
+        return self.spec.aerial_size // _STRIDES[-1] - self.crop_sizes()[-1] + 1
 
     @property
     def grid(self) -> HeatMapGrid:
         """Where the finest map lies on the tile, by the published position formula."""
         stride = _STRIDES[-1]
-        side = self.spec.aerial_size // stride - self.crop_sizes()[-1] + 1
-        origin = (self.spec.aerial_size - 1) / 2 - stride * (side / 2 + self._config.zero_cell)
+        origin = (self.spec.aerial_size - 1) / 2 - stride * (self.map_size / 2 + self._config.zero_cell)
         return HeatMapGrid(float(stride), (origin, origin))
 
     def encode_aerial(self, aerial: Tensor) -> AerialFeatures:
@@ -244,6 +246,17 @@ class GGCVT(CrossViewModel):
             similarity = correlate(level.spectrum, kernel, view.shape[-1]) / level.divisor
             maps.append((2 * similarity - 2)[:, None])
         return HeatMaps(maps, _SHARPNESS * maps[-1][:, 0], None, self.grid)
+
+    def match_levels(
+        self,
+        ground: Tensor,
+        features: AerialFeatures,
+        heading_prior_deg: float | None,
+        count: int,
+        **extra: Any,
+    ) -> list[Tensor]:
+        """See :meth:`CrossViewModel.match_levels`; all levels are computed, the finest one costs little."""
+        return self.match(ground, features, heading_prior_deg, **extra).levels[:count]
 
     def _views(
         self, ground: Tensor, meters_per_pixel: Tensor | None, intrinsics: Tensor | None

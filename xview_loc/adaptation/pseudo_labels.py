@@ -1,0 +1,319 @@
+"""Pseudo ground truth: where a model's heat maps have their maximum (ECCV 2024, Section 3.2)."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from xview_loc.datasets.base import PairSample, PairSource, PoseDataset, Sample
+from xview_loc.errors import UserError
+from xview_loc.files import write_whole
+from xview_loc.models.base import CrossViewModel, HeatMaps
+from xview_loc.training import Batch, random_turns, turn_panoramas
+
+# Pairs whose labels are written at once: what a run that is cut off has to do again.
+_BLOCK = 1024
+# About the maximum: the probability within it says how sure the model is.
+_PEAK_RADIUS_M = 2.0
+
+
+class AdaptationError(UserError):
+    """Adaptation cannot start or go on; the message is one clear line."""
+
+
+@dataclass(frozen=True, eq=False)
+class PseudoLabels:
+    """What a model makes of pairs; one row for each of ``index`` (N,), int64, ascending.
+
+    position: (N, 2), (row, col) of the heat map's maximum in tile pixels. heading: (N,), of the stored
+    image's centre column, radians: 0 where the pair's heading is known (a panorama is turned north), else
+    the model's. fix: (N, 2), the coarse fix in tile pixels; fix_std: (N,), m. meters_per_pixel: (N,), of the
+    tile. entropy: (N,), of the finest map, nats. peak_mass: (N,), the probability within two metres of the
+    maximum. All but the index are float32.
+    """
+
+    index: NDArray[np.int64]
+    position: NDArray[np.float32]
+    heading: NDArray[np.float32]
+    fix: NDArray[np.float32]
+    fix_std: NDArray[np.float32]
+    meters_per_pixel: NDArray[np.float32]
+    entropy: NDArray[np.float32]
+    peak_mass: NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def rows(self, chosen: NDArray[Any]) -> PseudoLabels:
+        """Those that a mask or positions choose."""
+        return PseudoLabels(*(getattr(self, f.name)[chosen] for f in fields(self)))
+
+    def of(self, index: NDArray[np.int64]) -> PseudoLabels:
+        """Those of the given pairs, as far as they have any."""
+        return self.rows(np.isin(self.index, index))
+
+    @property
+    def from_fix(self) -> NDArray[np.float64]:
+        """Metres (N, 2) east and north from the coarse fix to the maximum, on a north-up tile."""
+        down, right = (self.position - self.fix).astype(np.float64).T * self.meters_per_pixel
+        return np.stack([right, -down], 1)
+
+    def save(self, path: Path) -> None:
+        """Write as NPZ, complete or not at all."""
+        buffer = io.BytesIO()
+        np.savez(buffer, **{f.name: getattr(self, f.name) for f in fields(self)})
+        write_whole(path, buffer.getvalue())
+
+    @classmethod
+    def load(cls, path: Path) -> PseudoLabels:
+        """Inverse of :meth:`save`."""
+        with np.load(path) as content:
+            return cls(*(content[f.name] for f in fields(cls)))
+
+    @classmethod
+    def joined(cls, parts: Sequence[PseudoLabels]) -> PseudoLabels:
+        """All rows of several, in their order."""
+        return cls(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(cls)))
+
+
+def distance_m(a: PseudoLabels, b: PseudoLabels) -> NDArray[np.float64]:
+    """Metres (N,) between two models' maxima of the same pairs."""
+    pixels = np.linalg.norm(a.position.astype(np.float64) - b.position, axis=1)
+    return np.asarray(pixels * a.meters_per_pixel, np.float64)
+
+
+def reliable(teacher: PseudoLabels, auxiliary: PseudoLabels, keep: float) -> NDArray[np.bool_]:
+    """Which labels to keep (N,): those on which teacher and auxiliary student agree (Section 3.2).
+
+    As published: a distance strictly below the distances' ``keep`` quantile; all of them for ``keep`` = 1.
+    """
+    distances = distance_m(teacher, auxiliary)
+    if keep >= 1:
+        return np.ones(len(distances), bool)
+    return np.asarray(distances < np.quantile(distances, keep), bool)
+
+
+class LabelledPairs(PoseDataset):
+    """Pairs with pseudo ground truth in the place of the truth; one item for each row of ``labels``."""
+
+    def __init__(self, source: PairSource, labels: PseudoLabels, name: str) -> None:
+        """``name`` says which labels they are."""
+        self.name = f"{source.name} {name}"
+        self._source, self._labels = source, labels
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, row: int) -> Sample:
+        self._source.epoch = self.epoch
+        sample = self._source[int(self._labels.index[row])]
+        return {
+            **sample,
+            "position": torch.from_numpy(self._labels.position[row]),
+            "heading": torch.tensor(self._labels.heading[row]),
+        }
+
+
+class _Readable(Dataset[PairSample | UserError]):
+    """Some of a source's pairs; what cannot be read of them comes as its error."""
+
+    def __init__(self, source: PairSource, index: NDArray[np.int64]) -> None:
+        self._source, self._index = source, index
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, row: int) -> PairSample | UserError:
+        try:
+            return self._source[int(self._index[row])]
+        except UserError as error:
+            return error
+
+
+class PairReader:
+    """Batches of pairs in their order, without those that cannot be read; ``failures`` counts these."""
+
+    def __init__(self, source: PairSource, index: NDArray[np.int64], batch_size: int, workers: int) -> None:
+        self.failures = 0
+        self.first_failure = ""
+        self._loader = DataLoader(
+            _Readable(source, index), batch_size, num_workers=workers, collate_fn=lambda items: items
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        for items in self._loader:
+            errors = [item for item in items if isinstance(item, UserError)]
+            if errors and not self.failures:
+                self.first_failure = str(errors[0])
+            self.failures += len(errors)
+            good = [item for item in items if not isinstance(item, UserError)]
+            if good:
+                yield default_collate(good)
+
+
+@torch.inference_mode()
+def label_batch(
+    model: CrossViewModel,
+    batch: Batch,
+    heading_prior_deg: float | None,
+    features: Any = None,
+    turns: NDArray[np.int64] | None = None,
+) -> tuple[PseudoLabels, HeatMaps]:
+    """A model's labels of a batch, and the heat maps they come from.
+
+    ``features``: the encoded tiles where they are at hand. ``turns``: columns (B,) by which panoramas are
+    turned before (see :func:`xview_loc.training.turn_panoramas`); the labels' headings are those before.
+    """
+    if features is None:
+        features = model.encode_aerial(batch["aerial"])
+    ground = batch["ground"]
+    shown = {"ground": ground, "heading": torch.zeros(len(ground), device=ground.device)}
+    if turns is not None:
+        shown = turn_panoramas(shown, turns)
+    known = batch["heading_known"]
+    ask = model.spec.bins > 0 and heading_prior_deg != 0 and not bool(known.all())
+    extra: dict[str, Any] = {name: batch[name] for name in model.extra_inputs}
+    maps = model.match(shown["ground"], features, heading_prior_deg, orientation=ask, **extra)
+    heading = torch.zeros_like(shown["heading"])
+    if maps.orientation is not None:
+        row, col = maps.peak_cells()
+        cos, sin = maps.orientation[torch.arange(len(row)), :, row, col].T
+        heading = torch.where(known, heading, torch.atan2(sin, cos) - shown["heading"])
+    return _labels(batch, maps, heading), maps
+
+
+def _labels(batch: Batch, maps: HeatMaps, heading: Tensor) -> PseudoLabels:
+    log_share = torch.log_softmax(maps.logits.float().flatten(1), 1)
+    share = log_share.exp()
+    place = maps.peak()
+    # Probability within the radius of the maximum.
+    side = maps.logits.shape[2]
+    row, col = (x[:, None, None] for x in maps.peak_cells())
+    axis = torch.arange(side, device=place.device)
+    distance = ((axis[:, None] - row) ** 2 + (axis[None, :] - col) ** 2).float().sqrt()
+    near = distance * maps.grid.scale * batch["meters_per_pixel"][:, None, None] <= _PEAK_RADIUS_M
+    columns = {
+        "index": batch["index"],
+        "position": place.float(),
+        "heading": heading,
+        "fix": batch["fix"],
+        "fix_std": batch["fix_std"],
+        "meters_per_pixel": batch["meters_per_pixel"],
+        "entropy": -(share * log_share).sum(1),
+        "peak_mass": (share * near.flatten(1)).sum(1),
+    }
+    return PseudoLabels(**{name: value.cpu().numpy() for name, value in columns.items()})
+
+
+def label_pairs(
+    fabric: Fabric,
+    model: CrossViewModel,
+    source: PairSource,
+    path: Path,
+    *,
+    heading_prior_deg: float | None = 0.0,
+    batch_size: int = 16,
+    workers: int = 0,
+    seed: int = 0,
+    on_pairs: Callable[[int], object] = lambda done: None,
+) -> PseudoLabels:
+    """A model's labels of all pairs that can be read, kept in ``path`` (NPZ).
+
+    What is there already is not done again, block by block; the caller chooses another ``path`` for another
+    model or source. Panoramas whose heading the model is not to know are turned at random, each pair the same
+    way every time for one ``seed``. ``on_pairs`` is told how many pairs are done. Several processes share
+    the work; each returns all labels.
+    Raises AdaptationError where no pair can be read.
+    """
+    if fabric.broadcast(path.exists()):
+        on_pairs(len(source))
+        return _from_first(fabric, PseudoLabels.load(path) if fabric.is_global_zero else None)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    model = fabric.to_device(model.eval())  # type: ignore[assignment]
+    blocks, first_failure = [], ""
+    for start in range(0, len(source), _BLOCK):
+        index = np.arange(start, min(start + _BLOCK, len(source)))
+        block_path = path.with_name(f"{path.stem}.from-{start}.npz")
+        if fabric.broadcast(block_path.exists()):
+            block = _from_first(fabric, PseudoLabels.load(block_path) if fabric.is_global_zero else None)
+        else:
+            reader = PairReader(source, index[fabric.global_rank :: fabric.world_size], batch_size, workers)
+            rows = []
+            for batch in reader:
+                batch = fabric.to_device(batch)
+                turns = _turns(batch, heading_prior_deg, seed)
+                with fabric.autocast():
+                    rows.append(label_batch(model, batch, heading_prior_deg, turns=turns)[0])
+                on_pairs(min(start + sum(map(len, rows)) * fabric.world_size, len(source)))
+            first_failure = first_failure or reader.first_failure
+            block = _gathered(fabric, rows, len(index))
+            if fabric.is_global_zero:
+                block.save(block_path)
+        blocks.append(block)
+        on_pairs(int(index[-1]) + 1)
+    if not any(len(block) for block in blocks):
+        raise AdaptationError(f"none of {len(source)} pairs can be used: {first_failure or 'there is none'}")
+    labels = PseudoLabels.joined(blocks)
+    if fabric.is_global_zero:
+        labels.save(path)
+        for part in path.parent.glob(f"{path.stem}.from-*.npz"):
+            part.unlink()
+    return labels
+
+
+def _turns(batch: Batch, heading_prior_deg: float | None, seed: int) -> NDArray[np.int64] | None:
+    if heading_prior_deg == 0:
+        return None
+    width = batch["ground"].shape[3]
+    draws = [
+        random_turns(np.random.default_rng([seed, int(index)]), 1, width, heading_prior_deg)
+        for index in batch["index"]
+    ]
+    return np.concatenate(draws)
+
+
+def _gathered(fabric: Fabric, rows: list[PseudoLabels], most: int) -> PseudoLabels:
+    """The rows of all processes in the order of their pairs; each has ``most`` at most."""
+    names = [f.name for f in fields(PseudoLabels)]
+    columns = {name: [getattr(part, name) for part in rows] for name in names}
+    widths = {"position": 2, "fix": 2}
+    # float64 holds every column exactly; all processes send as many rows.
+    packed = np.full((most, len(names) + len(widths)), math.nan)
+    at = 0
+    for name in names:
+        width = widths.get(name, 1)
+        if rows:
+            values = np.concatenate(columns[name]).reshape(-1, width)
+            packed[: len(values), at : at + width] = values
+        at += width
+    table = torch.from_numpy(packed)
+    if fabric.world_size > 1:
+        everyone = fabric.all_gather(table.to(fabric.device))
+        assert isinstance(everyone, Tensor)
+        table = everyone.reshape(-1, packed.shape[1]).cpu()
+    content = table.numpy()
+    content = content[~np.isnan(content[:, 0])]
+    content = content[np.argsort(content[:, 0])]
+    unpacked, at = [], 0
+    for name in names:
+        width = widths.get(name, 1)
+        values = content[:, at : at + width] if width > 1 else content[:, at]
+        unpacked.append(values.astype(np.int64 if name == "index" else np.float32))
+        at += width
+    return PseudoLabels(*unpacked)
+
+
+def _from_first(fabric: Fabric, labels: PseudoLabels | None) -> PseudoLabels:
+    """The first process's labels, in every process."""
+    return fabric.broadcast(labels) if fabric.world_size > 1 else labels  # type: ignore[return-value]
