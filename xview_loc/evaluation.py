@@ -1,16 +1,26 @@
-"""How far estimates lie from the truth."""
+"""How far estimates lie from the truth: on drives, and on datasets with true poses."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader
 
-from xview_loc.geodesy import LocalProjection
+from xview_loc.datasets.base import PoseDataset, clearly
+from xview_loc.errors import UserError
+from xview_loc.geodesy import LocalProjection, wrap_angle
+from xview_loc.heatmap import HeatMap, HeatMapError
+from xview_loc.imagery import AerialTile
 from xview_loc.localizer import LocalizationError, Localizer, Observation
+from xview_loc.models.base import CrossViewModel, HeatMaps
 
 Array = NDArray[np.float64]
 
@@ -73,3 +83,154 @@ def localize_drive(
         else:
             estimate.append(distance_m(pose.lat, pose.lon, lat, lon))
     return DriveErrors(np.array(fix), np.array(estimate))
+
+
+class EvaluationError(UserError):
+    """A model whose output cannot be judged; the message is one clear line."""
+
+
+@dataclass(frozen=True)
+class PoseErrors:
+    """A model's errors on N samples of a dataset, one value for each sample, in its order.
+
+    distance_m: of the finest map's largest pixel from the truth. longitudinal_m, lateral_m: the same error,
+    signed, ahead and to the right of the true heading, for tiles turned to the heading (else not-a-number).
+    heading_deg: signed error, counter-clockwise as seen from above, of the orientation field at that pixel
+    (not-a-number for a model without a field, or where the heading was given).
+    probability: of the map's pixel at the truth; nll: negative logarithm of that pixel's density, in nats
+    for a density per square metre. Outside the map they are 0 and infinity.
+    mahalanobis: of the truth from the sub-pixel peak under the localizer's covariance.
+    encode_ms, match_ms: time for the aerial tile and for the rest, per sample of its batch.
+    """
+
+    distance_m: Array
+    longitudinal_m: Array
+    lateral_m: Array
+    heading_deg: Array
+    probability: Array
+    nll: Array
+    mahalanobis: Array
+    encode_ms: Array
+    match_ms: Array
+
+    def within(self, metres: float) -> float:
+        """Share of the samples that are less than ``metres`` off."""
+        return float((self.distance_m < metres).mean())
+
+    def coverage(self, probability: float) -> float:
+        """Share of the samples whose truth lies in the covariance's ellipse of that probability."""
+        # The squared distance of a normal distribution in the plane is exponentially distributed.
+        return float((self.mahalanobis**2 <= -2.0 * math.log(1.0 - probability)).mean())
+
+    def summary(self) -> dict[str, float]:
+        """Figures over all samples; longitudinal, lateral and heading ones only where there are any."""
+        figures: dict[str, float] = {"samples": len(self.distance_m)}
+        for name in ("distance_m", "longitudinal_m", "lateral_m", "heading_deg"):
+            errors = Errors.of(np.abs(getattr(self, name)))
+            if errors.frames:
+                figures |= {f"{name}_mean": errors.mean, f"{name}_median": errors.median}
+        figures |= {f"within_{metres}_m": self.within(metres) for metres in (1, 3, 5)}
+        figures |= {f"coverage_{percent}": self.coverage(percent / 100) for percent in (68, 95)}
+        figures["nll_mean"] = float(self.nll.mean())
+        figures |= {f"{name}_p50": float(np.median(getattr(self, name))) for name in _TIMES}
+        return figures
+
+
+_TIMES = ("encode_ms", "match_ms")
+# What the localizer adds by default for errors that the heat map cannot show.
+_COVARIANCE_FLOOR_M = 0.5
+
+
+@torch.inference_mode()
+def evaluate(
+    model: CrossViewModel,
+    dataset: PoseDataset,
+    heading_prior_deg: float | None,
+    *,
+    batch_size: int = 1,
+    workers: int = 0,
+    on_batch: Callable[[int], object] = lambda samples: None,
+) -> PoseErrors:
+    """Match every sample of ``dataset``, with no search disc, and compare with its true pose.
+
+    ``heading_prior_deg`` is what :meth:`CrossViewModel.match` takes; a model with an orientation field is
+    asked for it unless the prior is 0. The model stays on its device; with ``batch_size`` 1 the times are
+    latencies. ``on_batch`` is called with each batch's number of samples.
+    Raises DatasetError for a sample that cannot be had, EvaluationError for heat maps that are not finite
+    and for an empty dataset.
+    """
+    if not len(dataset):
+        raise EvaluationError(f"{dataset.name} has no samples")
+    device = next(model.parameters()).device
+    orientation = model.spec.bins > 0 and heading_prior_deg != 0
+    model.eval()
+    rows: list[dict[str, float]] = []
+    for loaded in clearly(DataLoader(dataset, batch_size, num_workers=workers)):
+        batch = {name: value.to(device) for name, value in loaded.items()}
+        count = len(batch["aerial"])
+        extra: dict[str, Any] = {name: batch[name] for name in model.extra_inputs}
+        start = _now(device)
+        features = model.encode_aerial(batch["aerial"])
+        encoded = _now(device)
+        maps = model.match(batch["ground"], features, heading_prior_deg, orientation=orientation, **extra)
+        matched = _now(device)
+        times = {"encode_ms": (encoded - start) / count, "match_ms": (matched - encoded) / count}
+        for i in range(count):
+            try:
+                rows.append(_judge(model, maps, loaded, i) | times)
+            except HeatMapError as error:
+                raise EvaluationError(f"{model.spec.name} on sample {len(rows)}: {error}") from None
+        on_batch(count)
+    return PoseErrors(**{f.name: np.array([row[f.name] for row in rows]) for f in fields(PoseErrors)})
+
+
+def _judge(model: CrossViewModel, maps: HeatMaps, batch: dict[str, Tensor], i: int) -> dict[str, float]:
+    """All but the times of sample ``i`` of a batch."""
+    size, gsd = model.spec.aerial_size, float(batch["meters_per_pixel"][i])
+    # Where on earth the tile lies does not matter, nor what it shows.
+    tile = AerialTile(np.broadcast_to(np.uint8(0), (size, size, 3)), 0.0, 0.0, gsd)
+    logits = maps.logits[i].float().cpu().numpy()
+    heat_map = HeatMap.from_logits(logits, maps.grid, tile)
+    truth = batch["position"][i].numpy().astype(np.float64)
+    true_heading = float(batch["heading"][i])
+    down, right = (np.array(heat_map.to_tile(*heat_map.peak_pixel)) - truth) * gsd
+    ahead = to_the_right = heading = math.nan
+    if model.spec.aerial_up == "left":
+        # The heading is counted clockwise from the tile's top edge.
+        cos, sin = math.cos(true_heading), math.sin(true_heading)
+        ahead, to_the_right = right * sin - down * cos, right * cos + down * sin
+    if maps.orientation is not None:
+        row, col = (round(x) for x in heat_map.to_tile(*heat_map.peak_pixel))
+        cos, sin = maps.orientation[i, :, row, col].tolist()
+        counted = -1.0 if model.spec.aerial_up == "left" else 1.0
+        heading = math.degrees(wrap_angle(counted * (math.atan2(sin, cos) - true_heading)))
+    probability, log_probability = _at(logits, (truth - maps.grid.origin) / maps.grid.scale)
+    offset = np.subtract(tile.pixel_to_enu(*truth), heat_map.to_enu(*heat_map.peak))
+    squared = offset @ np.linalg.solve(heat_map.covariance(_COVARIANCE_FLOOR_M), offset)
+    return {
+        "distance_m": math.hypot(down, right),
+        "longitudinal_m": ahead,
+        "lateral_m": to_the_right,
+        "heading_deg": heading,
+        "probability": probability,
+        "nll": 2.0 * math.log(heat_map.metres_per_pixel) - log_probability,
+        "mahalanobis": math.sqrt(squared),
+    }
+
+
+def _at(logits: NDArray[np.float32], place: Array) -> tuple[float, float]:
+    """Probability of the pixel at ``place`` (row, col) of the map, and its logarithm."""
+    row, col = (round(float(x)) for x in place)
+    height, width = logits.shape
+    if not (0 <= row < height and 0 <= col < width):
+        return 0.0, -math.inf
+    # From the logits: a small probability would underflow.
+    log_probability = torch.from_numpy(logits).double().flatten().log_softmax(0)[row * width + col]
+    return math.exp(log_probability), float(log_probability)
+
+
+def _now(device: torch.device) -> float:
+    """Milliseconds, once the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() * 1e3

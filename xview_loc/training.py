@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
-from xview_loc.datasets.base import PoseDataset
+from xview_loc.datasets.base import PoseDataset, clearly
 from xview_loc.errors import UserError
 from xview_loc.files import write_whole
 from xview_loc.losses import HeatMapLoss
@@ -44,8 +44,9 @@ class TrainingOptions:
     ``heading_priors_deg``: how far the panoramas are turned at random, and the prior the model is told (see
     :meth:`CrossViewModel.match`; 0: the heading is known to the dataset's error, None: it is unknown); where
     there are several, each has its turn of one batch. ``schedule``: the learning rate stays ``"constant"``
-    or falls to zero along a ``"cosine"`` after ``warmup`` steps. ``save_every``: steps between saved states
-    within an epoch.
+    or falls to zero along a ``"cosine"`` after ``warmup`` steps. ``fixed_batch_norm``: batch normalisation
+    keeps the statistics it starts with, instead of those of the batches.
+    ``save_every``: steps between saved states within an epoch.
     """
 
     epochs: int = 10
@@ -54,6 +55,7 @@ class TrainingOptions:
     schedule: Literal["constant", "cosine"] = "constant"
     warmup: int = 0
     heading_priors_deg: tuple[float | None, ...] = (0.0,)
+    fixed_batch_norm: bool = False
     seed: int = 0
     workers: int = 0
     save_every: int = 200
@@ -158,7 +160,7 @@ class PoseValidation:
         device = next(model.parameters()).device
         distances: dict[str, list[Tensor]] = {_heading_name(prior): [] for prior in self._priors}
         rng = np.random.default_rng(0)
-        for batch in self._loader:
+        for batch in clearly(self._loader):
             batch = {name: value.to(device) for name, value in batch.items()}
             features = model.encode_aerial(batch["aerial"])
             extra: dict[str, Any] = {name: batch[name] for name in model.extra_inputs}
@@ -232,7 +234,7 @@ def train(
     per_epoch = len(data) // (options.batch_size * fabric.world_size)
     if per_epoch == 0:
         raise TrainingError(f"{len(data)} samples do not fill one batch of {options.batch_size}")
-    step = _Step(model.train(), loss)
+    step = _Step(_training_mode(model, options), loss)
     optimizer = torch.optim.Adam(step.parameters(), lr=options.learning_rate)
     wrapped, wrapped_optimizer = fabric.setup(step, optimizer)
     run: dict[str, Any] = {"options": _comparable(options), "data": data.name, "validation": validation.name}
@@ -279,7 +281,7 @@ def train(
             DataLoader(data, batch_sampler=batches, num_workers=options.workers),
             use_distributed_sampler=False,
         )
-        for batch in loader:
+        for batch in clearly(loader):
             count = standing.epoch * per_epoch + standing.step_in_epoch
             rng = np.random.default_rng([options.seed, count, fabric.global_rank])
             prior = options.heading_priors_deg[count % len(options.heading_priors_deg)]
@@ -304,7 +306,7 @@ def train(
                 save_state()
             on_step(standing)
         figures = validation(model.eval())
-        model.train()
+        _training_mode(model, options)
         standing.history.append({"epoch": standing.epoch, "loss": standing.loss, **figures})
         if figures["score"] < standing.best_score:
             standing.best_score = figures["score"]
@@ -320,6 +322,15 @@ def train(
         save_state()
         on_step(standing)
     return standing
+
+
+def _training_mode(model: CrossViewModel, options: TrainingOptions) -> CrossViewModel:
+    model.train()
+    if options.fixed_batch_norm:
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+    return model
 
 
 def weights_digest(model: CrossViewModel) -> str:

@@ -10,6 +10,7 @@ import copy
 import hashlib
 import json
 import math
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 from lightning_fabric import Fabric
 from numpy.typing import NDArray
+from torch.utils.data import default_collate
 
 from xview_loc.adaptation.indicators import LabelFreeValidation, Views, look
 from xview_loc.adaptation.pseudo_labels import (
@@ -61,7 +63,7 @@ class AdaptationOptions:
     def published(cls, model: CrossViewModel, **changes: Any) -> AdaptationOptions:
         """The paper's for CCVPE or GGCVT; ``changes`` replace fields of these or of the training options."""
         ccvpe = isinstance(model, CCVPE)
-        training: dict[str, Any] = {"epochs": 3, "batch_size": 8 if ccvpe else 4}
+        training: dict[str, Any] = {"epochs": 3, "batch_size": 8 if ccvpe else 4, "fixed_batch_norm": True}
         training |= {
             name: changes.pop(name) for name in list(changes) if name in TrainingOptions.__annotations__
         }
@@ -104,6 +106,24 @@ class Adapted:
     after: Views
 
 
+@dataclass(frozen=True)
+class PlannedStage:
+    """A stage that a run would do, on how many pairs, and about how long it takes."""
+
+    name: str
+    pairs: int
+    seconds: float
+    done: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do, and what it leaves on the disk."""
+
+    stages: list[PlannedStage]
+    megabytes: float
+
+
 class Distillation:
     """The stages of one adaptation of ``teacher`` to the pairs of ``source``, with results in ``folder``.
 
@@ -127,12 +147,12 @@ class Distillation:
         self.true_from_fix = true_from_fix
         self._fabric, self._folder = fabric, folder
         self._on_progress = on_progress
+        self._check_count()
         self.track = source.track()
         self.training_index, self.held_out_index = self._split()
         self._model = teacher.model.eval()
 
-    def _split(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Pairs to train on and held-out ones: of drives the last stretch, else some at random."""
+    def _check_count(self) -> None:
         count, batch = len(self.source), self.options.training.batch_size
         out = math.ceil(count * self.options.held_out)
         if count - out < batch * self._fabric.world_size or out < 2:
@@ -140,7 +160,12 @@ class Distillation:
                 f"{count} pairs are too few: with {self.options.held_out:.0%} of them held out "
                 f"they must fill a batch of {batch} in each process, and leave two"
             )
+
+    def _split(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Pairs to train on and held-out ones: of drives the last stretch, else some at random."""
+        count = len(self.source)
         if self.track is None:
+            out = math.ceil(count * self.options.held_out)
             held = np.random.default_rng(self.options.training.seed).permutation(count)[:out]
         else:
             ends = [np.flatnonzero(self.track.drive == drive) for drive in np.unique(self.track.drive)]
@@ -160,6 +185,40 @@ class Distillation:
             student = self.student(labels.rows(kept), loss, "student")
         before, after = self.views(self.teacher.model, "teacher"), self.views(student.load().model, "student")
         return Adapted(labels, auxiliary, kept, auxiliary_student, student, before, after)
+
+    def plan(self) -> Plan:
+        """What :meth:`run` would do; seconds are measured on one batch of inference and one training step."""
+        options = self.options.training
+        index = self.training_index[: options.batch_size]
+        start = time.perf_counter()
+        rows = look(self._model, self.source, index, heading_prior_deg=self.options.heading_prior_deg).plain
+        # Three views of each pair.
+        label_s = (time.perf_counter() - start) / len(index) / 3
+        start = time.perf_counter()
+        student = copy.deepcopy(self._model).train()
+        data = LabelledPairs(self.source, rows, "")
+        batch = default_collate([data[row] for row in range(len(data))])
+        self.loss(self.options.levels)(student, batch, self.options.heading_prior_deg).backward()
+        train_s = (time.perf_counter() - start) / len(rows)
+        count, trained = len(self.source), len(self.training_index)
+        judge_s = len(self.held_out_index) * label_s * 3
+        kept = round(trained * self.options.keep)
+        stages = [
+            PlannedStage(
+                "teacher labels",
+                count,
+                count * label_s,
+                self._labels_path(self.teacher.sha256, self.source).exists(),
+            )
+        ]
+        for name, pairs in (("auxiliary student", trained), ("student", kept)):
+            seconds = options.epochs * (pairs * train_s + judge_s)
+            stages.append(PlannedStage(name, pairs, seconds, False))
+        stages.insert(2, PlannedStage("auxiliary labels", count, count * label_s, False))
+        stages.append(PlannedStage("indicators", len(self.held_out_index), 2 * judge_s, False))
+        # Each student keeps its best weights, and its state (weights and Adam's two moments).
+        weights = sum(value.nbytes for value in self._model.state_dict().values())
+        return Plan(stages, (9 * weights + 2 * 50 * count) / 1e6)
 
     def loss(self, levels: int, mode_based: bool | None = None) -> DistillationLoss:
         """Coarse-only supervision of the first ``levels`` levels."""
@@ -242,6 +301,21 @@ class Distillation:
             np.linalg.norm(labels.from_fix - self.true_from_fix[labels.index], axis=1), np.float64
         )
 
+    def errors_on(self, checkpoint: Checkpoint, measured: tuple[PairSource, Array] | None = None) -> Array:
+        """Metres (N,) of a model's true errors on other pairs, given with the metres (N, 2) from their coarse
+        fixes to their true places; by default on the held-out pairs."""
+        if measured is None:
+            labels = self._labels(checkpoint.model, checkpoint.sha256, "test").of(self.held_out_index)
+            return self.true_errors_m(labels)
+        source, true_from_fix = measured
+        labels = self._labels(checkpoint.model, checkpoint.sha256, "test", source)
+        return np.asarray(np.linalg.norm(labels.from_fix - true_from_fix[labels.index], axis=1), np.float64)
+
+    @property
+    def level_count(self) -> int:
+        """How many levels the model has that can be supervised."""
+        return self._model.level_count
+
     def _true_figures(self, views: Views) -> dict[str, float]:
         errors = self.true_errors_m(views.plain)
         errors = errors[np.isfinite(errors)]
@@ -249,21 +323,28 @@ class Distillation:
             return {}
         return {"true_mean_m": float(errors.mean()), "true_median_m": float(np.median(errors))}
 
-    def _labels(self, model: CrossViewModel, sha256: str, stage: str) -> PseudoLabels:
+    def _labels(
+        self, model: CrossViewModel, sha256: str, stage: str, source: PairSource | None = None
+    ) -> PseudoLabels:
+        source = source or self.source
         options = self.options.training
-        prior = self.options.heading_prior_deg
-        precision = self._fabric.strategy.precision.precision
-        path = self._path("labels", [sha256, self.source.name, prior, options.seed, precision])
         return label_pairs(
             self._fabric,
             model,
-            self.source,
-            path.with_suffix(".npz"),
-            heading_prior_deg=prior,
+            source,
+            self._labels_path(sha256, source),
+            heading_prior_deg=self.options.heading_prior_deg,
             workers=options.workers,
             seed=options.seed,
-            on_pairs=lambda done: self._on_progress(stage, done, len(self.source)),
+            on_pairs=lambda done: self._on_progress(stage, done, len(source)),
         )
+
+    def _labels_path(self, sha256: str, source: PairSource) -> Path:
+        prior, seed = self.options.heading_prior_deg, self.options.training.seed
+        # Without random turns the seed does not matter.
+        inputs = [sha256, source.name, prior, 0 if prior == 0 else seed]
+        inputs.append(self._fabric.strategy.precision.precision)
+        return self._path("labels", inputs).with_suffix(".npz")
 
     def _path(self, kind: str, inputs: Any) -> Path:
         return self._folder / "stages" / f"{kind}-{_digest(json.dumps(inputs).encode())}"

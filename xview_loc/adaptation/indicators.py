@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -62,7 +62,7 @@ def look(
     reader = PairReader(source, index, batch_size, workers)
     for batch in reader:
         batch = {name: value.to(device) for name, value in batch.items()}
-        turns = _turns(batch, heading_prior_deg)
+        turns = view_turns(batch, heading_prior_deg)
         start = turns if heading_prior_deg != 0 else None
         features = model.encode_aerial(batch["aerial"])
         plain.append(label_batch(model, batch, heading_prior_deg, features, start)[0])
@@ -80,8 +80,9 @@ def look(
     return Views(join(plain), join(shifted), join(turned) if turned else None)
 
 
-def _turns(batch: Batch, heading_prior_deg: float | None) -> NDArray[np.int64]:
-    """Unknown heading: any, by the pair's index. Known: a few degrees to either side by turns."""
+def view_turns(batch: Batch, heading_prior_deg: float | None) -> NDArray[np.int64]:
+    """Columns (B,) by which panoramas are turned: any, by the pair's index, where the heading is unknown;
+    else a few degrees to either side by turns."""
     width = batch["ground"].shape[3]
     index = batch["index"].cpu().numpy()
     if heading_prior_deg is None:
@@ -96,8 +97,6 @@ def _shift(aerial: Tensor, step: int) -> Tensor:
 
 
 def _moved_back(labels: PseudoLabels, step: int) -> PseudoLabels:
-    from dataclasses import replace
-
     return replace(labels, position=labels.position - np.float32(step))
 
 

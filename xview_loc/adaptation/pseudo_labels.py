@@ -37,10 +37,10 @@ class PseudoLabels:
     """What a model makes of pairs; one row for each of ``index`` (N,), int64, ascending.
 
     position: (N, 2), (row, col) of the heat map's maximum in tile pixels. heading: (N,), of the stored
-    image's centre column, radians: 0 where the pair's heading is known (a panorama is turned north), else
-    the model's. fix: (N, 2), the coarse fix in tile pixels; fix_std: (N,), m. meters_per_pixel: (N,), of the
-    tile. entropy: (N,), of the finest map, nats. peak_mass: (N,), the probability within two metres of the
-    maximum. All but the index are float32.
+    image's centre column, radians: the nominal one where the pair's heading is known, else that of the bin
+    that wins at the maximum. fix: (N, 2), the coarse fix in tile pixels; fix_std: (N,), m.
+    meters_per_pixel: (N,), of the tile. entropy: (N,), of the finest map, nats. peak_mass: (N,), the
+    probability within two metres of the maximum. All but the index are float32.
     """
 
     index: NDArray[np.int64]
@@ -96,12 +96,11 @@ def distance_m(a: PseudoLabels, b: PseudoLabels) -> NDArray[np.float64]:
 def reliable(teacher: PseudoLabels, auxiliary: PseudoLabels, keep: float) -> NDArray[np.bool_]:
     """Which labels to keep (N,): those on which teacher and auxiliary student agree (Section 3.2).
 
-    As published: a distance strictly below the distances' ``keep`` quantile; all of them for ``keep`` = 1.
+    Their distance is at most the distances' ``keep`` quantile. (The published code wants less than that; but
+    maxima are whole pixels, and where most models agree to the pixel that would leave none.)
     """
     distances = distance_m(teacher, auxiliary)
-    if keep >= 1:
-        return np.ones(len(distances), bool)
-    return np.asarray(distances < np.quantile(distances, keep), bool)
+    return np.asarray(distances <= np.quantile(distances, keep), bool)
 
 
 class LabelledPairs(PoseDataset):
@@ -181,16 +180,24 @@ def label_batch(
     shown = {"ground": ground, "heading": torch.zeros(len(ground), device=ground.device)}
     if turns is not None:
         shown = turn_panoramas(shown, turns)
-    known = batch["heading_known"]
-    ask = model.spec.bins > 0 and heading_prior_deg != 0 and not bool(known.all())
     extra: dict[str, Any] = {name: batch[name] for name in model.extra_inputs}
-    maps = model.match(shown["ground"], features, heading_prior_deg, orientation=ask, **extra)
-    heading = torch.zeros_like(shown["heading"])
-    if maps.orientation is not None:
-        row, col = maps.peak_cells()
-        cos, sin = maps.orientation[torch.arange(len(row)), :, row, col].T
-        heading = torch.where(known, heading, torch.atan2(sin, cos) - shown["heading"])
+    maps = model.match(shown["ground"], features, heading_prior_deg, **extra)
+    won = _winning_heading(model, maps) - shown["heading"]
+    heading = torch.where(batch["heading_known"], model.spec.nominal_heading, won)
     return _labels(batch, maps, heading), maps
+
+
+def _winning_heading(model: CrossViewModel, maps: HeatMaps) -> Tensor:
+    """Heading (B,) of the finest level's best bin at the maximum: surer than a field of angles."""
+    scores = maps.levels[-1]
+    count, side = scores.shape[1], scores.shape[2]
+    step = maps.logits.shape[2] // side
+    row, col = (x // step for x in maps.peak_cells())
+    best = scores[torch.arange(len(row)), :, row, col].argmax(1)
+    if count == model.spec.bins:
+        return -2 * math.pi / count * best
+    # A prior leaves the bins about the nominal heading (GGCVT: that one alone).
+    return model.spec.nominal_heading - 2 * math.pi / max(1, model.spec.bins) * (best - count // 2)
 
 
 def _labels(batch: Batch, maps: HeatMaps, heading: Tensor) -> PseudoLabels:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 from rich.console import Console
 
-from xview_loc.cli import bags, evaluate, maps, simulate, train
+from xview_loc.cli import adapt, bags, evaluate, maps, simulate, train
 from xview_loc.cli.console import UsageError
 from xview_loc.errors import UserError
 
@@ -14,6 +14,8 @@ app.add_typer(maps.app, name="map")
 app.add_typer(bags.bag_app, name="bag")
 app.add_typer(bags.pairs_app, name="pairs")
 app.command()(train.train)
+app.command()(adapt.adapt)
+app.command()(adapt.ablate)
 app.command()(evaluate.evaluate)
 app.command()(simulate.simulate)
 

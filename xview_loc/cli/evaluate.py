@@ -1,4 +1,4 @@
-"""``xview-loc evaluate``: a model's errors on drives through simulated cities."""
+"""``xview-loc evaluate``: a model's errors on simulated drives, or on a published benchmark."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ import tempfile
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
-from rich.progress import track
+from rich.progress import Progress, track
 from rich.table import Table
 
 from xview_loc.cli.console import UsageError, console
+from xview_loc.errors import reason
 
 if TYPE_CHECKING:
-    from xview_loc.evaluation import DriveErrors
+    from xview_loc.evaluation import DriveErrors, PoseErrors
     from xview_loc.models.base import CrossViewModel
 
 
@@ -28,6 +29,50 @@ class Heading(str, Enum):
     unknown = "unknown"
 
 
+class Benchmark(str, Enum):
+    """A published dataset."""
+
+    vigor = "vigor"
+    kitti = "kitti"
+
+
+class LabelSet(str, Enum):
+    """Which of VIGOR's labels?"""
+
+    corrected = "corrected"
+    original = "original"
+
+
+class _Errors(NamedTuple):
+    """Metres."""
+
+    mean: float
+    median: float
+
+
+# Which errors the published table has, and its figures: teacher and student on the last 20 % of the target
+# area (Xia et al., ECCV 2024, table 1).
+_MEASURES = {Benchmark.vigor: ("distance",), Benchmark.kitti: ("longitudinal", "lateral")}
+_PUBLISHED = {
+    (Benchmark.vigor, Heading.known): {
+        "CCVPE, teacher": [_Errors(4.38, 1.76)],
+        "CCVPE, student": [_Errors(3.85, 1.57)],
+        "GGCVT, teacher": [_Errors(5.19, 1.39)],
+        "GGCVT, student": [_Errors(4.34, 1.32)],
+    },
+    (Benchmark.vigor, Heading.unknown): {
+        "CCVPE, teacher": [_Errors(5.35, 1.97)],
+        "CCVPE, student": [_Errors(4.27, 1.67)],
+    },
+    (Benchmark.kitti, Heading.known): {
+        "CCVPE, teacher": [_Errors(6.55, 2.55), _Errors(1.82, 0.98)],
+        "CCVPE, student": [_Errors(6.18, 2.35), _Errors(1.76, 0.98)],
+        "GGCVT, teacher": [_Errors(9.27, 4.66), _Errors(2.19, 0.85)],
+        "GGCVT, student": [_Errors(8.56, 4.35), _Errors(1.90, 0.79)],
+    },
+}
+
+
 def evaluate(
     model: Annotated[str, typer.Option(help="Model's name.")] = "ccvpe-small",
     checkpoint: Annotated[Path | None, typer.Option(help="Weights; default: the shipped ones.")] = None,
@@ -35,17 +80,111 @@ def evaluate(
     cities: Annotated[str, typer.Option(help="Seeds of the cities, such as 7 or 900-903.")] = "900-903",
     frames: Annotated[int, typer.Option(min=1, help="Frames of each drive, one a second.")] = 150,
     heading: Annotated[Heading, typer.Option(help="Is the heading known?")] = Heading.known,
+    dataset: Annotated[Benchmark | None, typer.Option(help="A benchmark instead of drives.")] = None,
+    root: Annotated[Path | None, typer.Option(help="The benchmark's folder.")] = None,
+    split: Annotated[str, typer.Option(help="The benchmark's split.")] = "test",
+    labels: Annotated[LabelSet, typer.Option(help="VIGOR's labels.")] = LabelSet.corrected,
+    batch_size: Annotated[int, typer.Option(min=1, help="Of a benchmark's samples.")] = 1,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that load a benchmark.")] = 0,
+    device: Annotated[str, typer.Option(help="Of a benchmark's run: cpu or cuda.")] = "cpu",
     out: Annotated[Path | None, typer.Option(help="Write the errors, frame by frame, as JSON.")] = None,
 ) -> None:
-    """Drive through simulated cities, localise every frame by itself and print the errors."""
+    """Localise every frame by itself and print the errors.
+
+    The frames are those of drives through simulated cities, or with --dataset and --root those of VIGOR or
+    KITTI, beside the published figures.
+    """
+    from xview_loc.models.checkpoint import load_model
+
+    net = load_model(model, checkpoint).model
+    if net.spec.bins == 0 and heading is Heading.unknown:
+        raise UsageError(f"{net.spec.name} needs a known heading")
+    if dataset is None:
+        content = _on_drives(net, style, cities, frames, heading)
+    elif root is None:
+        raise UsageError(f"--dataset {dataset.value} needs --root, the folder that holds it")
+    else:
+        try:
+            net.to(device)
+        except (RuntimeError, AssertionError) as error:  # the latter without CUDA
+            raise UsageError(f"no device {device!r}: {reason(error)}") from None
+        errors = _on_benchmark(net, f"{dataset.value}:{root}:{split}", labels, heading, batch_size, workers)
+        _print_benchmark(errors, net.spec.name, dataset, split, heading)
+        content = {"dataset": dataset.value, "split": split}
+        content |= {"labels": labels.value} if dataset is Benchmark.vigor else {}
+        content |= {"summary": _plain(errors.summary())}
+        content |= {"samples": {name: _plain(values.tolist()) for name, values in asdict(errors).items()}}
+    if out:
+        out.write_text(json.dumps({"model": net.spec.name, "heading": heading.value, **content}))
+
+
+def _plain(values: Any) -> Any:
+    """With None for what is not finite, which JSON cannot hold."""
+    if isinstance(values, dict):
+        return {name: _plain(value) for name, value in values.items()}
+    if isinstance(values, list):
+        return [_plain(value) for value in values]
+    return values if math.isfinite(values) else None
+
+
+def _on_benchmark(
+    net: CrossViewModel, name: str, labels: LabelSet, heading: Heading, batch_size: int, workers: int
+) -> PoseErrors:
+    from xview_loc.datasets import open_dataset
+    from xview_loc.evaluation import evaluate
+
+    known = heading is Heading.known
+    data = open_dataset(name, net.spec, labels=labels.value, heading_known=known)
+    # On a tile turned to the heading all bins are scored, as the published models do.
+    trusted = known and (net.spec.aerial_up == "north" or net.spec.bins == 0)
+    with Progress(console=console, transient=True) as progress:
+        bar = progress.add_task("samples", total=len(data))
+        return evaluate(
+            net,
+            data,
+            0.0 if trusted else None,
+            batch_size=batch_size,
+            workers=workers,
+            on_batch=lambda count: progress.advance(bar, count),
+        )
+
+
+def _print_benchmark(errors: PoseErrors, name: str, dataset: Benchmark, split: str, heading: Heading) -> None:
+    figures = errors.summary()
+    measures = _MEASURES[dataset]
+    own = [_Errors(figures[f"{m}_m_mean"], figures[f"{m}_m_median"]) for m in measures]
+    published = _PUBLISHED.get((dataset, heading), {})
+    table = Table(title=f"{dataset.value} {split}, heading {heading.value}, metres")
+    table.add_column("")
+    for measure in measures:
+        table.add_column(f"{measure} mean", justify="right")
+        table.add_column("median", justify="right")
+    for row, values in {name: own, **{f"{key} (published)": v for key, v in published.items()}}.items():
+        table.add_row(row, *(f"{value:.2f}" for pair in values for value in pair))
+    console.print(table)
+    lines = {
+        "samples": f"{figures['samples']}",
+        "distance": f"mean {figures['distance_m_mean']:.2f} m, median {figures['distance_m_median']:.2f} m",
+        "within 1 / 3 / 5 m": " / ".join(f"{errors.within(metres):.1%}" for metres in (1, 3, 5)),
+        "in the 68 / 95 % ellipse": f"{errors.coverage(0.68):.1%} / {errors.coverage(0.95):.1%}",
+        "negative log-likelihood": f"{figures['nll_mean']:.2f} nats, of a density per square metre",
+        "encode / match, median": f"{figures['encode_ms_p50']:.0f} / {figures['match_ms_p50']:.0f} ms",
+    }
+    if "heading_deg_mean" in figures:
+        mean, median = figures["heading_deg_mean"], figures["heading_deg_median"]
+        lines["heading error"] = f"mean {mean:.2f} deg, median {median:.2f} deg"
+    for key, line in lines.items():
+        console.print(f"{key}: {line}", highlight=False, soft_wrap=True)
+
+
+def _on_drives(net: CrossViewModel, style: str, cities: str, frames: int, heading: Heading) -> dict[str, Any]:
+    """Print the errors on simulated drives; returns what goes into the file."""
     from xview_loc.datasets.simulated import parse_cities
     from xview_loc.evaluation import DriveErrors, Errors
-    from xview_loc.models.checkpoint import load_model
     from xview_loc.simulation.styles import STYLES
 
     if style not in STYLES:
         raise UsageError(f"unknown style {style!r}; choose from {', '.join(STYLES)}")
-    net = load_model(model, checkpoint).model
     drives = [
         _drive(net, style, seed, frames, heading is Heading.known)
         for seed in track(parse_cities(cities), "cities", console=console, transient=True)
@@ -59,17 +198,10 @@ def evaluate(
         figures = (f"{value:.2f}" for value in (errors.mean, errors.median, errors.p95))
         table.add_row(name, str(errors.frames), *figures)
     console.print(table)
-    if out:
-        content: dict[str, Any] = {
-            "model": net.spec.name,
-            "style": style,
-            "cities": cities,
-            "heading": heading.value,
-        }
-        content |= {name.replace(" ", "_"): asdict(errors) for name, errors in rows.items()}
-        content |= {"fix_m": drive.fix.tolist()}
-        content["estimate_m"] = [None if math.isnan(e) else e for e in drive.estimate.tolist()]
-        out.write_text(json.dumps(content))
+    content: dict[str, Any] = {"style": style, "cities": cities}
+    content |= {name.replace(" ", "_"): _plain(asdict(errors)) for name, errors in rows.items()}
+    content |= {"fix_m": drive.fix.tolist(), "estimate_m": _plain(drive.estimate.tolist())}
+    return content
 
 
 def _drive(net: CrossViewModel, style: str, seed: int, frames: int, known: bool) -> DriveErrors:

@@ -6,10 +6,24 @@ import math
 from pathlib import Path
 
 from xview_loc.datasets.base import DatasetError, PoseDataset, Sample
+from xview_loc.datasets.kitti import KittiDataset
 from xview_loc.datasets.simulated import SimulatedDataset
+from xview_loc.datasets.vigor import Labels, VigorDataset
 from xview_loc.models.base import ModelSpec
 
-__all__ = ["DatasetError", "PoseDataset", "Sample", "SimulatedDataset", "open_dataset"]
+__all__ = [
+    "DatasetError",
+    "KittiDataset",
+    "PoseDataset",
+    "Sample",
+    "SimulatedDataset",
+    "VigorDataset",
+    "open_dataset",
+]
+
+# The benchmark's own test turns tiles by up to so much where the heading is not known.
+_KITTI_ROTATION_DEG = 10.0
+_FORMS = "simulated:STYLE:CITIES:FRAMES, vigor:ROOT:SPLIT, kitti:ROOT:SPLIT"
 
 
 def open_dataset(
@@ -19,13 +33,26 @@ def open_dataset(
     reach_m: float = math.inf,
     cache_dir: Path | None = None,
     augment: bool = False,
+    labels: Labels = "corrected",
+    heading_known: bool = True,
 ) -> PoseDataset:
     """The dataset that ``text`` names, for a model of ``spec`` that finds cameras up to ``reach_m`` from a
     tile's centre; DatasetError on what is not one.
 
-    ``simulated:STYLE:CITIES:FRAMES``: cities ``3`` or ``0-23`` of a style, so many frames in each.
+    ``simulated:STYLE:CITIES:FRAMES``: cities ``3`` or ``0-23`` of a style, so many frames in each;
+    ``reach_m``, ``cache_dir`` and ``augment`` are :class:`SimulatedDataset`'s.
+    ``vigor:ROOT:SPLIT``: a split of :class:`VigorDataset`, with its ``labels``; unless ``heading_known``,
+    panoramas are turned at random.
+    ``kitti:ROOT:SPLIT``: a split of :class:`KittiDataset`; unless ``heading_known``, tiles are turned by up
+    to 10 degrees either way.
     """
     kind, _, rest = text.partition(":")
     if kind == "simulated":
         return SimulatedDataset.parse(rest, spec, reach_m=reach_m, cache_dir=cache_dir, augment=augment)
-    raise DatasetError(f"unknown dataset {text!r}; known: simulated:STYLE:CITIES:FRAMES")
+    root, colon, split = rest.rpartition(":")
+    if kind == "vigor" and colon:
+        return VigorDataset(Path(root), split, spec, labels=labels, heading_known=heading_known)
+    if kind == "kitti" and colon:
+        rotation = 0.0 if heading_known else _KITTI_ROTATION_DEG
+        return KittiDataset(Path(root), split, spec, rotation_deg=rotation)
+    raise DatasetError(f"unknown dataset {text!r}; known: {_FORMS}")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import TypedDict, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,8 @@ from torch.utils.data import Dataset
 
 from xview_loc.errors import UserError
 from xview_loc.geodesy import LocalProjection
+
+T = TypeVar("T")
 
 
 class DatasetError(UserError):
@@ -99,10 +102,37 @@ class PairSource(Dataset[PairSample]):
     def __len__(self) -> int:
         raise NotImplementedError
 
+    def __getitem__(self, index: int) -> PairSample:
+        raise NotImplementedError
+
     def track(self) -> Track | None:
         """Where the pairs come from a vehicle's drives: along which."""
         return None
 
 
-class PoseDataset(PairSource, Dataset[Sample]):
+def clearly(batches: Iterable[T]) -> Iterator[T]:
+    """A loader's batches; an error of its worker processes is said in one line, as without them."""
+    try:
+        yield from batches
+    except UserError as error:
+        # A worker's comes with its traceback, which ends with the error's type and message.
+        message = str(error).strip().splitlines()[-1]
+        raise DatasetError(
+            message.removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
+        ) from None
+
+
+class PoseDataset(PairSource):
     """Pairs with known poses."""
+
+    def __getitem__(self, index: int) -> Sample:
+        raise NotImplementedError
+
+    def true_from_fix(self) -> NDArray[np.float64]:
+        """Metres (N, 2) from each coarse fix to the true place: east and north, on a north-up tile."""
+        offsets = []
+        for index in range(len(self)):
+            sample = self[index]
+            down, right = ((sample["position"] - sample["fix"]) * sample["meters_per_pixel"]).tolist()
+            offsets.append((right, -down))
+        return np.array(offsets, np.float64).reshape(-1, 2)

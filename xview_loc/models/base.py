@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -27,6 +28,11 @@ class ModelSpec:
     gsd: float
     bins: int
     aerial_up: Literal["north", "left"] = "north"
+
+    @property
+    def nominal_heading(self) -> float:
+        """Of an image whose heading is known, in the convention of :attr:`HeatMaps.orientation`, radians."""
+        return 0.0 if self.aerial_up == "north" else math.pi / 2
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types, for a checkpoint's metadata."""
@@ -90,6 +96,11 @@ class CrossViewModel(nn.Module):
     spec: ModelSpec
     extra_inputs: frozenset[str] = frozenset()
     ignored_weights: tuple[str, ...] = ()
+
+    @property
+    def level_count(self) -> int:
+        """How many levels ``match`` returns."""
+        raise NotImplementedError
 
     @property
     def grid(self) -> HeatMapGrid:

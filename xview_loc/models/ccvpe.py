@@ -242,6 +242,11 @@ class CCVPE(CrossViewModel):
         """See :meth:`CrossViewModel.match_levels`."""
         return self._climb(self.encode_ground(ground), features, heading_prior_deg, count)[0]
 
+    @property
+    def level_count(self) -> int:
+        """See :attr:`CrossViewModel.level_count`."""
+        return self._levels
+
     def _climb(
         self,
         descriptors: list[Tensor],
@@ -269,7 +274,9 @@ class CCVPE(CrossViewModel):
         half = math.floor(min(heading_prior_deg, 180.0) * count / 360)
         if 2 * half + 1 >= count:
             return torch.arange(count)
-        return torch.arange(-half, half + 1) % count
+        # Bins run against the headings.
+        middle = -round(self.spec.nominal_heading / (2 * math.pi) * count)
+        return (torch.arange(-half, half + 1) + middle) % count
 
     def _scores(self, level: int, x: Tensor, descriptor: Tensor, bins: Tensor) -> Tensor:
         """Cosine similarity (B, bins, h, w) of the turned ground descriptor and the unit features ``x``.

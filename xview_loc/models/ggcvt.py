@@ -168,6 +168,11 @@ class GGCVT(CrossViewModel):
         return (self.map_size - 1) / 2 * _STRIDES[-1] * self.spec.gsd
 
     @property
+    def level_count(self) -> int:
+        """See :attr:`CrossViewModel.level_count`."""
+        return len(_STRIDES)
+
+    @property
     def map_size(self) -> int:
         """See :attr:`CrossViewModel.map_size`."""
         return self.spec.aerial_size // _STRIDES[-1] - self.crop_sizes()[-1] + 1

@@ -1,0 +1,438 @@
+"""Knowledge self-distillation: labels, filter, losses, stages that survive a kill, and the verdict."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from xview_loc.adaptation.distill import AdaptationOptions, Distillation
+from xview_loc.adaptation.indicators import Indicators, Views, look
+from xview_loc.adaptation.pseudo_labels import (
+    AdaptationError,
+    PseudoLabels,
+    distance_m,
+    label_pairs,
+    reliable,
+)
+from xview_loc.adaptation.report import write_results
+from xview_loc.adaptation.verdict import judge
+from xview_loc.camera import encode_jpeg
+from xview_loc.datasets import SimulatedDataset
+from xview_loc.datasets.base import PairSample, PairSource, true_from_fix
+from xview_loc.datasets.pairs import PairDataset
+from xview_loc.geodesy import LocalProjection
+from xview_loc.imagery import AerialTile
+from xview_loc.losses import DistillationLoss, pool_label
+from xview_loc.models import create_model
+from xview_loc.models.checkpoint import Checkpoint, load_checkpoint, load_model
+from xview_loc.pairs import Pair, PairWriter
+from xview_loc.training import TrainingError, make_fabric
+
+ROOT = Path(__file__).resolve().parent.parent
+SPEC = create_model("ccvpe-small").spec
+START_NS = 1_700_000_000_000_000_000
+FABRIC = make_fabric("cpu")
+
+
+@pytest.fixture(scope="session")
+def teacher() -> Checkpoint:
+    return load_model("ccvpe-small")
+
+
+@pytest.fixture(scope="session")
+def city(tmp_path_factory: pytest.TempPathFactory) -> SimulatedDataset:
+    """Forty pairs of a target-style city, with their truth."""
+    dataset = SimulatedDataset("target", range(3, 4), 40, SPEC, cache_dir=tmp_path_factory.mktemp("cities"))
+    dataset.prepare()
+    return dataset
+
+
+def options(model: object, **changes: object) -> AdaptationOptions:
+    return AdaptationOptions.published(
+        model,  # type: ignore[arg-type]
+        **{"sigma": 2.0, "epochs": 1, "batch_size": 4, "held_out": 0.2, **changes},  # type: ignore[arg-type]
+    )
+
+
+def labels_at(position: np.ndarray, index: np.ndarray | None = None, **changes: object) -> PseudoLabels:
+    count = len(position)
+    one = np.ones(count, np.float32)
+    columns = {
+        "index": np.arange(count) if index is None else index,
+        "position": position.astype(np.float32),
+        "heading": 0 * one,
+        "fix": np.full((count, 2), 79.5, np.float32),
+        "fix_std": 10 * one,
+        "meters_per_pixel": 0.5 * one,
+        "entropy": one,
+        "peak_mass": 0.5 * one,
+    }
+    return PseudoLabels(**{**columns, **changes})  # type: ignore[arg-type]
+
+
+def test_labels_are_the_model_s_own_maxima(
+    teacher: Checkpoint, city: SimulatedDataset, tmp_path: Path
+) -> None:
+    labels = label_pairs(FABRIC, teacher.model, city, tmp_path / "labels.npz", batch_size=7)
+    assert labels.index.tolist() == list(range(40))
+    sample = city[11]
+    with torch.inference_mode():
+        features = teacher.model.encode_aerial(sample["aerial"][None])
+        logits = teacher.model.match(sample["ground"][None], features, 0.0).logits[0]
+    row, col = divmod(int(logits.argmax()), SPEC.aerial_size)
+    assert labels.position[11].tolist() == [row, col]
+    share = logits.flatten().softmax(0)
+    assert labels.entropy[11] == pytest.approx(float(-(share * share.log()).sum()), rel=1e-4)
+    # Better than the coarse fixes, which are anywhere on the tile.
+    errors = np.linalg.norm(labels.from_fix - city.true_from_fix(), axis=1)
+    assert np.median(errors) < 0.5 * np.median(np.linalg.norm(city.true_from_fix(), axis=1))
+    again = PseudoLabels.load(tmp_path / "labels.npz")
+    assert np.array_equal(again.position, labels.position)
+
+
+def test_unknown_headings_are_turned_and_told_back(
+    teacher: Checkpoint, city: SimulatedDataset, tmp_path: Path
+) -> None:
+    """Where no heading was recorded the label has the model's own, of the image as it was stored."""
+
+    class Unaware(PairSource):
+        name = "unaware"
+
+        def __len__(self) -> int:
+            return 40
+
+        def __getitem__(self, index: int) -> PairSample:
+            sample: PairSample = {**city[index]}  # type: ignore[typeddict-item]
+            # Stored a quarter turn to the left of north.
+            return {
+                **sample,
+                "ground": sample["ground"].roll(SPEC.ground_size[1] // 4, 2),
+                "heading_known": torch.tensor(False),
+            }
+
+    labels = label_pairs(FABRIC, teacher.model, Unaware(), tmp_path / "a.npz", heading_prior_deg=None, seed=3)
+    errors = np.linalg.norm(labels.from_fix - city.true_from_fix(), axis=1)
+    found = errors < 3.0
+    assert found.sum() >= 10
+    off = np.angle(np.exp(1j * (labels.heading[found] - math.pi / 2)))
+    assert np.median(np.abs(off)) < math.radians(12)
+    known = label_pairs(FABRIC, teacher.model, city, tmp_path / "b.npz", heading_prior_deg=None, seed=3)
+    assert not known.heading.any()
+
+
+def test_the_filter_keeps_what_two_models_agree_on() -> None:
+    a = labels_at(np.zeros((10, 2)))
+    b = labels_at(np.array([[i, 0.0] for i in range(10)]))
+    assert distance_m(a, b).tolist() == [0.5 * i for i in range(10)]
+    assert reliable(a, b, 0.5).tolist() == [True] * 5 + [False] * 5
+    assert reliable(a, b, 1.0).all()
+    assert reliable(a, a, 0.8).all()  # nothing tells them apart
+
+
+def numpy_info_nce(scores: np.ndarray, target: np.ndarray) -> float:
+    exponent = scores.astype(np.float64) / 0.1
+    log_share = exponent - np.log(np.exp(exponent - exponent.max()).sum()) - exponent.max()
+    return float(-(target * log_share).sum() / target.sum())
+
+
+@pytest.mark.parametrize("name", ["ccvpe-small", "ggcvt-small"])
+def test_the_loss_is_that_of_an_independent_computation(name: str) -> None:
+    torch.manual_seed(0)
+    model = create_model(name).eval()
+    size, side = model.spec.aerial_size, model.map_size
+    batch = {
+        "ground": torch.randn(1, 3, *model.spec.ground_size),
+        "aerial": torch.randn(1, 3, size, size),
+        "position": torch.tensor([[size / 2 + 9.0, size / 2 - 14.0]]),
+        "heading": torch.tensor([0.3]),
+        "meters_per_pixel": torch.tensor([model.spec.gsd]),
+    }
+    prior = None if model.spec.bins else 0.0
+    count = model.level_count - 1
+    extra = {key: batch[key] for key in model.extra_inputs}
+    with torch.no_grad():
+        got = float(DistillationLoss(count, 3.0)(model, batch, prior))
+        maps = model.match(batch["ground"], model.encode_aerial(batch["aerial"]), prior, **extra)
+    row, col = ((batch["position"][0] - torch.tensor(maps.grid.origin)) / maps.grid.scale).tolist()
+    y, x = np.mgrid[:side, :side]
+    label = np.exp(-((y - row) ** 2 + (x - col) ** 2) / 18.0)
+    total = 0.0
+    for level in maps.levels[:count]:
+        cells = level.shape[2]
+        stride = round(side / cells)
+        # A cell covers the finest map's pixels within half a stride of its centre.
+        centres = (side - 1) / 2 + (np.arange(cells) - (cells - 1) / 2) * stride
+        covered = [np.abs(np.arange(side) - centre) <= stride / 2 for centre in centres]
+        pooled = np.array([[label[rows][:, cols].max() for cols in covered] for rows in covered])
+        bins = np.zeros(level.shape[1])
+        if model.spec.bins:
+            place = 0.3 / (2 * math.pi) * model.spec.bins
+            first = (model.spec.bins - int(place)) % model.spec.bins
+            bins[first], bins[(first - 1) % model.spec.bins] = 1 - place % 1, place % 1
+        else:
+            bins[:] = 1.0
+        total += numpy_info_nce(level[0].numpy(), bins[:, None, None] * pooled)
+    assert got == pytest.approx(1e4 * total / count, rel=1e-4)
+
+
+def test_levels_without_the_rest_are_the_same(city: SimulatedDataset, teacher: Checkpoint) -> None:
+    sample = city[0]
+    with torch.inference_mode():
+        features = teacher.model.encode_aerial(sample["aerial"][None])
+        whole = teacher.model.match(sample["ground"][None], features, None).levels
+        first = teacher.model.match_levels(sample["ground"][None], features, None, 2)
+    assert len(first) == 2 and all(torch.equal(a, b) for a, b in zip(first, whole, strict=False))
+
+
+def test_labels_are_pooled_about_a_common_centre() -> None:
+    label = torch.zeros(1, 69, 69)
+    label[0, 34 + 8, 34 - 12] = 1.0  # two and three coarse cells from the centre
+    pooled = pool_label(label, 35)
+    assert divmod(int(pooled[0].argmax()), 35) == (17 + 4, 17 - 6)
+    even = torch.zeros(1, 160, 160)
+    even[0, 31, 159] = 1.0
+    assert divmod(int(pool_label(even, 10)[0].argmax()), 10) == (1, 9)
+
+
+def test_without_learning_the_student_is_its_teacher(
+    teacher: Checkpoint, city: SimulatedDataset, tmp_path: Path
+) -> None:
+    run = Distillation(FABRIC, teacher, city, tmp_path, options(teacher.model, learning_rate=0.0))
+    adapted = run.run()
+    assert np.array_equal(adapted.teacher.position, adapted.auxiliary.position)
+    student = adapted.student.load().model.state_dict()
+    for key, value in teacher.model.state_dict().items():
+        assert torch.equal(value, student[key]), key
+    verdict = judge(*(Indicators.of(views, None) for views in (adapted.before, adapted.after)))
+    assert not verdict.deploy
+
+
+def test_no_filter_is_all_labels(teacher: Checkpoint, city: SimulatedDataset, tmp_path: Path) -> None:
+    adapted = Distillation(FABRIC, teacher, city, tmp_path, options(teacher.model, keep=1.0)).run()
+    assert adapted.kept.all() and adapted.student == adapted.auxiliary_student
+
+
+def test_results_say_what_they_come_from(teacher: Checkpoint, city: SimulatedDataset, tmp_path: Path) -> None:
+    run = Distillation(
+        FABRIC, teacher, city, tmp_path, options(teacher.model), true_from_fix=city.true_from_fix()
+    )
+    metrics = write_results(run, run.run(), tmp_path, {"version": "0"})
+    written = load_checkpoint(tmp_path / "student.safetensors")
+    assert written.metadata["parent"] == teacher.sha256
+    assert written.metadata["adaptation"]["data"] == city.name
+    assert json.loads((tmp_path / "metrics.json").read_text())["student_sha256"] == written.sha256
+    assert metrics["pairs"] == 40 and metrics["held_out"] == 8 and metrics["trained_on"] == 25
+    assert metrics["true_errors"]["teacher, held out"]["frames"] == 8
+    assert {"label_free_mean_m", "best_mean_m"} <= set(metrics["epoch_picks"])
+    page = (tmp_path / "report.html").read_text()
+    assert "Outlier filter" in page and "deploy" in page and page.count("data:image/png") >= 6
+
+
+def write_pairs(
+    folder: Path,
+    count: int,
+    *,
+    heading: float | None = 0.4,
+    tile_px: int = SPEC.aerial_size,
+    damage: int = -1,
+) -> list[tuple[float, float]]:
+    """A straight drive of 5 m between pairs, on tiles of noise; returns the coarse fixes."""
+    rng = np.random.default_rng(0)
+    plane = LocalProjection(48.2, 16.37)
+    tile = AerialTile(rng.integers(0, 255, (tile_px, tile_px, 3), np.uint8), 48.2, 16.37, SPEC.gsd)
+    writer = PairWriter(folder, {"vehicle": "test"})
+    fixes = []
+    for number in range(count):
+        image = encode_jpeg(rng.integers(0, 255, (64, 256, 3), np.uint8), 90)
+        if number == damage:
+            image = image[:40]
+        lat, lon = plane.inverse(5.0 * number * math.cos(0.4), 5.0 * number * math.sin(0.4))
+        fixes.append((lat, lon))
+        stamp = START_NS + number * 1_000_000_000
+        pair = Pair(stamp, "jpeg", image, lat, lon, fix_covariance=np.eye(2) * 100, heading=heading)
+        writer.add(pair, tile)
+    writer.close()
+    return fixes
+
+
+def test_pairs_that_cannot_be_read_are_left_out(teacher: Checkpoint, tmp_path: Path) -> None:
+    write_pairs(tmp_path / "pairs", 6, damage=2, tile_px=SPEC.aerial_size + 32)
+    labels = label_pairs(FABRIC, teacher.model, PairDataset([tmp_path / "pairs"], SPEC), tmp_path / "l.npz")
+    assert labels.index.tolist() == [0, 1, 3, 4, 5]
+    assert labels.fix_std.tolist() == [10.0] * 5
+
+
+def test_unusable_pairs_say_so(teacher: Checkpoint, tmp_path: Path) -> None:
+    write_pairs(tmp_path / "few", 3)
+    source = PairDataset([tmp_path / "few"], SPEC)
+    with pytest.raises(AdaptationError, match="3 pairs are too few"):
+        Distillation(FABRIC, teacher, source, tmp_path, options(teacher.model))
+    with pytest.raises(AdaptationError, match="0 pairs are too few"):
+        Distillation(FABRIC, teacher, PairDataset([], SPEC), tmp_path, options(teacher.model))
+    write_pairs(tmp_path / "small", 9, tile_px=64)
+    small = PairDataset([tmp_path / "small"], SPEC)
+    run = Distillation(FABRIC, teacher, small, tmp_path, options(teacher.model))
+    with pytest.raises(AdaptationError, match=r"none of 9 pairs can be used: .* 64 px"):
+        run.run()
+
+
+def test_training_stops_at_a_loss_that_is_not_finite(
+    teacher: Checkpoint, city: SimulatedDataset, tmp_path: Path
+) -> None:
+    run = Distillation(FABRIC, teacher, city, tmp_path, options(teacher.model, learning_rate=1e18, epochs=2))
+    with pytest.raises(TrainingError, match=r"not finite at step \d+"):
+        run.run()
+
+
+def test_motion_and_truth_are_measured_along_the_drive(tmp_path: Path) -> None:
+    fixes = write_pairs(tmp_path / "pairs", 5)
+    track = PairDataset([tmp_path / "pairs"], SPEC).track()
+    assert track.lat.tolist() == pytest.approx([lat for lat, _ in fixes])
+    assert np.isnan(track.moved).all()  # no odometry
+    moved = np.tile([5.0 * math.cos(0.4), 5.0 * math.sin(0.4)], (5, 1))
+    track = replace(track, moved=moved)
+    # Two pixels too far north at the fourth: 1 m, there and back.
+    position = np.full((5, 2), 79.5)
+    position[3, 0] -= 2
+    plain = labels_at(position)
+    indicators = Indicators.of(Views(plain, plain, None), track)
+    assert indicators.motion[1:] == pytest.approx([0.0, 0.0, 1.0, 1.0], abs=2e-3)
+    assert np.isnan(indicators.motion[0])
+    assert indicators.fix_sigmas == pytest.approx([0, 0, 0, 0.1, 0])
+    some = track.rows(np.array([0, 2, 3]))
+    assert np.isnan(some.moved[:2]).all() and np.isfinite(some.moved[2]).all()
+    lat, lon = LocalProjection(*fixes[1]).inverse(3.0, -4.0)
+    places = true_from_fix(track.rows(np.array([1])), np.array([lat]), np.array([lon]))
+    assert places == pytest.approx(np.array([[3.0, -4.0]]), abs=1e-6)
+
+
+def test_views_move_with_the_tile(city: SimulatedDataset, teacher: Checkpoint) -> None:
+    views = look(teacher.model, city, np.arange(20))
+    near = distance_m(views.plain, views.shifted)
+    assert np.median(near) < 1.0  # the place is the same wherever the tile is cut
+    assert views.turned is not None and np.median(distance_m(views.plain, views.turned)) < 1.5
+    summary = Indicators.of(views, None).summary()
+    assert "motion" not in summary and summary["score"] > 0
+
+
+def test_the_verdict_follows_the_evidence() -> None:
+    rng = np.random.default_rng(0)
+    nan = np.full(200, math.nan)
+
+    def indicators(level: float, sigmas: float = 1.0) -> Indicators:
+        return Indicators(rng.exponential(level, 200), nan, nan, np.full(200, sigmas), nan, nan)
+
+    worse, better, stray = indicators(3.0), indicators(1.0), indicators(1.0, 4.0)
+    assert judge(worse, better).deploy
+    assert not judge(better, worse).deploy
+    assert not judge(worse, worse).deploy
+    far = judge(worse, stray)
+    assert not far.deploy and "100.0% of them lie more than 3 sigma" in far.reasons[1]
+
+
+COMMAND = [sys.executable, "-m", "xview_loc.cli"]
+
+
+def adapt_words(out: Path, *more: str) -> list[str]:
+    words = ["adapt", "simulated:target:3:40", "--out", str(out), "--accelerator", "cpu", "--sigma", "2"]
+    return [*words, "--epochs", "2", "--batch-size", "4", "--held-out", "0.2", *more]
+
+
+def environment(cache: Path) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(cache)}
+
+
+def run_command(*words: str, cache: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *words], capture_output=True, text=True, cwd=ROOT, env=environment(cache), timeout=200
+    )
+
+
+@pytest.mark.timeout(400)
+def test_a_killed_adaptation_ends_with_the_same_figures(tmp_path: Path) -> None:
+    """Killed at random instants in every stage, and run again each time."""
+    cache = tmp_path / "cache"
+    whole = run_command(*adapt_words(tmp_path / "whole"), cache=cache)
+    assert whole.returncode == 0, whole.stderr
+    stages = ("teacher labels", "auxiliary student", "auxiliary labels", "student")
+    rng = random.Random(0)
+    for stage in stages:
+        command = [*COMMAND, *adapt_words(tmp_path / "cut")]
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment(cache)
+        )
+        assert process.stdout is not None
+        lines = (line for line in process.stdout if line.startswith(stage))
+        for _ in range(rng.randint(1, 3)):
+            next(lines, None)
+        process.send_signal(signal.SIGKILL)
+        process.wait(10)
+    again = run_command(*adapt_words(tmp_path / "cut"), cache=cache)
+    assert again.returncode == 0, again.stderr
+    one, other = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("whole", "cut"))
+    del one["student_sha256"], other["student_sha256"]  # of files that name their own folder
+    assert one == other
+    students = [load_checkpoint(tmp_path / name / "student.safetensors") for name in ("whole", "cut")]
+    for key, value in students[0].model.state_dict().items():
+        assert torch.equal(value, students[1].model.state_dict()[key]), key
+
+
+@pytest.mark.timeout(300)
+def test_two_processes_make_the_same_labels(teacher: Checkpoint, tmp_path: Path) -> None:
+    """Gloo on one machine: labels as of one process, and a student about as good."""
+    cache = tmp_path / "cache"
+    outs = [tmp_path / "one", tmp_path / "two"]
+    for out, more in zip(outs, ([], ["--devices", "2"]), strict=True):
+        done = run_command(*adapt_words(out, *more), cache=cache)
+        assert (out / "metrics.json").exists(), done.stderr
+    labels = []
+    for out in outs:
+        found = [PseudoLabels.load(path) for path in (out / "stages").glob("labels-*.npz")]
+        expected = label_pairs(FABRIC, teacher.model, _simulated(cache), tmp_path / f"{out.name}.npz")
+        labels += [x for x in found if np.array_equal(x.position, expected.position)]
+    assert len(labels) == 2
+    errors = [json.loads((out / "metrics.json").read_text())["true_errors"] for out in outs]
+    assert errors[0]["teacher, held out"] == errors[1]["teacher, held out"]
+    assert errors[0]["pseudo ground truth"] == errors[1]["pseudo ground truth"]
+
+
+def _simulated(cache: Path) -> SimulatedDataset:
+    return SimulatedDataset("target", range(3, 4), 40, SPEC, cache_dir=cache / "xview_loc" / "simulated")
+
+
+def test_the_command_says_what_is_wrong(tmp_path: Path) -> None:
+    write_pairs(tmp_path / "pairs", 12)
+    pairs, out = str(tmp_path / "pairs"), str(tmp_path / "out")
+    table = tmp_path / "truth.csv"
+    table.write_text("stamp,lat,lon\n12.5,48.2,16.37\n")
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(b"rubbish")
+    for words, message in (
+        (["adapt", pairs, "--out", out, "--heading", "north"], "known, unknown or 0 to 180"),
+        (["adapt", pairs, "--out", out, "--truth", str(table)], "says nothing about the times"),
+        (["adapt", pairs, "--out", out, "--checkpoint", str(other)], "other.safetensors"),
+        (["adapt", str(tmp_path / "none"), "--out", out], "none"),
+        (["ablate", pairs, "--out", out], "give --truth"),
+    ):
+        done = run_command(*words)
+        assert done.returncode in (1, 2) and message in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_dry_run_does_nothing(tmp_path: Path) -> None:
+    write_pairs(tmp_path / "pairs", 12)
+    done = run_command("adapt", str(tmp_path / "pairs"), "--out", str(tmp_path / "out"), "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "auxiliary student: 10 pairs, about" in done.stdout and "MB of disk" in done.stdout
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,104 @@
+"""What each part of the adaptation adds, on one's own data: the paper's Table 2 and its Figures 5 and 6."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from xview_loc.adaptation.distill import Distillation, Student
+from xview_loc.adaptation.pseudo_labels import reliable
+from xview_loc.datasets.base import PairSource
+from xview_loc.evaluation import Errors
+from xview_loc.files import write_whole
+from xview_loc.models.checkpoint import Checkpoint
+from xview_loc.report import Page
+
+Array = NDArray[np.float64]
+KEEPS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+TABLE = ("Teacher", "Student-M-OF", "Student+M-OF", "Student+M+OF")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model's true errors; levels (K') and keep (T) are None for the teacher."""
+
+    name: str
+    levels: int | None
+    keep: float | None
+    errors: Errors
+
+
+def run_ablation(distillation: Distillation, measured: tuple[PairSource, Array] | None = None) -> list[Row]:
+    """Teacher, Student-M-OF (its heat maps as labels), Student+M-OF, Student+M+OF, then K' and T swept.
+
+    ``measured``: pairs and the metres (N, 2) from their coarse fixes to their true places, on which errors
+    are measured; by default the held-out pairs, whose truth must be known.
+    """
+    options = distillation.options
+    labels = distillation.teacher_labels()
+
+    def errors(checkpoint: Checkpoint) -> Errors:
+        return Errors.of(distillation.errors_on(checkpoint, measured))
+
+    def student(levels: int, keep: float, mode_based: bool = True) -> Student:
+        loss = distillation.loss(levels, mode_based)
+        auxiliary = distillation.student(labels, loss, f"student K'={levels} T=100%")
+        if keep == 1:
+            return auxiliary
+        other = distillation.labels_of(auxiliary, f"labels K'={levels}").of(labels.index)
+        kept = labels.rows(reliable(labels, other, keep))
+        return distillation.student(kept, loss, f"student K'={levels} T={keep:.0%}")
+
+    levels, keep = options.levels, options.keep
+    rows = [Row("Teacher", None, None, errors(distillation.teacher))]
+    for name, share, mode_based in (
+        ("Student-M-OF", 1.0, False),
+        ("Student+M-OF", 1.0, True),
+        ("Student+M+OF", keep, True),
+    ):
+        rows.append(Row(name, levels, share, errors(student(levels, share, mode_based).load())))
+    for count in range(1, distillation.level_count + 1):
+        rows.append(Row(f"K' = {count}", count, keep, errors(student(count, keep).load())))
+    for share in KEEPS:
+        rows.append(Row(f"T = {share:.0%}", levels, share, errors(student(levels, share).load())))
+    return rows
+
+
+def write_ablation(rows: Sequence[Row], distillation: Distillation, folder: Path) -> None:
+    """Write ``ablation.json`` and ``ablation.html`` (the table and both sweeps)."""
+    write_whole(folder / "ablation.json", json.dumps([asdict(row) for row in rows], indent=1).encode())
+    page = Page(f"Ablation of {distillation.teacher.model.spec.name}")
+    page.text(f"{rows[0].errors.frames} pairs; data {distillation.source.name}")
+    page.heading("Parts (Table 2 of the paper)")
+    page.table(
+        ["", "mean, m", "median, m"],
+        [[r.name, f"{r.errors.mean:.2f}", f"{r.errors.median:.2f}"] for r in rows if r.name in TABLE],
+    )
+    for title, attribute in (
+        ("Supervised levels K' (Figure 5)", "levels"),
+        ("Share kept T (Figure 6)", "keep"),
+    ):
+        start = "K'" if attribute == "levels" else "T ="
+        page.heading(title)
+        page.figure(_sweep([r for r in rows if r.name.startswith(start)], rows[0], attribute), title)
+    page.write(folder / "ablation.html")
+
+
+def _sweep(rows: Sequence[Row], teacher: Row, attribute: str) -> Figure:
+    figure = Figure(figsize=(8, 3.2))
+    values: list[Any] = [getattr(row, attribute) for row in rows]
+    for number, statistic in enumerate(("mean", "median"), start=1):
+        axes = figure.add_subplot(1, 2, number)
+        axes.plot(values, [getattr(row.errors, statistic) for row in rows], "o-", label="student")
+        axes.axhline(getattr(teacher.errors, statistic), color="0.5", linestyle="--", label="teacher")
+        axes.set(xlabel="K'" if attribute == "levels" else "T", ylabel=f"{statistic} error, m", xticks=values)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    return figure

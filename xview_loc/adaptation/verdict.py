@@ -1,0 +1,65 @@
+"""Deploy a student or not: paired evidence from held-out pairs, without ground truth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xview_loc.adaptation.indicators import Indicators
+
+Array = NDArray[np.float64]
+
+# Consecutive pairs show the same street: they are drawn together.
+_STRETCH = 10
+_DRAWS = 2000
+# How sure the evidence must be.
+_SURE = 0.95
+# Estimates further from the coarse fix than this many standard deviations contradict it.
+_FAR_SIGMAS = 3.0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """``deploy``: whether the student may replace its teacher; ``reasons``: the evidence, line by line.
+
+    probability_better: that the student's label-free score is the better one. score_change: m, with its 95 %
+    interval; negative is better.
+    """
+
+    deploy: bool
+    reasons: list[str]
+    probability_better: float
+    score_change: tuple[float, float, float]
+
+
+def bootstrap_means(differences: Array, seed: int = 0) -> Array:
+    """Means of resampled stretches of ten consecutive ``differences`` (N,), which may hold not-a-numbers."""
+    count = max(1, len(differences) // _STRETCH)
+    stretches = np.array_split(differences, count)
+    sums = np.array([np.nansum(s) for s in stretches])
+    counts = np.array([np.isfinite(s).sum() for s in stretches])
+    drawn = np.random.default_rng(seed).integers(0, count, (_DRAWS, count))
+    return np.asarray(sums[drawn].sum(1) / np.maximum(counts[drawn].sum(1), 1), np.float64)
+
+
+def judge(before: Indicators, after: Indicators) -> Verdict:
+    """Compare teacher and student on the same held-out pairs, in the order in which they were driven."""
+    change = after.score_terms() - before.score_terms()
+    means = bootstrap_means(change)
+    low, high = np.quantile(means, [0.025, 0.975])
+    better = float((means < 0).mean())
+    mean = float(np.nanmean(change))
+    far_before, far_after = (i.fix_sigmas > _FAR_SIGMAS for i in (before, after))
+    strays = bootstrap_means(far_after.astype(np.float64) - far_before)
+    stray_more = float((strays > 0).mean())
+    consistent, close = better >= _SURE, stray_more < _SURE
+    reasons = [
+        f"estimates contradict themselves by {np.nanmean(after.score_terms()):.2f} m instead of "
+        f"{np.nanmean(before.score_terms()):.2f} m ({mean:+.2f} m, 95 % interval {low:+.2f} to {high:+.2f}): "
+        + ("better" if consistent else "not surely better"),
+        f"{far_after.mean():.1%} of them lie more than {_FAR_SIGMAS:.0f} sigma from their coarse fix instead "
+        f"of {far_before.mean():.1%}: " + ("no surely more" if close else "more than before"),
+    ]
+    return Verdict(consistent and close, reasons, better, (mean, float(low), float(high)))

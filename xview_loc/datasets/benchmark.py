@@ -1,0 +1,113 @@
+"""What the published benchmarks share: label files, images, and the paper's split of the target area."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xview_loc.camera import Image, ImageError, decode_compressed
+from xview_loc.datasets.base import DatasetError
+
+# Shares of the target area that a model is adapted on, picked by and tested on.
+PARTS = {"adapt": (0.0, 0.7), "validation": (0.7, 0.8), "test": (0.8, 1.0)}
+# The authors' release fixes its permutation and its panoramas' turns in files; both come from this seed of
+# NumPy's legacy generator, whose stream never changes.
+_SEED = 0
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file. Raises DatasetError where it cannot be read or is empty."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise DatasetError(f"{path} does not exist") from None
+    except OSError as error:
+        raise DatasetError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise DatasetError(f"{path} is not a text file") from None
+    if not lines:
+        raise DatasetError(f"{path} is empty")
+    return lines
+
+
+def read_image(path: Path, named_in: str) -> Image:
+    """RGB, uint8 (height, width, 3), of a JPEG or PNG file.
+
+    Raises DatasetError where it is missing, truncated or no image; ``named_in`` says which line names it.
+    """
+    try:
+        return decode_compressed(path.read_bytes())
+    except FileNotFoundError:
+        problem = "does not exist"
+    except OSError as error:
+        problem = f"cannot be read: {error.strerror}"
+    except ImageError as error:
+        problem = f"cannot be used: {error}"
+    raise DatasetError(f"{path} {problem} (named in {named_in})")
+
+
+def read_numbers(path: Path) -> NDArray[Any]:
+    """The numbers (N,) of a ``.npy`` file, or of a text file with one on each line. Raises DatasetError."""
+    if path.suffix != ".npy":
+        return np.array([_number(path, n, line) for n, line in enumerate(read_lines(path), start=1)])
+    try:
+        values = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise DatasetError(f"{path} does not exist") from None
+    except (OSError, ValueError) as error:
+        raise DatasetError(f"{path} is no .npy file: {error}") from None
+    if values.ndim != 1 or values.dtype.kind not in "iuf":
+        raise DatasetError(f"{path} holds no list of numbers, but {values.dtype} of shape {values.shape}")
+    return values
+
+
+def _number(path: Path, line: int, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise DatasetError(f"{path} line {line} is not a number: {text!r}") from None
+
+
+def part_of(part: str, count: int, order: Path | None = None) -> NDArray[np.int64]:
+    """Which of ``count`` samples of the target area belong to one of PARTS, in the permutation's order.
+
+    ``order`` is a file with the permutation (see :func:`read_numbers`); without one it is the paper's
+    authors' own, which is a fixed function of ``count``. Raises DatasetError.
+    """
+    permutation = np.random.RandomState(_SEED).permutation(count) if order is None else _order(order, count)
+    first, last = (int(share * count) for share in PARTS[part])
+    return permutation[first:last].astype(np.int64)
+
+
+def _order(path: Path, count: int) -> NDArray[Any]:
+    order = read_numbers(path)
+    if not np.array_equal(np.sort(order), np.arange(count)):
+        raise DatasetError(f"{path} is no permutation of the numbers 0 to {count - 1}")
+    return order
+
+
+def turns(count: int, path: Path | None = None) -> NDArray[np.float64]:
+    """A random share of a whole turn, 0..1, for each of ``count`` panoramas; the same ones every time.
+
+    ``path`` is a file with them (see :func:`read_numbers`); without one they are the paper's authors' own.
+    Raises DatasetError.
+    """
+    if path is None:
+        return np.random.RandomState(_SEED).random_sample(count)
+    values = read_numbers(path).astype(np.float64)
+    if len(values) != count or not ((values >= 0.0) & (values <= 1.0)).all():
+        raise DatasetError(f"{path} does not hold {count} shares of a turn between 0 and 1")
+    return values
+
+
+def digest(values: Iterable[object]) -> str:
+    """Sixteen hex digits that differ where the values' texts do, for a dataset's name."""
+    state = hashlib.sha256()
+    for value in values:
+        state.update(f"{value}\n".encode())
+    return state.hexdigest()[:16]
