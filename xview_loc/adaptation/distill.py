@@ -63,7 +63,7 @@ class AdaptationOptions:
     def published(cls, model: CrossViewModel, **changes: Any) -> AdaptationOptions:
         """The paper's for CCVPE or GGCVT; ``changes`` replace fields of these or of the training options."""
         ccvpe = isinstance(model, CCVPE)
-        training: dict[str, Any] = {"epochs": 3, "batch_size": 8 if ccvpe else 4, "fixed_batch_norm": True}
+        training: dict[str, Any] = {"epochs": 3, "batch_size": 8 if ccvpe else 4}
         training |= {
             name: changes.pop(name) for name in list(changes) if name in TrainingOptions.__annotations__
         }

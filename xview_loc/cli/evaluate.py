@@ -220,7 +220,7 @@ def _drive(net: CrossViewModel, style: str, seed: int, frames: int, known: bool)
         tempfile.TemporaryDirectory() as folder,
         AerialMap.open(str(city.write_geotiff(Path(folder) / "city.tif"))) as aerial,
     ):
-        tiles = TileStore(aerial, required_tile_px(spec), spec.gsd)
+        tiles = TileStore(aerial, required_tile_px(spec), spec.gsd, snap_m=net.reach_m / 2)
         localizer = Localizer(tiles, net, heading_prior_deg=0.0 if known else None)
         observations = (
             (

@@ -106,7 +106,7 @@ class LocalizerNode(VehicleNode):
 
     def _make_localizer(self, model: CrossViewModel) -> Localizer:
         p, spec = self._p, model.spec
-        tiles = self._open_map(required_tile_px(spec), spec.gsd)
+        tiles = self._open_map(required_tile_px(spec), spec.gsd, snap_m=model.reach_m / 2)
         prior = {"known": 0.0, "prior": p["heading_prior_deg"], "unknown": None}[p["heading_mode"]]
         radius = p["search_radius_m"]
         localizer = Localizer(

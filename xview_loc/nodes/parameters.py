@@ -36,7 +36,12 @@ _MAP: tuple[Parameter, ...] = (
     P("map_offline", False, "Use the disk cache alone, never the network."),
     P("map_max_zoom", 0, "Deepest zoom level of the tile server; 0: what the source says.", (0, 30)),
     P("map_deadline_s", 10.0, "Longest wait for one aerial tile, in seconds.", (0.1, 120.0)),
-    P("snap_m", 0.0, "Spacing of the tile centres in metres; 0: a quarter of a tile.", (0.0, 1000.0)),
+    P(
+        "snap_m",
+        0.0,
+        "Spacing of the tile centres in metres; 0: a quarter of the part of a tile that is searched.",
+        (0.0, 1000.0),
+    ),
 )
 _INPUTS: tuple[Parameter, ...] = (
     P("image_transport", "raw", "Type of the image topic.", choices=("raw", "compressed")),

@@ -216,10 +216,13 @@ class VehicleNode(LifecycleNode):
         self._last_image_at: float | None = None
         self.configure()
 
-    def _open_map(self, size_px: int, gsd: float) -> TileStore:
-        """Open the map that the parameters name, for tiles of this size."""
+    def _open_map(self, size_px: int, gsd: float, snap_m: float | None = None) -> TileStore:
+        """Open the map that the parameters name, for tiles of this size.
+
+        ``snap_m``: spacing of their centres where the parameters leave it open; None: a quarter of a tile.
+        """
         self._map = AerialMap.open(self._p["map"], self._map_options())
-        self._tiles = TileStore(self._map, size_px, gsd, self._p["snap_m"] or None)
+        self._tiles = TileStore(self._map, size_px, gsd, self._p["snap_m"] or snap_m)
         return self._tiles
 
     def _map_options(self) -> MapOptions:
