@@ -75,6 +75,7 @@ def labels_at(position: np.ndarray, index: np.ndarray | None = None, **changes: 
         "fix": np.full((count, 2), 79.5, np.float32),
         "fix_std": 10 * one,
         "meters_per_pixel": 0.5 * one,
+        "stray_sigmas": np.linalg.norm(position - 79.5, axis=1).astype(np.float32) / 20,
         "entropy": one,
         "peak_mass": 0.5 * one,
     }
@@ -92,13 +93,37 @@ def test_labels_are_the_model_s_own_maxima(
         logits = teacher.model.match(sample["ground"][None], features, 0.0).logits[0]
     row, col = divmod(int(logits.argmax()), SPEC.aerial_size)
     assert labels.position[11].tolist() == [row, col]
-    share = logits.flatten().softmax(0)
+    share = logits.flatten().softmax(0)  # a uniform fix on the tile: three sigma are all of it
     assert labels.entropy[11] == pytest.approx(float(-(share * share.log()).sum()), rel=1e-4)
     # Better than the coarse fixes, which are anywhere on the tile.
     errors = np.linalg.norm(labels.from_fix - city.true_from_fix(), axis=1)
     assert np.median(errors) < 0.5 * np.median(np.linalg.norm(city.true_from_fix(), axis=1))
     again = PseudoLabels.load(tmp_path / "labels.npz")
     assert np.array_equal(again.position, labels.position)
+
+
+def test_labels_are_near_the_fix(teacher: Checkpoint, city: SimulatedDataset, tmp_path: Path) -> None:
+    """Within three standard deviations, where the fix has any."""
+
+    class Sure(PairSource):
+        name = "sure"
+
+        def __len__(self) -> int:
+            return 40
+
+        def __getitem__(self, index: int) -> PairSample:
+            std = torch.tensor(math.nan if index == 5 else 2.0)
+            return {**city[index], "fix_std": std}  # type: ignore[typeddict-item]
+
+    labels = label_pairs(FABRIC, teacher.model, Sure(), tmp_path / "sure.npz")
+    free = label_pairs(FABRIC, teacher.model, city, tmp_path / "free.npz")
+    distances = np.linalg.norm(labels.from_fix, axis=1)
+    assert distances[labels.index != 5].max() <= 6.0
+    assert np.array_equal(labels.position[5], free.position[5])
+    near = np.linalg.norm(free.from_fix, axis=1) <= 6.0
+    assert np.array_equal(labels.position[near], free.position[near])
+    expected = np.linalg.norm(free.from_fix, axis=1) / 2.0
+    assert np.delete(labels.stray_sigmas, 5) == pytest.approx(np.delete(expected, 5), rel=1e-4)
 
 
 def test_unknown_headings_are_turned_and_told_back(
@@ -208,7 +233,9 @@ def test_labels_are_pooled_about_a_common_centre() -> None:
 def test_without_learning_the_student_is_its_teacher(
     teacher: Checkpoint, city: SimulatedDataset, tmp_path: Path
 ) -> None:
-    run = Distillation(FABRIC, teacher, city, tmp_path, options(teacher.model, learning_rate=0.0, fixed_batch_norm=True))
+    run = Distillation(
+        FABRIC, teacher, city, tmp_path, options(teacher.model, learning_rate=0.0, fixed_batch_norm=True)
+    )
     adapted = run.run()
     assert np.array_equal(adapted.teacher.position, adapted.auxiliary.position)
     student = adapted.student.load().model.state_dict()
@@ -309,7 +336,7 @@ def test_motion_and_truth_are_measured_along_the_drive(tmp_path: Path) -> None:
     indicators = Indicators.of(Views(plain, plain, None), track)
     assert indicators.motion[1:] == pytest.approx([0.0, 0.0, 1.0, 1.0], abs=2e-3)
     assert np.isnan(indicators.motion[0])
-    assert indicators.fix_sigmas == pytest.approx([0, 0, 0, 0.1, 0])
+    assert indicators.stray_sigmas == pytest.approx([0, 0, 0, 0.1, 0])
     some = track.rows(np.array([0, 2, 3]))
     assert np.isnan(some.moved[:2]).all() and np.isfinite(some.moved[2]).all()
     lat, lon = LocalProjection(*fixes[1]).inverse(3.0, -4.0)
@@ -338,7 +365,7 @@ def test_the_verdict_follows_the_evidence() -> None:
     assert not judge(better, worse).deploy
     assert not judge(worse, worse).deploy
     far = judge(worse, stray)
-    assert not far.deploy and "100.0% of them lie more than 3 sigma" in far.reasons[1]
+    assert not far.deploy and "100.0% of the maxima of whole maps lie more than 3 sigma" in far.reasons[1]
 
 
 COMMAND = [sys.executable, "-m", "xview_loc.cli"]

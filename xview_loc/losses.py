@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xview_loc.localizer import MIN_SEARCH_M, SEARCH_SIGMAS
 from xview_loc.models.base import CrossViewModel, HeatMaps
 from xview_loc.models.ccvpe import CCVPE
 from xview_loc.models.ggcvt import ranking_loss
@@ -161,6 +162,12 @@ class GGCVTLoss:
         return {"name": "ggcvt"}
 
 
+def search_radius(batch: Mapping[str, Tensor]) -> Tensor:
+    """Tile pixels (B,) from the coarse fix within which a camera is looked for, as the localizer does: three
+    standard deviations of the fix; not-a-number where these are not known."""
+    return (SEARCH_SIGMAS * batch["fix_std"]).clamp_min(MIN_SEARCH_M) / batch["meters_per_pixel"]
+
+
 @dataclass(frozen=True)
 class DistillationLoss:
     """Coarse-only supervision by pseudo ground truth (ECCV 2024, Sections 3.1 and 3.2).
@@ -207,7 +214,8 @@ class DistillationLoss:
         extra: dict[str, Any] = {name: batch[name] for name in teacher.extra_inputs}
         with torch.no_grad():
             features = teacher.encode_aerial(batch["aerial"])
-            logits = teacher.match(batch["ground"], features, heading_prior_deg, **extra).logits
+            maps = teacher.match(batch["ground"], features, heading_prior_deg, **extra)
+            logits = maps.within(batch["fix"], search_radius(batch)).logits
             share: Tensor = logits.float().flatten(1).softmax(1).view_as(logits)
         return share
 

@@ -106,14 +106,15 @@ class Indicators:
 
     tile_shift, turn: how far the estimate moves with the tile's cut and the panorama's turn, at most 20.
     motion: how far the step from the previous pair's estimate differs from the odometry's, at most 20;
-    not-a-number without. fix_sigmas: distance from the coarse fix in its standard deviations. entropy: nats.
-    peak_mass: probability within two metres of the maximum.
+    not-a-number without. stray_sigmas: distance from the coarse fix, in its standard deviations, of the
+    maximum that is not bound to be near it. entropy: nats. peak_mass: probability within two metres of the
+    maximum.
     """
 
     tile_shift: Array
     turn: Array
     motion: Array
-    fix_sigmas: Array
+    stray_sigmas: Array
     entropy: Array
     peak_mass: Array
 
@@ -126,12 +127,11 @@ class Indicators:
         def disagreement(other: PseudoLabels) -> Array:
             return np.minimum(distance_m(plain, other), _MOST_M)
 
-        spread = np.where(plain.fix_std > 0, plain.fix_std, math.nan)
         return cls(
             tile_shift=disagreement(views.shifted),
             turn=unknown if views.turned is None else disagreement(views.turned),
             motion=unknown if track is None else _motion(plain, track.rows(plain.index)),
-            fix_sigmas=np.linalg.norm(plain.from_fix, axis=1) / spread,
+            stray_sigmas=plain.stray_sigmas.astype(np.float64),
             entropy=plain.entropy.astype(np.float64),
             peak_mass=plain.peak_mass.astype(np.float64),
         )
@@ -144,7 +144,7 @@ class Indicators:
     def summary(self) -> dict[str, float]:
         """Means over the pairs that have them; ``score`` (m, the smaller the better) judges the model."""
         figures = {}
-        for name in ("tile_shift", "turn", "motion", "fix_sigmas", "entropy", "peak_mass"):
+        for name in ("tile_shift", "turn", "motion", "stray_sigmas", "entropy", "peak_mass"):
             values = getattr(self, name)
             if np.isfinite(values).any():
                 figures[name] = float(np.nanmean(values))

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from xview_loc.datasets.base import PairSample, PairSource, PoseDataset, Sample
 from xview_loc.errors import UserError
 from xview_loc.files import write_whole
+from xview_loc.losses import search_radius
 from xview_loc.models.base import CrossViewModel, HeatMaps
 from xview_loc.training import Batch, random_turns, turn_panoramas
 
@@ -36,10 +37,13 @@ class AdaptationError(UserError):
 class PseudoLabels:
     """What a model makes of pairs; one row for each of ``index`` (N,), int64, ascending.
 
+    Heat maps are those within three standard deviations of the coarse fix, where these are known.
+
     position: (N, 2), (row, col) of the heat map's maximum in tile pixels. heading: (N,), of the stored
     image's centre column, radians: the nominal one where the pair's heading is known, else that of the bin
     that wins at the maximum. fix: (N, 2), the coarse fix in tile pixels; fix_std: (N,), m.
-    meters_per_pixel: (N,), of the tile. entropy: (N,), of the finest map, nats. peak_mass: (N,), the
+    meters_per_pixel: (N,), of the tile. stray_sigmas: (N,), distance from the fix, in its standard
+    deviations, of the maximum on the whole map. entropy: (N,), of the finest map, nats. peak_mass: (N,), the
     probability within two metres of the maximum. All but the index are float32.
     """
 
@@ -49,6 +53,7 @@ class PseudoLabels:
     fix: NDArray[np.float32]
     fix_std: NDArray[np.float32]
     meters_per_pixel: NDArray[np.float32]
+    stray_sigmas: NDArray[np.float32]
     entropy: NDArray[np.float32]
     peak_mass: NDArray[np.float32]
 
@@ -181,10 +186,12 @@ def label_batch(
     if turns is not None:
         shown = turn_panoramas(shown, turns)
     extra: dict[str, Any] = {name: batch[name] for name in model.extra_inputs}
-    maps = model.match(shown["ground"], features, heading_prior_deg, **extra)
+    free = model.match(shown["ground"], features, heading_prior_deg, **extra)
+    maps = free.within(batch["fix"], search_radius(batch))
+    stray = (free.peak() - batch["fix"]).norm(dim=1) * batch["meters_per_pixel"] / batch["fix_std"]
     won = _winning_heading(model, maps) - shown["heading"]
     heading = torch.where(batch["heading_known"], model.spec.nominal_heading, won)
-    return _labels(batch, maps, heading), maps
+    return _labels(batch, maps, heading, stray), maps
 
 
 def _winning_heading(model: CrossViewModel, maps: HeatMaps) -> Tensor:
@@ -200,9 +207,8 @@ def _winning_heading(model: CrossViewModel, maps: HeatMaps) -> Tensor:
     return model.spec.nominal_heading - 2 * math.pi / max(1, model.spec.bins) * (best - count // 2)
 
 
-def _labels(batch: Batch, maps: HeatMaps, heading: Tensor) -> PseudoLabels:
-    log_share = torch.log_softmax(maps.logits.float().flatten(1), 1)
-    share = log_share.exp()
+def _labels(batch: Batch, maps: HeatMaps, heading: Tensor, stray: Tensor) -> PseudoLabels:
+    share = maps.logits.float().flatten(1).softmax(1)
     place = maps.peak()
     # Probability within the radius of the maximum.
     side = maps.logits.shape[2]
@@ -217,7 +223,8 @@ def _labels(batch: Batch, maps: HeatMaps, heading: Tensor) -> PseudoLabels:
         "fix": batch["fix"],
         "fix_std": batch["fix_std"],
         "meters_per_pixel": batch["meters_per_pixel"],
-        "entropy": -(share * log_share).sum(1),
+        "stray_sigmas": stray,
+        "entropy": torch.special.entr(share).sum(1),
         "peak_mass": (share * near.flatten(1)).sum(1),
     }
     return PseudoLabels(**{name: value.cpu().numpy() for name, value in columns.items()})

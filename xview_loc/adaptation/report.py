@@ -34,7 +34,7 @@ _INDICATORS = {
     "tile_shift": "moves with the tile's cut, m",
     "turn": "moves with the panorama's turn, m",
     "motion": "step differs from odometry, m",
-    "fix_sigmas": "distance from the coarse fix, sigma",
+    "stray_sigmas": "distance of the whole map's maximum from the coarse fix, sigma",
     "entropy": "entropy of the heat map, nats",
     "peak_mass": "probability within 2 m of the maximum",
 }

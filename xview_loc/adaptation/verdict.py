@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xview_loc.adaptation.indicators import Indicators
+from xview_loc.localizer import SEARCH_SIGMAS
 
 Array = NDArray[np.float64]
 
@@ -16,8 +17,6 @@ _STRETCH = 10
 _DRAWS = 2000
 # How sure the evidence must be.
 _SURE = 0.95
-# Estimates further from the coarse fix than this many standard deviations contradict it.
-_FAR_SIGMAS = 3.0
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def judge(before: Indicators, after: Indicators) -> Verdict:
     low, high = np.quantile(means, [0.025, 0.975])
     better = float((means < 0).mean())
     mean = float(np.nanmean(change))
-    far_before, far_after = (i.fix_sigmas > _FAR_SIGMAS for i in (before, after))
+    far_before, far_after = (i.stray_sigmas > SEARCH_SIGMAS for i in (before, after))
     strays = bootstrap_means(far_after.astype(np.float64) - far_before)
     stray_more = float((strays > 0).mean())
     consistent, close = better >= _SURE, stray_more < _SURE
@@ -59,7 +58,8 @@ def judge(before: Indicators, after: Indicators) -> Verdict:
         f"estimates contradict themselves by {np.nanmean(after.score_terms()):.2f} m instead of "
         f"{np.nanmean(before.score_terms()):.2f} m ({mean:+.2f} m, 95 % interval {low:+.2f} to {high:+.2f}): "
         + ("better" if consistent else "not surely better"),
-        f"{far_after.mean():.1%} of them lie more than {_FAR_SIGMAS:.0f} sigma from their coarse fix instead "
-        f"of {far_before.mean():.1%}: " + ("no surely more" if close else "more than before"),
+        f"{far_after.mean():.1%} of the maxima of whole maps lie more than {SEARCH_SIGMAS:.0f} sigma from "
+        f"their coarse fix instead of {far_before.mean():.1%}: "
+        + ("no surely more" if close else "more than before"),
     ]
     return Verdict(consistent and close, reasons, better, (mean, float(low), float(high)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -77,6 +77,19 @@ class HeatMaps:
         width = self.logits.shape[2]
         peak = self.logits.flatten(1).argmax(1)
         return peak // width, peak % width
+
+    def within(self, centre: Tensor, radius: Tensor) -> HeatMaps:
+        """These maps with the finest one's logits minus infinity outside discs about ``centre`` (B, 2).
+
+        ``centre`` is (row, col) in tile pixels, ``radius`` (B,) in tile pixels. Where the radius is
+        not-a-number or the disc misses the map, the map stays as it is.
+        """
+        axis = torch.arange(self.logits.shape[1], device=self.logits.device) * self.grid.scale
+        down = (axis + self.grid.origin[0] - centre[:, :1])[:, :, None]
+        right = (axis + self.grid.origin[1] - centre[:, 1:])[:, None, :]
+        inside = down.square() + right.square() <= radius[:, None, None].square()
+        inside |= ~inside.flatten(1).any(1)[:, None, None]
+        return replace(self, logits=self.logits.masked_fill(~inside, -math.inf))
 
     def peak(self) -> Tensor:
         """Tile pixel (row, col) of the finest map's maximum, (B, 2)."""
