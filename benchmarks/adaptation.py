@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -78,8 +79,9 @@ def make_pairs(seed: int, folder: Path) -> None:
 
 
 def _write(frames: list[Frame], folder: Path) -> None:
-    if not folder.exists():
-        write_bag(frames, folder)
+    if folder.exists():
+        shutil.rmtree(folder)  # cut off
+    write_bag(frames, folder)
 
 
 def open_pairs(folder: Path, name: str, spec: ModelSpec) -> Source:
@@ -126,13 +128,18 @@ def adapt_once(teacher: Checkpoint, folder: Path, seed: int, heading: str) -> di
     labels = run.teacher_labels()
     start = time.perf_counter()
     auxiliary = run.student(labels, run.loss(options.levels), "auxiliary student")
-    kept = reliable(labels, run.labels_of(auxiliary, "auxiliary labels").of(labels.index), options.keep)
+    kept = reliable(
+        labels, run.labels_of(auxiliary.load(), "auxiliary labels").of(labels.index), options.keep
+    )
     student = run.student(labels.rows(kept), run.loss(options.levels), "student")
     seconds = time.perf_counter() - start
     heat = run.student(labels, run.loss(options.levels, False), "heat-map student")
     models = (teacher, heat.load(), auxiliary.load(), student.load())
-    errors = {name: run.errors_on(model, held) for name, model in zip(TABLE, models, strict=True)}
-    before, after = (Indicators.of(run.views(m.model.eval(), "x"), run.track) for m in (teacher, models[3]))
+    errors = {
+        name: run.labels_of(model, "test", held[0]).errors_m(held[1])
+        for name, model in zip(TABLE, models, strict=True)
+    }
+    before, after = (Indicators.of(run.views(model), run.track) for model in (teacher, models[3]))
     label_errors = run.true_errors_m(labels)
     change = errors["Student+M+OF"] - errors["Teacher"]
     return {
@@ -141,7 +148,7 @@ def adapt_once(teacher: Checkpoint, folder: Path, seed: int, heading: str) -> di
         "errors": {name: e.tolist() for name, e in errors.items()},
         "change_95": np.quantile(bootstrap_means(change), [0.025, 0.975]).tolist(),
         "label_error_kept_and_left_out": [float(label_errors[k].mean()) for k in (kept, ~kept)],
-        "histories": [s.history for s in (auxiliary, student, heat)],
+        "histories": [run.history(s) for s in (auxiliary, student, heat)],
         "verdict": asdict(judge(before, after)),
         "per_second": rates.per_second,
         "training_seconds": seconds,

@@ -6,16 +6,20 @@ import json
 import math
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
+from xview_loc.adaptation import ablation
 from xview_loc.adaptation.distill import AdaptationOptions, Distillation
 from xview_loc.adaptation.indicators import Indicators, Views, look
 from xview_loc.adaptation.pseudo_labels import (
@@ -27,15 +31,16 @@ from xview_loc.adaptation.pseudo_labels import (
 )
 from xview_loc.adaptation.report import write_results
 from xview_loc.adaptation.verdict import judge
+from xview_loc.bags.ros_types import header, message, quaternion, serialize
 from xview_loc.camera import encode_jpeg
 from xview_loc.datasets import SimulatedDataset
-from xview_loc.datasets.base import PairSample, PairSource, true_from_fix
+from xview_loc.datasets.base import DatasetError, PairSample, PairSource, true_from_fix
 from xview_loc.datasets.pairs import PairDataset
 from xview_loc.geodesy import LocalProjection
 from xview_loc.imagery import AerialTile
 from xview_loc.losses import DistillationLoss, pool_label
 from xview_loc.models import create_model
-from xview_loc.models.checkpoint import Checkpoint, load_checkpoint, load_model
+from xview_loc.models.checkpoint import Checkpoint, load_checkpoint, load_model, save_checkpoint
 from xview_loc.pairs import Pair, PairWriter
 from xview_loc.training import TrainingError, make_fabric
 
@@ -99,6 +104,7 @@ def test_labels_are_the_model_s_own_maxima(
     errors = np.linalg.norm(labels.from_fix - city.true_from_fix(), axis=1)
     assert np.median(errors) < 0.5 * np.median(np.linalg.norm(city.true_from_fix(), axis=1))
     again = PseudoLabels.load(tmp_path / "labels.npz")
+    assert again is not None
     assert np.array_equal(again.position, labels.position)
 
 
@@ -259,7 +265,8 @@ def test_results_say_what_they_come_from(teacher: Checkpoint, city: SimulatedDat
     assert written.metadata["parent"] == teacher.sha256
     assert written.metadata["adaptation"]["data"] == city.name
     assert json.loads((tmp_path / "metrics.json").read_text())["student_sha256"] == written.sha256
-    assert metrics["pairs"] == 40 and metrics["held_out"] == 8 and metrics["trained_on"] == 25
+    assert metrics["pairs"] == 40 and metrics["held_out"] == 8
+    assert 26 <= metrics["trained_on"] < 32  # four fifths, and what agrees as well as the last of them
     assert metrics["true_errors"]["teacher, held out"]["frames"] == 8
     assert {"label_free_mean_m", "best_mean_m"} <= set(metrics["epoch_picks"])
     page = (tmp_path / "report.html").read_text()
@@ -312,6 +319,78 @@ def test_unusable_pairs_say_so(teacher: Checkpoint, tmp_path: Path) -> None:
     run = Distillation(FABRIC, teacher, small, tmp_path, options(teacher.model))
     with pytest.raises(AdaptationError, match=r"none of 9 pairs can be used: .* 64 px"):
         run.run()
+    write_pairs(tmp_path / "north", 9, heading=None)
+    unaware = PairDataset([tmp_path / "north"], SPEC)
+    run = Distillation(FABRIC, teacher, unaware, tmp_path, options(teacher.model))
+    with pytest.raises(AdaptationError, match="pair 0 has no heading"):
+        run.run()
+    with pytest.raises(AdaptationError, match="4 levels to supervise, not 5"):
+        Distillation(FABRIC, teacher, unaware, tmp_path, options(teacher.model, levels=5))
+
+
+def test_pairs_that_failed_are_tried_again(
+    teacher: Checkpoint, city: SimulatedDataset, tmp_path: Path
+) -> None:
+    class Broken(PairSource):
+        name = "broken"
+
+        def __init__(self) -> None:
+            self.missing = {3, 17}
+
+        def __len__(self) -> int:
+            return 20
+
+        def __getitem__(self, index: int) -> PairSample:
+            if index in self.missing:
+                raise DatasetError("not yet there")
+            return city[index]
+
+    source, path = Broken(), tmp_path / "labels.npz"
+    assert len(label_pairs(FABRIC, teacher.model, source, path)) == 18
+    source.missing = {17}
+    labels = label_pairs(FABRIC, teacher.model, source, path)
+    assert labels.index.tolist() == [i for i in range(20) if i != 17]
+    path.write_bytes(b"damaged")
+    again = label_pairs(FABRIC, teacher.model, source, path)
+    assert np.array_equal(again.position, labels.position)
+
+
+@pytest.mark.parametrize(
+    ("name", "prior"), [("ggcvt-small", 0.0), ("ccvpe-small", 30.0), ("ccvpe-small", None)]
+)
+def test_every_model_and_heading_is_adapted(
+    name: str, prior: float | None, city: SimulatedDataset, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = create_model(name)
+    save_checkpoint(model, tmp_path / "teacher.safetensors")
+    first = load_checkpoint(tmp_path / "teacher.safetensors")
+    cities = city.folder
+    source = SimulatedDataset("target", range(3, 4), 40, model.spec, reach_m=model.reach_m, cache_dir=cities)
+    chosen = options(model, heading_priors_deg=(prior,), keep=0.6)
+    adapted = Distillation(FABRIC, first, source, tmp_path, chosen).run()
+    assert 0 < adapted.kept.sum() < len(adapted.teacher)
+    assert math.isfinite(adapted.student.history[0]["loss"])
+    changed = adapted.student.load().model.state_dict()
+    assert any(not torch.equal(value, changed[key]) for key, value in model.state_dict().items())
+
+
+def test_the_ablation_measures_every_part(
+    teacher: Checkpoint, city: SimulatedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ablation, "KEEPS", (0.5, 1.0))
+    chosen = options(teacher.model, keep=0.5)
+    run = Distillation(FABRIC, teacher, city, tmp_path, chosen, true_from_fix=city.true_from_fix())
+    rows = ablation.run_ablation(run)
+    names = ["K' = 1", "K' = 2", "K' = 3", "K' = 4", "T = 50%", "T = 100%"]
+    assert [row.name for row in rows] == [*ablation.TABLE, *names]
+    by_name = {row.name: row.errors for row in rows}
+    assert by_name["Student+M-OF"] == by_name["T = 100%"]
+    assert by_name["Student+M+OF"] == by_name["K' = 2"] == by_name["T = 50%"]
+    assert by_name["Teacher"].frames == 8
+    ablation.write_ablation(rows, run, tmp_path)
+    assert len(json.loads((tmp_path / "ablation.json").read_text())) == len(rows)
+    assert (tmp_path / "ablation.html").read_text().count("data:image/png") == 2
 
 
 def test_training_stops_at_a_loss_that_is_not_finite(
@@ -320,6 +399,43 @@ def test_training_stops_at_a_loss_that_is_not_finite(
     run = Distillation(FABRIC, teacher, city, tmp_path, options(teacher.model, learning_rate=1e18, epochs=2))
     with pytest.raises(TrainingError, match=r"not finite at step \d+"):
         run.run()
+
+
+def test_odometry_is_what_the_wheels_drove(tmp_path: Path) -> None:
+    """Ten metres a second along the heading, but for a gap of three seconds that says nothing."""
+    folder = tmp_path / "pairs"
+    writer = PairWriter(folder, {"vehicle": "test"})
+    image = encode_jpeg(np.zeros((64, 256, 3), np.uint8), 90)
+    tile = AerialTile(np.zeros((SPEC.aerial_size,) * 2 + (3,), np.uint8), 48.2, 16.37, SPEC.gsd)
+    for tenth in range(0, 101):
+        if not 60 < tenth < 90:
+            stamp = START_NS + tenth * 100_000_000
+            writer.add_odometry(stamp, odometry(stamp, 10.0))
+        if tenth % 20 == 5:
+            writer.add(Pair(START_NS + tenth * 100_000_000, "jpeg", image, 48.2, 16.37, heading=0.5), tile)
+    writer.close()
+    moved = PairDataset([folder], SPEC).track().moved  # at 0.5, 2.5, 4.5, 6.5 and 8.5 s
+    step = 20.0 * np.array([math.cos(0.5), math.sin(0.5)])
+    assert moved[1:3] == pytest.approx(np.stack([step, step]), abs=1e-6)
+    assert np.isnan(moved[[0, 3, 4]]).all()
+
+
+def odometry(stamp: int, speed: float) -> bytes:
+    def vector(x: float = 0.0) -> Any:
+        return message("geometry_msgs/msg/Vector3", x=x, y=0.0, z=0.0)
+
+    point = message("geometry_msgs/msg/Point", x=0.0, y=0.0, z=0.0)
+    pose = message("geometry_msgs/msg/Pose", position=point, orientation=quaternion(0.0))
+    twist = message("geometry_msgs/msg/Twist", linear=vector(speed), angular=vector())
+    none = np.zeros(36)
+    value = message(
+        "nav_msgs/msg/Odometry",
+        header=header(stamp, "odom"),
+        child_frame_id="base_link",
+        pose=message("geometry_msgs/msg/PoseWithCovariance", pose=pose, covariance=none),
+        twist=message("geometry_msgs/msg/TwistWithCovariance", twist=twist, covariance=none),
+    )
+    return serialize("nav_msgs/msg/Odometry", value)
 
 
 def test_motion_and_truth_are_measured_along_the_drive(tmp_path: Path) -> None:
@@ -344,11 +460,32 @@ def test_motion_and_truth_are_measured_along_the_drive(tmp_path: Path) -> None:
     assert places == pytest.approx(np.array([[3.0, -4.0]]), abs=1e-6)
 
 
-def test_views_move_with_the_tile(city: SimulatedDataset, teacher: Checkpoint) -> None:
-    views = look(teacher.model, city, np.arange(20))
-    near = distance_m(views.plain, views.shifted)
-    assert np.median(near) < 1.0  # the place is the same wherever the tile is cut
-    assert views.turned is not None and np.median(distance_m(views.plain, views.turned)) < 1.5
+class Changed(PairSource):
+    """Another source's pairs with some fields replaced."""
+
+    def __init__(self, source: PairSource, **fields: Tensor) -> None:
+        self.name = f"{source.name} {sorted(fields)}"
+        self._source, self._fields = source, fields
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> PairSample:
+        return {**self._source[index], **self._fields}  # type: ignore[typeddict-item]
+
+
+@pytest.mark.parametrize("fix_std", [20.0, 1.0])
+@pytest.mark.parametrize("prior", [0.0, 30.0, None])
+def test_views_show_the_same_place(
+    city: SimulatedDataset, teacher: Checkpoint, fix_std: float, prior: float | None
+) -> None:
+    source = Changed(city, fix_std=torch.tensor(fix_std))
+    views = look(FABRIC, teacher.model, source, np.arange(20), heading_prior_deg=prior)
+    assert views.turned is not None
+    assert np.median(distance_m(views.plain, views.shifted)) < 1.5
+    assert np.median(distance_m(views.plain, views.turned)) < (1.5 if prior is not None else 4.0)
+    for labels in (views.plain, views.shifted, views.turned):
+        assert np.linalg.norm(labels.from_fix, axis=1).max() <= max(3 * fix_std, 5.0) + 1e-3
     summary = Indicators.of(views, None).summary()
     assert "motion" not in summary and summary["score"] > 0
 
@@ -364,6 +501,10 @@ def test_the_verdict_follows_the_evidence() -> None:
     assert judge(worse, better).deploy
     assert not judge(better, worse).deploy
     assert not judge(worse, worse).deploy
+    blind = replace(better, stray_sigmas=nan)
+    assert judge(worse, blind).deploy and "no covariance" in judge(worse, blind).reasons[-1]
+    few = [Indicators(rng.exponential(level, 50), *(np.full(50, math.nan),) * 5) for level in (9.0, 0.1)]
+    assert not judge(*few).deploy and "50 held-out pairs are too few" in judge(*few).reasons[1]
     far = judge(worse, stray)
     assert not far.deploy and "100.0% of the maxima of whole maps lie more than 3 sigma" in far.reasons[1]
 
@@ -392,19 +533,21 @@ def test_a_killed_adaptation_ends_with_the_same_figures(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     whole = run_command(*adapt_words(tmp_path / "whole"), cache=cache)
     assert whole.returncode == 0, whole.stderr
-    stages = ("teacher labels", "auxiliary student", "auxiliary labels", "student")
     rng = random.Random(0)
-    for stage in stages:
+    stages = [("teacher labels", 40), ("auxiliary student", 16), ("auxiliary labels", 40), ("student", 12)]
+    kills = sorted((rng.randrange(len(stages)), rng.random()) for _ in range(10))
+    for number, share in kills:
+        stage, total = stages[number]
         command = [*COMMAND, *adapt_words(tmp_path / "cut")]
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment(cache)
         )
         assert process.stdout is not None
-        lines = (line for line in process.stdout if line.startswith(stage))
-        for _ in range(rng.randint(1, 3)):
-            next(lines, None)
+        for line in process.stdout:
+            if line.startswith(f"{stage}: ") and int(line.split()[-3]) >= share * total:
+                break
         process.send_signal(signal.SIGKILL)
-        process.wait(10)
+        assert process.wait(10) == -signal.SIGKILL
     again = run_command(*adapt_words(tmp_path / "cut"), cache=cache)
     assert again.returncode == 0, again.stderr
     one, other = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("whole", "cut"))
@@ -418,17 +561,24 @@ def test_a_killed_adaptation_ends_with_the_same_figures(tmp_path: Path) -> None:
 @pytest.mark.timeout(300)
 def test_two_processes_make_the_same_labels(teacher: Checkpoint, tmp_path: Path) -> None:
     """Gloo on one machine: labels as of one process, and a student about as good."""
-    cache = tmp_path / "cache"
+    cache = _rendered(tmp_path / "cache")
     outs = [tmp_path / "one", tmp_path / "two"]
-    for out, more in zip(outs, ([], ["--devices", "2"]), strict=True):
-        done = run_command(*adapt_words(out, *more), cache=cache)
-        assert (out / "metrics.json").exists(), done.stderr
+    done = run_command(*adapt_words(outs[0]), cache=cache)
+    assert done.returncode == 0, done.stderr
+    # Some processes abort at exit when all is done: what counts is what they wrote.
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29541"]
+    words = [sys.executable, *launcher, *COMMAND[1:], *adapt_words(outs[1])]
+    two = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment(cache), timeout=250)
+    assert (outs[1] / "report.html").exists(), two.stderr
     labels = []
     for out in outs:
         found = [PseudoLabels.load(path) for path in (out / "stages").glob("labels-*.npz")]
         expected = label_pairs(FABRIC, teacher.model, _simulated(cache), tmp_path / f"{out.name}.npz")
-        labels += [x for x in found if np.array_equal(x.position, expected.position)]
+        labels += [x for x in found if x is not None and np.array_equal(x.position, expected.position)]
     assert len(labels) == 2
+    losses = [json.loads((out / "metrics.json").read_text())["epochs"]["student"] for out in outs]
+    assert [len(history) for history in losses] == [2, 2]
+    assert losses[1][0]["loss"] == pytest.approx(losses[0][0]["loss"], rel=0.3)
     errors = [json.loads((out / "metrics.json").read_text())["true_errors"] for out in outs]
     assert errors[0]["teacher, held out"] == errors[1]["teacher, held out"]
     assert errors[0]["pseudo ground truth"] == errors[1]["pseudo ground truth"]
@@ -439,27 +589,49 @@ def _simulated(cache: Path) -> SimulatedDataset:
 
 
 def test_the_command_says_what_is_wrong(tmp_path: Path) -> None:
-    write_pairs(tmp_path / "pairs", 12)
+    write_pairs(tmp_path / "pairs", 24)
     pairs, out = str(tmp_path / "pairs"), str(tmp_path / "out")
     table = tmp_path / "truth.csv"
     table.write_text("stamp,lat,lon\n12.5,48.2,16.37\n")
     other = tmp_path / "other.safetensors"
     other.write_bytes(b"rubbish")
-    for words, message in (
+    for words, says in (
         (["adapt", pairs, "--out", out, "--heading", "north"], "known, unknown or 0 to 180"),
         (["adapt", pairs, "--out", out, "--truth", str(table)], "says nothing about the times"),
         (["adapt", pairs, "--out", out, "--checkpoint", str(other)], "other.safetensors"),
         (["adapt", str(tmp_path / "none"), "--out", out], "none"),
         (["ablate", pairs, "--out", out], "give --truth"),
+        (["adapt", pairs, "--out", out, "--model", "ggcvt-small"], "no weights are shipped"),
     ):
         done = run_command(*words)
-        assert done.returncode in (1, 2) and message in done.stderr, done.stderr
+        assert done.returncode in (1, 2) and says in done.stderr, done.stderr
         assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
+def test_a_full_disk_is_said_and_survived(tmp_path: Path) -> None:
+    """Files of a megabyte at most: labels fit, weights do not. With room the same command goes on."""
+    cache = tmp_path / "cache"
+    words = [*COMMAND, *adapt_words(tmp_path / "out", "--epochs", "1")]
+    limit = f"ulimit -f 1024; exec {shlex.join(words)}"
+    done = subprocess.run(
+        ["bash", "-c", limit],
+        capture_output=True, text=True, cwd=ROOT, env=environment(_rendered(cache)), timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert "File too large" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert len(list((tmp_path / "out" / "stages").glob("labels-*.npz"))) == 1
+    again = run_command(*adapt_words(tmp_path / "out", "--epochs", "1"), cache=cache)
+    assert again.returncode == 0 and "verdict" in again.stdout, again.stderr
+
+
+def _rendered(cache: Path) -> Path:
+    _simulated(cache).prepare()
+    return cache
+
+
 def test_a_dry_run_does_nothing(tmp_path: Path) -> None:
-    write_pairs(tmp_path / "pairs", 12)
+    write_pairs(tmp_path / "pairs", 24)
     done = run_command("adapt", str(tmp_path / "pairs"), "--out", str(tmp_path / "out"), "--dry-run")
     assert done.returncode == 0, done.stderr
-    assert "auxiliary student: 10 pairs, about" in done.stdout and "MB of disk" in done.stdout
+    assert "auxiliary student: 22 pairs, about" in done.stdout and "MB of disk" in done.stdout
     assert not (tmp_path / "out").exists()

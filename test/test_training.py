@@ -194,11 +194,11 @@ class Seer(CrossViewModel):
 
 
 def test_validation_measures_metres() -> None:
-    figures = PoseValidation(Dots(), (0.0, None), 4, 0)(Seer())
+    figures = PoseValidation(Dots(), (0.0, None), 4, 0)(Seer(), 0)
     assert figures["known_mean_m"] == figures["known_median_m"] == 0.0
     assert figures["unknown_mean_m"] == pytest.approx(10 * SPEC.gsd, rel=1e-5)
     assert figures["score"] == pytest.approx(5 * SPEC.gsd, rel=1e-5)
-    assert set(PoseValidation(Dots(), (0.0,), 4, 0)(Seer())) == {"known_mean_m", "known_median_m", "score"}
+    assert set(PoseValidation(Dots(), (0.0,), 4, 0)(Seer(), 0)) == {"known_mean_m", "known_median_m", "score"}
 
 
 def test_turned_panoramas_turn_their_heading() -> None:

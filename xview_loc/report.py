@@ -5,10 +5,14 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
+
+from xview_loc.files import write_whole
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
@@ -19,6 +23,11 @@ th, td { padding: .3rem .9rem; border-bottom: 1px solid #d0d7de; text-align: rig
 th:first-child, td:first-child { text-align: left }
 img { max-width: 100% } figure { margin: 1rem 0 } figcaption { color: #57606a; font-size: .9rem }
 """
+
+
+def finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values, None where one is a not-a-number, which JSON does not have."""
+    return {name: None if isinstance(v, float) and math.isnan(v) else v for name, v in values.items()}
 
 
 class Page:
@@ -58,4 +67,5 @@ class Page:
         """Write the page as one file."""
         head = f'<meta charset="utf-8"><title>{html.escape(self._title)}</title><style>{_STYLE}</style>'
         body = "\n".join(self._parts)
-        path.write_text(f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>\n')
+        page = f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>\n'
+        write_whole(path, page.encode())

@@ -44,7 +44,7 @@ class TimedTrack:
     lon: NDArray[np.float64]
 
     def at(
-        self, stamp_ns: NDArray[np.int64], within_s: float = 1.0
+        self, stamp_ns: NDArray[np.int64], within_s: float = 2.0
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """(lat, lon), each (M,), at other stamps, linear between the places around them.
 

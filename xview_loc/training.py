@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
 from xview_loc.datasets.base import PoseDataset, clearly
-from xview_loc.errors import UserError
+from xview_loc.errors import UserError, reason
 from xview_loc.files import write_whole
 from xview_loc.losses import HeatMapLoss
-from xview_loc.models.base import CrossViewModel
+from xview_loc.models.base import CrossViewModel, ModelSpec
 from xview_loc.models.checkpoint import save_checkpoint
 
 Batch = dict[str, Tensor]
@@ -65,13 +65,13 @@ class Validation(Protocol):
     """Judges a model after every epoch.
 
     ``name`` says on what. A call returns figures for the history; ``score`` of them (the smaller the better)
-    picks the best epoch.
+    picks the best epoch. Every process calls it.
     """
 
     name: str
 
-    def __call__(self, model: CrossViewModel) -> dict[str, float]:
-        """The figures of a model, which is in evaluation mode."""
+    def __call__(self, model: CrossViewModel, epoch: int) -> dict[str, float]:
+        """The figures of a model, which is in evaluation mode, after an epoch."""
         ...
 
 
@@ -155,7 +155,7 @@ class PoseValidation:
         self._loader: DataLoader[Any] = DataLoader(dataset, batch_size, num_workers=workers)
 
     @torch.inference_mode()
-    def __call__(self, model: CrossViewModel) -> dict[str, float]:
+    def __call__(self, model: CrossViewModel, epoch: int) -> dict[str, float]:
         """Distances in metres."""
         device = next(model.parameters()).device
         distances: dict[str, list[Tensor]] = {_heading_name(prior): [] for prior in self._priors}
@@ -189,16 +189,24 @@ def _heading_name(prior: float | None) -> str:
 def make_fabric(accelerator: str = "auto", devices: int = 1, precision: str = "32-true") -> Fabric:
     """Lightning Fabric for ``devices`` processes on this machine, or for those that torchrun started.
 
-    Launched already: the call returns in every process.
+    Launched already: the call returns in every process. Raises TrainingError on what is not there.
     """
-    parallel = devices > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1
-    fabric = Fabric(
-        accelerator=accelerator,
-        devices=devices,
-        precision=precision,  # type: ignore[arg-type]
-        # A loss on the first levels leaves the weights of the others without gradients.
-        strategy=DDPStrategy(find_unused_parameters=True) if parallel else "auto",
-    )
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    machines = 1
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        devices = int(os.environ["LOCAL_WORLD_SIZE"])
+        machines = world // devices
+    try:
+        fabric = Fabric(
+            accelerator=accelerator,
+            devices=devices,
+            num_nodes=machines,
+            precision=precision,  # type: ignore[arg-type]
+            # A loss on the first levels leaves the weights of the others without gradients.
+            strategy=DDPStrategy(find_unused_parameters=True) if max(world, devices) > 1 else "auto",
+        )
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise TrainingError(f"accelerator {accelerator}, precision {precision}: {reason(error)}") from None
     fabric.launch()
     return fabric
 
@@ -226,18 +234,14 @@ def train(
     or the loss is not finite.
     """
     torch.manual_seed(options.seed)
-    turned = any(prior != 0 for prior in options.heading_priors_deg)
-    if model.spec.camera == "pinhole" and turned:
-        raise TrainingError(f"{model.spec.name} has no panoramas to turn: train it with a known heading")
-    if model.spec.bins == 0 and turned:
-        raise TrainingError(f"{model.spec.name} needs a known heading")
+    check_heading(model.spec, options)
     per_epoch = len(data) // (options.batch_size * fabric.world_size)
     if per_epoch == 0:
         raise TrainingError(f"{len(data)} samples do not fill one batch of {options.batch_size}")
     step = _Step(_training_mode(model, options), loss)
     optimizer = torch.optim.Adam(step.parameters(), lr=options.learning_rate)
     wrapped, wrapped_optimizer = fabric.setup(step, optimizer)
-    run: dict[str, Any] = {"options": _comparable(options), "data": data.name, "validation": validation.name}
+    run: dict[str, Any] = {"options": comparable(options), "data": data.name, "validation": validation.name}
     run |= {"model": model.spec.name, "loss": loss.to_json(), "processes": fabric.world_size}
     run |= {
         "samples": len(data),
@@ -305,7 +309,7 @@ def train(
             if standing.step_in_epoch % options.save_every == 0:
                 save_state()
             on_step(standing)
-        figures = validation(model.eval())
+        figures = validation(model.eval(), standing.epoch)
         _training_mode(model, options)
         standing.history.append({"epoch": standing.epoch, "loss": standing.loss, **figures})
         if figures["score"] < standing.best_score:
@@ -321,7 +325,18 @@ def train(
         # Last: a run that is cut off before it validates once more, and writes the same files.
         save_state()
         on_step(standing)
+    # The others may read what the first one has written.
+    fabric.barrier()
     return standing
+
+
+def check_heading(spec: ModelSpec, options: TrainingOptions) -> None:
+    """Raise TrainingError where a model cannot be trained with these heading priors."""
+    turned = any(prior != 0 for prior in options.heading_priors_deg)
+    if spec.camera == "pinhole" and turned:
+        raise TrainingError(f"{spec.name} has no panoramas to turn: train it with a known heading")
+    if spec.bins == 0 and turned:
+        raise TrainingError(f"{spec.name} needs a known heading")
 
 
 def _training_mode(model: CrossViewModel, options: TrainingOptions) -> CrossViewModel:
@@ -341,7 +356,7 @@ def weights_digest(model: CrossViewModel) -> str:
     return digest.hexdigest()[:16]
 
 
-def _comparable(options: TrainingOptions) -> dict[str, Any]:
+def comparable(options: TrainingOptions) -> dict[str, Any]:
     """What of the options decides the numbers."""
     values = asdict(options)
     for name in ("workers", "save_every"):

@@ -18,7 +18,7 @@ from xview_loc.datasets.base import PairSource
 from xview_loc.evaluation import Errors
 from xview_loc.files import write_whole
 from xview_loc.models.checkpoint import Checkpoint
-from xview_loc.report import Page
+from xview_loc.report import Page, finite
 
 Array = NDArray[np.float64]
 KEEPS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -45,14 +45,18 @@ def run_ablation(distillation: Distillation, measured: tuple[PairSource, Array] 
     labels = distillation.teacher_labels()
 
     def errors(checkpoint: Checkpoint) -> Errors:
-        return Errors.of(distillation.errors_on(checkpoint, measured))
+        if measured is None:
+            held_out = distillation.views(checkpoint).plain
+            return Errors.of(distillation.true_errors_m(held_out))
+        source, true_from_fix = measured
+        return Errors.of(distillation.labels_of(checkpoint, "test", source).errors_m(true_from_fix))
 
     def student(levels: int, keep: float, mode_based: bool = True) -> Student:
         loss = distillation.loss(levels, mode_based)
         auxiliary = distillation.student(labels, loss, f"student K'={levels} T=100%")
         if keep == 1:
             return auxiliary
-        other = distillation.labels_of(auxiliary, f"labels K'={levels}").of(labels.index)
+        other = distillation.labels_of(auxiliary.load(), f"labels K'={levels}").of(labels.index)
         kept = labels.rows(reliable(labels, other, keep))
         return distillation.student(kept, loss, f"student K'={levels} T={keep:.0%}")
 
@@ -64,7 +68,7 @@ def run_ablation(distillation: Distillation, measured: tuple[PairSource, Array] 
         ("Student+M+OF", keep, True),
     ):
         rows.append(Row(name, levels, share, errors(student(levels, share, mode_based).load())))
-    for count in range(1, distillation.level_count + 1):
+    for count in range(1, distillation.teacher.model.level_count + 1):
         rows.append(Row(f"K' = {count}", count, keep, errors(student(count, keep).load())))
     for share in KEEPS:
         rows.append(Row(f"T = {share:.0%}", levels, share, errors(student(levels, share).load())))
@@ -73,7 +77,8 @@ def run_ablation(distillation: Distillation, measured: tuple[PairSource, Array] 
 
 def write_ablation(rows: Sequence[Row], distillation: Distillation, folder: Path) -> None:
     """Write ``ablation.json`` and ``ablation.html`` (the table and both sweeps)."""
-    write_whole(folder / "ablation.json", json.dumps([asdict(row) for row in rows], indent=1).encode())
+    content = [{**asdict(row), "errors": finite(asdict(row.errors))} for row in rows]
+    write_whole(folder / "ablation.json", json.dumps(content, indent=1, allow_nan=False).encode())
     page = Page(f"Ablation of {distillation.teacher.model.spec.name}")
     page.text(f"{rows[0].errors.frames} pairs; data {distillation.source.name}")
     page.heading("Parts (Table 2 of the paper)")

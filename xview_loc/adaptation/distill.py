@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from lightning_fabric import Fabric
 from numpy.typing import NDArray
 from torch.utils.data import default_collate
 
-from xview_loc.adaptation.indicators import LabelFreeValidation, Views, look
+from xview_loc.adaptation.indicators import LabelFreeValidation, Views, held_out_file, look
 from xview_loc.adaptation.pseudo_labels import (
     AdaptationError,
     LabelledPairs,
@@ -34,9 +34,11 @@ from xview_loc.losses import DistillationLoss
 from xview_loc.models.base import CrossViewModel
 from xview_loc.models.ccvpe import CCVPE
 from xview_loc.models.checkpoint import Checkpoint, load_checkpoint
-from xview_loc.training import BEST_FILE, Standing, TrainingOptions, train
+from xview_loc.training import BEST_FILE, Standing, TrainingOptions, check_heading, comparable, train
 
 Array = NDArray[np.float64]
+# Raise it when a stage's content changes its meaning.
+_FORMAT = 1
 # (stage, pairs or steps done, of how many)
 OnProgress = Callable[[str, int, int], object]
 
@@ -47,7 +49,7 @@ class AdaptationOptions:
 
     levels: K', how many of the model's levels are supervised. keep: T, the share of labels that survive the
     outlier filter (1: no filter). sigma: of the pseudo ground truth's Gaussian, pixels of the finest map.
-    mode_based: labels are Gaussians at the maxima, not the teacher's heat maps. held_out: share of the pairs
+    held_out: share of the pairs
     that training does not see; they pick the epoch and the verdict. training: of both students; its heading
     priors hold for the teacher as well (one of them).
     """
@@ -56,7 +58,6 @@ class AdaptationOptions:
     keep: float
     training: TrainingOptions
     sigma: float = 4.0
-    mode_based: bool = True
     held_out: float = 0.1
 
     @classmethod
@@ -113,7 +114,6 @@ class PlannedStage:
     name: str
     pairs: int
     seconds: float
-    done: bool
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,8 @@ class Plan:
 class Distillation:
     """The stages of one adaptation of ``teacher`` to the pairs of ``source``, with results in ``folder``.
 
-    ``true_from_fix`` (N, 2), metres east and north from each pair's coarse fix to its true place, is looked
-    at after every epoch where it is given, and never decides anything.
+    ``true_from_fix`` (N, 2), metres east and north from each pair's coarse fix to its true place, is
+    measured against where it is given, and never decides anything.
     Raises AdaptationError where the pairs are too few or none can be read; :func:`train`'s errors besides.
     """
 
@@ -147,30 +147,33 @@ class Distillation:
         self.true_from_fix = true_from_fix
         self._fabric, self._folder = fabric, folder
         self._on_progress = on_progress
-        self._check_count()
-        self.track = source.track()
-        self.training_index, self.held_out_index = self._split()
         self._model = teacher.model.eval()
-
-    def _check_count(self) -> None:
-        count, batch = len(self.source), self.options.training.batch_size
-        out = math.ceil(count * self.options.held_out)
-        if count - out < batch * self._fabric.world_size or out < 2:
+        check_heading(teacher.model.spec, options.training)
+        if not 1 <= options.levels <= teacher.model.level_count:
             raise AdaptationError(
-                f"{count} pairs are too few: with {self.options.held_out:.0%} of them held out "
-                f"they must fill a batch of {batch} in each process, and leave two"
+                f"{teacher.model.spec.name} has {teacher.model.level_count} levels to supervise, "
+                f"not {options.levels}"
             )
+        self.track = source.track() if len(source) else None
+        self.training_index, self.held_out_index = self._split()
 
     def _split(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Pairs to train on and held-out ones: of drives the last stretch, else some at random."""
-        count = len(self.source)
+        count, share = len(self.source), self.options.held_out
         if self.track is None:
-            out = math.ceil(count * self.options.held_out)
-            held = np.random.default_rng(self.options.training.seed).permutation(count)[:out]
+            held = np.random.default_rng(self.options.training.seed).permutation(count)[
+                : round(count * share)
+            ]
         else:
-            ends = [np.flatnonzero(self.track.drive == drive) for drive in np.unique(self.track.drive)]
-            held = np.concatenate([e[len(e) - math.ceil(len(e) * self.options.held_out) :] for e in ends])
+            drives = [np.flatnonzero(self.track.drive == drive) for drive in np.unique(self.track.drive)]
+            held = np.concatenate([d[len(d) - round(len(d) * share) :] for d in drives])
         held = np.sort(held).astype(np.int64)
+        batch = self.options.training.batch_size * self._fabric.world_size
+        if len(held) < 2 or math.floor((count - len(held)) * self.options.keep) < batch:
+            raise AdaptationError(
+                f"{count} pairs are too few: {len(held)} of them are held out, which must leave two, and "
+                f"{self.options.keep:.0%} of the others must fill a batch of {batch}"
+            )
         return np.setdiff1d(np.arange(count), held), held
 
     def run(self) -> Adapted:
@@ -178,85 +181,67 @@ class Distillation:
         labels = self.teacher_labels()
         loss = self.loss(self.options.levels)
         auxiliary_student = self.student(labels, loss, "auxiliary student")
-        auxiliary = self.labels_of(auxiliary_student, "auxiliary labels").of(labels.index)
+        auxiliary = self.labels_of(auxiliary_student.load(), "auxiliary labels").of(labels.index)
         kept = reliable(labels, auxiliary, self.options.keep)
         student = auxiliary_student
         if not kept.all():
             student = self.student(labels.rows(kept), loss, "student")
-        before, after = self.views(self.teacher.model, "teacher"), self.views(student.load().model, "student")
+        before, after = self.views(self.teacher), self.views(student.load())
         return Adapted(labels, auxiliary, kept, auxiliary_student, student, before, after)
 
     def plan(self) -> Plan:
-        """What :meth:`run` would do; seconds are measured on one batch of inference and one training step."""
-        options = self.options.training
+        """What :meth:`run` does from the start; seconds are measured on one batch and one training step."""
+        options, prior = self.options.training, self.options.heading_prior_deg
         index = self.training_index[: options.batch_size]
         start = time.perf_counter()
-        rows = look(self._model, self.source, index, heading_prior_deg=self.options.heading_prior_deg).plain
+        views = look(self._fabric, self._model, self.source, index, heading_prior_deg=prior)
         # Three views of each pair.
         label_s = (time.perf_counter() - start) / len(index) / 3
+        data = LabelledPairs(self.source, views.plain, "")
+        batch = self._fabric.to_device(default_collate([data[row] for row in range(len(data))]))
+        student = self._fabric.to_device(copy.deepcopy(self._model).train())
         start = time.perf_counter()
-        student = copy.deepcopy(self._model).train()
-        data = LabelledPairs(self.source, rows, "")
-        batch = default_collate([data[row] for row in range(len(data))])
-        self.loss(self.options.levels)(student, batch, self.options.heading_prior_deg).backward()
-        train_s = (time.perf_counter() - start) / len(rows)
+        value = self.loss(self.options.levels)(student, batch, prior)  # type: ignore[arg-type]
+        value.backward()
+        train_s = (time.perf_counter() - start) / len(data) + label_s
         count, trained = len(self.source), len(self.training_index)
-        judge_s = len(self.held_out_index) * label_s * 3
+        judge_s = 3 * len(self.held_out_index) * label_s
         kept = round(trained * self.options.keep)
         stages = [
-            PlannedStage(
-                "teacher labels",
-                count,
-                count * label_s,
-                self._labels_path(self.teacher.sha256, self.source).exists(),
-            )
+            PlannedStage("teacher labels", count, count * label_s),
+            PlannedStage("auxiliary student", trained, options.epochs * (trained * train_s + judge_s)),
+            PlannedStage("auxiliary labels", count, count * label_s),
         ]
-        for name, pairs in (("auxiliary student", trained), ("student", kept)):
-            seconds = options.epochs * (pairs * train_s + judge_s)
-            stages.append(PlannedStage(name, pairs, seconds, False))
-        stages.insert(2, PlannedStage("auxiliary labels", count, count * label_s, False))
-        stages.append(PlannedStage("indicators", len(self.held_out_index), 2 * judge_s, False))
+        if self.options.keep < 1:
+            stages.append(PlannedStage("student", kept, options.epochs * (kept * train_s + judge_s)))
+        stages.append(PlannedStage("indicators", len(self.held_out_index), 2 * judge_s))
         # Each student keeps its best weights, and its state (weights and Adam's two moments).
         weights = sum(value.nbytes for value in self._model.state_dict().values())
-        return Plan(stages, (9 * weights + 2 * 50 * count) / 1e6)
+        return Plan(stages, (4 * len(stages[1::2]) * weights + 2 * 50 * count) / 1e6)
 
-    def loss(self, levels: int, mode_based: bool | None = None) -> DistillationLoss:
-        """Coarse-only supervision of the first ``levels`` levels."""
-        mode_based = self.options.mode_based if mode_based is None else mode_based
+    def loss(self, levels: int, mode_based: bool = True) -> DistillationLoss:
+        """Coarse-only supervision of the first ``levels`` levels, by maxima or by the teacher's heat maps."""
         return DistillationLoss(levels, self.options.sigma, None if mode_based else self._model)
 
     def teacher_labels(self) -> PseudoLabels:
         """The teacher's labels of the training pairs."""
-        return self._labels(self._model, self.teacher.sha256, "teacher labels").of(self.training_index)
-
-    def labels_of(self, student: Student, stage: str) -> PseudoLabels:
-        """A student's labels of all pairs."""
-        checkpoint = student.load()
-        return self._labels(checkpoint.model, checkpoint.sha256, stage)
+        return self.labels_of(self.teacher, "teacher labels").of(self.training_index)
 
     def student(self, labels: PseudoLabels, loss: DistillationLoss, stage: str) -> Student:
         """A copy of the teacher, trained on labelled pairs; the label-free score picks its epoch."""
-        name = (
-            f"labels {_digest(labels.index.tobytes(), labels.position.tobytes(), labels.heading.tobytes())}"
-        )
-        data = LabelledPairs(self.source, labels, name)
+        content = _digest(labels.index.tobytes(), labels.position.tobytes(), labels.heading.tobytes())
+        data = LabelledPairs(self.source, labels, f"labels {content}")
         options = self.options.training
-        inputs = [
-            self.teacher.sha256,
-            data.name,
-            loss.to_json(),
-            _numbers(options),
-            self.held_out_index.tolist(),
-        ]
-        folder = self._path("student", inputs)
+        inputs = [data.name, loss.to_json(), comparable(options), self.held_out_index.tolist()]
+        folder = self._path("student", self.teacher.sha256, inputs, self._fabric.world_size)
         validation = LabelFreeValidation(
+            self._fabric,
             self.source,
             self.held_out_index,
             self.track,
+            folder,
             self.options.heading_prior_deg,
-            options.batch_size,
             options.workers,
-            self._true_figures,
         )
 
         def on_step(standing: Standing) -> None:
@@ -271,93 +256,65 @@ class Distillation:
             folder,
             loss,
             options,
-            metadata={"parent": self.teacher.sha256, "adaptation": _plain(self.options)},
+            metadata={"parent": self.teacher.sha256},
             on_step=on_step,
         )
         on_step(standing)
         return Student(folder / BEST_FILE, standing.history)
 
-    def views(self, model: CrossViewModel, stage: str) -> Views:
+    def labels_of(self, checkpoint: Checkpoint, stage: str, source: PairSource | None = None) -> PseudoLabels:
+        """A model's labels of all pairs, or of those of another source."""
+        source = source or self.source
+        prior, seed = self.options.heading_prior_deg, self.options.training.seed
+        # Without random turns the seed does not matter.
+        path = self._path("labels", checkpoint.sha256, [source.name, prior, seed if prior != 0 else 0])
+        return label_pairs(
+            self._fabric,
+            checkpoint.model,
+            source,
+            path.with_suffix(".npz"),
+            heading_prior_deg=prior,
+            workers=self.options.training.workers,
+            seed=seed,
+            on_pairs=lambda done: self._on_progress(stage, done, len(source)),
+        )
+
+    def views(self, checkpoint: Checkpoint) -> Views:
         """A model's labels of the held-out pairs in every view."""
-        self._on_progress(f"indicators of the {stage}", 0, 1)
-        model = self._fabric.to_device(model.eval())  # type: ignore[assignment]
-        options = self.options.training
-        views = look(
-            model,
+        return look(
+            self._fabric,
+            checkpoint.model,
             self.source,
             self.held_out_index,
             heading_prior_deg=self.options.heading_prior_deg,
-            batch_size=options.batch_size,
-            workers=options.workers,
+            workers=self.options.training.workers,
         )
-        self._on_progress(f"indicators of the {stage}", 1, 1)
-        return views
 
     def true_errors_m(self, labels: PseudoLabels) -> Array:
         """Metres (N,) from the true places, not-a-number where these are not known."""
         if self.true_from_fix is None:
             return np.full(len(labels), math.nan)
-        return np.asarray(
-            np.linalg.norm(labels.from_fix - self.true_from_fix[labels.index], axis=1), np.float64
-        )
+        return labels.errors_m(self.true_from_fix)
 
-    def errors_on(self, checkpoint: Checkpoint, measured: tuple[PairSource, Array] | None = None) -> Array:
-        """Metres (N,) of a model's true errors on other pairs, given with the metres (N, 2) from their coarse
-        fixes to their true places; by default on the held-out pairs."""
-        if measured is None:
-            labels = self._labels(checkpoint.model, checkpoint.sha256, "test").of(self.held_out_index)
-            return self.true_errors_m(labels)
-        source, true_from_fix = measured
-        labels = self._labels(checkpoint.model, checkpoint.sha256, "test", source)
-        return np.asarray(np.linalg.norm(labels.from_fix - true_from_fix[labels.index], axis=1), np.float64)
+    def history(self, student: Student) -> list[dict[str, float]]:
+        """A student's figures after each epoch, with its true errors on the held-out pairs where known."""
+        entries = []
+        for entry in student.history:
+            labels = PseudoLabels.load(held_out_file(student.path.parent, int(entry["epoch"])))
+            errors = self.true_errors_m(labels) if labels else np.zeros(0)
+            errors = errors[np.isfinite(errors)]
+            true = {}
+            if len(errors):
+                true = {"true_mean_m": float(errors.mean()), "true_median_m": float(np.median(errors))}
+            entries.append({**entry, **true})
+        return entries
 
-    @property
-    def level_count(self) -> int:
-        """How many levels the model has that can be supervised."""
-        return self._model.level_count
-
-    def _true_figures(self, views: Views) -> dict[str, float]:
-        errors = self.true_errors_m(views.plain)
-        errors = errors[np.isfinite(errors)]
-        if not len(errors):
-            return {}
-        return {"true_mean_m": float(errors.mean()), "true_median_m": float(np.median(errors))}
-
-    def _labels(
-        self, model: CrossViewModel, sha256: str, stage: str, source: PairSource | None = None
-    ) -> PseudoLabels:
-        source = source or self.source
-        options = self.options.training
-        return label_pairs(
-            self._fabric,
-            model,
-            source,
-            self._labels_path(sha256, source),
-            heading_prior_deg=self.options.heading_prior_deg,
-            workers=options.workers,
-            seed=options.seed,
-            on_pairs=lambda done: self._on_progress(stage, done, len(source)),
-        )
-
-    def _labels_path(self, sha256: str, source: PairSource) -> Path:
-        prior, seed = self.options.heading_prior_deg, self.options.training.seed
-        # Without random turns the seed does not matter.
-        inputs = [sha256, source.name, prior, 0 if prior == 0 else seed]
-        inputs.append(self._fabric.strategy.precision.precision)
-        return self._path("labels", inputs).with_suffix(".npz")
-
-    def _path(self, kind: str, inputs: Any) -> Path:
-        return self._folder / "stages" / f"{kind}-{_digest(json.dumps(inputs).encode())}"
+    def _path(self, kind: str, sha256: str, *inputs: Any) -> Path:
+        """Of a stage that starts from these weights."""
+        model, precision = self.teacher.model.spec.name, self._fabric.strategy.precision.precision
+        content = json.dumps([_FORMAT, model, precision, sha256, *inputs])
+        return self._folder / "stages" / f"{kind}-{_digest(content.encode())}"
 
 
 def _digest(*parts: bytes) -> str:
     return hashlib.sha256(b"".join(parts)).hexdigest()[:12]
-
-
-def _numbers(options: TrainingOptions) -> dict[str, Any]:
-    """What of the options decides the weights that come out."""
-    return {name: value for name, value in asdict(options).items() if name not in ("workers", "save_every")}
-
-
-def _plain(options: AdaptationOptions) -> dict[str, Any]:
-    return {**asdict(options), "training": _numbers(options.training)}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from lightning_fabric import Fabric
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from xview_loc.adaptation.pseudo_labels import (
     PairReader,
     PseudoLabels,
     distance_m,
+    gathered,
     label_batch,
 )
 from xview_loc.datasets.base import PairSource, Track
@@ -48,6 +50,7 @@ class Views:
 
 @torch.inference_mode()
 def look(
+    fabric: Fabric,
     model: CrossViewModel,
     source: PairSource,
     index: NDArray[np.int64],
@@ -56,39 +59,49 @@ def look(
     batch_size: int = 16,
     workers: int = 0,
 ) -> Views:
-    """Label the pairs ``index`` of a source in every view. Raises AdaptationError where none can be read."""
-    device = next(model.parameters()).device
+    """Label the pairs ``index`` of a source in every view; several processes share the work.
+
+    Raises AdaptationError where no pair can be used.
+    """
+    model = fabric.to_device(model.eval())  # type: ignore[assignment]
     plain, shifted, turned = [], [], []
-    reader = PairReader(source, index, batch_size, workers)
+    share = index[fabric.global_rank :: fabric.world_size]
+    reader = PairReader(source, share, heading_prior_deg, batch_size, workers)
+    step = round(model.spec.aerial_size * _TILE_SHIFT)
     for batch in reader:
-        batch = {name: value.to(device) for name, value in batch.items()}
-        turns = view_turns(batch, heading_prior_deg)
-        start = turns if heading_prior_deg != 0 else None
+        batch = fabric.to_device(batch)
+        turns = base_turns(batch, heading_prior_deg)
         features = model.encode_aerial(batch["aerial"])
-        plain.append(label_batch(model, batch, heading_prior_deg, features, start)[0])
+        plain.append(label_batch(model, batch, heading_prior_deg, features, turns)[0])
         if model.spec.camera == "panorama":
-            further = turns if start is None else (turns + batch["ground"].shape[3] // 3)
+            further = further_turns(batch, heading_prior_deg)
             turned.append(label_batch(model, batch, heading_prior_deg, features, further)[0])
-        step = round(model.spec.aerial_size * _TILE_SHIFT)
-        moved = label_batch(
-            model, {**batch, "aerial": _shift(batch["aerial"], step)}, heading_prior_deg, None, start
-        )
-        shifted.append(_moved_back(moved[0], step))
-    if not plain:
+        moved = {**batch, "aerial": _shift(batch["aerial"], step), "fix": batch["fix"] + step}
+        labels, _ = label_batch(model, moved, heading_prior_deg, turns=turns)
+        shifted.append(_moved_back(labels, step))
+    views = [gathered(fabric, labels) for labels in (plain, shifted, turned)]
+    if views[0] is None or views[1] is None:
         raise AdaptationError(f"none of {len(index)} held-out pairs can be used: {reader.first_failure}")
-    join = PseudoLabels.joined
-    return Views(join(plain), join(shifted), join(turned) if turned else None)
+    return Views(views[0], views[1], views[2])
 
 
-def view_turns(batch: Batch, heading_prior_deg: float | None) -> NDArray[np.int64]:
-    """Columns (B,) by which panoramas are turned: any, by the pair's index, where the heading is unknown;
-    else a few degrees to either side by turns."""
+def base_turns(batch: Batch, heading_prior_deg: float | None) -> NDArray[np.int64] | None:
+    """Columns (B,) by which panoramas are turned in every view: any, by the pair's index, where the heading
+    is unknown; else None."""
+    if heading_prior_deg is not None:
+        return None
+    return np.asarray(batch["index"].cpu().numpy() * 7919 % batch["ground"].shape[3], np.int64)
+
+
+def further_turns(batch: Batch, heading_prior_deg: float | None) -> NDArray[np.int64]:
+    """Columns (B,) of the turned view: a third of a turn more where the heading is unknown; else a few
+    degrees to either side by turns."""
     width = batch["ground"].shape[3]
-    index = batch["index"].cpu().numpy()
-    if heading_prior_deg is None:
-        return index * 7919 % width
+    base = base_turns(batch, heading_prior_deg)
+    if base is not None:
+        return base + width // 3
     few = max(1, round(_TURN_DEG / 360 * width))
-    return np.where(index % 2 == 0, few, -few)
+    return np.where(batch["index"].cpu().numpy() % 2 == 0, few, -few)
 
 
 def _shift(aerial: Tensor, step: int) -> Tensor:
@@ -97,7 +110,8 @@ def _shift(aerial: Tensor, step: int) -> Tensor:
 
 
 def _moved_back(labels: PseudoLabels, step: int) -> PseudoLabels:
-    return replace(labels, position=labels.position - np.float32(step))
+    back = np.float32(step)
+    return replace(labels, position=labels.position - back, fix=labels.fix - back)
 
 
 @dataclass(frozen=True)
@@ -137,7 +151,7 @@ class Indicators:
         )
 
     def score_terms(self) -> Array:
-        """What :attr:`score` is the mean of, (N,)."""
+        """What the score is the mean of, (N,)."""
         terms = np.stack([self.tile_shift, self.turn, self.motion])
         return np.asarray(np.nanmean(terms, axis=0), np.float64)
 
@@ -166,32 +180,40 @@ def _motion(labels: PseudoLabels, track: Track) -> Array:
 
 
 class LabelFreeValidation:
-    """Picks the best epoch without ground truth: the least :attr:`Indicators.score` on held-out pairs."""
+    """Picks the best epoch without ground truth: the least score on held-out pairs.
+
+    ``folder`` keeps each epoch's labels of them (:func:`held_out_file`), for who knows the truth.
+    """
 
     def __init__(
         self,
+        fabric: Fabric,
         source: PairSource,
         index: NDArray[np.int64],
         track: Track | None,
+        folder: Path,
         heading_prior_deg: float | None,
-        batch_size: int,
         workers: int,
-        extra: Callable[[Views], Mapping[str, float]] = lambda views: {},
     ) -> None:
-        """``extra``: further figures for the history, which do not count."""
         self.name = f"{len(index)} of {source.name}"
-        self._source, self._index, self._track = source, index, track
-        self._prior, self._batch_size, self._workers = heading_prior_deg, batch_size, workers
-        self._extra = extra
+        self._fabric, self._source, self._index, self._track = fabric, source, index, track
+        self._folder, self._prior, self._workers = folder, heading_prior_deg, workers
 
-    def __call__(self, model: CrossViewModel) -> dict[str, float]:
+    def __call__(self, model: CrossViewModel, epoch: int) -> dict[str, float]:
         """The means of the indicators."""
         views = look(
+            self._fabric,
             model,
             self._source,
             self._index,
             heading_prior_deg=self._prior,
-            batch_size=self._batch_size,
             workers=self._workers,
         )
-        return {**Indicators.of(views, self._track).summary(), **self._extra(views)}
+        if self._fabric.is_global_zero:
+            views.plain.save(held_out_file(self._folder, epoch))
+        return Indicators.of(views, self._track).summary()
+
+
+def held_out_file(folder: Path, epoch: int) -> Path:
+    """Where a student's labels of the held-out pairs after an epoch are kept."""
+    return folder / f"held-out-{epoch}.npz"

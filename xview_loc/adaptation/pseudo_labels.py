@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -74,6 +75,10 @@ class PseudoLabels:
         down, right = (self.position - self.fix).astype(np.float64).T * self.meters_per_pixel
         return np.stack([right, -down], 1)
 
+    def errors_m(self, true_from_fix: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Metres (N,) from the true places, given as metres (M, 2) from the coarse fixes of all pairs."""
+        return np.asarray(np.linalg.norm(self.from_fix - true_from_fix[self.index], axis=1), np.float64)
+
     def save(self, path: Path) -> None:
         """Write as NPZ, complete or not at all."""
         buffer = io.BytesIO()
@@ -81,10 +86,13 @@ class PseudoLabels:
         write_whole(path, buffer.getvalue())
 
     @classmethod
-    def load(cls, path: Path) -> PseudoLabels:
-        """Inverse of :meth:`save`."""
-        with np.load(path) as content:
-            return cls(*(content[f.name] for f in fields(cls)))
+    def load(cls, path: Path) -> PseudoLabels | None:
+        """Inverse of :meth:`save`; None where there is no such file, or none of this kind that is whole."""
+        try:
+            with np.load(path) as content:
+                return cls(*(content[f.name] for f in fields(cls)))
+        except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
+            return None
 
     @classmethod
     def joined(cls, parts: Sequence[PseudoLabels]) -> PseudoLabels:
@@ -120,7 +128,6 @@ class LabelledPairs(PoseDataset):
         return len(self._labels)
 
     def __getitem__(self, row: int) -> Sample:
-        self._source.epoch = self.epoch
         sample = self._source[int(self._labels.index[row])]
         return {
             **sample,
@@ -130,30 +137,40 @@ class LabelledPairs(PoseDataset):
 
 
 class _Readable(Dataset[PairSample | UserError]):
-    """Some of a source's pairs; what cannot be read of them comes as its error."""
+    """Some of a source's pairs; what cannot be used of them comes as its error."""
 
-    def __init__(self, source: PairSource, index: NDArray[np.int64]) -> None:
-        self._source, self._index = source, index
+    def __init__(self, source: PairSource, index: NDArray[np.int64], needs_heading: bool) -> None:
+        self._source, self._index, self._needs_heading = source, index, needs_heading
 
     def __len__(self) -> int:
         return len(self._index)
 
     def __getitem__(self, row: int) -> PairSample | UserError:
+        index = int(self._index[row])
         try:
-            return self._source[int(self._index[row])]
+            sample = self._source[index]
         except UserError as error:
             return error
+        if self._needs_heading and not sample["heading_known"]:
+            return AdaptationError(f"pair {index} has no heading: adapt with an unknown heading")
+        return sample
 
 
 class PairReader:
-    """Batches of pairs in their order, without those that cannot be read; ``failures`` counts these."""
+    """Batches of pairs in their order, without those that cannot be used; ``failures`` counts these."""
 
-    def __init__(self, source: PairSource, index: NDArray[np.int64], batch_size: int, workers: int) -> None:
+    def __init__(
+        self,
+        source: PairSource,
+        index: NDArray[np.int64],
+        heading_prior_deg: float | None,
+        batch_size: int,
+        workers: int,
+    ) -> None:
         self.failures = 0
         self.first_failure = ""
-        self._loader = DataLoader(
-            _Readable(source, index), batch_size, num_workers=workers, collate_fn=lambda items: items
-        )
+        readable = _Readable(source, index, heading_prior_deg is not None)
+        self._loader = DataLoader(readable, batch_size, num_workers=workers, collate_fn=list)
 
     def __iter__(self) -> Iterator[Batch]:
         for items in self._loader:
@@ -242,44 +259,47 @@ def label_pairs(
     seed: int = 0,
     on_pairs: Callable[[int], object] = lambda done: None,
 ) -> PseudoLabels:
-    """A model's labels of all pairs that can be read, kept in ``path`` (NPZ).
+    """A model's labels of all pairs that can be used, kept in ``path`` (NPZ).
 
-    What is there already is not done again, block by block; the caller chooses another ``path`` for another
-    model or source. Panoramas whose heading the model is not to know are turned at random, each pair the same
-    way every time for one ``seed``. ``on_pairs`` is told how many pairs are done. Several processes share
-    the work; each returns all labels.
-    Raises AdaptationError where no pair can be read.
+    What is there already is not done again, block by block; pairs that could not be used are tried again. The
+    caller chooses another ``path`` for another model or source. Panoramas whose heading the model is not to
+    know are turned at random, each pair the same way every time for one ``seed``. ``on_pairs`` is told how
+    many pairs are done. Several processes share the work; each returns all labels.
+    Raises AdaptationError where no pair can be used.
     """
-    if fabric.broadcast(path.exists()):
-        on_pairs(len(source))
-        return _from_first(fabric, PseudoLabels.load(path) if fabric.is_global_zero else None)
     path.parent.mkdir(parents=True, exist_ok=True)
     model = fabric.to_device(model.eval())  # type: ignore[assignment]
-    blocks, first_failure = [], ""
-    for start in range(0, len(source), _BLOCK):
-        index = np.arange(start, min(start + _BLOCK, len(source)))
-        block_path = path.with_name(f"{path.stem}.from-{start}.npz")
-        if fabric.broadcast(block_path.exists()):
-            block = _from_first(fabric, PseudoLabels.load(block_path) if fabric.is_global_zero else None)
-        else:
-            reader = PairReader(source, index[fabric.global_rank :: fabric.world_size], batch_size, workers)
-            rows = []
-            for batch in reader:
-                batch = fabric.to_device(batch)
-                turns = _turns(batch, heading_prior_deg, seed)
-                with fabric.autocast():
-                    rows.append(label_batch(model, batch, heading_prior_deg, turns=turns)[0])
-                on_pairs(min(start + sum(map(len, rows)) * fabric.world_size, len(source)))
-            first_failure = first_failure or reader.first_failure
-            block = _gathered(fabric, rows, len(index))
+    files = [path, *sorted(path.parent.glob(f"{path.stem}.from-*.npz"))] if fabric.is_global_zero else []
+    found = [PseudoLabels.load(file) for file in files]
+    # The first process's, whether the others see its disk or not.
+    blocks: list[PseudoLabels] = fabric.broadcast([block for block in found if block is not None])
+    done = PseudoLabels.joined(blocks).index if blocks else np.zeros(0, np.int64)
+    to_do = np.setdiff1d(np.arange(len(source)), done)
+    first_failure = ""
+    for start in range(0, len(to_do), _BLOCK):
+        block_index = to_do[start : start + _BLOCK]
+        share = block_index[fabric.global_rank :: fabric.world_size]
+        reader = PairReader(source, share, heading_prior_deg, batch_size, workers)
+        rows = []
+        for batch in reader:
+            batch = fabric.to_device(batch)
+            turns = _turns(batch, heading_prior_deg, seed)
+            with fabric.autocast():
+                rows.append(label_batch(model, batch, heading_prior_deg, turns=turns)[0])
+            seen = len(done) + start + sum(map(len, rows)) * fabric.world_size
+            on_pairs(min(seen, len(source)))
+        first_failure = first_failure or reader.first_failure
+        block = gathered(fabric, rows)
+        if block is not None:
             if fabric.is_global_zero:
-                block.save(block_path)
-        blocks.append(block)
-        on_pairs(int(index[-1]) + 1)
-    if not any(len(block) for block in blocks):
+                block.save(path.with_name(f"{path.stem}.from-{block_index[0]}.npz"))
+            blocks.append(block)
+    on_pairs(len(source))
+    if not blocks:
         raise AdaptationError(f"none of {len(source)} pairs can be used: {first_failure or 'there is none'}")
     labels = PseudoLabels.joined(blocks)
-    if fabric.is_global_zero:
+    labels = labels.rows(np.unique(labels.index, return_index=True)[1])
+    if fabric.is_global_zero and (len(to_do) or not path.exists()):
         labels.save(path)
         for part in path.parent.glob(f"{path.stem}.from-*.npz"):
             part.unlink()
@@ -297,37 +317,14 @@ def _turns(batch: Batch, heading_prior_deg: float | None, seed: int) -> NDArray[
     return np.concatenate(draws)
 
 
-def _gathered(fabric: Fabric, rows: list[PseudoLabels], most: int) -> PseudoLabels:
-    """The rows of all processes in the order of their pairs; each has ``most`` at most."""
-    names = [f.name for f in fields(PseudoLabels)]
-    columns = {name: [getattr(part, name) for part in rows] for name in names}
-    widths = {"position": 2, "fix": 2}
-    # float64 holds every column exactly; all processes send as many rows.
-    packed = np.full((most, len(names) + len(widths)), math.nan)
-    at = 0
-    for name in names:
-        width = widths.get(name, 1)
-        if rows:
-            values = np.concatenate(columns[name]).reshape(-1, width)
-            packed[: len(values), at : at + width] = values
-        at += width
-    table = torch.from_numpy(packed)
+def gathered(fabric: Fabric, rows: list[PseudoLabels]) -> PseudoLabels | None:
+    """The rows of all processes in the order of their pairs, None where there is none."""
+    everyone = [rows]
     if fabric.world_size > 1:
-        everyone = fabric.all_gather(table.to(fabric.device))
-        assert isinstance(everyone, Tensor)
-        table = everyone.reshape(-1, packed.shape[1]).cpu()
-    content = table.numpy()
-    content = content[~np.isnan(content[:, 0])]
-    content = content[np.argsort(content[:, 0])]
-    unpacked, at = [], 0
-    for name in names:
-        width = widths.get(name, 1)
-        values = content[:, at : at + width] if width > 1 else content[:, at]
-        unpacked.append(values.astype(np.int64 if name == "index" else np.float32))
-        at += width
-    return PseudoLabels(*unpacked)
-
-
-def _from_first(fabric: Fabric, labels: PseudoLabels | None) -> PseudoLabels:
-    """The first process's labels, in every process."""
-    return fabric.broadcast(labels) if fabric.world_size > 1 else labels  # type: ignore[return-value]
+        everyone = [[] for _ in range(fabric.world_size)]
+        torch.distributed.all_gather_object(everyone, rows)
+    parts = [part for process in everyone for part in process]
+    if not parts:
+        return None
+    labels = PseudoLabels.joined(parts)
+    return labels.rows(np.argsort(labels.index))

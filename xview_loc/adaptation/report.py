@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from xview_loc.adaptation.distill import Adapted, Distillation
-from xview_loc.adaptation.indicators import Indicators, view_turns
+from xview_loc.adaptation.indicators import Indicators, base_turns
 from xview_loc.adaptation.pseudo_labels import distance_m, label_batch
 from xview_loc.adaptation.verdict import Verdict, judge
 from xview_loc.datasets.base import PairSample
@@ -24,11 +24,11 @@ from xview_loc.files import write_whole
 from xview_loc.geodesy import LocalProjection
 from xview_loc.models.base import IMAGENET_MEAN, IMAGENET_STD, CrossViewModel
 from xview_loc.models.checkpoint import save_checkpoint
-from xview_loc.report import Page
+from xview_loc.report import Page, finite
 
 STUDENT_FILE, METRICS_FILE, REPORT_FILE = "student.safetensors", "metrics.json", "report.html"
 _SHOWN = 4
-# What the indicators are called, their unit, and whether less is better (None: neither).
+# What the indicators are called.
 _INDICATORS = {
     "score": "contradiction, mean of the next three, m",
     "tile_shift": "moves with the tile's cut, m",
@@ -72,11 +72,14 @@ def _metrics(
         "unreadable": len(distillation.training_index) - len(adapted.teacher),
         "trained_on": int(adapted.kept.sum()),
         "held_out": len(adapted.before.plain),
+        "teacher_to_auxiliary_m": _spread(distance_m(adapted.teacher, adapted.auxiliary)),
+        "furthest_kept_m": float(distance_m(adapted.teacher, adapted.auxiliary)[adapted.kept].max()),
+        "teacher_to_student_held_out_m": _spread(distance_m(adapted.before.plain, adapted.after.plain)),
         "options": settings,
         "indicators": {"teacher": before.summary(), "student": after.summary()},
         "epochs": {
-            "auxiliary_student": adapted.auxiliary_student.history,
-            "student": adapted.student.history,
+            "auxiliary_student": distillation.history(adapted.auxiliary_student),
+            "student": distillation.history(adapted.student),
         },
         "verdict": asdict(verdict),
     }
@@ -87,9 +90,14 @@ def _metrics(
             "pseudo ground truth": distillation.true_errors_m(adapted.teacher),
             "pseudo ground truth, kept": distillation.true_errors_m(adapted.teacher.rows(adapted.kept)),
         }
-        metrics["true_errors"] = {name: _finite(asdict(Errors.of(e))) for name, e in errors.items()}
-        metrics["epoch_picks"] = _epoch_picks(adapted.student.history)
+        metrics["true_errors"] = {name: finite(asdict(Errors.of(e))) for name, e in errors.items()}
+        metrics["epoch_picks"] = _epoch_picks(metrics["epochs"]["student"])
     return metrics
+
+
+def _spread(distances: NDArray[np.float64]) -> dict[str, float]:
+    quantiles = np.quantile(distances, [0.5, 0.8, 0.95])
+    return dict(zip(("median", "80 %", "95 %"), map(float, quantiles), strict=True))
 
 
 def _epoch_picks(history: list[dict[str, float]]) -> dict[str, float]:
@@ -104,10 +112,6 @@ def _epoch_picks(history: list[dict[str, float]]) -> dict[str, float]:
         "best_epoch": best["epoch"],
         "best_mean_m": best["true_mean_m"],
     }
-
-
-def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: None if isinstance(v, float) and math.isnan(v) else v for name, v in values.items()}
 
 
 def _page(
@@ -164,7 +168,7 @@ def _page(
         columns = list(history[0])
         page.table(
             [name.replace("_", " "), *columns],
-            [["", *(f"{entry[c]:.4g}" for c in columns)] for entry in history],
+            [["", *(f"{entry.get(c, math.nan):.4g}" for c in columns)] for entry in history],
         )
     page.heading("Settings")
     settings = {**metrics["options"], **metrics["options"]["training"]}
@@ -250,8 +254,7 @@ def _probability(
     """A pair's heat map and where it lies on the tile (left, right, bottom, top in pixels)."""
     model = model.eval().cpu()
     batch = {name: value[None] for name, value in sample.items() if isinstance(value, torch.Tensor)}
-    turns = None if prior == 0 else view_turns(batch, prior)
-    maps = label_batch(model, batch, prior, None, turns)[1]
+    maps = label_batch(model, batch, prior, turns=base_turns(batch, prior))[1]
     share = torch.softmax(maps.logits[0].float().flatten(), 0).view_as(maps.logits[0])
     (row, col), scale, side = maps.grid.origin, maps.grid.scale, share.shape[0]
     first, last = -0.5 * scale, (side - 0.5) * scale

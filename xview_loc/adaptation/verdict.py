@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,8 @@ Array = NDArray[np.float64]
 # Consecutive pairs show the same street: they are drawn together.
 _STRETCH = 10
 _DRAWS = 2000
+# Fewer held-out pairs are too few stretches for the bootstrap: it would be sure of anything.
+_LEAST = 60
 # How sure the evidence must be.
 _SURE = 0.95
 
@@ -50,16 +53,26 @@ def judge(before: Indicators, after: Indicators) -> Verdict:
     low, high = np.quantile(means, [0.025, 0.975])
     better = float((means < 0).mean())
     mean = float(np.nanmean(change))
-    far_before, far_after = (i.stray_sigmas > SEARCH_SIGMAS for i in (before, after))
-    strays = bootstrap_means(far_after.astype(np.float64) - far_before)
-    stray_more = float((strays > 0).mean())
-    consistent, close = better >= _SURE, stray_more < _SURE
+    enough = len(change) >= _LEAST
+    consistent = better >= _SURE
     reasons = [
         f"estimates contradict themselves by {np.nanmean(after.score_terms()):.2f} m instead of "
         f"{np.nanmean(before.score_terms()):.2f} m ({mean:+.2f} m, 95 % interval {low:+.2f} to {high:+.2f}): "
-        + ("better" if consistent else "not surely better"),
-        f"{far_after.mean():.1%} of the maxima of whole maps lie more than {SEARCH_SIGMAS:.0f} sigma from "
-        f"their coarse fix instead of {far_before.mean():.1%}: "
-        + ("no surely more" if close else "more than before"),
+        + ("better" if consistent else "not surely better")
     ]
-    return Verdict(consistent and close, reasons, better, (mean, float(low), float(high)))
+    if not enough:
+        reasons.append(f"{len(change)} held-out pairs are too few to tell: {_LEAST} are needed")
+    far_before, far_after = (
+        np.where(np.isnan(i.stray_sigmas), math.nan, i.stray_sigmas > SEARCH_SIGMAS) for i in (before, after)
+    )
+    close = True
+    if np.isnan(far_after).all():
+        reasons.append("the fixes have no covariance: whether estimates agree with them is not checked")
+    else:
+        close = float((bootstrap_means(far_after - far_before) > 0).mean()) < _SURE
+        reasons.append(
+            f"{np.nanmean(far_after):.1%} of the maxima of whole maps lie more than {SEARCH_SIGMAS:.0f} "
+            f"sigma from their coarse fix instead of {np.nanmean(far_before):.1%}: "
+            + ("no surely more" if close else "more than before")
+        )
+    return Verdict(consistent and close and enough, reasons, better, (mean, float(low), float(high)))

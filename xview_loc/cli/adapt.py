@@ -79,7 +79,8 @@ def adapt(
             bars, **{k: v for k, v in locals().items() if k not in ("bars", "dry_run")}
         )
         if dry_run:
-            _show_plan(distillation)
+            if bars.first:
+                _show_plan(distillation)
             return
         from xview_loc.adaptation.report import REPORT_FILE, STUDENT_FILE, write_results
 
@@ -130,7 +131,7 @@ def ablate(
         measured = None
         if test is not None:
             source = _source([test], distillation.teacher.model)
-            places = _true_places(source, test_truth, truth_topic)
+            places = _true_places(source, test_truth, truth_topic, bars.first)
             measured = None if places is None else (source, places)
         if measured is None and (test is not None or distillation.true_from_fix is None):
             raise UsageError("ablate compares with true places: give --truth, or --test with --test-truth")
@@ -217,7 +218,7 @@ def _distillation(
         **{name: value for name, value in given.items() if value is not None},
     )
     source = _source(data, teacher.model)
-    places = _true_places(source, truth, truth_topic)
+    places = _true_places(source, truth, truth_topic, bars.first)
     fabric = make_fabric(accelerator, devices, precision)
     return Distillation(fabric, teacher, source, out, options, true_from_fix=places, on_progress=bars)
 
@@ -244,12 +245,16 @@ def _source(data: list[str], model: CrossViewModel) -> PairSource:
     return PairDataset(folders, model.spec)
 
 
-def _true_places(source: PairSource, truth: Path | None, topic: str | None) -> NDArray[np.float64] | None:
+def _true_places(
+    source: PairSource, truth: Path | None, topic: str | None, tell: bool
+) -> NDArray[np.float64] | None:
     """Metres (N, 2) east and north from the coarse fixes; None where the truth is not known."""
     from xview_loc.datasets.base import PoseDataset, true_from_fix
     from xview_loc.tracks import read_timed_track
 
     if isinstance(source, PoseDataset):
+        if truth is not None:
+            raise UsageError(f"{source.name} has true places of its own: leave out {truth}")
         return source.true_from_fix()
     if truth is None:
         return None
@@ -259,12 +264,15 @@ def _true_places(source: PairSource, truth: Path | None, topic: str | None) -> N
     known = int(sum(map(math.isfinite, places[:, 0])))
     if not known:
         raise UsageError(f"{truth} says nothing about the times at which the pairs were taken")
-    console.print(f"true places of {known} of {len(places)} pairs", soft_wrap=True)
+    if tell:
+        console.print(f"true places of {known} of {len(places)} pairs", soft_wrap=True)
     return places
 
 
 def _show(metrics: dict[str, Any]) -> None:
     verdict = metrics["verdict"]
+    if metrics["unreadable"]:
+        console.print(f"{metrics['unreadable']} pairs could not be used and were left out", soft_wrap=True)
     for reason in verdict["reasons"]:
         console.print(reason, soft_wrap=True)
     if "true_errors" in metrics:
@@ -279,10 +287,8 @@ def _show(metrics: dict[str, Any]) -> None:
 def _show_plan(distillation: Distillation) -> None:
     plan = distillation.plan()
     for stage in plan.stages:
-        done = "done already" if stage.done else f"about {stage.seconds / 60:.1f} min"
-        console.print(f"{stage.name}: {stage.pairs} pairs, {done}", soft_wrap=True)
-    console.print(
-        f"{sum(s.seconds for s in plan.stages if not s.done) / 60:.1f} min in all on this machine, "
-        f"{plan.megabytes:.0f} MB of disk",
-        soft_wrap=True,
-    )
+        console.print(
+            f"{stage.name}: {stage.pairs} pairs, about {stage.seconds / 60:.1f} min", soft_wrap=True
+        )
+    minutes = sum(stage.seconds for stage in plan.stages) / 60
+    console.print(f"{minutes:.1f} min in all, less what is done already; {plan.megabytes:.0f} MB of disk")

@@ -36,7 +36,7 @@ class PairSample(_PairSample, total=False):
 
     ground: float32 (3, h, w), normalised; a panorama faces north as far as the measured heading knows.
     aerial: float32 (3, S, S), normalised. fix: float32 (2,), the coarse fix's (row, col) in tile pixels.
-    fix_std: float32 (), its standard deviation along either axis, m (not-a-number if unknown).
+    fix_std: float32 (), its standard deviation along its larger axis, m (not-a-number if unknown).
     heading_known: bool (). meters_per_pixel: float32 (), of the tile. index: int64 (), in the dataset.
     intrinsics: float32 (3, 3), the camera matrix in pixels of ``ground``; of pinhole cameras only.
     """

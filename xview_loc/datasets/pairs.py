@@ -104,34 +104,35 @@ def _bag_track(number: int, bag: PairBag) -> Track:
     stamps = np.array([stamp for stamp, *_ in poses], np.int64)
     yaws = np.array([math.nan if yaw is None else yaw for *_, yaw in poses])
     moved = np.full((len(poses), 2), math.nan)
-    driven = _driven(bag, stamps)
     # Along the mean of the headings at both ends.
     direction = np.exp(1j * yaws[1:]) + np.exp(1j * yaws[:-1])
-    direction /= np.maximum(np.abs(direction), 1e-9)
-    moved[1:] = np.diff(driven)[:, None] * np.stack([direction.real, direction.imag], 1)
+    angle = np.angle(direction)
+    moved[1:] = _driven(bag, stamps)[:, None] * np.stack([np.cos(angle), np.sin(angle)], 1)
     lat, lon = (np.array([pose[i] for pose in poses]) for i in (1, 2))
     return Track(np.full(len(poses), number), stamps, lat, lon, moved)
 
 
 def _driven(bag: PairBag, stamps: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Metres (N,) driven by the wheels until each stamp, from any start; not-a-number out of their range."""
+    """Metres (N - 1,) driven by the wheels between stamps (N,); not-a-number where odometry is missing."""
     seen = [
         (stamp, deserialize(TOPICS[ODOMETRY], data).twist.twist.linear.x) for stamp, data in bag.odometry()
     ]
     seen = sorted((stamp, speed) for stamp, speed in seen if math.isfinite(speed))
     if len(seen) < 2:
-        return np.full(len(stamps), math.nan)
+        return np.full(max(0, len(stamps) - 1), math.nan)
     seconds = np.array([(stamp - seen[0][0]) / 1e9 for stamp, _ in seen])
     speeds = np.array([speed for _, speed in seen])
     steps = np.diff(seconds) * (speeds[1:] + speeds[:-1]) / 2
-    # A gap in the odometry says nothing about what was driven in it.
-    steps[np.diff(seconds) * 1e9 > 2 * SPEED_AGE_NS] = math.nan
+    # A gap says nothing about what was driven in it: whatever touches one is unknown.
+    gaps = np.diff(seconds) * 1e9 > 2 * SPEED_AGE_NS
     at = (stamps - seen[0][0]) / 1e9
-    driven = np.interp(at, seconds, np.concatenate([[0.0], np.nancumsum(steps)]), math.nan, math.nan)
-    gaps = np.isnan(steps)[np.clip(np.searchsorted(seconds, at, "right") - 1, 0, len(steps) - 1)]
-    return np.where(gaps, math.nan, driven)
+    driven, missing = (
+        np.interp(at, seconds, np.concatenate([[0.0], np.cumsum(x)]), math.nan, math.nan)
+        for x in (np.where(gaps, 0.0, steps), gaps.astype(np.float64))
+    )
+    return np.where(np.diff(missing) == 0, np.diff(driven), math.nan)
 
 
 def _std(covariance: NDArray[np.float64] | None) -> float:
-    """Along either axis, m: the root mean square of the two."""
-    return math.nan if covariance is None else math.sqrt((covariance[0, 0] + covariance[1, 1]) / 2)
+    """Along its larger axis, m."""
+    return math.nan if covariance is None else math.sqrt(float(np.linalg.eigvalsh(covariance[:2, :2])[-1]))

@@ -76,7 +76,7 @@ class SimulatedDataset(PoseDataset):
         self.name = f"simulated:{style}:{cities.start}-{cities.stop - 1}:{frames}"
         self._style, self._cities, self._frames = style, cities, frames
         self._spec = spec
-        self._folder = (cache_dir or default_cache_dir().parent / "simulated").expanduser()
+        self.folder = (cache_dir or default_cache_dir().parent / "simulated").expanduser()
         self._augment = augment
         self._reach = min(spec.aerial_size * spec.gsd / 2 - _BORDER_M, reach_m)
         self._open: dict[int, _Rendered] = {}
@@ -150,7 +150,7 @@ class SimulatedDataset(PoseDataset):
 
     def _path(self, seed: int) -> Path:
         what = (_VERSION, self._style, seed, self._frames, self._spec.ground_size, self._spec.gsd)
-        return self._folder / hashlib.sha256(repr(what).encode()).hexdigest()[:16]
+        return self.folder / hashlib.sha256(repr(what).encode()).hexdigest()[:16]
 
     def _city(self, seed: int) -> _Rendered:
         if seed not in self._open:

@@ -93,7 +93,7 @@ class HeatMaps:
 
     def peak(self) -> Tensor:
         """Tile pixel (row, col) of the finest map's maximum, (B, 2)."""
-        cells = torch.stack(self.peak_cells(), 1).to(self.logits.dtype)
+        cells = torch.stack(self.peak_cells(), 1).float()
         return cells * self.grid.scale + cells.new_tensor(self.grid.origin)
 
 

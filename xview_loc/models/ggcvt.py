@@ -195,7 +195,7 @@ class GGCVT(CrossViewModel):
         for x, weight, crop in zip(levels, trust, self.crop_sizes(), strict=True):
             energy = box_sum(x.square().sum(1), crop) * _centre_crop(weight[:, 0], x.shape[-1] - crop + 1)
             # Floored before the root, whose slope at zero is infinite.
-            encoded.append(AerialLevel(torch.fft.rfft2(x), energy.clamp_min(_MIN_ENERGY).sqrt()))
+            encoded.append(AerialLevel(torch.fft.rfft2(_wide(x)), energy.clamp_min(_MIN_ENERGY).sqrt()))
         return AerialFeatures(tuple(encoded))
 
     def encode_ground(
@@ -286,9 +286,14 @@ def correlate(spectrum: Tensor, kernel: Tensor, size: int) -> Tensor:
     ``spectrum`` is rfft2 of the features (B, C, size, size). Returns (B, size - k + 1, size - k + 1).
     Positions where the circular correlation wraps round lie outside that part, so nothing needs padding.
     """
-    product = spectrum * torch.fft.rfft2(kernel, s=(size, size)).conj()
+    product = spectrum * torch.fft.rfft2(_wide(kernel), s=(size, size)).conj()
     side = size - kernel.shape[-1] + 1
     return torch.fft.irfft2(product.sum(1), s=(size, size))[:, :side, :side]
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float32 at least: transforms of half precision lack sizes, or everything."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def box_sum(x: Tensor, side: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -32,7 +33,7 @@ matplotlib.use("Agg")
 # The shipped weights were trained on the source style's cities 0 to 23.
 STYLE, CITY = "source", 4321
 FRAMES, RATE_HZ = 160, 4.0
-MODEL = "ccvpe-small"
+MODELS = ("ccvpe-small", "ggcvt-small")
 START_TIMEOUT_S = 90.0
 LAST_FRAME_TIMEOUT_S = 1.5
 FASTDDS_PROFILE = Path(__file__).resolve().parents[2] / "config" / "fastdds.xml"
@@ -134,7 +135,7 @@ class Demo:
         rclpy.try_shutdown()
 
 
-def run_drive(folder: Path) -> tuple[Listener, Path]:
+def run_drive(folder: Path, model: str) -> tuple[Listener, Path]:
     """Simulate and localise over DDS; what was heard, and the map's path. Raises SystemExit on failure."""
     demo = Demo()
     listener = demo.listener
@@ -150,7 +151,7 @@ def run_drive(folder: Path) -> tuple[Listener, Path]:
         datum_lat, datum_lon = _middle(map_path)
         parameters = {
             "map": str(map_path),
-            "model": MODEL,
+            "model": model,
             "heading_source": "quaternion",
             "qos_reliability": "reliable",
             "datum_lat": datum_lat,
@@ -236,13 +237,16 @@ def draw_heat_map(listener: Listener, map_path: Path, datum: LocalProjection) ->
 
 def main() -> None:
     """Drive, localise, compare, and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=MODELS, default=MODELS[0])
+    model = parser.parse_args().model
     folder = Path("demo_output").resolve()
     folder.mkdir(exist_ok=True)
     os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
     if FASTDDS_PROFILE.exists():
         os.environ.setdefault("FASTDDS_DEFAULT_PROFILES_FILE", str(FASTDDS_PROFILE))
     print(f"building a simulated city the model has never seen ({STYLE} style, seed {CITY}) ...", flush=True)
-    listener, map_path = run_drive(folder)
+    listener, map_path = run_drive(folder, model)
     track = listener.track
     coarse, own = track.errors(track.fix), track.errors(track.estimate)
     rows = {
@@ -251,7 +255,7 @@ def main() -> None:
     page = Page("xview_loc: a drive through a city it has never seen")
     page.text(
         f"{len(own)} of {FRAMES} frames of a simulated drive were localised, each by itself, by the "
-        f"localizer node with {MODEL}, live over DDS. The city (style {STYLE}, seed {CITY}) was not in its "
+        f"localizer node with {model}, live over DDS. The city (style {STYLE}, seed {CITY}) was not in its "
         "training."
     )
     header = ["distance from the truth", "mean", "median", "95 %"]
