@@ -95,10 +95,10 @@ def test_a_page_is_one_file(tmp_path: Path) -> None:
     assert picture is not None and picture.shape[1] > 100
 
 
-def test_the_shipped_model_finds_its_way(tmp_path: Path) -> None:
-    """In a city it has never seen: much nearer than the coarse fix, with a known heading and without one."""
-    for heading in ("known", "unknown"):
-        words = ["evaluate", "--cities", "950", "--frames", "40", "--heading", heading]
+def test_the_shipped_models_find_their_way(tmp_path: Path) -> None:
+    """In a city they have never seen: much nearer than the coarse fix."""
+    for model, heading in (("ccvpe-small", "known"), ("ccvpe-small", "unknown"), ("ggcvt-small", "known")):
+        words = ["evaluate", "--model", model, "--cities", "950", "--frames", "40", "--heading", heading]
         done = subprocess.run(
             [sys.executable, "-m", "xview_loc.cli", *words, "--out", str(tmp_path / "errors.json")],
             capture_output=True,

@@ -189,10 +189,12 @@ class DistillationLoss:
         """See :class:`HeatMapLoss`."""
         extra: dict[str, Any] = {name: batch[name] for name in model.extra_inputs}
         features = model.encode_aerial(batch["aerial"])
-        maps = model.match_levels(batch["ground"], features, heading_prior_deg, self.levels, **extra)
+        # The bins of wrong headings are negatives too, whatever prior the model is told when it localises.
+        prior = None if isinstance(model, CCVPE) else heading_prior_deg
+        maps = model.match_levels(batch["ground"], features, prior, self.levels, **extra)
         label = self._label(model, batch, heading_prior_deg)
         if isinstance(model, CCVPE):
-            bins = bin_weights(batch["heading"], model.spec.bins)[:, model.prior_bins(heading_prior_deg)]
+            bins = bin_weights(batch["heading"], model.spec.bins)
         else:
             bins = torch.ones_like(batch["heading"])[:, None]
         values = [info_nce(scores, label, bins, positive=0.0) for scores in maps]
