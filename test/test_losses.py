@@ -61,6 +61,16 @@ def test_bins_agree_with_the_model() -> None:
     torch.testing.assert_close(turned[:, index], straight[:, 0], atol=0.02, rtol=0.0)
 
 
+@pytest.mark.parametrize("name", ["ccvpe-small", "ccvpe-kitti"])
+def test_a_known_heading_is_one_bin_for_model_and_loss(name: str) -> None:
+    """North on north-up tiles; to the right on tiles turned to the heading."""
+    model = create_model(name)
+    heading = torch.tensor([model.spec.nominal_heading])
+    assert model.prior_bins(0.0).tolist() == [int(bin_weights(heading, model.spec.bins).argmax())]
+    around = model.prior_bins(50.0)
+    assert len(around) == 5 and int(around[2]) == int(model.prior_bins(0.0)[0])
+
+
 def test_info_nce_counts_the_positive_cells() -> None:
     label = gaussian_label(torch.tensor([[8.0, 8.0]]), 16, 0.4)
     scores = torch.zeros(1, 3, 16, 16)

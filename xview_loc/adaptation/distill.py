@@ -49,9 +49,8 @@ class AdaptationOptions:
 
     levels: K', how many of the model's levels are supervised. keep: T, the share of labels that survive the
     outlier filter (1: no filter). sigma: of the pseudo ground truth's Gaussian, pixels of the finest map.
-    held_out: share of the pairs
-    that training does not see; they pick the epoch and the verdict. training: of both students; its heading
-    priors hold for the teacher as well (one of them).
+    held_out: share of the pairs that training does not see; they pick the epoch and the verdict. training: of
+    both students; its one heading prior holds for the teacher as well.
     """
 
     levels: int
@@ -161,9 +160,8 @@ class Distillation:
         """Pairs to train on and held-out ones: of drives the last stretch, else some at random."""
         count, share = len(self.source), self.options.held_out
         if self.track is None:
-            held = np.random.default_rng(self.options.training.seed).permutation(count)[
-                : round(count * share)
-            ]
+            order = np.random.default_rng(self.options.training.seed).permutation(count)
+            held = order[: round(count * share)]
         else:
             drives = [np.flatnonzero(self.track.drive == drive) for drive in np.unique(self.track.drive)]
             held = np.concatenate([d[len(d) - round(len(d) * share) :] for d in drives])
@@ -182,6 +180,7 @@ class Distillation:
         loss = self.loss(self.options.levels)
         auxiliary_student = self.student(labels, loss, "auxiliary student")
         auxiliary = self.labels_of(auxiliary_student.load(), "auxiliary labels").of(labels.index)
+        labels = labels.of(auxiliary.index)  # should a pair have become unreadable since
         kept = reliable(labels, auxiliary, self.options.keep)
         student = auxiliary_student
         if not kept.all():
