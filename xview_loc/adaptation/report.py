@@ -240,7 +240,7 @@ def _heat_maps(
         figures.append(
             (
                 _draw_pair(distillation, sample, maps, places),
-                f"Pair {index}: the estimate has moved {moved[row]:.1f} m. Left teacher, right student; "
+                f"Pair {index}: the estimate has moved {moved[row]:.1f} m; "
                 "circle: estimate, plus: coarse fix"
                 + (", cross: truth" if distillation.true_from_fix is not None else ""),
             )
@@ -275,7 +275,7 @@ def _draw_pair(
     above.axis("off")
     aerial = picture(sample["aerial"])
     for column, ((share, extent), place) in enumerate(zip(maps, places, strict=True)):
-        axes = figure.add_subplot(grid[1, column])
+        axes = figure.add_subplot(grid[1, column], title=("teacher", "student")[column])
         axes.imshow(aerial)
         strength = np.sqrt(share / share.max())
         axes.imshow(strength, extent=extent, cmap="inferno", alpha=0.75 * strength)
