@@ -176,7 +176,7 @@ def test_both_kinds_of_labels_and_all_splits_are_found(tmp_path: Path) -> None:
         write_vigor_images(tmp_path, city, vigor_line(0), GREY, noise(np.random.default_rng(0), 80, 80))
     assert len(VigorDataset(tmp_path, "same-train", SPEC)) == 4
     assert len(VigorDataset(tmp_path, "same-test", SPEC)) == 8
-    original = open_dataset(f"vigor:{tmp_path}:same-test", SPEC, labels="original")
+    original = open_dataset(f"vigor:{tmp_path}:same-test:original", SPEC)
     assert len(original) == 4
     assert original[2]["position"].tolist() == pytest.approx([255.5 - 40, 255.5])
 

@@ -108,7 +108,10 @@ def evaluate(
             net.to(device)
         except (RuntimeError, AssertionError) as error:  # the latter without CUDA
             raise UsageError(f"no device {device!r}: {reason(error)}") from None
-        errors = _on_benchmark(net, f"{dataset.value}:{root}:{split}", labels, heading, batch_size, workers)
+        name = f"{dataset.value}:{root}:{split}"
+        if dataset is Benchmark.vigor and labels is LabelSet.original:
+            name += ":original"
+        errors = _on_benchmark(net, name, heading, batch_size, workers)
         _print_benchmark(errors, net.spec.name, dataset, split, heading)
         content = {"dataset": dataset.value, "split": split}
         content |= {"labels": labels.value} if dataset is Benchmark.vigor else {}
@@ -128,13 +131,13 @@ def _plain(values: Any) -> Any:
 
 
 def _on_benchmark(
-    net: CrossViewModel, name: str, labels: LabelSet, heading: Heading, batch_size: int, workers: int
+    net: CrossViewModel, name: str, heading: Heading, batch_size: int, workers: int
 ) -> PoseErrors:
     from xview_loc.datasets import open_dataset
     from xview_loc.evaluation import evaluate
 
     known = heading is Heading.known
-    data = open_dataset(name, net.spec, labels=labels.value, heading_known=known)
+    data = open_dataset(name, net.spec, heading_known=known)
     # On a tile turned to the heading all bins are scored, as the published models do.
     trusted = known and (net.spec.aerial_up == "north" or net.spec.bins == 0)
     with Progress(console=console, transient=True) as progress:

@@ -33,7 +33,6 @@ def open_dataset(
     reach_m: float = math.inf,
     cache_dir: Path | None = None,
     augment: bool = False,
-    labels: Labels = "corrected",
     heading_known: bool = True,
 ) -> PoseDataset:
     """The dataset that ``text`` names, for a model of ``spec`` that finds cameras up to ``reach_m`` from a
@@ -41,15 +40,16 @@ def open_dataset(
 
     ``simulated:STYLE:CITIES:FRAMES``: cities ``3`` or ``0-23`` of a style, so many frames in each;
     ``reach_m``, ``cache_dir`` and ``augment`` are :class:`SimulatedDataset`'s.
-    ``vigor:ROOT:SPLIT``: a split of :class:`VigorDataset`, with its ``labels``; unless ``heading_known``,
-    panoramas are turned at random.
+    ``vigor:ROOT:SPLIT``: a split of :class:`VigorDataset`, ``vigor:ROOT:SPLIT:original`` with the original
+    labels; unless ``heading_known``, panoramas are turned at random.
     ``kitti:ROOT:SPLIT``: a split of :class:`KittiDataset`; unless ``heading_known``, tiles are turned by up
     to 10 degrees either way.
     """
     kind, _, rest = text.partition(":")
     if kind == "simulated":
         return SimulatedDataset.parse(rest, spec, reach_m=reach_m, cache_dir=cache_dir, augment=augment)
-    root, colon, split = rest.rpartition(":")
+    labels: Labels = "original" if kind == "vigor" and rest.endswith(":original") else "corrected"
+    root, colon, split = rest.removesuffix(":original").rpartition(":")
     if kind == "vigor" and colon:
         return VigorDataset(Path(root), split, spec, labels=labels, heading_known=heading_known)
     if kind == "kitti" and colon:
