@@ -6,7 +6,7 @@ import base64
 import html
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,13 @@ img { max-width: 100% } figure { margin: 1rem 0 } figcaption { color: #57606a; f
 """
 
 
-def finite(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values, None where one is a not-a-number, which JSON does not have."""
-    return {name: None if isinstance(v, float) and math.isnan(v) else v for name, v in values.items()}
+def finite(values: Any) -> Any:
+    """Values, lists and dictionaries of them with None for what is not finite, which JSON does not have."""
+    if isinstance(values, dict):
+        return {name: finite(value) for name, value in values.items()}
+    if isinstance(values, list):
+        return [finite(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
 class Page:

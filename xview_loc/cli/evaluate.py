@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import tempfile
 from dataclasses import asdict
 from enum import Enum
@@ -95,6 +94,7 @@ def evaluate(
     KITTI, beside the published figures.
     """
     from xview_loc.models.checkpoint import load_model
+    from xview_loc.report import finite
 
     net = load_model(model, checkpoint).model
     if net.spec.bins == 0 and heading is Heading.unknown:
@@ -115,19 +115,11 @@ def evaluate(
         _print_benchmark(errors, net.spec.name, dataset, split, heading)
         content = {"dataset": dataset.value, "split": split}
         content |= {"labels": labels.value} if dataset is Benchmark.vigor else {}
-        content |= {"summary": _plain(errors.summary())}
-        content |= {"samples": {name: _plain(values.tolist()) for name, values in asdict(errors).items()}}
+        content |= {"summary": errors.summary()}
+        content |= {"samples": {name: values.tolist() for name, values in asdict(errors).items()}}
     if out:
-        out.write_text(json.dumps({"model": net.spec.name, "heading": heading.value, **content}))
-
-
-def _plain(values: Any) -> Any:
-    """With None for what is not finite, which JSON cannot hold."""
-    if isinstance(values, dict):
-        return {name: _plain(value) for name, value in values.items()}
-    if isinstance(values, list):
-        return [_plain(value) for value in values]
-    return values if math.isfinite(values) else None
+        figures = {"model": net.spec.name, "heading": heading.value, **content}
+        out.write_text(json.dumps(finite(figures), allow_nan=False))
 
 
 def _on_benchmark(
@@ -202,8 +194,8 @@ def _on_drives(net: CrossViewModel, style: str, cities: str, frames: int, headin
         table.add_row(name, str(errors.frames), *figures)
     console.print(table)
     content: dict[str, Any] = {"style": style, "cities": cities}
-    content |= {name.replace(" ", "_"): _plain(asdict(errors)) for name, errors in rows.items()}
-    content |= {"fix_m": drive.fix.tolist(), "estimate_m": _plain(drive.estimate.tolist())}
+    content |= {name.replace(" ", "_"): asdict(errors) for name, errors in rows.items()}
+    content |= {"fix_m": drive.fix.tolist(), "estimate_m": drive.estimate.tolist()}
     return content
 
 
