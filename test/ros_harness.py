@@ -14,10 +14,13 @@ from typing import Any
 
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
+from rcl_interfaces.msg import Parameter, ParameterType, ParameterValue
+from rcl_interfaces.srv import SetParameters
 from rclpy.context import Context
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.qos import QoSProfile, ReliabilityPolicy
+from std_srvs.srv import Trigger
 
 HERE = Path(__file__).parent
 
@@ -88,6 +91,7 @@ class Bench:
         self.received: dict[str, list[Any]] = {}
         self.status: DiagnosticStatus | None = None
         self.reports = 0
+        self._clients: dict[str, Any] = {}
         self.node.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, 10)
 
     def close(self) -> None:
@@ -130,6 +134,31 @@ class Bench:
     def value(self, key: str) -> str:
         assert self.status is not None
         return {v.key: v.value for v in self.status.values}.get(key, "")
+
+    def begin_set_parameter(self, node: str, name: str, text: str) -> Any:
+        """Ask for a parameter's change; the future of the answer."""
+        client = self._client(SetParameters, f"{node}/set_parameters")
+        value = ParameterValue(type=ParameterType.PARAMETER_STRING, string_value=text)
+        return client.call_async(SetParameters.Request(parameters=[Parameter(name=name, value=value)]))
+
+    def set_parameter(self, node: str, name: str, text: str) -> str:
+        """Change a parameter; why it was refused, "" where it was not."""
+        call = self.begin_set_parameter(node, name, text)
+        (result,) = self.wait(call.done, what="the parameter") and call.result().results
+        return "" if result.successful else result.reason
+
+    def trigger(self, service: str) -> tuple[bool, str]:
+        """Call a Trigger service."""
+        call = self._client(Trigger, service).call_async(Trigger.Request())
+        self.wait(call.done, what=service)
+        return call.result().success, call.result().message
+
+    def _client(self, kind: type, service: str) -> Any:
+        if service not in self._clients:
+            self._clients[service] = self.node.create_client(kind, service)
+        client = self._clients[service]
+        self.wait(client.service_is_ready, what=service)
+        return client
 
     def _on_diagnostics(self, message: DiagnosticArray) -> None:
         self.status = message.status[0]

@@ -13,7 +13,7 @@ PEAK = (58.3, 71.8)
 
 
 class StubModel(CrossViewModel):
-    """Scores a Gaussian about ``PEAK``, whatever it is shown."""
+    """Scores a Gaussian about ``PEAK``, whatever it is shown; its weight moves it down by so many rows."""
 
     def __init__(self, camera: str) -> None:
         super().__init__()
@@ -27,7 +27,8 @@ class StubModel(CrossViewModel):
 
     def match(self, ground, features, heading_prior_deg=None, *, orientation=False) -> HeatMaps:
         rows, cols = torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing="ij")
-        logits = -((rows - PEAK[0]) ** 2 + (cols - PEAK[1]) ** 2) / (2.0 * 2.0**2)
+        row = PEAK[0] + float(self.weight.detach())
+        logits = -((rows - row) ** 2 + (cols - PEAK[1]) ** 2) / (2.0 * 2.0**2)
         logits = logits.float()[None]
         # Facing north everywhere: as the image was prepared, that is the heading given.
         field = torch.zeros(1, 2, SIZE, SIZE)

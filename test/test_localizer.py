@@ -72,10 +72,14 @@ class FindsRed(CrossViewModel):
     ) -> None:
         super().__init__()
         self.spec = ModelSpec("finds-red", camera, (32, 64), SIZE, GSD, bins, aerial_up=up)
-        self.angle, self.grid, self.sigma = angle, grid or HeatMapGrid(), sigma
+        self.angle, self._grid, self.sigma = angle, grid or HeatMapGrid(), sigma
         self.encoded = 0
         self.calls: list[dict] = []
         self.fill: float | None = None
+
+    @property
+    def grid(self) -> HeatMapGrid:
+        return self._grid
 
     def encode_aerial(self, aerial: torch.Tensor) -> tuple[float, float]:
         assert aerial.shape == (1, 3, SIZE, SIZE)

@@ -15,6 +15,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import torch
 import yaml
 
 pytest.importorskip("rclpy", reason="ROS 2's Python packages are not installed")
@@ -26,11 +27,12 @@ from rclpy.qos import DurabilityPolicy, QoSProfile
 from ros_harness import Bench, NodeProcess, bench, pick_domain
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image, Imu, NavSatFix
 from std_msgs.msg import Float64
-from stub_node import GSD, PEAK, SIZE
+from stub_node import GSD, PEAK, SIZE, StubModel
 
 from xview_loc import input_messages
 from xview_loc.geodesy import LocalProjection, snap_to_grid
 from xview_loc.imagery import AerialTile
+from xview_loc.models.checkpoint import save_checkpoint
 from xview_loc.nodes import messages
 from xview_loc.nodes.parameters import LOCALIZER, PAIR_LOGGER
 
@@ -187,7 +189,8 @@ def test_position_heading_and_stamp(rig):
     assert input_messages.yaw_of(pose.pose.pose.orientation) == pytest.approx(expected, abs=1e-3)
     covariance = np.array(pose.pose.covariance).reshape(6, 6)
     assert 0.1 < covariance[0, 0] < 100.0 and covariance[2, 2] == 1e6
-    assert rig.latency and 0.0 < rig.latency[-1].data < 5000.0
+    rig.bench.wait(lambda: rig.latency, what="the latency")  # published after the pose
+    assert 0.0 < rig.latency[-1].data < 5000.0
     print(f"latency ms: {[round(v.data, 1) for v in rig.latency]}")
 
 
@@ -275,6 +278,72 @@ def test_stamps_going_back(rig):
 
 def start(tmp_path: Path, domain: int, **parameters: Any) -> NodeProcess:
     return NodeProcess(domain, tmp_path / "log.txt", {**PARAMETERS, **parameters})
+
+
+def write_stub(path: Path, rows: float) -> Path:
+    """A checkpoint that moves the stub's peak down by some rows."""
+    model = StubModel("panorama")
+    with torch.no_grad():
+        model.weight.fill_(rows)
+    save_checkpoint(model, path)
+    return path
+
+
+def rows_moved(pose: PoseWithCovarianceStamped) -> float:
+    """How far south of the stub's own peak a pose is, in its rows."""
+    north = DATUM.forward(*true_place())[1]
+    return (north - pose.pose.pose.position.y) / GSD
+
+
+def test_checkpoints_are_swapped_on_the_running_node(rig, tmp_path):
+    first, second = (
+        write_stub(tmp_path / "first.safetensors", 0),
+        write_stub(tmp_path / "second.safetensors", 8),
+    )
+    for path in (first, second):
+        assert rig.bench.set_parameter("/localizer", "checkpoint", str(path)) == ""
+        rig.bench.wait(
+            lambda path=path: path.name in rig.bench.value("checkpoint"), what="the new checkpoint"
+        )
+    assert rows_moved(rig.good_frame()) == pytest.approx(8, abs=0.1)
+    ok, text = rig.bench.trigger("/localizer/rollback")
+    assert ok and "first.safetensors" in text and rows_moved(rig.good_frame()) == pytest.approx(0, abs=0.1)
+    ok, text = rig.bench.trigger("/localizer/reload")
+    assert ok and "second.safetensors" in text and rows_moved(rig.good_frame()) == pytest.approx(8, abs=0.1)
+    second.write_bytes(second.read_bytes()[:-1])
+    ok, text = rig.bench.trigger("/localizer/reload")
+    assert not ok and "second.safetensors" in text
+    rig.bench.wait_diagnosis("second.safetensors")
+    assert rows_moved(rig.good_frame()) == pytest.approx(8, abs=0.1)
+    assert "name a checkpoint" in rig.bench.set_parameter("/localizer", "checkpoint", "")
+    rig.bench.set_parameter("/localizer", "checkpoint", str(first))
+    rig.bench.wait(lambda: "first.safetensors" in rig.bench.value("checkpoint"), what="the new checkpoint")
+    assert rows_moved(rig.good_frame()) == pytest.approx(0, abs=0.1)
+
+
+def test_fifty_swaps_under_load_lose_no_frame(rig, tmp_path):
+    """Every frame gets the pose of one checkpoint or the other, though the weights change all the time."""
+    paths = [write_stub(tmp_path / f"{rows}.safetensors", rows) for rows in (0, 8)]
+    rig.good_frame()
+    rig.poses.clear()
+    start = rig.step()
+    swaps, sent = 0, 0
+    while swaps < 50:
+        call = rig.bench.begin_set_parameter("/localizer", "checkpoint", str(paths[swaps % 2]))
+        while not call.done():
+            rig.ns = start + sent * 100_000_000
+            rig.send_fix(rig.ns)
+            rig.send_heading(rig.ns)
+            rig.send_image(rig.ns)
+            sent += 1
+            rig.bench.wait(lambda sent=sent: len(rig.poses) >= sent, 5.0, "a pose for every frame")
+        swaps += 1
+    rig.bench.wait(lambda: "8.safetensors" in rig.bench.value("checkpoint"), what="the last checkpoint")
+    moved = [rows_moved(pose) for pose in rig.poses]
+    assert len(moved) == sent and {round(m) for m in moved} == {0, 8}
+    assert all(min(abs(m), abs(m - 8)) < 0.1 for m in moved)
+    assert rig.bench.set_parameter("/localizer", "checkpoint", str(paths[0])) == ""
+    rig.bench.wait(lambda: "0.safetensors" in rig.bench.value("checkpoint"), what="the first checkpoint")
 
 
 def test_truncated_jpeg_and_tile_server_faults(tmp_path):

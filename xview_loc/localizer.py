@@ -153,7 +153,8 @@ class Localizer:
         self._search_radius_m = search_radius_m
         self._min_valid_fraction = min_valid_fraction
         self._covariance_floor_m = covariance_floor_m
-        self._features: OrderedDict[str, Any] = OrderedDict()
+        # By the tile's key: the tile and what the model keeps of it.
+        self._features: OrderedDict[str, tuple[AerialTile, Any]] = OrderedDict()
         # A turned panorama faces north up to the prior; any other image leaves all bins open.
         self._turns_image = spec.camera == "panorama" and heading_prior_deg is not None
         self._needs_heading = self._turns_image or spec.aerial_up == "left" or heading_prior_deg == 0
@@ -207,15 +208,28 @@ class Localizer:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Run the model once on blank images, so that the first observation is as fast as the others."""
+        """Run the model once on noise, so that the first observation is as fast as the others.
+
+        Raises NonFiniteHeatMapError where its heat map is not finite.
+        """
+        rng = np.random.default_rng(0)
         side = self.spec.aerial_size
-        blank = np.zeros((side, side, 3), np.uint8)
-        tile = AerialTile(blank, 0.0, 0.0, self.spec.gsd)
+        aerial = rng.integers(0, 256, (side, side, 3), np.uint8)
+        tile = AerialTile(aerial, 0.0, 0.0, self.spec.gsd)
         height, width = self.spec.ground_size
         camera = CameraModel(width, height, (width, 0, width / 2, 0, width, height / 2, 0, 0, 1))
-        ground = normalise(np.zeros((height, width, 3), np.uint8)).to(self._device)
-        features = self._model.encode_aerial(normalise(blank).to(self._device))
-        self._match(ground, features, tile, Observation(blank, 0.0, 0.0, heading=0.0, camera=camera))
+        ground = normalise(rng.integers(0, 256, (height, width, 3), np.uint8)).to(self._device)
+        features = self._model.encode_aerial(normalise(aerial).to(self._device))
+        observation = Observation(aerial, 0.0, 0.0, heading=0.0, camera=camera)
+        maps = self._match(ground, features, tile, observation)
+        if not bool(maps.logits.isfinite().all()):
+            raise NonFiniteHeatMapError(f"the heat map of {self.spec.name} has values that are not finite")
+
+    @torch.inference_mode()
+    def take_over(self, other: Localizer) -> None:
+        """Encode the tiles that another localizer of the same map has at hand; it may be in use meanwhile."""
+        for tile, _ in list(other._features.values()):
+            self._encode(tile)
 
     def _tile(self, observation: Observation) -> AerialTile:
         tile = self._tiles.around(observation.lat, observation.lon)
@@ -238,10 +252,10 @@ class Localizer:
         keep = self.spec.aerial_up == "north"  # a tile turned to the heading hardly ever comes again
         if keep and tile.key in self._features:
             self._features.move_to_end(tile.key)
-            return self._features[tile.key]
+            return self._features[tile.key][1]
         features = self._model.encode_aerial(normalise(tile.image).to(self._device))
         if keep:
-            self._features[tile.key] = features
+            self._features[tile.key] = (tile, features)
             if len(self._features) > TILES_ENCODED:
                 self._features.popitem(last=False)
         return features

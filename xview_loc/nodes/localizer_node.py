@@ -6,23 +6,32 @@ and publishes. The newest image wins: what the worker cannot keep up with is dro
 
 from __future__ import annotations
 
+import concurrent.futures
 import math
 import re
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import rclpy
+import rclpy.task
 import torch
 from geometry_msgs.msg import PoseWithCovarianceStamped
 from nav_msgs.msg import OccupancyGrid
+from rcl_interfaces.msg import SetParametersResult
+from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
 from rclpy.qos import DurabilityPolicy, QoSProfile
 from sensor_msgs.msg import Image, NavSatFix
 from std_msgs.msg import Float64, Header
+from std_srvs.srv import Trigger
 
 from xview_loc import input_messages
 from xview_loc.camera import CameraError, ImageError
+from xview_loc.checkpoint_swap import CheckpointSwap, Deployed
+from xview_loc.errors import UserError
 from xview_loc.geodesy import LocalProjection, wrap_angle
 from xview_loc.imagery import MapError, NoImageryError
 from xview_loc.input_messages import RejectedInput
@@ -54,17 +63,27 @@ class LocalizerNode(VehicleNode):
 
     def __init__(self) -> None:
         self._outputs: list[Any] = []
+        self._swap: CheckpointSwap | None = None
         super().__init__("localizer")
+        self.add_on_set_parameters_callback(self._on_parameters)
+        # While one of these waits for its verdict, the node's own group goes on with frames.
+        waiting = MutuallyExclusiveCallbackGroup()
+        for name, call in (("reload", self._on_reload), ("rollback", self._on_rollback)):
+            self.create_service(Trigger, f"~/{name}", call, callback_group=waiting)
 
     def configure(self) -> None:
         """Open map and model, create the outputs."""
         p = self._p
         if p["torch_threads"]:
             torch.set_num_threads(p["torch_threads"])
-        model = self._load_model()
+        model, path, sha256 = self._load_model()
         if not p["map"]:
             raise parameters.ParameterError("parameter map is empty: name an aerial map")
-        self._localizer = self._make_localizer(model)
+        self._open_map(required_tile_px(model.spec), model.spec.gsd, snap_m=model.reach_m / 2)
+        localizer = self._build_localizer(model)
+        localizer.warm_up()
+        self._swap = CheckpointSwap(Deployed(localizer, path, sha256), self._build_localizer)
+        self._health.value("checkpoint", self._swap.active)
         self._needs_camera_info = model.spec.camera == "pinhole"
         fixed = math.isfinite(p["datum_lat"])
         self._datum = LocalProjection(p["datum_lat"], p["datum_lon"]) if fixed else None
@@ -84,33 +103,36 @@ class LocalizerNode(VehicleNode):
         return bool(self._p["heading_mode"] != "unknown")
 
     def release(self) -> None:
-        """Let go of the outputs."""
+        """Let go of the outputs and of a checkpoint being loaded."""
+        if self._swap is not None:
+            self._swap.close()
+            self._swap = None
         for publisher in self._outputs:
             self.destroy_lifecycle_publisher(publisher)
         self._outputs = []
 
-    def _load_model(self) -> CrossViewModel:
+    def _load_model(self) -> tuple[CrossViewModel, str, str]:
+        """The parameters' model with its checkpoint's path and SHA-256, "" for random weights."""
         name = self._p["model"]
         path = self._p["checkpoint"] or shipped_checkpoint(name)
         if path:
             checkpoint = load_checkpoint(path, name or None)
             self._health.clear("untrained")
-            self._health.value("checkpoint", f"{path} sha256:{checkpoint.sha256[:12]}")
-            return checkpoint.model
+            return checkpoint.model, str(path), checkpoint.sha256
         model = create_model(name)
         text = f"no checkpoint: {name} runs with random weights, its poses mean nothing"
         self.get_logger().warning(text)
         self._health.condition("untrained", WARN, text)
-        self._health.value("checkpoint", "none")
-        return model
+        return model, "", ""
 
-    def _make_localizer(self, model: CrossViewModel) -> Localizer:
-        p, spec = self._p, model.spec
-        tiles = self._open_map(required_tile_px(spec), spec.gsd, snap_m=model.reach_m / 2)
+    def _build_localizer(self, model: CrossViewModel) -> Localizer:
+        """With the open map and the parameters' settings."""
+        p = self._p
+        assert self._tiles is not None
         prior = {"known": 0.0, "prior": p["heading_prior_deg"], "unknown": None}[p["heading_mode"]]
         radius = p["search_radius_m"]
-        localizer = Localizer(
-            tiles,
+        return Localizer(
+            self._tiles,
             model,
             heading_prior_deg=prior,
             search_radius_m=None if radius < 0 else radius or "covariance",
@@ -118,8 +140,67 @@ class LocalizerNode(VehicleNode):
             covariance_floor_m=p["covariance_floor_m"],
             device=p["device"],
         )
-        localizer.warm_up()
-        return localizer
+
+    # Another checkpoint on the running vehicle
+
+    def _on_parameters(self, changes: list[Any]) -> SetParametersResult:
+        """``checkpoint`` may change while the node serves: it is verified and swapped in behind its back."""
+        for change in changes:
+            if change.name == "checkpoint" and self._swap is not None:
+                if not change.value:
+                    return SetParametersResult(successful=False, reason="name a checkpoint's file")
+                self._change(self._swap.load(Path(change.value)))
+        return SetParametersResult(successful=True)
+
+    async def _on_reload(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        """Load the file that the parameter ``checkpoint`` names once more."""
+        path = self.get_parameter("checkpoint").value
+        if self._swap is None or not path:
+            response.message = "not configured" if self._swap is None else "parameter checkpoint is empty"
+            return response
+        return await self._verdict(self._swap.load(Path(path)), response)
+
+    async def _on_rollback(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        """Go back to the checkpoint that was in use before."""
+        if self._swap is None:
+            response.message = "not configured"
+            return response
+        return await self._verdict(self._swap.rollback(), response)
+
+    async def _verdict(
+        self, change: concurrent.futures.Future[Deployed], response: Trigger.Response
+    ) -> Trigger.Response:
+        # The executor goes on with frames until the loading thread says that it is done.
+        done: Any = rclpy.task.Future(executor=self.executor)
+        self._change(change, done.set_result)
+        response.success, response.message = await done
+        return response
+
+    def _change(
+        self,
+        change: concurrent.futures.Future[Deployed],
+        tell: Callable[[tuple[bool, str]], object] = lambda verdict: None,
+    ) -> None:
+        """Report what becomes of a change of checkpoint, in /diagnostics, the log and to ``tell``."""
+
+        def ended(change: concurrent.futures.Future[Deployed]) -> None:
+            if change.cancelled():
+                tell((False, "the node is closing"))
+                return
+            error = change.exception()
+            if error is None:
+                text = f"in use: {change.result()}"
+                self._health.value("checkpoint", change.result())
+                self._health.clear("untrained")
+                self._health.clear("checkpoint_refused")
+                self.get_logger().info(text)
+            else:
+                text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+                self._health.condition("checkpoint_refused", WARN, text)
+                self.get_logger().warning(text)
+            tell((error is None, text))
+
+        change.add_done_callback(ended)
 
     def _make_tf_buffer(self) -> Any:
         try:
@@ -215,7 +296,9 @@ class LocalizerNode(VehicleNode):
             # The core localises the camera; the receiver measured the antenna.
             lat, lon = mounting.camera_from_antenna(lat, lon, heading.yaw)
             looks = mounting.looking(heading.yaw)
-        estimate = self._localizer.localize(
+        assert self._swap is not None
+        # Taken once: a change of checkpoint takes effect between two frames.
+        estimate = self._swap.active.localizer.localize(
             Observation(
                 image=image,
                 lat=lat,

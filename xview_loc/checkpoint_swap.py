@@ -1,0 +1,80 @@
+"""Changes the weights of a localizer that goes on serving: verified first, swapped between two frames."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from xview_loc.errors import reason
+from xview_loc.localizer import LocalizationError, Localizer
+from xview_loc.models.base import CrossViewModel
+from xview_loc.models.checkpoint import CheckpointError, load_checkpoint
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """A localizer and the checkpoint of its weights; ``path`` and ``sha256`` are "" for random ones."""
+
+    localizer: Localizer
+    path: str = ""
+    sha256: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.path} sha256:{self.sha256[:12]}" if self.path else "none"
+
+
+class CheckpointSwap:
+    """The localizer in use and its changes.
+
+    ``active`` is replaced as a whole: who takes it once for a frame never sees mixed weights. Changes are
+    made one after another in a thread of their own; each gives what is in use afterwards, or a
+    CheckpointError with one clear line, and then nothing has changed.
+    """
+
+    def __init__(self, first: Deployed, build: Callable[[CrossViewModel], Localizer]) -> None:
+        """``build`` makes a localizer of a model, with the map and settings of the first one."""
+        self.active = first
+        self._build = build
+        self._previous: Deployed | None = None
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+
+    def load(self, path: Path) -> Future[Deployed]:
+        """Verify the checkpoint at ``path`` and put it in use; the old one serves until then.
+
+        Wanted are whole and finite weights of the same model, for the same inputs, whose heat map of noise is
+        finite.
+        """
+        return self._thread.submit(self._load, path)
+
+    def rollback(self) -> Future[Deployed]:
+        """Put the one before in use again; once more returns to this one."""
+        return self._thread.submit(self._rollback)
+
+    def close(self) -> None:
+        """Finish the change in work and make no more."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def _load(self, path: Path) -> Deployed:
+        old = self.active.localizer
+        checkpoint = load_checkpoint(path, old.spec.name)
+        if checkpoint.model.spec != old.spec:
+            raise CheckpointError(f"checkpoint {path} is for other inputs than the one in use")
+        try:
+            localizer = self._build(checkpoint.model)
+            localizer.warm_up()
+        except (LocalizationError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"checkpoint {path} fails its trial: {reason(error)}") from None
+        return self._use(Deployed(localizer, str(path), checkpoint.sha256))
+
+    def _rollback(self) -> Deployed:
+        if self._previous is None:
+            raise CheckpointError("there is no checkpoint before this one")
+        return self._use(self._previous)
+
+    def _use(self, new: Deployed) -> Deployed:
+        # The tiles about the vehicle, so that the first frame is as fast as the others.
+        new.localizer.take_over(self.active.localizer)
+        self._previous, self.active = self.active, new
+        return new
