@@ -132,8 +132,8 @@ class Bench:
         return "" if self.status is None else self.status.message
 
     def value(self, key: str) -> str:
-        assert self.status is not None
-        return {v.key: v.value for v in self.status.values}.get(key, "")
+        values = [] if self.status is None else self.status.values
+        return {v.key: v.value for v in values}.get(key, "")
 
     def begin_set_parameter(self, node: str, name: str, text: str) -> Any:
         """Ask for a parameter's change; the future of the answer."""

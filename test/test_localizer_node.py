@@ -6,6 +6,8 @@ import array
 import importlib.util
 import math
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +26,7 @@ from geometry_msgs.msg import PoseWithCovarianceStamped
 from map_fixtures import TileServer, texture, write_geotiff
 from nav_msgs.msg import OccupancyGrid
 from rclpy.qos import DurabilityPolicy, QoSProfile
-from ros_harness import Bench, NodeProcess, bench, pick_domain
+from ros_harness import Bench, NodeProcess, bench, environment, pick_domain
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image, Imu, NavSatFix
 from std_msgs.msg import Float64
 from stub_node import GSD, PEAK, SIZE, StubModel
@@ -319,6 +321,34 @@ def test_checkpoints_are_swapped_on_the_running_node(rig, tmp_path):
     rig.bench.set_parameter("/localizer", "checkpoint", str(first))
     rig.bench.wait(lambda: "first.safetensors" in rig.bench.value("checkpoint"), what="the new checkpoint")
     assert rows_moved(rig.good_frame()) == pytest.approx(0, abs=0.1)
+
+
+def test_deploy_waits_for_the_verdict(rig, tmp_path):
+    good, bad = write_stub(tmp_path / "good.safetensors", 8), tmp_path / "bad.safetensors"
+    bad.write_bytes(b"rubbish")
+
+    def deploy(path: Path, *more: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "xview_loc.cli", "deploy", str(path), *more]
+        run = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(DOMAIN),
+            cwd=ROOT,
+        )
+        rig.bench.wait(lambda: run.poll() is not None, 60.0, "deploy")
+        return subprocess.CompletedProcess(command, run.returncode, *run.communicate())
+
+    done = deploy(good)
+    assert done.returncode == 0 and "in use" in done.stdout and "good.safetensors" in done.stdout, done.stderr
+    assert rows_moved(rig.good_frame()) == pytest.approx(8, abs=0.1)
+    done = deploy(bad)
+    assert done.returncode == 1 and "bad.safetensors" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert rows_moved(rig.good_frame()) == pytest.approx(8, abs=0.1)
+    done = deploy(good, "--to", "/nobody", "--timeout", "2")
+    assert done.returncode == 1 and "no localizer /nobody" in done.stderr
+    assert rig.bench.trigger("/localizer/rollback")[0]
 
 
 def test_fifty_swaps_under_load_lose_no_frame(rig, tmp_path):

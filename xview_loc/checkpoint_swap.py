@@ -43,8 +43,8 @@ class CheckpointSwap:
     def load(self, path: Path) -> Future[Deployed]:
         """Verify the checkpoint at ``path`` and put it in use; the old one serves until then.
 
-        Wanted are whole and finite weights of the same model, for the same inputs, whose heat map of noise is
-        finite.
+        One that is in use already stays as it is. Wanted are whole and finite weights of the same model, for
+        the same inputs, whose heat map of noise is finite.
         """
         return self._thread.submit(self._load, path)
 
@@ -59,6 +59,8 @@ class CheckpointSwap:
     def _load(self, path: Path) -> Deployed:
         old = self.active.localizer
         checkpoint = load_checkpoint(path, old.spec.name)
+        if checkpoint.sha256 == self.active.sha256:
+            return self.active
         if checkpoint.model.spec != old.spec:
             raise CheckpointError(f"checkpoint {path} is for other inputs than the one in use")
         try:

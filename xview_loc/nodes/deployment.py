@@ -1,0 +1,61 @@
+"""Puts a checkpoint in use on a running localizer and waits for its verdict."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import rclpy
+from rcl_interfaces.msg import Parameter, ParameterType, ParameterValue
+from rcl_interfaces.srv import SetParameters
+from rclpy.node import Node
+from std_srvs.srv import Trigger
+
+from xview_loc.errors import UserError
+
+
+class DeploymentError(UserError):
+    """The node did not take the checkpoint; the message is one clear line."""
+
+
+def deploy(path: Path, to: str, timeout_s: float = 60.0) -> str:
+    """Set the parameter ``checkpoint`` of the node called ``to``; what it says is in use afterwards.
+
+    The node must see the file under the same path. Raises DeploymentError where it cannot be reached or
+    refuses.
+    """
+    rclpy.init()
+    try:
+        return _Deployer(to, timeout_s).run(path)
+    finally:
+        rclpy.try_shutdown()
+
+
+class _Deployer(Node):
+    def __init__(self, to: str, timeout_s: float) -> None:
+        super().__init__("deploy")
+        self._to = "/" + to.strip("/")
+        self._end = time.monotonic() + timeout_s
+
+    def run(self, path: Path) -> str:
+        value = ParameterValue(type=ParameterType.PARAMETER_STRING, string_value=str(path))
+        request = SetParameters.Request(parameters=[Parameter(name="checkpoint", value=value)])
+        (result,) = self._call(SetParameters, "set_parameters", request).results
+        if not result.successful:
+            raise DeploymentError(f"{self._to}: {result.reason}")
+        # Answers once the change is made, or refused; what is in use already is not loaded again.
+        verdict = self._call(Trigger, "reload", Trigger.Request())
+        if not verdict.success:
+            raise DeploymentError(f"{self._to}: {verdict.message}")
+        return str(verdict.message)
+
+    def _call(self, kind: Any, service: str, request: Any) -> Any:
+        client: Any = self.create_client(kind, f"{self._to}/{service}")
+        if not client.wait_for_service(max(0.0, self._end - time.monotonic())):
+            raise DeploymentError(f"there is no localizer {self._to}: it offers no {service}")
+        call = client.call_async(request)
+        rclpy.spin_until_future_complete(self, call, timeout_sec=max(0.0, self._end - time.monotonic()))
+        if not call.done():
+            raise DeploymentError(f"{self._to} does not answer {service}")
+        return call.result()
