@@ -522,7 +522,7 @@ def environment(cache: Path) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(cache)}
 
 
-def run_command(*words: str, cache: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def run_command(*words: str, cache: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*COMMAND, *words], capture_output=True, text=True, cwd=ROOT, env=environment(cache), timeout=200
     )
@@ -604,7 +604,7 @@ def test_the_command_says_what_is_wrong(tmp_path: Path) -> None:
         (["ablate", pairs, "--out", out], "give --truth"),
         (["adapt", pairs, "--out", out, "--model", "ggcvt-vigor"], "no weights are shipped"),
     ):
-        done = run_command(*words)
+        done = run_command(*words, cache=tmp_path)
         assert done.returncode in (1, 2) and says in done.stderr, done.stderr
         assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
@@ -632,7 +632,9 @@ def _rendered(cache: Path) -> Path:
 
 def test_a_dry_run_does_nothing(tmp_path: Path) -> None:
     write_pairs(tmp_path / "pairs", 24)
-    done = run_command("adapt", str(tmp_path / "pairs"), "--out", str(tmp_path / "out"), "--dry-run")
+    done = run_command(
+        "adapt", str(tmp_path / "pairs"), "--out", str(tmp_path / "out"), "--dry-run", cache=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert "auxiliary student: 22 pairs, about" in done.stdout and "MB of disk" in done.stdout
     assert not (tmp_path / "out").exists()
