@@ -567,7 +567,7 @@ def test_two_processes_make_the_same_labels(teacher: Checkpoint, tmp_path: Path)
     done = run_command(*adapt_words(outs[0]), cache=cache)
     assert done.returncode == 0, done.stderr
     # Some processes abort at exit when all is done: what counts is what they wrote.
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29541"]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     words = [sys.executable, *launcher, *COMMAND[1:], *adapt_words(outs[1])]
     two = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment(cache), timeout=250)
     assert (outs[1] / "report.html").exists(), two.stderr
