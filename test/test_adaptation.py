@@ -42,6 +42,7 @@ from xview_loc.losses import DistillationLoss, pool_label
 from xview_loc.models import create_model
 from xview_loc.models.checkpoint import Checkpoint, load_checkpoint, load_model, save_checkpoint
 from xview_loc.pairs import Pair, PairWriter
+from xview_loc.tracks import TrackError, read_timed_track
 from xview_loc.training import TrainingError, make_fabric
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -419,6 +420,21 @@ def test_odometry_is_what_the_wheels_drove(tmp_path: Path) -> None:
     step = 20.0 * np.array([math.cos(0.5), math.sin(0.5)])
     assert moved[1:3] == pytest.approx(np.stack([step, step]), abs=1e-6)
     assert np.isnan(moved[[0, 3, 4]]).all()
+
+
+def test_true_places_are_read_at_the_pairs_stamps(tmp_path: Path) -> None:
+    """Linear between the rows of a table, unknown outside it and in its gaps."""
+    table = tmp_path / "truth.csv"
+    table.write_text(
+        "stamp,lat,lon\n1700000001.5,48.2,16.0\n1700000000.5,48.0,16.0\n1700000010.5,48.4,16.0\n"
+    )
+    asked = START_NS + np.array([0, 500_000_000, 750_000_000, 1_500_000_000, 5_000_000_000, 11_000_000_000])
+    lat, lon = read_timed_track(table).at(asked)
+    assert lat[1:4] == pytest.approx([48.0, 48.05, 48.2], abs=1e-9) and lon[2] == 16.0
+    assert np.isnan(lat[[0, 4, 5]]).all()
+    table.write_text("stamp,lat,lon\n1700000000.5,48.0,16.0\nyesterday,48,16\n")
+    with pytest.raises(TrackError, match="row 2"):
+        read_timed_track(table)
 
 
 def odometry(stamp: int, speed: float) -> bytes:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from xml.etree import ElementTree
 
 import numpy as np
@@ -18,6 +20,9 @@ from xview_loc.errors import UserError, reason
 FIX_TYPE = "sensor_msgs/msg/NavSatFix"
 
 
+T = TypeVar("T")
+
+
 class TrackError(UserError):
     """The track cannot be read; the message is one clear line."""
 
@@ -27,12 +32,9 @@ def read_track(path: Path, topic: str | None = None) -> list[tuple[float, float]
 
     Raises TrackError.
     """
-    if not path.exists():
-        raise TrackError(f"cannot read {path}: no such file")
-    points = _read_gpx(path) if path.suffix.lower() == ".gpx" else _read_bag(path, topic)
-    if not points:
-        raise TrackError(f"{path} holds no positions")
-    return points
+    if path.suffix.lower() == ".gpx":
+        return _some(path, _read_gpx)
+    return [(lat, lon) for _, lat, lon in _some(path, partial(_read_bag, topic=topic))]
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,13 +68,19 @@ def read_timed_track(path: Path, topic: str | None = None) -> TimedTrack:
 
     Raises TrackError.
     """
-    if not path.exists():
-        raise TrackError(f"cannot read {path}: no such file")
-    rows = _read_csv(path) if path.suffix.lower() == ".csv" else _read_stamped(path, topic)
-    if not rows:
-        raise TrackError(f"{path} holds no positions")
+    rows = _some(path, _read_csv if path.suffix.lower() == ".csv" else partial(_read_bag, topic=topic))
     stamps, lat, lon = zip(*sorted(rows), strict=True)
     return TimedTrack(np.array(stamps, np.int64), np.array(lat, float), np.array(lon, float))
+
+
+def _some(path: Path, read: Callable[[Path], list[T]]) -> list[T]:
+    """What a file holds, at least one entry."""
+    if not path.exists():
+        raise TrackError(f"cannot read {path}: no such file")
+    entries = read(path)
+    if not entries:
+        raise TrackError(f"{path} holds no positions")
+    return entries
 
 
 def _read_csv(path: Path) -> list[tuple[int, float, float]]:
@@ -115,11 +123,7 @@ def _read_gpx(path: Path) -> list[tuple[float, float]]:
     return points
 
 
-def _read_bag(path: Path, topic: str | None) -> list[tuple[float, float]]:
-    return [(lat, lon) for _, lat, lon in _read_stamped(path, topic)]
-
-
-def _read_stamped(path: Path, topic: str | None) -> list[tuple[int, float, float]]:
+def _read_bag(path: Path, topic: str | None) -> list[tuple[int, float, float]]:
     try:
         with AnyReader([path]) as reader:
             fixes = [c for c in reader.connections if c.msgtype == FIX_TYPE and topic in (None, c.topic)]

@@ -74,10 +74,9 @@ def adapt(
     Cut off, the same command goes on where it stopped. Defaults are the paper's: levels 2 and keep 0.8 for
     CCVPE, 3 and 0.7 for GGCVT.
     """
+    shared = {name: value for name, value in locals().items() if name != "dry_run"}
     with _Bars() as bars:
-        distillation = _distillation(
-            bars, **{k: v for k, v in locals().items() if k not in ("bars", "dry_run")}
-        )
+        distillation = _distillation(bars, **shared)
         if dry_run:
             if bars.first:
                 _show_plan(distillation)
@@ -121,11 +120,9 @@ def ablate(
     Rows: teacher; students with and without mode-based labels and outlier filter; then every number of
     levels K', and T from 50 to 100 %.
     """
-    names = ("bars", "test", "test_truth")
+    shared = {name: value for name, value in locals().items() if name not in ("test", "test_truth")}
     with _Bars() as bars:
-        distillation = _distillation(
-            bars, **{k: v for k, v in locals().items() if k not in (*names, "names")}
-        )
+        distillation = _distillation(bars, **shared)
         from xview_loc.adaptation.ablation import run_ablation, write_ablation
 
         measured = None
