@@ -6,16 +6,16 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from xview_loc.cli.console import UsageError, console
-from xview_loc.geodesy import LocalProjection
-from xview_loc.imagery import AerialMap, MapOptions, default_cache_dir
-from xview_loc.tile_pyramid import HttpSource, PyramidMap
-from xview_loc.tracks import read_track
+
+if TYPE_CHECKING:
+    from xview_loc.geodesy import LocalProjection
+    from xview_loc.imagery import MapOptions
 
 app = typer.Typer(no_args_is_help=True, help="Aerial maps.")
 
@@ -30,6 +30,8 @@ KeyEnv = Annotated[str, typer.Option(help="Environment variable whose value repl
 @app.command()
 def info(source: Source, header: Headers = None, api_key_env: KeyEnv = "") -> None:
     """Print what a map covers, and how finely."""
+    from xview_loc.imagery import AerialMap
+
     with AerialMap.open(source, map_options(header, api_key_env)) as aerial:
         facts = aerial.info()
     console.print(f"kind         {facts.kind}")
@@ -59,6 +61,10 @@ def prefetch(
     api_key_env: KeyEnv = "",
 ) -> None:
     """Fill the disk cache with a tile server's imagery, to drive there without a network."""
+    from xview_loc.imagery import AerialMap
+    from xview_loc.tile_pyramid import HttpSource, PyramidMap
+    from xview_loc.tracks import read_track
+
     if bool(bbox) == (track is not None):
         raise UsageError("give either --bbox or --track")
     if track is None:
@@ -89,6 +95,8 @@ def map_options(
     max_zoom: int | None = None,
 ) -> MapOptions:
     """What the words of a command say about a map. Raises UsageError."""
+    from xview_loc.imagery import MapOptions, default_cache_dir
+
     pairs = [header.partition(":") for header in headers or []]
     if any(not colon for _, colon, _ in pairs):
         raise UsageError("a header is written 'Name: value'")
@@ -136,6 +144,8 @@ def _grid(
 
 def _thinned(track: list[tuple[float, float]], step_m: float) -> Iterator[tuple[float, float]]:
     """The track's places, at least ``step_m`` apart."""
+    from xview_loc.geodesy import LocalProjection
+
     last: LocalProjection | None = None
     for lat, lon in track:
         if last is None or math.hypot(*last.forward(lat, lon)) >= step_m:
@@ -145,6 +155,8 @@ def _thinned(track: list[tuple[float, float]], step_m: float) -> Iterator[tuple[
 
 def _around(lat: float, lon: float, radius_m: float, step_m: float) -> Iterator[tuple[float, float]]:
     """Places that fill the square of ``radius_m`` about a place."""
+    from xview_loc.geodesy import LocalProjection
+
     count = math.ceil(radius_m / step_m)
     plane = LocalProjection(lat, lon)
     for i in range(-count, count + 1):

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-PROFILE_VARIABLES = ("FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE")
+from xview_loc.doctor import PROFILE_VARIABLES
 
 
 def describe(share: Path, executable: str, inputs: tuple[str, ...], overrides: dict[str, str]) -> Any:

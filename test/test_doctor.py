@@ -1,0 +1,257 @@
+"""``xview-loc doctor``, run as a user runs it: what it finds, and what it tells to do."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+from map_fixtures import TileServer, texture, write_geotiff, write_mbtiles
+from typer.testing import CliRunner
+
+from xview_loc.cli import app
+from xview_loc.doctor import PACKAGES, PROFILE_VARIABLES
+from xview_loc.models.checkpoint import shipped_checkpoint
+
+LAT, LON = 48.2, 16.37
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = shipped_checkpoint("ccvpe-small")
+BLOCK = (
+    "import sys; sys.modules[{!r}] = None; from xview_loc.cli import main; sys.argv[0] = 'xview-loc'; main()"
+)
+
+
+@dataclass
+class Report:
+    """What the command printed: by check, its level and the rest of the line."""
+
+    code: int
+    lines: dict[str, tuple[str, str]]
+
+    def level(self, check: str) -> str:
+        return self.lines[check][0]
+
+    def text(self, check: str) -> str:
+        return self.lines[check][1]
+
+
+def doctor(*arguments: str) -> Report:
+    """Run the command in this process, where everything is imported already."""
+    done = CliRunner().invoke(app, ["doctor", *arguments])
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return report(done.exit_code, done.output)
+
+
+def doctor_process(*arguments: str, without: str = "", **environment: str) -> Report:
+    """Run it as a user does; ``without`` names a Python module that cannot be imported."""
+    how = ["-c", BLOCK.format(without)] if without else ["-m", "xview_loc.cli"]
+    inherited = {k: v for k, v in os.environ.items() if k not in PROFILE_VARIABLES}
+    done = subprocess.run(
+        [sys.executable, *how, "doctor", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=120,
+        env={**inherited, **environment},
+    )
+    assert "Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
+    return report(done.returncode, done.stdout)
+
+
+def report(code: int, output: str) -> Report:
+    lines = {}
+    for line in output.splitlines():
+        match = re.fullmatch(r"(ok|warning|failure) +(\w+(?: \w+)?) {2,}(.+)", line)
+        assert match, f"not a finding: {line!r}"
+        lines[match[2]] = (match[1], match[3])
+    failed = any(level == "failure" for level, _ in lines.values())
+    assert lines and code == int(failed), output
+    return Report(code, lines)
+
+
+@pytest.fixture
+def tif(tmp_path):
+    return write_geotiff(tmp_path / "a.tif", texture(600, 600), LAT, LON, 0.25, "EPSG:32633")
+
+
+def test_all_good(tif, tmp_path):
+    profile = ROOT / "config" / "fastdds.xml"
+    report = doctor_process(
+        "--map", str(tif), "--cache-dir", str(tmp_path), FASTDDS_DEFAULT_PROFILES_FILE=str(profile)
+    )
+    assert report.code == 0
+    assert report.level("map") == "ok" and "0.250 m/px" in report.text("map")
+    assert "100% imagery" in report.text("map")
+    assert report.level("checkpoint") == "ok" and "ccvpe-small" in report.text("checkpoint")
+    hertz = float(re.search(r"on cpu: ([\d.]+) Hz", report.text("rate"))[1])
+    assert hertz > 0
+    for check in ("python", "packages", "torch", "map formats", "tile formats", "projections", "tile cache"):
+        assert report.level(check) == "ok", report.text(check)
+    if "rclpy" in report.text("ros"):
+        assert report.level("dds profile") == "ok"
+
+
+def test_without_ros_the_rest_is_checked():
+    report = doctor_process(without="rclpy")
+    assert report.code == 0
+    assert report.level("ros") == "warning" and "setup.bash" in report.text("ros")
+    assert report.level("rate") == "ok"
+    assert "map" not in report.lines
+
+
+@pytest.mark.parametrize("module", ["rasterio", "cv2", "torch"])
+def test_a_missing_package_is_named(module):
+    report = doctor_process(without=module)
+    name = {"cv2": "opencv-python-headless"}.get(module, module)
+    assert report.code == 1
+    assert report.level("packages") == "failure"
+    # What is built on it is missing too.
+    assert name in report.text("packages").partition("pip install ")[2].split()
+
+
+def test_the_packages_are_those_of_the_setup():
+    tree = ast.parse((ROOT / "setup.py").read_text())
+    (call,) = (n for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "setup")
+    required = ast.literal_eval(next(k.value for k in call.keywords if k.arg == "install_requires"))
+    assert {re.match(r"[\w.-]+", text)[0] for text in required} == set(PACKAGES)
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def without_place(path: Path) -> None:
+    with rasterio.open(path, "w", driver="GTiff", width=64, height=64, count=3, dtype="uint8") as out:
+        out.write(np.full((3, 64, 64), 90, np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.unlink(), "cannot open"),
+        (lambda path: path.write_bytes(b"rubbish"), "cannot open"),
+        (without_place, "no coordinate reference system"),
+        (cut_short, "cannot read"),
+    ],
+)
+def test_a_broken_map_is_a_failure(tif, damage, message):
+    damage(tif)
+    report = doctor("--map", str(tif))
+    assert report.code == 1
+    assert report.level("map") == "failure"
+    assert message in report.text("map") and tif.name in report.text("map")
+    assert report.level("rate") == "ok", "what does not need the map is checked still"
+
+
+def test_a_map_smaller_than_a_tile_is_a_warning(tmp_path):
+    tif = write_geotiff(tmp_path / "a.tif", texture(60, 60), LAT, LON, 0.25, "EPSG:32633")
+    report = doctor("--map", str(tif))
+    assert report.code == 0
+    assert report.level("map") == "warning" and "min_valid_fraction" in report.text("map")
+
+
+def test_a_map_without_imagery_in_its_middle_is_read_elsewhere(tmp_path):
+    image = np.dstack([texture(1200, 1200), np.full((1200, 1200), 255, np.uint8)])
+    image[300:, :, 3] = 0
+    image[:, 300:, 3] = 0
+    everywhere_else = write_geotiff(
+        tmp_path / "a.tif", image, LAT, LON, 0.25, "EPSG:32633", photometric="RGB", alpha="YES"
+    )
+    report = doctor("--map", str(everywhere_else))
+    assert report.level("map") == "warning" and "imagery" in report.text("map")
+    assert "no imagery at its middle" not in report.text("map")
+
+
+def test_a_file_pyramid(tif, tmp_path):
+    path = write_mbtiles(tmp_path / "a.mbtiles", tif, [19])
+    report = doctor("--map", str(path))
+    assert report.level("map") == "ok" and "MBTiles" in report.text("map")
+
+
+def test_a_tile_server_is_asked_once(tmp_path):
+    with TileServer(None) as server:
+        arguments = ("--map", server.url, "--cache-dir", str(tmp_path))
+        for count in (1, 2):  # a cached answer would not tell whether the server is there
+            report = doctor(*arguments)
+            assert report.code == 0
+            assert "answered one request" in report.text("map")
+            assert server.requests == count
+        server.fault = "403"
+        report = doctor(*arguments)
+    assert report.code == 1
+    assert report.level("map") == "failure" and "403" in report.text("map")
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "message"),
+    [
+        (None, (), "does not exist"),
+        (b"", (), "is empty"),
+        (b"rubbish", (), "neither a complete safetensors file"),
+        (SMALL.read_bytes()[:100_000], (), "neither a complete safetensors file"),
+        (SMALL.read_bytes(), ("--model", "ccvpe-vigor"), "holds ccvpe-small, not ccvpe-vigor"),
+        (SMALL.read_bytes(), ("--model", "nonsense"), "not nonsense"),
+    ],
+)
+def test_a_bad_checkpoint_is_a_failure(tmp_path, content, arguments, message):
+    path = tmp_path / "a.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    report = doctor("--checkpoint", str(path), *arguments)
+    assert report.code == 1
+    assert report.level("checkpoint") == "failure" and message in report.text("checkpoint")
+    assert "rate" not in report.lines
+
+
+def test_a_checkpoint_says_which_model_it_holds():
+    report = doctor("--checkpoint", str(shipped_checkpoint("ggcvt-small")))
+    assert report.level("checkpoint") == "ok"
+    assert "ggcvt-small" in report.text("rate")
+
+
+def test_random_weights_are_a_warning():
+    report = doctor("--model", "ggcvt-vigor")
+    assert report.code == 0
+    assert report.level("checkpoint") == "warning" and "random weights" in report.text("checkpoint")
+
+
+def test_an_unknown_model_is_a_failure():
+    report = doctor("--model", "nonsense")
+    assert report.code == 1
+    assert "choose from" in report.text("checkpoint")
+
+
+def test_a_cache_that_cannot_be_written(tif, tmp_path):
+    blocked = tmp_path / "file" / "cache"
+    blocked.parent.write_text("")
+    report = doctor("--map", str(tif), "--cache-dir", str(blocked))
+    assert report.code == 0, "a file needs no cache"
+    assert report.level("tile cache") == "warning" and "map_cache_dir" in report.text("tile cache")
+    with TileServer(None) as server:
+        report = doctor("--map", server.url, "--cache-dir", str(blocked))
+    assert report.level("tile cache") == "failure"
+
+
+def test_the_dds_profile(tmp_path):
+    pytest.importorskip("rclpy", reason="ROS 2's Python packages are not installed")
+    report = doctor_process()
+    if "fastrtps" not in report.text("ros"):
+        pytest.skip("the middleware is not Fast DDS")
+    assert report.level("dds profile") == "warning" and "fastdds.xml" in report.text("dds profile")
+    report = doctor_process(FASTRTPS_DEFAULT_PROFILES_FILE=str(tmp_path / "none.xml"))
+    assert report.code == 1
+    assert report.level("dds profile") == "failure" and "none.xml" in report.text("dds profile")
+
+
+def test_a_middleware_that_is_not_there():
+    pytest.importorskip("rclpy", reason="ROS 2's Python packages are not installed")
+    report = doctor_process(RMW_IMPLEMENTATION="rmw_nonsense_cpp")
+    assert report.code == 1
+    assert report.level("ros") == "failure" and "RMW_IMPLEMENTATION" in report.text("ros")

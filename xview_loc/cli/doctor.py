@@ -1,0 +1,52 @@
+"""``xview-loc doctor``: is everything here that the localizer needs?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from xview_loc.cli.console import console
+from xview_loc.cli.maps import Headers, KeyEnv, map_options
+from xview_loc.doctor import Finding, Level, check_installation, check_packages
+
+_STYLES = {Level.ok: "green", Level.warning: "yellow", Level.failure: "red"}
+
+
+def doctor(
+    map: Annotated[str, typer.Option(help="GeoTIFF, .mbtiles, .pmtiles or a tile URL.")] = "",
+    model: Annotated[str | None, typer.Option(help="Model's name.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights; default: the shipped ones.")] = None,
+    cache_dir: Annotated[Path | None, typer.Option(help="Disk cache, as the node has it.")] = None,
+    header: Headers = None,
+    api_key_env: KeyEnv = "",
+) -> None:
+    """Check the installation, and a map and a checkpoint; exit code 1 if anything failed."""
+    failed = False
+    for finding in _findings(map, model, checkpoint, cache_dir, header, api_key_env):
+        line = Text(f"{finding.level.value:<9}", style=_STYLES[finding.level])
+        line.append(f"{finding.check:<14}{finding.text}", style="default")
+        if finding.advice:
+            line.append(f" -> {finding.advice}", style="default")
+        console.print(line, soft_wrap=True)
+        failed |= finding.level is Level.failure
+    if failed:
+        raise typer.Exit(1)
+
+
+def _findings(
+    source: str,
+    model: str | None,
+    checkpoint: Path | None,
+    cache_dir: Path | None,
+    header: list[str] | None,
+    api_key_env: str,
+) -> Iterator[Finding]:
+    packages = check_packages()
+    yield from packages
+    if all(finding.level is not Level.failure for finding in packages):
+        options = map_options(header, api_key_env, cache_dir)
+        yield from check_installation(source, model, checkpoint, options)

@@ -1,0 +1,404 @@
+"""Checks an installation, a map and a checkpoint before they go on a vehicle. Needs no ROS.
+
+Every check gives one :class:`Finding`. What may be missing is imported inside the check that says so.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import math
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
+
+from xview_loc.errors import reason
+
+if TYPE_CHECKING:
+    from xview_loc.imagery import AerialMap, AerialTile, MapOptions
+    from xview_loc.models.base import CrossViewModel
+
+# What setup.py asks for, and what Python calls it.
+PACKAGES = {
+    "httpx": "httpx",
+    "lightning-fabric": "lightning_fabric",
+    "matplotlib": "matplotlib",
+    "mcap": "mcap",
+    "numpy": "numpy",
+    "opencv-python-headless": "cv2",
+    "pmtiles": "pmtiles",
+    "pyproj": "pyproj",
+    "rasterio": "rasterio",
+    "rich": "rich",
+    "rosbags": "rosbags",
+    "ruamel.yaml": "ruamel.yaml",
+    "safetensors": "safetensors",
+    "torch": "torch",
+    "typer": "typer",
+}
+MESSAGES = (
+    "diagnostic_msgs.msg",
+    "geometry_msgs.msg",
+    "nav_msgs.msg",
+    "sensor_msgs.msg",
+    "std_msgs.msg",
+    "std_srvs.srv",
+)
+PROFILE_VARIABLES = ("FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE")
+# GDAL's: without the first no map opens; the others read maps (or parts of one) in their formats.
+DRIVERS_NEEDED = ("GTiff", "VRT")
+DRIVERS_USEFUL = ("COG", "JPEG", "PNG", "WEBP", "JP2OpenJPEG")
+# The node's default, see config/localizer.yaml.
+MIN_VALID_FRACTION = 0.9
+CODECS = (".png", ".jpg", ".webp")
+TIMED_FRAMES = 5
+_PROBE = "import rclpy; print(rclpy.get_rmw_implementation_identifier())"
+
+
+class Level(str, Enum):
+    """How bad it is; a failure keeps the localizer from working."""
+
+    ok = "ok"
+    warning = "warning"
+    failure = "failure"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The outcome of one check; ``advice`` says what to do, "" where nothing is to be done."""
+
+    level: Level
+    check: str
+    text: str
+    advice: str = ""
+
+
+def check_packages() -> list[Finding]:
+    """Python and the packages that everything else, the other checks included, needs."""
+    python = Finding(Level.ok, "python", f"{platform.python_version()}, {sys.executable}")
+    broken = {}
+    for name, module in PACKAGES.items():
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # binaries that do not fit raise anything, not ImportError alone
+            broken[name] = reason(error)
+    if broken:
+        text = "; ".join(f"{name}: {why}" for name, why in broken.items())
+        return [python, Finding(Level.failure, "packages", text, f"pip install {' '.join(broken)}")]
+    shown = ", ".join(f"{name} {_version(name)}" for name in ("numpy", "opencv-python-headless", "rasterio"))
+    return [python, Finding(Level.ok, "packages", f"all {len(PACKAGES)} are here ({shown})")]
+
+
+def check_installation(
+    source: str, model: str | None, checkpoint: Path | None, options: MapOptions
+) -> Iterator[Finding]:
+    """What :func:`check_packages` leaves: ROS, map formats, the cache, weights, the map, the speed.
+
+    ``source``: a map, "" for none. ``model``: its name; None: the checkpoint's own, or ``ccvpe-small``.
+    ``checkpoint``: None for the weights that come with the model.
+    """
+    yield _torch()
+    yield _drivers()
+    yield _codecs()
+    yield _projections()
+    yield from _ros()
+    yield _cache(options, needed="{z}" in source)
+    net, finding = _weights(model or (None if checkpoint else "ccvpe-small"), checkpoint)
+    yield finding
+    tile = None
+    if source:
+        tile, finding = _map(source, options, net)
+        yield finding
+    if net is not None:
+        import torch
+
+        for device in ("cpu", "cuda:0") if torch.cuda.is_available() else ("cpu",):
+            yield _rate(net, tile, device)
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "of the system"  # apt's OpenCV has another name
+
+
+def _torch() -> Finding:
+    import torch
+
+    if not torch.cuda.is_available():
+        return Finding(Level.ok, "torch", f"{torch.__version__}, no CUDA device: models run on the CPU")
+    names = ", ".join(f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count()))
+    return Finding(Level.ok, "torch", f"{torch.__version__}, CUDA {torch.version.cuda}: {names}")
+
+
+def _drivers() -> Finding:
+    import rasterio
+
+    with rasterio.Env() as env:
+        present = env.drivers()
+    gdal = f"GDAL {rasterio.__gdal_version__}"
+    needed = [name for name in DRIVERS_NEEDED if name not in present]
+    missing = [name for name in (*DRIVERS_NEEDED, *DRIVERS_USEFUL) if name not in present]
+    if not missing:
+        text = f"{gdal} with {', '.join((*DRIVERS_NEEDED, *DRIVERS_USEFUL))}"
+        return Finding(Level.ok, "map formats", text)
+    advice = "maps in these formats cannot be opened; pip's rasterio has them all"
+    level = Level.failure if needed else Level.warning
+    return Finding(level, "map formats", f"{gdal} lacks {', '.join(missing)}", advice)
+
+
+def _codecs() -> Finding:
+    """OpenCV decodes the tiles of servers, MBTiles and PMTiles."""
+    import cv2
+    import numpy as np
+
+    missing = []
+    for suffix in CODECS:
+        try:
+            data = cv2.imencode(suffix, np.zeros((8, 8, 3), np.uint8))[1]
+            works = cv2.imdecode(data, cv2.IMREAD_UNCHANGED) is not None
+        except cv2.error:
+            works = False
+        if not works:
+            missing.append(suffix)
+    if missing:
+        text = f"OpenCV {cv2.__version__} cannot decode {', '.join(missing)}"
+        return Finding(Level.warning, "tile formats", text, "tile pyramids in these formats show no imagery")
+    return Finding(Level.ok, "tile formats", f"OpenCV {cv2.__version__} decodes {', '.join(CODECS)}")
+
+
+def _projections() -> Finding:
+    """PROJ twice: GDAL's own and pyproj's; a database of another version breaks either."""
+    advice = "unset PROJ_DATA and PROJ_LIB, which may point to another PROJ's database"
+    try:
+        from rasterio.warp import transform
+
+        from xview_loc.geodesy import LocalProjection
+
+        # One thousandth of a degree north of 48 N is 111.18 m on the ellipsoid.
+        _, north = LocalProjection(48.0, 15.0).forward(48.001, 15.0)
+        (x,), _ = transform("EPSG:4326", "EPSG:32633", [15.0], [48.0])
+    except Exception as error:  # CRSError, ProjError, CPLE errors: no common base
+        return Finding(Level.failure, "projections", reason(error), advice)
+    if abs(float(north) - 111.18) > 0.1 or abs(x - 500_000.0) > 0.1:
+        return Finding(Level.failure, "projections", "PROJ computes wrong coordinates", advice)
+    return Finding(Level.ok, "projections", "GDAL's PROJ and pyproj's agree with known coordinates")
+
+
+def _ros() -> Iterator[Finding]:
+    if importlib.util.find_spec("rclpy") is None:
+        advice = "source /opt/ros/<distribution>/setup.bash; all but the nodes works without"
+        yield Finding(Level.warning, "ros", "no rclpy", advice)
+        return
+    # In a process of its own: where the middleware is missing, loading it ends the process.
+    probe = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True)
+    if probe.returncode:
+        said = " ".join(probe.stderr.split())[-300:]
+        advice = "source the setup.bash of the distribution for this Python; check RMW_IMPLEMENTATION"
+        yield Finding(Level.failure, "ros", f"rclpy cannot be used: {said}", advice)
+        return
+    rmw = probe.stdout.strip()
+    missing = [name.partition(".")[0] for name in MESSAGES if not _importable(name)]
+    distribution = os.environ.get("ROS_DISTRO", "")
+    text = f"rclpy {_version('rclpy')} with {rmw}{f', {distribution}' if distribution else ''}"
+    if missing:
+        wanted = " ".join(f"ros-{distribution or '<distribution>'}-{n.replace('_', '-')}" for n in missing)
+        yield Finding(Level.failure, "ros", f"{text}; without {', '.join(missing)}", f"install {wanted}")
+    else:
+        yield Finding(Level.ok, "ros", text)
+    if not _importable("tf2_ros"):
+        advice = "needed only for the parameters publish_tf, camera_frame and antenna_frame"
+        yield Finding(Level.warning, "tf", "no tf2_ros", advice)
+    yield _dds_profile(rmw)
+
+
+def _importable(module: str) -> bool:
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        return False
+    return True
+
+
+def _dds_profile(rmw: str) -> Finding:
+    if "fastrtps" not in rmw:
+        return Finding(Level.ok, "dds profile", f"{rmw} takes none of Fast DDS")
+    set_to = {name: os.environ[name] for name in PROFILE_VARIABLES if os.environ.get(name)}
+    if not set_to:
+        return Finding(
+            Level.warning,
+            "dds profile",
+            "none: camera images get lost with the default settings",
+            f"export {PROFILE_VARIABLES[0]}=<config/fastdds.xml>, for the camera driver too "
+            "(localize.launch.py does so for the node)",
+        )
+    name, path = next(iter(set_to.items()))
+    try:
+        ElementTree.parse(path)
+    except (OSError, ElementTree.ParseError) as error:
+        return Finding(Level.failure, "dds profile", f"{name}: {path}: {reason(error)}", "correct the path")
+    return Finding(Level.ok, "dds profile", f"{name}={path}")
+
+
+def _cache(options: MapOptions, needed: bool) -> Finding:
+    """The folder of downloaded tiles; only tile servers need it."""
+    assert options.cache_dir is not None
+    existing = options.cache_dir.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        level = Level.failure if needed else Level.warning
+        text = f"{options.cache_dir} cannot be written: {error.strerror}"
+        return Finding(level, "tile cache", text, "name another with --cache-dir, map_cache_dir on the node")
+    free = shutil.disk_usage(existing).free / 1e6
+    text = f"{options.cache_dir}, {free:.0f} MB free"
+    if free < options.cache_mb:
+        advice = f"it may grow to {options.cache_mb:.0f} MB: make room"
+        return Finding(Level.warning, "tile cache", text, advice)
+    return Finding(Level.ok, "tile cache", text)
+
+
+def _weights(model: str | None, checkpoint: Path | None) -> tuple[CrossViewModel | None, Finding]:
+    """The model with its weights, None where they cannot be used."""
+    from xview_loc.localizer import LocalizationError
+    from xview_loc.models import create_model
+    from xview_loc.models.checkpoint import CheckpointError, load_checkpoint, shipped_checkpoint
+
+    path = checkpoint or (shipped_checkpoint(model) if model else None)
+    try:
+        if path is None:
+            assert model is not None
+            advice = "name its file with --checkpoint: with random weights poses mean nothing"
+            text = f"none come with {model}"
+            return create_model(model), Finding(Level.warning, "checkpoint", text, advice)
+        loaded = load_checkpoint(path, model)
+        _localizer(loaded.model, None, "cpu").warm_up()
+    except CheckpointError as error:
+        advice = "name the model it was made for with --model, or get the file again"
+        return None, Finding(Level.failure, "checkpoint", str(error), advice)
+    except (LocalizationError, RuntimeError) as error:
+        text = f"checkpoint {path} fails its trial: {reason(error)}"
+        return None, Finding(Level.failure, "checkpoint", text, "get the file again")
+    except ValueError as error:
+        return None, Finding(Level.failure, "checkpoint", str(error), "correct --model")
+    text = f"{loaded.model.spec.name}, sha256 {loaded.sha256[:12]}, whole and finite: {path}"
+    return loaded.model, Finding(Level.ok, "checkpoint", text)
+
+
+def _map(source: str, options: MapOptions, net: CrossViewModel | None) -> tuple[AerialTile | None, Finding]:
+    """A tile of the map as the model needs it, None where none was read."""
+    from xview_loc.imagery import AerialMap, MapError
+
+    try:
+        # Without the cache: what was fetched once does not tell whether the server answers.
+        with AerialMap.open(source, replace(options, cache_dir=None)) as aerial:
+            return _read_map(aerial, options, net)
+    except MapError as error:
+        advice = "check the path, or the URL, its key and the network"
+        return None, Finding(Level.failure, "map", str(error), advice)
+
+
+def _read_map(
+    aerial: AerialMap, options: MapOptions, net: CrossViewModel | None
+) -> tuple[AerialTile | None, Finding]:
+    from xview_loc.imagery import NoImageryError
+    from xview_loc.localizer import required_tile_px
+    from xview_loc.models import create_model
+    from xview_loc.tile_pyramid import HttpSource, PyramidMap, TileId
+
+    facts = aerial.info()
+    if facts.bounds is None:
+        if not isinstance(aerial, PyramidMap) or not isinstance(aerial.source, HttpSource):
+            text = f"{facts.kind}, opened; it does not say where it has imagery, so no tile was read"
+            return None, Finding(Level.warning, "map", text)
+        started = time.perf_counter()
+        found = aerial.source.get([TileId(0, 0, 0)], time.monotonic() + options.deadline_s)
+        taken = (time.perf_counter() - started) * 1e3
+        what = "a tile of the whole world" if any(found.values()) else "no tile of the whole world, as it may"
+        text = f"{facts.kind}: answered one request in {taken:.0f} ms with {what}"
+        return None, Finding(Level.ok, "map", text)
+    spec = (net or create_model("ccvpe-small")).spec
+    south, west, north, east = facts.bounds
+    # Coverage may be of any shape: the middle, then half-way to the corners.
+    for v, u in ((0.5, 0.5), (0.25, 0.25), (0.25, 0.75), (0.75, 0.25), (0.75, 0.75)):
+        place = south + v * (north - south), west + u * (east - west)
+        started = time.perf_counter()
+        try:
+            tile = aerial.tile(*place, required_tile_px(spec), spec.gsd)
+        except NoImageryError:
+            continue
+        taken = (time.perf_counter() - started) * 1e3
+        text = (
+            f"{facts.kind}, {facts.resolution_m or math.nan:.3f} m/px (the model's tiles: {spec.gsd:.3f}); "
+            f"tile of {tile.size_px} px in {taken:.0f} ms, {tile.valid_fraction:.0%} imagery"
+        )
+        if tile.valid_fraction < MIN_VALID_FRACTION:
+            advice = "the node refuses tiles with less than min_valid_fraction: use a map that covers more"
+            return tile, Finding(Level.warning, "map", text, advice)
+        return tile, Finding(Level.ok, "map", text)
+    text = f"{facts.kind}, no imagery at its middle nor half-way to its corners"
+    return None, Finding(Level.warning, "map", text, "see what it covers: xview-loc map info")
+
+
+def _localizer(net: CrossViewModel, tile: AerialTile | None, device: str) -> Any:
+    """A localizer on the one tile; on noise where that is None."""
+    import numpy as np
+
+    from xview_loc.imagery import AerialMap, AerialTile
+    from xview_loc.localizer import Localizer, required_tile_px
+    from xview_loc.tile_store import TileStore
+
+    side = required_tile_px(net.spec)
+    noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
+    only = tile or AerialTile(noise, 0.0, 0.0, net.spec.gsd)
+
+    class OneTile(AerialMap):
+        def tile(self, lat: float, lon: float, size_px: int, gsd: float) -> AerialTile:
+            return only
+
+    tiles = TileStore(OneTile(), side, net.spec.gsd)
+    return Localizer(tiles, net, min_valid_fraction=0.0, device=device)
+
+
+def _rate(net: CrossViewModel, tile: AerialTile | None, device: str) -> Finding:
+    """What the localizer reaches while its tile is at hand, as it is for most frames of a drive."""
+    import numpy as np
+
+    from xview_loc.camera import CameraModel
+    from xview_loc.localizer import LocalizationError, Observation
+
+    height, width = net.spec.ground_size
+    image = np.random.default_rng(1).integers(0, 256, (height, width, 3), np.uint8)
+    camera = CameraModel(width, height, (width, 0, width / 2, 0, width, height / 2, 0, 0, 1))
+    place = (tile.lat, tile.lon) if tile else (0.0, 0.0)
+    frame = Observation(image, *place, heading=0.0, camera=camera)
+    durations = []
+    try:
+        localizer = _localizer(net, tile, device)
+        localizer.localize(frame)
+        for _ in range(TIMED_FRAMES):
+            started = time.perf_counter()
+            localizer.localize(frame)
+            durations.append(time.perf_counter() - started)
+    except (LocalizationError, RuntimeError) as error:
+        return Finding(Level.failure, "rate", f"{net.spec.name} on {device}: {reason(error)}")
+    median = statistics.median(durations)
+    hertz, milliseconds = 1.0 / median, median * 1e3
+    text = f"{net.spec.name} on {device}: {hertz:.1f} Hz ({milliseconds:.0f} ms a frame, the tile at hand)"
+    return Finding(Level.ok, "rate", text)
