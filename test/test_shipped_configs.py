@@ -1,0 +1,230 @@
+"""The files for RViz, Foxglove and robot_localization: what they name exists, and has the type they need."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+from map_fixtures import texture, write_geotiff
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = ROOT / "config"
+
+
+class Shown(NamedTuple):
+    """A topic that a display takes, the message type it needs, and RViz's QoS."""
+
+    topic: str
+    type: str
+    qos: dict[str, Any]
+
+
+RVIZ_TYPES = {
+    "rviz_default_plugins/Map": "nav_msgs/msg/OccupancyGrid",
+    "rviz_default_plugins/PoseWithCovariance": "geometry_msgs/msg/PoseWithCovarianceStamped",
+    "rviz_default_plugins/Image": "sensor_msgs/msg/Image",
+}
+RVIZ_WITHOUT_TOPIC = {"rviz_default_plugins/Grid", "rviz_default_plugins/TF"}
+
+
+def rviz() -> dict[str, Any]:
+    return yaml.safe_load((CONFIG / "localizer.rviz").read_text())["Visualization Manager"]
+
+
+def rviz_shows() -> Iterator[Shown]:
+    for display in rviz()["Displays"]:
+        assert display["Enabled"] is True and display["Value"] is True and display["Name"]
+        if display["Class"] not in RVIZ_WITHOUT_TOPIC:
+            topic = display["Topic"]
+            yield Shown(topic["Value"], RVIZ_TYPES[display["Class"]], topic)
+
+
+def foxglove() -> dict[str, Any]:
+    return json.loads((CONFIG / "foxglove.json").read_text())
+
+
+def foxglove_shows() -> Iterator[Shown]:
+    scene = {
+        "/localizer/heat_map": "nav_msgs/msg/OccupancyGrid",
+        "/localizer/pose": "geometry_msgs/msg/PoseWithCovarianceStamped",
+    }
+    for name, panel in foxglove()["configById"].items():
+        kind = name.partition("!")[0]
+        if kind == "3D":
+            topics = {topic: scene[topic] for topic in panel["topics"]}
+        elif kind == "Image":
+            topics = {panel["imageMode"]["imageTopic"]: "sensor_msgs/msg/Image"}
+        elif kind == "map":
+            assert panel["followTopic"] in panel["topicColors"]
+            topics = dict.fromkeys(panel["topicColors"], "sensor_msgs/msg/NavSatFix")
+        elif kind == "Plot":
+            paths = [re.fullmatch(r"(/[\w/]+)\.data", path["value"]) for path in panel["paths"]]
+            topics = {path[1]: "std_msgs/msg/Float64" for path in paths}
+        elif kind == "DiagnosticSummary":
+            topics = {panel["topicToRender"]: "diagnostic_msgs/msg/DiagnosticArray"}
+        elif kind == "RawMessages":
+            topics = {panel["topicPath"]: ""}  # it shows any
+        else:
+            raise AssertionError(f"a panel of an unknown kind: {name}")
+        yield from (Shown(topic, needed, {}) for topic, needed in topics.items())
+
+
+def robot_localization() -> dict[str, dict[str, Any]]:
+    nodes = yaml.safe_load((CONFIG / "robot_localization.yaml").read_text())
+    return {name: node["ros__parameters"] for name, node in nodes.items()}
+
+
+def localizer() -> dict[str, Any]:
+    return yaml.safe_load((CONFIG / "localizer.yaml").read_text())["/**"]["ros__parameters"]
+
+
+def test_what_they_show_is_there(tmp_path):
+    """A node is started and asked: topic, type, and for RViz whether the QoS lets it be heard."""
+    pytest.importorskip("rclpy", reason="ROS 2's Python packages are not installed")
+    from rclpy.qos import QoSCompatibility, QoSProfile, qos_check_compatible
+    from ros_harness import NodeProcess, bench, pick_domain
+
+    tif = write_geotiff(tmp_path / "a.tif", texture(600, 600), 48.2, 16.37, 0.25, "EPSG:32633")
+    domain = pick_domain()
+    node = NodeProcess(domain, tmp_path / "log", {"map": str(tif), "model": "stub", "torch_threads": 1})
+    try:
+        with bench(domain) as b:
+            b.wait(lambda: b.node.count_subscribers("/fix"), 40.0, "the active node")
+            fused = Shown(
+                robot_localization()["ekf_map"]["pose0"], "geometry_msgs/msg/PoseWithCovarianceStamped", {}
+            )
+            plotted = set()
+            for topic, needed, wanted in (*rviz_shows(), *foxglove_shows(), fused):
+                ask = (
+                    b.node.get_subscriptions_info_by_topic
+                    if topic == "/fix"
+                    else b.node.get_publishers_info_by_topic
+                )
+                (info,) = b.wait(
+                    lambda topic=topic, ask=ask: [i for i in ask(topic) if i.node_name == "localizer"],
+                    what=f"{topic} of the node",
+                )
+                assert needed in (info.topic_type, ""), topic
+                plotted.add(topic)
+                if wanted:
+                    profile = QoSProfile(
+                        depth=wanted["Depth"],
+                        durability=policy(wanted["Durability Policy"]),
+                        reliability=policy(wanted["Reliability Policy"]),
+                        history=policy(wanted["History Policy"]),
+                    )
+                    # Whoever joins late gets what is latched, if it asks for it.
+                    assert info.qos_profile.durability == profile.durability, topic
+                    verdict, why = qos_check_compatible(info.qos_profile, profile)
+                    assert verdict != QoSCompatibility.ERROR, f"{topic}: {why}"
+            topics = {topic for topic, _ in b.node.get_topic_names_and_types()}
+            unplotted = {topic for topic in topics if topic.startswith("/localizer/status/")} - plotted
+            assert not unplotted, "every status is plotted"
+    finally:
+        node.stop()
+
+
+def policy(name: str) -> Any:
+    """rclpy's constant by RViz's name of it."""
+    from rclpy.qos import DurabilityPolicy, HistoryPolicy, ReliabilityPolicy
+
+    kinds = {
+        "Keep Last": HistoryPolicy.KEEP_LAST,
+        "Reliable": ReliabilityPolicy.RELIABLE,
+        "Best Effort": ReliabilityPolicy.BEST_EFFORT,
+        "Transient Local": DurabilityPolicy.TRANSIENT_LOCAL,
+        "Volatile": DurabilityPolicy.VOLATILE,
+    }
+    return kinds[name]
+
+
+def test_rviz_looks_from_the_map():
+    assert rviz()["Global Options"]["Fixed Frame"] == "map"
+    assert [display["Class"] for display in rviz()["Displays"]].count("rviz_default_plugins/Map") == 1
+
+
+def test_the_foxglove_layout_holds_every_panel_once():
+    layout = foxglove()
+    leaves = []
+
+    def visit(node: Any) -> None:
+        if isinstance(node, str):
+            leaves.append(node)
+            return
+        assert set(node) == {"first", "second", "direction", "splitPercentage"}
+        assert node["direction"] in ("row", "column") and 0 < node["splitPercentage"] < 100
+        visit(node["first"])
+        visit(node["second"])
+
+    visit(layout["layout"])
+    assert sorted(leaves) == sorted(layout["configById"])
+    kinds = {name.partition("!")[0] for name in leaves}
+    assert kinds == {"3D", "Image", "map", "Plot", "DiagnosticSummary", "RawMessages"}
+
+
+# Name -> (type, length of a list), as robot_localization declares and documents them.
+STATE = 15
+EKF = {
+    r"frequency|history_length|sensor_timeout|transform_timeout|transform_time_offset": (float, None),
+    r"two_d_mode|publish_tf|smooth_lagged_data|print_diagnostics|permit_corrected_publication": (bool, None),
+    r"map_frame|odom_frame|base_link_frame|world_frame": (str, None),
+    r"(odom|pose|imu)0": (str, None),
+    r"(odom|pose|imu)0_config": (bool, STATE),
+    r"(odom|pose|imu)0_(differential|relative)": (bool, None),
+    r"(odom|pose|imu)0_queue_size": (int, None),
+    r"pose0_rejection_threshold": (float, None),
+    r"(odom|imu)0_(pose|twist)_rejection_threshold": (float, None),
+    r"process_noise_covariance|initial_estimate_covariance": (float, STATE),
+}
+NAVSAT = {
+    r"frequency|delay|magnetic_declination_radians|yaw_offset": (float, None),
+    r"zero_altitude|publish_filtered_gps|use_odometry_yaw|wait_for_datum|use_local_cartesian": (bool, None),
+    r"datum": (float, 3),
+}
+
+
+def test_robot_localization_knows_the_parameters():
+    """rclcpp refuses an integer for a double, and ignores what it does not know."""
+    for node, values in robot_localization().items():
+        known = NAVSAT if node == "navsat_transform" else EKF
+        for name, value in values.items():
+            kinds = [kind for pattern, kind in known.items() if re.fullmatch(pattern, name)]
+            assert kinds, f"{node}: no parameter {name}"
+            ((kind, length),) = kinds
+            items = value if length else [value]
+            assert length is None or len(items) == length, f"{node}: {name} has {len(items)} values"
+            assert all(type(item) is kind for item in items), f"{node}: {name} must be of {kind.__name__}"
+        for name in values:
+            if re.fullmatch(r"(odom|pose|imu)\d", name):
+                assert any(values[f"{name}_config"]), f"{node} uses nothing of {name}"
+
+
+def test_the_filters_divide_the_tree_between_them():
+    """Each frame has one parent: odom -> base_link from one filter, map -> odom from the other."""
+    defaults = localizer()
+    nodes = robot_localization()
+    local, world = nodes["ekf_odom"], nodes["ekf_map"]
+    for filter_ in (local, world):
+        assert filter_["map_frame"] == defaults["map_frame"]
+        assert filter_["base_link_frame"] == defaults["base_frame"]
+        assert filter_["publish_tf"] is True
+    assert local["world_frame"] == local["odom_frame"]
+    assert world["world_frame"] == world["map_frame"]
+    assert defaults["publish_tf"] is False, "the localizer would give base_link a second parent"
+    assert not any(name.startswith("pose") for name in local), "what jumps stays out of odom"
+
+
+def test_only_what_the_localizer_estimates_is_fused():
+    """z, roll and pitch have the variance 1e6; the heading is only repeated in the default mode."""
+    assert localizer()["heading_mode"] == "known"
+    world = robot_localization()["ekf_map"]
+    assert [i for i, used in enumerate(world["pose0_config"]) if used] == [0, 1]
+    assert not world["pose0_differential"] and not world["pose0_relative"]
+    # An absolute position must not be an outlier to a filter that does not know where it is.
+    assert min(world["initial_estimate_covariance"][:2]) >= 1e4
+    assert world["smooth_lagged_data"] and world["history_length"] > 0
