@@ -310,7 +310,10 @@ def _map(source: str, options: MapOptions, net: CrossViewModel | None) -> tuple[
         with AerialMap.open(source, replace(options, cache_dir=None)) as aerial:
             return _read_map(aerial, options, net)
     except MapError as error:
-        advice = "check the path, or the URL, its key and the network"
+        advice = "check the path"
+        if "{z}" in source:
+            # Some servers of a single region answer the request for the whole world with an error.
+            advice = "check URL, key and network; or fetch a place it covers: xview-loc map prefetch"
         return None, Finding(Level.failure, "map", str(error), advice)
 
 
