@@ -195,20 +195,21 @@ class JumpGate:
 
     def _jumped(self, good: GnssFix, fix: GnssFix) -> float:
         place = LocalProjection(good.lat, good.lon)
-        east, north = place.forward(fix.lat, fix.lon)
-        if self._first is None or self._last is None:
-            jump, since_ns = math.hypot(east, north), fix.stamp_ns - good.stamp_ns
-        else:
+        here = np.array(place.forward(fix.lat, fix.lon))
+        jump, since_ns, agrees = math.hypot(*here), fix.stamp_ns - good.stamp_ns, False
+        if self._first is not None and self._last is not None:
             first, last = (np.array(place.forward(f.lat, f.lon)) for f in (self._first, self._last))
-            since_ns = fix.stamp_ns - self._last.stamp_ns
-            if self._drivable(math.dist((east, north), last), fix, since_ns):
-                return self._wait(fix)
-            # A jump once more, perhaps back. What was driven meanwhile, the refused fixes tell.
-            jump = math.dist((east, north), last - first)
-            since_ns += self._first.stamp_ns - good.stamp_ns
-        if self._drivable(jump, fix, since_ns):
-            return 0.0
-        self._first, self._jump_m = fix, jump
+            step, step_ns = math.dist(here, last), fix.stamp_ns - self._last.stamp_ns
+            # Is it back? What was driven meanwhile, the refused fixes tell.
+            jump, since_ns = (
+                math.dist(here, last - first),
+                since_ns - (self._last.stamp_ns - self._first.stamp_ns),
+            )
+            agrees = step <= jump and self._drivable(step, fix, step_ns)
+        if not agrees:
+            if self._drivable(jump, fix, since_ns):
+                return 0.0
+            self._first, self._jump_m = fix, jump
         return self._wait(fix)
 
     def _drivable(self, distance: float, fix: GnssFix, since_ns: int) -> bool:
