@@ -23,6 +23,7 @@ import yaml
 pytest.importorskip("rclpy", reason="ROS 2's Python packages are not installed")
 
 from geometry_msgs.msg import PoseWithCovarianceStamped
+from lifecycle_msgs.msg import Transition
 from map_fixtures import TileServer, texture, write_geotiff
 from nav_msgs.msg import OccupancyGrid
 from rclpy.qos import DurabilityPolicy, QoSProfile
@@ -278,6 +279,17 @@ def test_stamps_going_back(rig):
     rig.good_frame()
     rig.bench.wait_diagnosis("went back in time")
     assert int(rig.bench.value("time_restarts")) >= 1
+
+
+def test_a_node_that_is_not_active_says_so_beside_what_else_is_wrong(rig):
+    rig.bench.change_state("/localizer", Transition.TRANSITION_DEACTIVATE)
+    status = rig.bench.wait_diagnosis("random weights", "not active: inactive")
+    assert status.level == b"\x01"
+    rig.bench.change_state("/localizer", Transition.TRANSITION_ACTIVATE)
+    rig.ready()
+    rig.good_frame()
+    rig.bench.wait_diagnosis("random weights")
+    assert "not active" not in rig.bench.text()
 
 
 def start(tmp_path: Path, domain: int, **parameters: Any) -> NodeProcess:

@@ -472,8 +472,10 @@ class VehicleNode(LifecycleNode):
                 self._health.clear("no_image")
         self._health.value("state", self._state)
         status = self._health.report(self.get_fully_qualified_name().lstrip("/"))
-        if status.message == self.doing and self._state != "active":
-            status.level, status.message = WARN, f"not active: {self._state}"
+        if self._state != "active":
+            known = "" if status.message == self.doing else f"{status.message}; "
+            status.message = f"{known}not active: {self._state}"
+            status.level = max(status.level, WARN)
         array = DiagnosticArray(status=[status])
         array.header.stamp = self.get_clock().now().to_msg()
         self._diagnostics.publish(array)
