@@ -192,7 +192,8 @@ def write_pmtiles(path: Path, source_tif: Path, zooms: Iterable[int], encoding: 
 class TileServer:
     """Serves a raster as XYZ tiles on loopback; with a raster of None every tile is a plain grey one.
 
-    ``fault`` may be set at any time: None, "404", "500", "403", "hang", "html", "truncated" or "slow".
+    ``fault`` may be set at any time: None, "404", "500", "403", "hang", "html", "truncated", "slow" or
+    "down" (hangs up without an answer).
     ``requests`` counts; ``paths`` remembers what was asked for, query included; ``headers`` the last ones.
     """
 
@@ -258,6 +259,8 @@ class TileServer:
         try:
             if fault == "hang":
                 self._stop.wait(30.0)
+                return
+            if fault == "down":
                 return
             if fault == "slow":
                 self._stop.wait(self.delay_s)

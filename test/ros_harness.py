@@ -14,6 +14,8 @@ from typing import Any
 
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
+from lifecycle_msgs.msg import Transition
+from lifecycle_msgs.srv import ChangeState
 from rcl_interfaces.msg import Parameter, ParameterType, ParameterValue
 from rcl_interfaces.srv import SetParameters
 from rclpy.context import Context
@@ -146,6 +148,12 @@ class Bench:
         call = self.begin_set_parameter(node, name, text)
         (result,) = self.wait(call.done, what="the parameter") and call.result().results
         return "" if result.successful else result.reason
+
+    def change_state(self, node: str, transition: int) -> None:
+        """Ask for a change of the lifecycle's state, and see that it succeeds."""
+        request = ChangeState.Request(transition=Transition(id=transition))
+        call = self._client(ChangeState, f"{node}/change_state").call_async(request)
+        assert self.wait(call.done, what="the change of state") and call.result().success
 
     def trigger(self, service: str) -> tuple[bool, str]:
         """Call a Trigger service."""

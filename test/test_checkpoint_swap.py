@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -85,6 +87,28 @@ def test_tiles_are_encoded_before_the_change(shipped: CrossViewModel, other: Pat
     model.encode_aerial = lambda aerial: seen.append(1)  # type: ignore[method-assign, assignment, return-value]
     place(localizer)
     assert not seen
+    swap.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="priorities of threads are Linux's")
+def test_frames_go_before_the_loading_thread(shipped: CrossViewModel, other: Path) -> None:
+    niceness: list[int] = []
+
+    def notes(model: CrossViewModel) -> Localizer:
+        niceness.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        return build(model)
+
+    swap = CheckpointSwap(Deployed(build(shipped), "shipped", "0" * 64), notes)
+    swap.load(other).result(60)
+    swap.close()
+    assert niceness[0] > os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+
+def test_the_checkpoint_in_use_is_not_built_again(shipped: CrossViewModel, other: Path) -> None:
+    built: list[int] = []
+    swap = CheckpointSwap(Deployed(build(shipped)), lambda model: built.append(1) or build(model))  # type: ignore[func-returns-value]
+    now = swap.load(other).result(60)
+    assert swap.load(other).result(60) is now and len(built) == 1
     swap.close()
 
 

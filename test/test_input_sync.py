@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from xview_loc.input_sync import (
@@ -9,6 +10,7 @@ from xview_loc.input_sync import (
     GnssFix,
     HeadingSample,
     History,
+    JumpGate,
     SyncError,
     WaitingRoom,
     blend_fix,
@@ -70,6 +72,66 @@ def test_jitter_is_refused_and_a_restart_is_seen():
     assert not history.add(fix(9.9, 48.0))
     assert not history.went_back(round(9.9 * NS))
     assert history.went_back(NS)
+
+
+def moved(t: float, north_m: float, sigma_m: float = 0.0) -> GnssFix:
+    covariance = np.eye(3) * sigma_m**2 if sigma_m else None
+    return GnssFix(round(t * NS), 48.0 + north_m / 111_200.0, 16.0, 0.0, covariance)
+
+
+def refused(gate: JumpGate, fix: GnssFix) -> bool:
+    try:
+        gate.admit(fix)
+    except SyncError as error:
+        assert error.reason == "jump"
+        return True
+    return False
+
+
+def test_fixes_that_jump_are_refused_and_those_that_come_back_are_not():
+    gate = JumpGate(40.0)
+    drive = [moved(t, 12.0 * t) for t in range(10)]
+    assert not any(refused(gate, fix) for fix in drive)
+    assert all(refused(gate, moved(t, 12.0 * t + 100.0)) for t in range(10, 15))
+    assert gate.admit(moved(15, 180.0)) == 0.0
+    # As far to the other side is not back.
+    assert refused(gate, moved(16, 292.0)) and refused(gate, moved(17, 20.0))
+
+
+def test_a_jump_that_stays_is_believed_and_told():
+    gate = JumpGate(40.0)
+    gate.admit(moved(0, 0.0))
+    assert all(refused(gate, moved(1 + t, 200.0 + 10.0 * t)) for t in range(10))
+    assert gate.admit(moved(11, 300.0)) == pytest.approx(200.0, abs=1.0)
+    assert gate.admit(moved(12, 310.0)) == 0.0
+
+
+def test_jumps_that_do_not_agree_are_not_believed():
+    gate = JumpGate(40.0)
+    gate.admit(moved(0, 0.0))
+    assert all(refused(gate, moved(t, 3000.0 * (t % 2 + 1))) for t in range(1, 40))
+
+
+def test_no_alarm_between_tall_buildings_at_speed_or_after_a_tunnel():
+    gate = JumpGate(40.0)
+    rng = np.random.default_rng(0)
+    # 5 Hz; an error that wanders by tens of metres within seconds, and steps of 30 m.
+    wander = np.cumsum(rng.normal(0, 4.0, 300)) + 30.0 * (np.arange(300) // 50 % 2)
+    assert not any(refused(gate, moved(0.2 * k, 2.4 * k + wander[k])) for k in range(300))
+    assert not refused(gate, moved(120.0, 720.0 + wander[-1] + 1200.0))
+    assert not any(refused(gate, moved(121.0 + t, 1920.0 + wander[-1] + 45.0 * t)) for t in range(5))
+
+
+def test_a_fix_that_says_how_bad_it_is_may_jump():
+    gate = JumpGate(40.0)
+    gate.admit(moved(0, 0.0, 40.0))
+    assert not refused(gate, moved(1, 160.0, 40.0))
+    assert refused(gate, moved(2, 0.0, 10.0))
+
+
+def test_no_limit_no_refusal():
+    gate = JumpGate(0.0)
+    assert not any(refused(gate, moved(t, 1000.0 * (t % 2))) for t in range(5))
 
 
 def test_an_image_waits_for_a_later_sample_or_its_time_limit():

@@ -23,6 +23,7 @@ import yaml
 pytest.importorskip("rclpy", reason="ROS 2's Python packages are not installed")
 
 from geometry_msgs.msg import PoseWithCovarianceStamped
+from lifecycle_msgs.msg import Transition
 from map_fixtures import TileServer, texture, write_geotiff
 from nav_msgs.msg import OccupancyGrid
 from rclpy.qos import DurabilityPolicy, QoSProfile
@@ -51,6 +52,8 @@ PARAMETERS: dict[str, Any] = {
     "max_wait_s": 0.2,
     "qos_reliability": "reliable",
     "torch_threads": 1,
+    # The tests' vehicle is where a test needs it.
+    "fix_max_jump_m": 0.0,
 }
 
 
@@ -278,6 +281,17 @@ def test_stamps_going_back(rig):
     assert int(rig.bench.value("time_restarts")) >= 1
 
 
+def test_a_node_that_is_not_active_says_so_beside_what_else_is_wrong(rig):
+    rig.bench.change_state("/localizer", Transition.TRANSITION_DEACTIVATE)
+    status = rig.bench.wait_diagnosis("random weights", "not active: inactive")
+    assert status.level == b"\x01"
+    rig.bench.change_state("/localizer", Transition.TRANSITION_ACTIVATE)
+    rig.ready()
+    rig.good_frame()
+    rig.bench.wait_diagnosis("random weights")
+    assert "not active" not in rig.bench.text()
+
+
 def start(tmp_path: Path, domain: int, **parameters: Any) -> NodeProcess:
     return NodeProcess(domain, tmp_path / "log.txt", {**PARAMETERS, **parameters})
 
@@ -433,6 +447,33 @@ def test_no_fix_no_heading_no_camera_info_and_unheard_publisher(aerial, tmp_path
             b.wait_diagnosis("cannot be heard")
             b.node.destroy_publisher(deaf)
             rig.good_frame()
+        finally:
+            assert node.stop() == 0, node.log
+
+
+def test_fixes_that_jump_are_refused_until_they_stay(aerial, tmp_path):
+    with bench(DOMAIN + 3) as b:
+        node = start(tmp_path, DOMAIN + 3, map=str(aerial), fix_max_jump_m=40.0)
+        try:
+            rig = Rig(b)
+            rig.ready()
+            rig.good_frame()
+            there = LAT + 0.002  # 222 m north
+            for _ in range(4):
+                ns = rig.step(3.0)
+                rig.send_fix(ns, lat=there)
+                rig.send_heading(ns)
+                rig.send_image(ns)
+                status = b.wait_diagnosis("fix_stale", "fixes jumped")
+                assert status.level == b"\x02"
+            assert int(b.value("fix_rejected/fix_jump")) == 4
+            before = len(rig.poses)
+            ns = rig.step(3.0)
+            rig.send_fix(ns, lat=there)
+            rig.send_heading(ns)
+            rig.send_image(ns)
+            b.wait(lambda: len(rig.poses) > before, what="a pose at the new place")
+            assert b.wait_diagnosis("fix_jump", "right or wrong").level == b"\x01"
         finally:
             assert node.stop() == 0, node.log
 

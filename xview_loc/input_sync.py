@@ -6,6 +6,7 @@ Nothing is thread safe: one thread (the executor's) owns these objects.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,12 +15,16 @@ from typing import Generic, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from xview_loc.geodesy import wrap_angle, wrap_longitude
+from xview_loc.geodesy import LocalProjection, wrap_angle, wrap_longitude
 
 NS = 1_000_000_000
 # A stamp this far before the last one means that time started again (a bag that loops), not jitter.
 RESTART_NS = NS // 2
 _KEEP = 512
+# No vehicle on a road drives faster, in m/s.
+TOP_SPEED = 50.0
+# A place that fixes jumped to is believed once they have agreed on it for so long.
+SETTLED_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,13 @@ class GnssFix:
     lon: float
     altitude: float
     covariance: NDArray[np.float64] | None
+
+    @property
+    def sigma(self) -> float:
+        """The horizontal standard deviation along its larger axis in metres, 0 if unknown."""
+        if self.covariance is None:
+            return 0.0
+        return math.sqrt(max(0.0, float(np.linalg.eigvalsh(self.covariance[:2, :2])[-1])))
 
 
 @dataclass(frozen=True)
@@ -52,7 +64,7 @@ F = TypeVar("F")
 
 
 class SyncError(Exception):
-    """No usable sample for an image's stamp; ``reason`` is "missing" or "stale"."""
+    """No usable sample for an image's stamp ("missing", "stale"), or a sample not to be used ("jump")."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -148,6 +160,72 @@ class History(Generic[S]):
 
     def _along(self, a: S, b: S, stamp_ns: int) -> S:
         return self._blend(a, b, (stamp_ns - a.stamp_ns) / (b.stamp_ns - a.stamp_ns))
+
+
+class JumpGate:
+    """Refuses fixes at places that no vehicle can have driven to since the last good fix.
+
+    Beyond what ``TOP_SPEED`` explains, a fix may lie ``max_jump_m`` from the one before, or three of its own
+    standard deviations where those are more; 0 lets every fix pass. Which of two places is right, fixes
+    alone cannot tell: those that agree with each other for ``SETTLED_S`` pass, however far they jumped.
+    """
+
+    def __init__(self, max_jump_m: float) -> None:
+        self._max_jump_m = max_jump_m
+        self._good: GnssFix | None = None
+        # Of the refused fixes that agree with each other: the first, how far it jumped, and the last.
+        self._first: GnssFix | None = None
+        self._last: GnssFix | None = None
+        self._jump_m = 0.0
+
+    def admit(self, fix: GnssFix) -> float:
+        """Let a fix pass; the metres jumped where it is the first to be believed in a new place, else 0.
+
+        Raises SyncError ("jump") where it must not be used.
+        """
+        jumped_m = 0.0
+        if self._max_jump_m > 0.0 and self._good is not None:
+            jumped_m = self._jumped(self._good, fix)
+        self._good, self._first, self._last = fix, None, None
+        return jumped_m
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._good = self._first = self._last = None
+
+    def _jumped(self, good: GnssFix, fix: GnssFix) -> float:
+        place = LocalProjection(good.lat, good.lon)
+        here = np.array(place.forward(fix.lat, fix.lon))
+        jump, since_ns, agrees = math.hypot(*here), fix.stamp_ns - good.stamp_ns, False
+        if self._first is not None and self._last is not None:
+            first, last = (np.array(place.forward(f.lat, f.lon)) for f in (self._first, self._last))
+            step, step_ns = math.dist(here, last), fix.stamp_ns - self._last.stamp_ns
+            # Is it back? What was driven meanwhile, the refused fixes tell.
+            jump, since_ns = (
+                math.dist(here, last - first),
+                since_ns - (self._last.stamp_ns - self._first.stamp_ns),
+            )
+            agrees = step <= jump and self._drivable(step, fix, step_ns)
+        if not agrees:
+            if self._drivable(jump, fix, since_ns):
+                return 0.0
+            self._first, self._jump_m = fix, jump
+        return self._wait(fix)
+
+    def _drivable(self, distance: float, fix: GnssFix, since_ns: int) -> bool:
+        return distance <= max(self._max_jump_m, 3.0 * fix.sigma) + TOP_SPEED * since_ns / NS
+
+    def _wait(self, fix: GnssFix) -> float:
+        """The jump in metres where fixes have agreed for long enough; raises SyncError until then."""
+        assert self._first is not None
+        self._last = fix
+        if fix.stamp_ns - self._first.stamp_ns >= SETTLED_S * NS:
+            return self._jump_m
+        raise SyncError(
+            "jump",
+            f"fixes jumped {self._jump_m:.0f} m, further than a vehicle drives; they are believed once they "
+            f"agree for {SETTLED_S:g} s",
+        )
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,12 @@ _INPUTS: tuple[Parameter, ...] = (
         (-2, 2),
     ),
     P("fix_max_sigma_m", 0.0, "Largest horizontal standard deviation of a fix; 0: no limit.", (0.0, 10000.0)),
+    P(
+        "fix_max_jump_m",
+        40.0,
+        "Largest jump between fixes, metres, beyond 50 m/s of driving; 0: no limit.",
+        (0.0, 10000.0),
+    ),
     P("max_fix_age_s", 2.0, "Largest distance in time from an image to the fix used for it.", (0.0, 60.0)),
     P("max_heading_age_s", 0.5, "Same for the heading.", (0.0, 60.0)),
     P("max_wait_s", 0.1, "How long an image waits for a fix and a heading later than itself.", (0.0, 5.0)),

@@ -40,6 +40,7 @@ from xview_loc.input_sync import (
     GnssFix,
     HeadingSample,
     History,
+    JumpGate,
     SyncError,
     WaitingRoom,
     blend_fix,
@@ -51,6 +52,7 @@ from xview_loc.tile_store import TileStore
 
 HEADING_TYPES = {"imu": Imu, "quaternion": QuaternionStamped, "pose": PoseStamped}
 RESTART_SHOWN_S = 10.0
+FIX_JUMP_SHOWN_S = 60.0
 SILENT_AFTER_S = 3.0
 # The motion that tiles are fetched ahead of is measured over so many metres, within so many seconds.
 MOTION_M, MOTION_S = 10.0, 10.0
@@ -209,6 +211,7 @@ class VehicleNode(LifecycleNode):
         p = self._p = parameters.read(self, self.table)
         self._fixes: History[GnssFix] = History("fix", blend_fix, p["max_fix_age_s"])
         self._headings: History[HeadingSample] = History("heading", blend_heading, p["max_heading_age_s"])
+        self._jumps = JumpGate(p["fix_max_jump_m"])
         self._waiting: WaitingRoom[Frame] = WaitingRoom(p["max_wait_s"])
         self._camera: CameraModel | None = None
         self._motion_start: GnssFix | None = None
@@ -319,6 +322,17 @@ class VehicleNode(LifecycleNode):
             self._refuse("fix", error)
             return
         self._restart_if(self._fixes.went_back(fix.stamp_ns), "fix")
+        try:
+            jumped_m = self._jumps.admit(fix)
+        except SyncError as error:
+            self._refuse("fix", RejectedInput("fix_jump", str(error)))
+            return
+        if jumped_m > 0.0:
+            # Between the two places the vehicle has never been.
+            self._fixes.clear()
+            text = f"fixes jumped {jumped_m:.0f} m and stayed there; they are believed again, right or wrong"
+            self._health.condition("fix_jump", WARN, text, for_s=FIX_JUMP_SHOWN_S)
+            self.get_logger().warning(text)
         if self._fixes.add(fix):
             self._health.clear("fix")
             self._release()
@@ -394,6 +408,7 @@ class VehicleNode(LifecycleNode):
         if not went_back:
             return
         self._fixes.clear()
+        self._jumps.clear()
         self._headings.clear()
         self._last_image_ns = 0
         for _ in range(self._waiting.clear()):
@@ -457,8 +472,10 @@ class VehicleNode(LifecycleNode):
                 self._health.clear("no_image")
         self._health.value("state", self._state)
         status = self._health.report(self.get_fully_qualified_name().lstrip("/"))
-        if status.message == self.doing and self._state != "active":
-            status.level, status.message = WARN, f"not active: {self._state}"
+        if self._state != "active":
+            known = "" if status.message == self.doing else f"{status.message}; "
+            status.message = f"{known}not active: {self._state}"
+            status.level = max(status.level, WARN)
         array = DiagnosticArray(status=[status])
         array.header.stamp = self.get_clock().now().to_msg()
         self._diagnostics.publish(array)
