@@ -288,10 +288,7 @@ def main() -> None:
     folder = out / "adapt"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    try:
-        story = run(Plan(a.size, a.frames, a.recorded, a.epochs, a.deploy_anyway), folder)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    story = run(Plan(a.size, a.frames, a.recorded, a.epochs, a.deploy_anyway), folder)
     page = out / "demo-adapt.html"
     make_page(story, f"{folder.name}/adapted/{REPORT_FILE}").write(page)
     print()

@@ -100,18 +100,23 @@ class Demo:
         os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
         if FASTDDS_PROFILE.exists():
             os.environ.setdefault("FASTDDS_DEFAULT_PROFILES_FILE", str(FASTDDS_PROFILE))
-        # Told to end, Python cleans up: no process is left behind.
-        for sign in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(sign, lambda number, frame: sys.exit(128 + number))
         rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
         self.listener = Listener()
         self._name = name
         self._processes: list[subprocess.Popen] = []
         self._executor = SingleThreadedExecutor()
         self._executor.add_node(self.listener)
+        self._told_to_end = 0
+        self._handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Demo:
+        # Noted, and obeyed where it cannot cut into anything: no process is left behind.
+        for told in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            self._handlers[told] = signal.signal(told, self._on_signal)
         return self
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        self._told_to_end = number
 
     def __exit__(self, *error: object) -> None:
         running = [process for process in self._processes if process.poll() is None]
@@ -124,6 +129,8 @@ class Demo:
         self._executor.shutdown()
         self.listener.destroy_node()
         rclpy.try_shutdown()
+        for told, handler in self._handlers.items():
+            signal.signal(told, handler)
 
     def start(self, module: str, *words: Any, **options: Any) -> subprocess.Popen:
         """Start one of this package's modules as a process of its own; ``options`` are Popen's."""
@@ -139,9 +146,14 @@ class Demo:
         return self.start(f"xview_loc.nodes.{module}", "--ros-args", *words)
 
     def wait(self, condition: Callable[[], object], timeout_s: float) -> bool:
-        """Spin until ``condition`` holds; False when it took too long or a process failed."""
+        """Spin until ``condition`` holds; False when it took too long or a process failed.
+
+        SystemExit where the demo is told to end.
+        """
         end = time.monotonic() + timeout_s
         while not condition():
+            if self._told_to_end:
+                raise SystemExit(128 + self._told_to_end)
             if time.monotonic() > end or any(p.poll() not in (None, 0) for p in self._processes):
                 return False
             self._executor.spin_once(timeout_sec=0.1)
