@@ -1,12 +1,16 @@
 # make demo: install into .venv and run the main job.   make test: install and run the tests.
+# make demo-adapt: the whole loop, from localising in a new city to the adapted weights on the running node.
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo demo-adapt test lint clean
 
 demo: $(STAMP)
 	$(VENV)/bin/python -m xview_loc.nodes.demo
+
+demo-adapt: $(STAMP)
+	$(VENV)/bin/python -m xview_loc.nodes.demo_adapt
 
 test: $(STAMP)
 	$(VENV)/bin/python -m pytest

@@ -77,6 +77,17 @@ def test_round_trip(model: CrossViewModel, tmp_path: Path) -> None:
     assert path.stat().st_size <= 12e6
 
 
+def test_a_header_of_any_length_comes_back(model: CrossViewModel, tmp_path: Path) -> None:
+    """Also of those whose length begins with the byte that begins a pickle."""
+    first_bytes = set()
+    for padding in range(0, 256, 8):  # headers are padded to eight bytes
+        path = tmp_path / f"{padding}.safetensors"
+        save_checkpoint(model, path, {"padding": "-" * padding})
+        first_bytes.add(path.read_bytes()[0])
+        assert load_checkpoint(path, NAME).metadata["padding"] == "-" * padding
+    assert 0x80 in first_bytes
+
+
 def test_spec_comes_from_the_file(tmp_path: Path) -> None:
     model = create_model(NAME)
     model.spec = replace(model.spec, gsd=0.25)

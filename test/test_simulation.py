@@ -16,7 +16,7 @@ from pyproj import Transformer
 from xview_loc.geodesy import LocalProjection
 from xview_loc.imagery import AerialMap
 from xview_loc.simulation.city import City, build_city
-from xview_loc.simulation.drive import drive
+from xview_loc.simulation.drive import RouteError, drive
 from xview_loc.simulation.render import (
     CameraPose,
     PanoramaView,
@@ -167,6 +167,16 @@ def test_drive_is_smooth_and_its_fixes_are_off(city: City) -> None:
 
 
 @pytest.mark.skipif(not TRACK.is_dir(), reason="no recorded track beside the checkout")
+def test_drive_keeps_to_its_area(city: City) -> None:
+    area = (-210.0, -210.0, 0.0, 210.0)
+    frames = list(drive(city, 120, seed=1, view=None, area=area))
+    # The lane may lie beside a centre line that touches the border.
+    assert max(f.truth.east for f in frames) < area[2] + 8.0
+    assert max(f.truth.east for f in drive(city, 120, seed=1, view=None)) > area[2] + 8.0
+    with pytest.raises(RouteError, match="no street lies within"):
+        list(drive(city, 1, view=None, area=(0.0, 0.0, 5.0, 5.0)))
+
+
 def test_receiver_error_against_a_real_one(city: City) -> None:
     """The real drive is under an open sky and a minute long: ours must be larger, and mostly bias too."""
     load = lambda name: np.load(TRACK / name)  # noqa: E731

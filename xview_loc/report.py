@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from matplotlib.figure import Figure
 
@@ -48,6 +49,10 @@ class Page:
     def text(self, text: str) -> None:
         """A paragraph."""
         self._parts.append(f"<p>{html.escape(text)}</p>")
+
+    def link(self, text: str, target: str) -> None:
+        """A paragraph that leads to another file, named from where the page will be."""
+        self._parts.append(f'<p><a href="{html.escape(quote(target))}">{html.escape(text)}</a></p>')
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A table; the first column is its rows' names."""

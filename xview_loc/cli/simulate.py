@@ -19,7 +19,18 @@ def simulate(
     frames: Annotated[int, typer.Option(min=1, help="Length of the drive.")] = 300,
     rate: Annotated[float, typer.Option(min=0.1, help="Frames a second.")] = 5.0,
     height: Annotated[int, typer.Option(min=16, help="Of the panorama, pixels; four times as wide.")] = 128,
+    size: Annotated[float, typer.Option(min=150.0, help="Side of the city, metres.")] = 1020.0,
+    area: Annotated[
+        tuple[float, float, float, float] | None,
+        typer.Option(
+            help="Keep to the streets within: west, south, east, north border, metres from the centre."
+        ),
+    ] = None,
     ros: Annotated[bool, typer.Option("--ros", help="Publish live instead of writing a bag.")] = False,
+    speed: Annotated[
+        float,
+        typer.Option(min=0.01, help="Times real time, with --ros; if not 1, stamps are the vehicle's time."),
+    ] = 1.0,
 ) -> None:
     """Build a city, write its aerial map, and drive through it.
 
@@ -37,12 +48,11 @@ def simulate(
     if not ros and bag.exists():
         raise UsageError(f"{bag} exists already: choose another folder or delete it")
     with console.status("building the city"):
-        built = build_city(city, style)
+        built = build_city(city, style, size_m=size)
         out.mkdir(parents=True, exist_ok=True)
         map_path = built.write_geotiff(out / "city.tif")
-    seen = drive(
-        built, frames, seed, options=DriveOptions(rate_hz=rate), view=PanoramaView(height, 4 * height)
-    )
+    view = PanoramaView(height, 4 * height)
+    seen = drive(built, frames, seed, options=DriveOptions(rate_hz=rate), view=view, area=area)
     console.print(f"map: {map_path}", soft_wrap=True)
     if ros:
         try:
@@ -50,7 +60,7 @@ def simulate(
         except ImportError as error:
             raise UsageError(f"--ros needs ROS 2's Python packages ({error})") from None
         console.print(f"topics: {' '.join(TOPICS)}; waiting for a subscriber to the image", soft_wrap=True)
-        console.print(f"published {publish_drive(seen, rate)} frames")
+        console.print(f"published {publish_drive(seen, rate, speed)} frames")
         return
     write_bag(track(seen, "driving", total=frames, console=console, transient=True), bag)
     console.print(f"bag: {bag}", soft_wrap=True)

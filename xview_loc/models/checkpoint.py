@@ -79,7 +79,8 @@ def load_checkpoint(path: str | os.PathLike[str], expected_model: str | None = N
         raise CheckpointError(f"checkpoint {path} cannot be read: {error.strerror}") from None
     if not data:
         raise CheckpointError(f"checkpoint {path} is empty")
-    if data.startswith(_TORCH_MAGIC):
+    # Safetensors begin with their header's length, in eight bytes that may be any, and with its brace.
+    if data.startswith(_TORCH_MAGIC) and data[8:9] != b"{":
         if expected_model is None:
             raise CheckpointError(f"checkpoint {path} does not say which model it holds; name the model")
         state = _read_torch(path, data)

@@ -19,17 +19,18 @@ _SETTLE_S = 1.0
 _LAST_MESSAGES_S = 0.5
 
 
-def publish_drive(frames: Iterable[Frame], rate_hz: float) -> int:
+def publish_drive(frames: Iterable[Frame], rate_hz: float, speed: float = 1.0) -> int:
     """Publish each frame at ``rate_hz`` once somebody listens to the image; how many were published.
 
-    Stamps are the times of publishing. A frame that takes longer to render than its turn comes late, and the
+    Stamps are the times of publishing. At another ``speed`` than real time they are the vehicle's, counted
+    from the first frame's publishing. A frame that takes longer to render than its turn comes late, and the
     ones after it follow at the same rate. Ends early when ROS shuts down.
     """
     rclpy.init()
     node = Node("drive")
     executor = SingleThreadedExecutor()
     executor.add_node(node)
-    count = 0
+    count = first_ns = 0
     try:
         outputs = {}
         for topic, kind in TOPICS.items():
@@ -43,8 +44,11 @@ def publish_drive(frames: Iterable[Frame], rate_hz: float) -> int:
         for frame in frames:
             while (wait := due - time.monotonic()) > 0:
                 executor.spin_once(wait)
-            due = max(due + 1.0 / rate_hz, time.monotonic())
+            due = max(due + 1.0 / (rate_hz * speed), time.monotonic())
             stamp_ns = node.get_clock().now().nanoseconds
+            if speed != 1.0:
+                first_ns = first_ns or stamp_ns - frame.stamp_ns
+                stamp_ns = first_ns + frame.stamp_ns
             for topic, data in frame_messages(frame, stamp_ns):
                 outputs[topic].publish(data)
             count += 1

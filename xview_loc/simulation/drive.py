@@ -9,14 +9,22 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from xview_loc.errors import UserError
 from xview_loc.geodesy import wrap_angle
 from xview_loc.simulation.city import Cars, City, Image, car_looks
 from xview_loc.simulation.render import CameraPose, PanoramaView, PinholeView, render_panorama, render_pinhole
 
 Array = NDArray[np.float64]
 
+# West, south, east and north border, metres from the city's centre.
+Area = tuple[float, float, float, float]
+
 _STEP_M = 0.5  # of the sampled route
 _MARGIN_M = 70.0  # the route keeps this far from the city's border, so that every tile is whole
+
+
+class RouteError(UserError, ValueError):
+    """There is no street to drive on; the message is one clear line."""
 
 
 @dataclass(frozen=True)
@@ -96,10 +104,11 @@ def sky_blocked(city: City, east: float, north: float) -> float:
     return float(np.arctan(height / radius).max(axis=1).mean() / (math.pi / 2))
 
 
-def plan_route(city: City, length_m: float, rng: np.random.Generator) -> Array:
+def plan_route(city: City, length_m: float, rng: np.random.Generator, area: Area | None = None) -> Array:
     """Points (n, 2), 0.5 m apart, along the right-hand lane of streets chosen at random at each crossing.
 
-    Raises ValueError where the city has no street far enough from its border.
+    ``area``: only streets that lie in it as a whole. Raises RouteError where the city has no street there, or
+    none far enough from its border.
     """
     streets, reach = city.streets.streets, city.size_m / 2 - _MARGIN_M
     usable = {i for i, s in enumerate(streets) if np.abs(s.points).max() < reach}
@@ -107,7 +116,11 @@ def plan_route(city: City, length_m: float, rng: np.random.Generator) -> Array:
         # A small city: any street whose middle is inside will do, and the route is cut at the border.
         usable = {i for i, s in enumerate(streets) if np.abs(s.at(s.length / 2)).max() < reach}
     if not usable:
-        raise ValueError(f"a city of {city.size_m:.0f} m has no street {_MARGIN_M:.0f} m inside its border")
+        raise RouteError(f"a city of {city.size_m:.0f} m has no street {_MARGIN_M:.0f} m inside its border")
+    if area is not None:
+        usable = {i for i in usable if _within(streets[i].points, area)}
+        if not usable:
+            raise RouteError(f"no street lies within {area} (west, south, east, north, metres)")
     index = int(rng.choice(sorted(usable)))
     node = streets[index].nodes[0]
     pieces, total, visits = [], 0.0, dict.fromkeys(usable, 0)
@@ -133,6 +146,11 @@ def plan_route(city: City, length_m: float, rng: np.random.Generator) -> Array:
     s = np.concatenate([[0.0], np.cumsum(np.hypot(*np.diff(points, axis=0).T))])
     even = np.arange(0.0, min(float(s[-1]), length_m), _STEP_M)
     return np.stack([np.interp(even, s, points[:, k]) for k in (0, 1)], axis=1)
+
+
+def _within(points: Array, area: Area) -> bool:
+    west, south, east, north = area
+    return bool((points >= (west, south)).all() and (points <= (east, north)).all())
 
 
 def _smooth(values: Array, width: int) -> Array:
@@ -186,16 +204,18 @@ def drive(
     *,
     options: DriveOptions | None = None,
     view: PanoramaView | PinholeView | None = PanoramaView(),  # noqa: B008 - frozen
+    area: Area | None = None,
 ) -> Iterator[Frame]:
     """Drive ``frames`` frames along random streets; the same arguments give the same frames.
 
-    ``view`` is the camera, or None for a drive without images.
+    ``view`` is the camera, or None for a drive without images. ``area`` keeps the drive to the streets in it.
+    Raises RouteError where there is none.
     """
     options = options or DriveOptions()
     rng = np.random.default_rng([seed, city.seed, 4])
     camera_rng = np.random.default_rng([seed, city.seed, 5])
     period = 1.0 / options.rate_hz
-    route = plan_route(city, frames * period * options.top_speed + 10.0, rng)
+    route = plan_route(city, frames * period * options.top_speed + 10.0, rng, area)
     speeds, yaws = _speed_profile(route, options)
     # Time at each point of the route, so that frames are evenly spaced in time.
     times = np.concatenate([[0.0], np.cumsum(_STEP_M / np.maximum(0.5 * (speeds[1:] + speeds[:-1]), 0.5))])

@@ -1,0 +1,124 @@
+"""The demo of the whole loop, small: both drives, the student on the running node, and no process left."""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import json
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from map_fixtures import texture, write_geotiff
+
+pytest.importorskip("rclpy", reason="ROS 2's Python packages are not installed")
+
+from ros_harness import environment, pick_domain
+
+from xview_loc.geodesy import LocalProjection
+from xview_loc.models.checkpoint import shipped_checkpoint
+from xview_loc.nodes.demo_adapt import AFTER, BEFORE, MODEL, Plan, Story, make_page
+from xview_loc.nodes.demo_live import Track
+
+DOMAIN = pick_domain()
+FRAMES, RECORDED = 24, 80
+SMALL = ["--size", "600", "--frames", str(FRAMES), "--recorded", str(RECORDED), "--epochs", "1"]
+
+
+def start(out: Path, *words: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "xview_loc.nodes.demo_adapt", "--out", str(out), *SMALL, *words]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(DOMAIN)
+    )
+
+
+def processes_that_name(folder: Path) -> list[str]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue  # ended meanwhile
+        if str(folder) in command:
+            found.append(command)
+    return found
+
+
+def text_of(page: str) -> str:
+    return html.unescape(" ".join(re.sub("<[^>]*>", " ", page).split()))
+
+
+def test_the_whole_loop(tmp_path: Path) -> None:
+    """So few pairs make no student that may be deployed: it is deployed because we say so."""
+    process = start(tmp_path, "--deploy-anyway")
+    try:
+        log, _ = process.communicate(timeout=280)
+    finally:
+        process.terminate()
+        process.wait()
+    assert process.returncode == 0, log
+    adapted = tmp_path / "adapt" / "adapted"
+    metrics = json.loads((adapted / "metrics.json").read_text())
+    assert RECORDED / 4 <= metrics["pairs"] <= RECORDED
+    page = (tmp_path / "demo-adapt.html").read_text()
+    text = text_of(page)
+    hashes = dict(re.findall(rf"({BEFORE}|{AFTER}) \S+\.safetensors sha256:(\w{{12}})", text))
+    files = (Path(str(shipped_checkpoint(MODEL))), adapted / "student.safetensors")
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in files]
+    assert hashes == dict(zip((BEFORE, AFTER), digests, strict=True))
+    answered = re.search(r"(\d+) were answered in the first drive and (\d+) in the second", text)
+    assert answered and all(int(count) >= FRAMES / 2 for count in answered.groups())
+    assert "The verdict was not to deploy the student. It was deployed all the same" in text
+    assert page.count("data:image/png;base64,") == 3
+    (link,) = re.findall('<a href="([^"]+)"', page)
+    assert (tmp_path / link).read_text().startswith("<!doctype html>")
+    assert not processes_that_name(tmp_path)
+
+
+def test_told_to_end_it_leaves_no_process(tmp_path: Path) -> None:
+    process = start(tmp_path)
+    assert process.stdout is not None
+    try:
+        assert any("[localizer]: active" in line for line in process.stdout)
+        assert len(processes_that_name(tmp_path)) > 1
+        process.send_signal(signal.SIGTERM)
+        log, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "Traceback" not in log
+    assert not processes_that_name(tmp_path)
+
+
+def test_a_refused_student_is_called_refused(tmp_path: Path) -> None:
+    """Errors are of the frames that both drives answered, each compared with itself."""
+    aerial = write_geotiff(tmp_path / "map.tif", texture(600, 600), 48.2, 16.37, 0.5, "EPSG:32633")
+    plane = LocalProjection(48.2, 16.37)
+    tracks = {}
+    for name, first_stamp, off_m, unanswered in ((BEFORE, 100, 4.0, 0), (AFTER, 9000, 3.0, 5)):
+        track = tracks[name] = Track()
+        for k in range(6):
+            track.truth[first_stamp + k] = plane.inverse(5.0 * k, 0.0)
+            track.fix[first_stamp + k] = plane.inverse(5.0 * k, 20.0)
+            if k != unanswered:
+                track.estimate[first_stamp + k] = plane.inverse(5.0 * k, off_m)
+    story = Story(
+        Plan(600.0, 6, 60, 1, deploy_anyway=False),
+        aerial,
+        tracks,
+        served=dict.fromkeys(tracks, "/weights/teacher.safetensors sha256:0123456789ab"),
+        metrics={
+            "verdict": {"deploy": False, "reasons": ["worse than <before>"]},
+            "student_sha256": "cd" * 32,
+        },
+    )
+    make_page(story, "report.html").write(tmp_path / "page.html")
+    text = text_of((tmp_path / "page.html").read_text())
+    assert "it was not deployed: the node kept its weights" in text
+    assert "worse than <before>" in text and "The node's answer" not in text
+    assert f"{BEFORE} 4.00 m 4.00 m 4.00 m 4 teacher" in text
+    assert f"{AFTER} 3.00 m 3.00 m 3.00 m 4 teacher" in text
+    assert "5 were answered in the first drive and 5 in the second" in text
