@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 
 from xview_loc.models import create_model
-from xview_loc.models.base import CrossViewModel
+from xview_loc.models.base import Calibration, CrossViewModel
 from xview_loc.models.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 
 NAME = "ccvpe-small"
@@ -72,7 +72,10 @@ def test_round_trip(model: CrossViewModel, tmp_path: Path) -> None:
     assert not loaded.model.training
     assert loaded.model.spec == model.spec
     assert loaded.sha256 == digest == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert loaded.metadata == {**metadata, "format": 1, "model": NAME, "spec": loaded.metadata["spec"]}
+    own = {"model": NAME, "spec": model.spec.to_json(), "calibration": {"contrast": None, "floor_m": 0.5}}
+    assert json.dumps(loaded.metadata, sort_keys=True) == json.dumps(
+        {**metadata, "format": 1, **own}, sort_keys=True
+    )
     assert same_weights(load_checkpoint(path).model, model)
     assert path.stat().st_size <= 12e6
 
@@ -97,6 +100,21 @@ def test_spec_comes_from_the_file(tmp_path: Path) -> None:
     model.spec = replace(model.spec, bins=20)
     save_checkpoint(model, tmp_path / "b")
     assert "spec" in fails(tmp_path / "b")
+
+
+def test_calibration_comes_from_the_file(tmp_path: Path) -> None:
+    model = create_model(NAME)
+    model.calibration = Calibration(9.5, 0.4)
+    save_checkpoint(model, tmp_path / "a", {"calibration": {"contrast": 1.0, "floor_m": 7.0}})
+    assert load_checkpoint(tmp_path / "a").model.calibration == Calibration(9.5, 0.4)
+
+
+@pytest.mark.parametrize("bad", [{"contrast": -1.0}, {"floor_m": -0.1}, {"temperature": 2.0}, [1.0], "hot"])
+def test_a_calibration_that_is_none_is_refused(model: CrossViewModel, tmp_path: Path, bad: object) -> None:
+    state = {key: value.contiguous() for key, value in model.state_dict().items()}
+    metadata = {"format": 1, "model": NAME, "spec": model.spec.to_json(), "calibration": bad}
+    safetensors.torch.save_file(state, tmp_path / "a", {"xview_loc": json.dumps(metadata)})
+    assert "calibration" in fails(tmp_path / "a")
 
 
 @pytest.mark.parametrize("legacy", [False, True])

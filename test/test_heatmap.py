@@ -9,7 +9,7 @@ from pyproj import Geod
 from xview_loc.geodesy import LocalProjection
 from xview_loc.heatmap import HeatMap, HeatMapError, SearchDisc, room_around
 from xview_loc.imagery import AerialTile
-from xview_loc.models.base import HeatMapGrid
+from xview_loc.models.base import Calibration, HeatMapGrid
 
 LAT, LON = 48.2, 16.37
 GEOD = Geod(ellps="WGS84")
@@ -141,8 +141,31 @@ def test_two_modes_give_the_share_of_the_winning_one(share: float) -> None:
     heat_map = HeatMap.from_logits(logits, HeatMapGrid(), make_tile())
     assert heat_map.peak == pytest.approx((40.2, 40.7), abs=0.02)
     assert heat_map.confidence == pytest.approx(share, abs=0.01)
-    sigma = math.sqrt(heat_map.covariance()[0, 0])
-    assert sigma == pytest.approx(6.0 * 0.25, rel=0.05)  # the other mode does not widen it
+    # The other mode makes the covariance large: by its share of the squared way to it.
+    way = np.array([80.0 - 40.7, 40.2 - 90.0]) * 0.25
+    own = (6.0 * 0.25) ** 2 * np.eye(2)
+    expected = own + (1 - share) * np.outer(way, way)
+    np.testing.assert_allclose(heat_map.covariance(), expected, rtol=0.03, atol=0.1)
+
+
+def test_a_map_that_stands_out_less_than_the_calibrations_is_flattened() -> None:
+    shape, tile = (128, 128), make_tile()
+    logits = isotropic(shape, (60.0, 60.0), 20.0)
+    own = HeatMap.from_logits(logits, HeatMapGrid(), tile).contrast
+    assert own == pytest.approx(-logits.mean(), rel=1e-5)
+
+    def covariance(scale: float, contrast: float | None) -> float:
+        calibration = Calibration(contrast, 0.0)
+        heat_map = HeatMap.from_logits(scale * logits, HeatMapGrid(), tile, calibration=calibration)
+        assert heat_map.peak == pytest.approx((60.0, 60.0), abs=0.01)  # it moves no peak
+        return float(heat_map.covariance()[0, 0])
+
+    assert covariance(1.0, own) == pytest.approx(covariance(1.0, None), rel=1e-5)
+    # A map with four times the contrast is a Gaussian of half the width, at an eighth of the temperature.
+    assert covariance(4.0, own) == pytest.approx(covariance(1.0, None) / 32.0, rel=0.05)
+    assert covariance(0.5, own) > 1.5 * covariance(0.5, None)
+    flat = HeatMap.from_logits(np.zeros(shape), HeatMapGrid(), tile, calibration=Calibration(own, 0.5))
+    np.testing.assert_allclose(flat.probability, 1 / 128**2, rtol=1e-4)
 
 
 def test_the_highest_mode_wins_over_a_wide_one() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -14,12 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from xview_loc.calibration import coverage, mahalanobis
 from xview_loc.datasets.base import PoseDataset, clearly
 from xview_loc.errors import UserError
 from xview_loc.geodesy import LocalProjection, wrap_angle
 from xview_loc.heatmap import HeatMap, HeatMapError
 from xview_loc.imagery import AerialTile
-from xview_loc.localizer import LocalizationError, Localizer, Observation
+from xview_loc.localizer import LocalizationError, Localizer, Observation, PoseEstimate
 from xview_loc.models.base import CrossViewModel, HeatMaps
 
 Array = NDArray[np.float64]
@@ -29,17 +31,28 @@ Array = NDArray[np.float64]
 class DriveErrors:
     """One localised drive: distances from the truth in metres, one for each frame.
 
-    ``estimate`` is not-a-number where the localizer refused the frame.
+    ``estimate`` is not-a-number where the localizer refused the frame, and so is ``mahalanobis``: the
+    truth's distance in standard deviations of the estimate's covariance.
     """
 
     fix: Array
     estimate: Array
+    mahalanobis: Array
 
     @classmethod
     def joined(cls, drives: Iterable[DriveErrors]) -> DriveErrors:
         """All frames of several drives."""
         parts = list(drives)
-        return cls(np.concatenate([p.fix for p in parts]), np.concatenate([p.estimate for p in parts]))
+        return cls(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(cls)))
+
+    def coverage(self, probability: float) -> float:
+        """Share of the estimates whose covariance's ellipse of that probability holds the truth."""
+        return coverage(self.mahalanobis[np.isfinite(self.mahalanobis)], probability)
+
+    @property
+    def nees(self) -> float:
+        """Mean squared Mahalanobis distance; 2 for honest normal errors in the plane."""
+        return float(np.nanmean(self.mahalanobis**2))
 
 
 @dataclass(frozen=True)
@@ -66,6 +79,15 @@ def distance_m(lat: float, lon: float, true_lat: float, true_lon: float) -> floa
     return math.hypot(*LocalProjection(true_lat, true_lon).forward(lat, lon))
 
 
+def localize_each(
+    localizer: Localizer, frames: Iterable[tuple[Observation, tuple[float, float]]]
+) -> Iterator[tuple[PoseEstimate, tuple[float, float]]]:
+    """The pose of each observation, with its true place; without those that the localizer refuses."""
+    for observation, truth in frames:
+        with suppress(LocalizationError):
+            yield localizer.localize(observation), truth
+
+
 def localize_drive(
     localizer: Localizer, frames: Iterable[tuple[Observation, tuple[float, float]]]
 ) -> DriveErrors:
@@ -73,16 +95,19 @@ def localize_drive(
 
     A frame that the localizer refuses stays in the figures as not-a-number.
     """
-    fix, estimate = [], []
+    fix, estimate, sigmas = [], [], []
     for observation, (lat, lon) in frames:
         fix.append(distance_m(observation.lat, observation.lon, lat, lon))
         try:
             pose = localizer.localize(observation)
         except LocalizationError:
             estimate.append(math.nan)
+            sigmas.append(math.nan)
         else:
-            estimate.append(distance_m(pose.lat, pose.lon, lat, lon))
-    return DriveErrors(np.array(fix), np.array(estimate))
+            offset = np.array(LocalProjection(lat, lon).forward(pose.lat, pose.lon))
+            estimate.append(math.hypot(*offset))
+            sigmas.append(mahalanobis(offset, pose.covariance))
+    return DriveErrors(np.array(fix), np.array(estimate), np.array(sigmas))
 
 
 class EvaluationError(UserError):
@@ -119,8 +144,7 @@ class PoseErrors:
 
     def coverage(self, probability: float) -> float:
         """Share of the samples whose truth lies in the covariance's ellipse of that probability."""
-        # The squared distance of a normal distribution in the plane is exponentially distributed.
-        return float((self.mahalanobis**2 <= -2.0 * math.log(1.0 - probability)).mean())
+        return coverage(self.mahalanobis, probability)
 
     def summary(self) -> dict[str, float]:
         """Figures over all samples; longitudinal, lateral and heading ones only where there are any."""
@@ -130,15 +154,13 @@ class PoseErrors:
             if errors.frames:
                 figures |= {f"{name}_mean": errors.mean, f"{name}_median": errors.median}
         figures |= {f"within_{metres}_m": self.within(metres) for metres in (1, 3, 5)}
-        figures |= {f"coverage_{percent}": self.coverage(percent / 100) for percent in (68, 95)}
+        figures |= {f"coverage_{percent}": self.coverage(percent / 100) for percent in (50, 68, 95)}
         figures["nll_mean"] = float(self.nll.mean())
         figures |= {f"{name}_p50": float(np.median(getattr(self, name))) for name in _TIMES}
         return figures
 
 
 _TIMES = ("encode_ms", "match_ms")
-# What the localizer adds by default for errors that the heat map cannot show.
-_COVARIANCE_FLOOR_M = 0.5
 
 
 @torch.inference_mode()
@@ -150,12 +172,14 @@ def evaluate(
     batch_size: int = 1,
     workers: int = 0,
     on_batch: Callable[[int], object] = lambda samples: None,
+    on_heat_map: Callable[[HeatMap, tuple[float, float]], object] = lambda heat_map, truth: None,
 ) -> PoseErrors:
     """Match every sample of ``dataset``, with no search disc, and compare with its true pose.
 
     ``heading_prior_deg`` is what :meth:`CrossViewModel.match` takes; a model with an orientation field is
     asked for it unless the prior is 0. The model stays on its device; with ``batch_size`` 1 the times are
-    latencies. ``on_batch`` is called with each batch's number of samples.
+    latencies. ``on_batch`` is called with each batch's number of samples, ``on_heat_map`` with
+    each sample's heat map and the true (lat, lon) on its tile, wherever that tile is said to lie.
     Raises DatasetError for a sample that cannot be had, EvaluationError for heat maps that are not finite
     and for an empty dataset.
     """
@@ -177,20 +201,24 @@ def evaluate(
         times = {"encode_ms": (encoded - start) / count, "match_ms": (matched - encoded) / count}
         for i in range(count):
             try:
-                rows.append(_judge(model, maps, loaded, i) | times)
+                heat_map, truth, row = _judge(model, maps, loaded, i)
             except HeatMapError as error:
                 raise EvaluationError(f"{model.spec.name} on sample {len(rows)}: {error}") from None
+            on_heat_map(heat_map, truth)
+            rows.append(row | times)
         on_batch(count)
     return PoseErrors(**{f.name: np.array([row[f.name] for row in rows]) for f in fields(PoseErrors)})
 
 
-def _judge(model: CrossViewModel, maps: HeatMaps, batch: dict[str, Tensor], i: int) -> dict[str, float]:
-    """All but the times of sample ``i`` of a batch."""
+def _judge(
+    model: CrossViewModel, maps: HeatMaps, batch: dict[str, Tensor], i: int
+) -> tuple[HeatMap, tuple[float, float], dict[str, float]]:
+    """Heat map, true (lat, lon), and all but the times of sample ``i`` of a batch."""
     size, gsd = model.spec.aerial_size, float(batch["meters_per_pixel"][i])
     # Where on earth the tile lies does not matter, nor what it shows.
     tile = AerialTile(np.broadcast_to(np.uint8(0), (size, size, 3)), 0.0, 0.0, gsd)
     logits = maps.logits[i].float().cpu().numpy()
-    heat_map = HeatMap.from_logits(logits, maps.grid, tile)
+    heat_map = HeatMap.from_logits(logits, maps.grid, tile, calibration=model.calibration)
     truth = batch["position"][i].numpy().astype(np.float64)
     true_heading = float(batch["heading"][i])
     down, right = (np.array(heat_map.to_tile(*heat_map.peak_pixel)) - truth) * gsd
@@ -200,25 +228,27 @@ def _judge(model: CrossViewModel, maps: HeatMaps, batch: dict[str, Tensor], i: i
         cos, sin = math.cos(true_heading), math.sin(true_heading)
         ahead, to_the_right = right * sin - down * cos, right * cos + down * sin
     if maps.orientation is not None:
-        row, col = (round(x) for x in heat_map.to_tile(*heat_map.peak_pixel))
-        cos, sin = maps.orientation[i, :, row, col].tolist()
+        at_row, at_col = (round(x) for x in heat_map.to_tile(*heat_map.peak_pixel))
+        cos, sin = maps.orientation[i, :, at_row, at_col].tolist()
         counted = -1.0 if model.spec.aerial_up == "left" else 1.0
         heading = math.degrees(wrap_angle(counted * (math.atan2(sin, cos) - true_heading)))
-    probability, log_probability = _at(logits, (truth - maps.grid.origin) / maps.grid.scale)
+    tempered = logits / model.calibration.temperature(heat_map.contrast)
+    probability, log_probability = _at(tempered, (truth - maps.grid.origin) / maps.grid.scale)
     offset = np.subtract(tile.pixel_to_enu(*truth), heat_map.to_enu(*heat_map.peak))
-    squared = offset @ np.linalg.solve(heat_map.covariance(_COVARIANCE_FLOOR_M), offset)
-    return {
+    covariance = heat_map.covariance(model.calibration.floor_m)
+    row = {
         "distance_m": math.hypot(down, right),
         "longitudinal_m": ahead,
         "lateral_m": to_the_right,
         "heading_deg": heading,
         "probability": probability,
         "nll": 2.0 * math.log(heat_map.metres_per_pixel) - log_probability,
-        "mahalanobis": math.sqrt(squared),
+        "mahalanobis": mahalanobis(offset, covariance),
     }
+    return heat_map, tile.pixel_to_latlon(*truth), row
 
 
-def _at(logits: NDArray[np.float32], place: Array) -> tuple[float, float]:
+def _at(logits: NDArray[np.floating[Any]], place: Array) -> tuple[float, float]:
     """Probability of the pixel at ``place`` (row, col) of the map, and its logarithm."""
     row, col = (round(float(x)) for x in place)
     height, width = logits.shape

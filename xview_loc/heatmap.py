@@ -6,6 +6,7 @@ metres and degrees. All (row, col) name pixel centres.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,10 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xview_loc.imagery import AerialTile
-from xview_loc.models.base import HeatMapGrid
+from xview_loc.models.base import Calibration, HeatMapGrid
 
 # Ripples finer than this (metres, standard deviation of a Gaussian) do not split a mode in two.
 MODE_SMOOTHING_M = 0.5
+
+
+UNCALIBRATED = Calibration()
 
 
 class HeatMapError(ValueError):
@@ -39,7 +43,8 @@ class HeatMap:
     """Where the camera is likely to be on an aerial tile.
 
     probability: float32 (H, W), sums to 1, zero outside ``search``. grid: where the map lies on the tile.
-    search: the disc it was restricted to, or None.
+    search: the disc it was restricted to, or None. contrast: how far the largest logit in there lies above
+    the mean of the whole map's.
 
     The position is the sub-pixel maximum. The *winning mode* is every pixel from which always climbing to
     the highest of the eight neighbours, on the map smoothed by ``MODE_SMOOTHING_M``, leads to the summit
@@ -50,27 +55,36 @@ class HeatMap:
     grid: HeatMapGrid
     tile: AerialTile
     search: SearchDisc | None = None
+    contrast: float = math.nan
 
     @classmethod
     def from_logits(
-        cls, logits: NDArray[Any], grid: HeatMapGrid, tile: AerialTile, search: SearchDisc | None = None
+        cls,
+        logits: NDArray[Any],
+        grid: HeatMapGrid,
+        tile: AerialTile,
+        search: SearchDisc | None = None,
+        calibration: Calibration = UNCALIBRATED,
     ) -> HeatMap:
-        """Softmax of ``logits`` (H, W) over the pixels of the search disc, or over all of them.
+        """Calibrated softmax of ``logits`` (H, W) over the pixels of the search disc, or over all of them.
 
         Raises HeatMapError where a logit is not finite or no pixel lies in the disc.
         """
         values = np.array(logits, np.float32)
         if not np.isfinite(values).all():
             raise HeatMapError("the heat map has values that are not finite")
+        mean = float(values.mean(dtype=np.float64))
         if search is not None:
             inside = _disc_mask(values.shape, grid, tile, search)
             if not inside.any():
                 raise HeatMapError("the search disc does not touch the heat map")
             values[~inside] = -np.inf
+        contrast = float(values.max()) - mean
         values -= values.max()
+        values /= calibration.temperature(contrast)
         np.exp(values, out=values)
         values /= values.sum(dtype=np.float64)
-        return cls(values, grid, tile, search)
+        return cls(values, grid, tile, search, contrast)
 
     @property
     def metres_per_pixel(self) -> float:
@@ -127,8 +141,11 @@ class HeatMap:
         return min(1.0, float(self.probability[self.mode].sum(dtype=np.float64)))
 
     def covariance(self, floor_m: float = 0.0) -> NDArray[np.float64]:
-        """2x2 covariance in ENU axes, m^2: second moment of the winning mode about the peak + floor^2 I."""
-        rows, cols = np.nonzero(self.mode)
+        """2x2 covariance in ENU axes, m^2: second moment of the heat map about its peak + floor^2 I.
+
+        Of the whole map, so that other modes than the winning one make it large.
+        """
+        rows, cols = np.nonzero(self.probability)
         weight = self.probability[rows, cols].astype(np.float64)
         east, north = self.to_enu(rows, cols)
         peak_east, peak_north = self.to_enu(*self.peak)
@@ -171,6 +188,10 @@ class HeatMap:
         """(lat, lon) in degrees."""
         return self.tile.pixel_to_latlon(*self.to_tile(row, col))
 
+    def from_latlon(self, lat: Any, lon: Any) -> tuple[Any, Any]:
+        """Inverse of :meth:`to_latlon`; places off the map as well."""
+        return _from_latlon(self.grid, self.tile, lat, lon)
+
 
 def room_around(shape: tuple[int, int], grid: HeatMapGrid, tile: AerialTile, lat: float, lon: float) -> float:
     """Metres from a place to the nearest edge of a heat map of ``shape``; negative outside it."""
@@ -180,7 +201,7 @@ def room_around(shape: tuple[int, int], grid: HeatMapGrid, tile: AerialTile, lat
     return float(pixels * grid.scale * tile.gsd)
 
 
-def _from_latlon(grid: HeatMapGrid, tile: AerialTile, lat: float, lon: float) -> tuple[float, float]:
+def _from_latlon(grid: HeatMapGrid, tile: AerialTile, lat: Any, lon: Any) -> tuple[Any, Any]:
     row, col = tile.latlon_to_pixel(lat, lon)
     return (row - grid.origin[0]) / grid.scale, (col - grid.origin[1]) / grid.scale
 

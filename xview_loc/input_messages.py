@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from xview_loc.camera import CameraModel, decode_compressed, decode_image
 from xview_loc.geodesy import true_yaw
 from xview_loc.input_sync import GnssFix, HeadingSample
+from xview_loc.odometry import VelocitySample
 
 # A direction nothing is known about: the variance of the uniform distribution on the circle.
 _UNIFORM_STD = math.pi / math.sqrt(3.0)
@@ -123,6 +124,18 @@ def heading_from_message(message: Any, declination: float, default_std: float) -
     if not abs(norm - 1.0) < 0.1:  # NaN as well
         raise RejectedInput("heading_not_unit", f"heading quaternion has norm {norm:.3g}, not 1")
     return HeadingSample(stamp_ns(message), true_yaw(yaw_of(q), declination), std)
+
+
+def velocity_from_odometry(message: Any) -> VelocitySample:
+    """The twist of an Odometry (that of base_link, in its own axes); RejectedInput where it is no number.
+
+    The pose is not looked at: it drifts, and many sources leave it out.
+    """
+    linear, angular = message.twist.twist.linear, message.twist.twist.angular
+    sample = VelocitySample(stamp_ns(message), float(linear.x), float(linear.y), float(angular.z))
+    if not all(math.isfinite(v) for v in (sample.forward, sample.left, sample.yaw_rate)):
+        raise RejectedInput("odom_not_finite", "odometry has a velocity that is not a number")
+    return sample
 
 
 def yaw_of(q: Any) -> float:

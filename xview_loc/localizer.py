@@ -11,7 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -119,8 +119,8 @@ class Localizer:
     searches all headings (panoramas then need none). ``search_radius_m`` limits the search to a disc about
     the coarse position: a radius in metres, ``"covariance"`` for three standard deviations of the fix (the
     whole tile where it has no covariance), or None for no limit. A disc never reaches beyond the heat map.
-    Tiles of which less than ``min_valid_fraction`` has imagery are refused. ``covariance_floor_m`` is the
-    standard deviation added to that of the heat map (errors of map and model that it cannot show).
+    Tiles of which less than ``min_valid_fraction`` has imagery are refused. Probabilities and covariances
+    are those of the model's calibration; ``covariance_floor_m`` stands in for that of the calibration.
     Raises ValueError where tiles, model and heading prior do not go together.
     """
 
@@ -132,7 +132,7 @@ class Localizer:
         heading_prior_deg: float | None = 0.0,
         search_radius_m: float | Literal["covariance"] | None = "covariance",
         min_valid_fraction: float = 0.9,
-        covariance_floor_m: float = 0.5,
+        covariance_floor_m: float | None = None,
         device: str | torch.device = "cpu",
     ) -> None:
         spec = model.spec
@@ -152,7 +152,9 @@ class Localizer:
         self._heading_prior_deg = heading_prior_deg
         self._search_radius_m = search_radius_m
         self._min_valid_fraction = min_valid_fraction
-        self._covariance_floor_m = covariance_floor_m
+        self._calibration = model.calibration
+        if covariance_floor_m is not None:
+            self._calibration = replace(model.calibration, floor_m=covariance_floor_m)
         # By the tile's key: the tile and what the model keeps of it.
         self._features: OrderedDict[str, tuple[AerialTile, Any]] = OrderedDict()
         # A turned panorama faces north up to the prior; any other image leaves all bins open.
@@ -188,9 +190,9 @@ class Localizer:
                     f"the heat map of {self.spec.name} has values that are not finite"
                 )
             search = self._search(observation, logits.shape, maps, tile)
-            heat_map = HeatMap.from_logits(logits, maps.grid, tile, search)
+            heat_map = HeatMap.from_logits(logits, maps.grid, tile, search, self._calibration)
             lat, lon = heat_map.to_latlon(*heat_map.peak)
-            covariance = heat_map.covariance(self._covariance_floor_m)
+            covariance = heat_map.covariance(self._calibration.floor_m)
             heading, heading_variance = self._heading(observation, maps, heat_map)
         return PoseEstimate(
             lat=float(lat),

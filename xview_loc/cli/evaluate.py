@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
@@ -14,9 +13,11 @@ from rich.progress import Progress, track
 from rich.table import Table
 
 from xview_loc.cli.console import UsageError, console
+from xview_loc.cli.drives import simulated_drive
 from xview_loc.errors import reason
 
 if TYPE_CHECKING:
+    from xview_loc.datasets.base import PoseDataset
     from xview_loc.evaluation import DriveErrors, PoseErrors
     from xview_loc.models.base import CrossViewModel
 
@@ -125,23 +126,29 @@ def evaluate(
 def _on_benchmark(
     net: CrossViewModel, name: str, heading: Heading, batch_size: int, workers: int
 ) -> PoseErrors:
-    from xview_loc.datasets import open_dataset
     from xview_loc.evaluation import evaluate
 
-    known = heading is Heading.known
-    data = open_dataset(name, net.spec, heading_known=known)
-    # On a tile turned to the heading all bins are scored, as the published models do.
-    trusted = known and (net.spec.aerial_up == "north" or net.spec.bins == 0)
+    data, prior = open_benchmark(net, name, heading)
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task("samples", total=len(data))
         return evaluate(
             net,
             data,
-            0.0 if trusted else None,
+            prior,
             batch_size=batch_size,
             workers=workers,
             on_batch=lambda count: progress.advance(bar, count),
         )
+
+
+def open_benchmark(net: CrossViewModel, name: str, heading: Heading) -> tuple[PoseDataset, float | None]:
+    """A benchmark for a model, and the heading prior (degrees) that it is matched with."""
+    from xview_loc.datasets import open_dataset
+
+    known = heading is Heading.known
+    # On a tile turned to the heading all bins are scored, as the published models do.
+    trusted = known and (net.spec.aerial_up == "north" or net.spec.bins == 0)
+    return open_dataset(name, net.spec, heading_known=known), 0.0 if trusted else None
 
 
 def _print_benchmark(errors: PoseErrors, name: str, dataset: Benchmark, split: str, heading: Heading) -> None:
@@ -161,7 +168,9 @@ def _print_benchmark(errors: PoseErrors, name: str, dataset: Benchmark, split: s
         "samples": f"{figures['samples']}",
         "distance": f"mean {figures['distance_m_mean']:.2f} m, median {figures['distance_m_median']:.2f} m",
         "within 1 / 3 / 5 m": " / ".join(f"{errors.within(metres):.1%}" for metres in (1, 3, 5)),
-        "in the 68 / 95 % ellipse": f"{errors.coverage(0.68):.1%} / {errors.coverage(0.95):.1%}",
+        "in the 50 / 68 / 95 % ellipse": " / ".join(
+            f"{errors.coverage(percent / 100):.1%}" for percent in (50, 68, 95)
+        ),
         "negative log-likelihood": f"{figures['nll_mean']:.2f} nats, of a density per square metre",
         "encode / match, median": f"{figures['encode_ms_p50']:.0f} / {figures['match_ms_p50']:.0f} ms",
     }
@@ -176,10 +185,7 @@ def _on_drives(net: CrossViewModel, style: str, cities: str, frames: int, headin
     """Print the errors on simulated drives; returns what goes into the file."""
     from xview_loc.datasets.simulated import parse_cities
     from xview_loc.evaluation import DriveErrors, Errors
-    from xview_loc.simulation.styles import STYLES
 
-    if style not in STYLES:
-        raise UsageError(f"unknown style {style!r}; choose from {', '.join(STYLES)}")
     drives = [
         _drive(net, style, seed, frames, heading is Heading.known)
         for seed in track(parse_cities(cities), "cities", console=console, transient=True)
@@ -193,43 +199,17 @@ def _on_drives(net: CrossViewModel, style: str, cities: str, frames: int, headin
         figures = (f"{value:.2f}" for value in (errors.mean, errors.median, errors.p95))
         table.add_row(name, str(errors.frames), *figures)
     console.print(table)
+    shares = " / ".join(f"{drive.coverage(percent / 100):.1%}" for percent in (50, 68, 95))
+    console.print(f"in the 50 / 68 / 95 % ellipse: {shares}; NEES {drive.nees:.1f} (honest: 2)")
     content: dict[str, Any] = {"style": style, "cities": cities}
     content |= {name.replace(" ", "_"): asdict(errors) for name, errors in rows.items()}
     content |= {"fix_m": drive.fix.tolist(), "estimate_m": drive.estimate.tolist()}
+    content |= {"mahalanobis": drive.mahalanobis.tolist()}
     return content
 
 
 def _drive(net: CrossViewModel, style: str, seed: int, frames: int, known: bool) -> DriveErrors:
     from xview_loc.evaluation import localize_drive
-    from xview_loc.imagery import AerialMap
-    from xview_loc.localizer import Localizer, Observation, required_tile_px
-    from xview_loc.simulation.city import build_city
-    from xview_loc.simulation.drive import DriveOptions, drive
-    from xview_loc.simulation.render import PanoramaView
-    from xview_loc.tile_store import TileStore
 
-    city = build_city(seed, style)
-    spec = net.spec
-    seen = drive(city, frames, options=DriveOptions(rate_hz=1.0), view=PanoramaView(*spec.ground_size))
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        AerialMap.open(str(city.write_geotiff(Path(folder) / "city.tif"))) as aerial,
-    ):
-        tiles = TileStore(aerial, required_tile_px(spec), spec.gsd, snap_m=net.reach_m / 2)
-        localizer = Localizer(tiles, net, heading_prior_deg=0.0 if known else None)
-        observations = (
-            (
-                Observation(
-                    f.image,
-                    f.fix.lat,
-                    f.fix.lon,
-                    f.fix.covariance,
-                    f.heading if known else None,
-                    f.heading_std,
-                ),
-                (f.truth.lat, f.truth.lon),
-            )
-            for f in seen
-            if f.image is not None
-        )
+    with simulated_drive(net, style, seed, frames, known) as (localizer, observations):
         return localize_drive(localizer, observations)

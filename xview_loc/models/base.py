@@ -9,6 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+# How much flatter a map becomes that stands out less than those of the calibration: with 0, one temperature
+# for all, models are far too certain of themselves in a style of city that they were not trained on.
+_CONTRAST_POWER = 1.5
+
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -42,6 +46,34 @@ class ModelSpec:
     def from_json(cls, data: dict[str, Any]) -> ModelSpec:
         """Inverse of :meth:`to_json`."""
         return cls(**{**data, "ground_size": tuple(data["ground_size"])})
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What makes a model's probabilities and covariances honest; a checkpoint may carry one.
+
+    contrast: of maps whose logits are taken as they are; None takes all so. The softmax's temperature is the
+    ratio of this contrast to a map's own, to the power 1.5: a map that hardly stands out is flattened.
+    floor_m: standard deviation of what a heat map cannot show, metres.
+    """
+
+    contrast: float | None = None
+    floor_m: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Raises ValueError on numbers that calibrate nothing."""
+        if self.contrast is not None and not 0.0 < self.contrast < math.inf:
+            raise ValueError(f"a calibration's contrast is above 0, not {self.contrast}")
+        if not 0.0 <= self.floor_m < math.inf:
+            raise ValueError(f"a calibration's floor is 0 m or more, not {self.floor_m}")
+
+    def temperature(self, contrast: float) -> float:
+        """Of the softmax of a map with this contrast."""
+        if self.contrast is None:
+            return 1.0
+        # Whatever a map is like, its temperature stays within what a float can divide by.
+        ratio = min(max(contrast / self.contrast, 1e-3), 1e3)
+        return float(ratio**-_CONTRAST_POWER)
 
 
 @dataclass(frozen=True)
@@ -107,6 +139,7 @@ class CrossViewModel(nn.Module):
     """
 
     spec: ModelSpec
+    calibration: Calibration = Calibration()
     extra_inputs: frozenset[str] = frozenset()
     ignored_weights: tuple[str, ...] = ()
 

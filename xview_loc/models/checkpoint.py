@@ -8,7 +8,7 @@ import json
 import os
 import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from xview_loc.errors import UserError
 from xview_loc.files import write_whole
 from xview_loc.models import create_model
-from xview_loc.models.base import CrossViewModel, ModelSpec
+from xview_loc.models.base import Calibration, CrossViewModel, ModelSpec
 
 _FORMAT = 1
 _METADATA_KEY = "xview_loc"
@@ -49,14 +49,20 @@ def save_checkpoint(
     """Write ``model`` to ``path`` as safetensors and return the file's SHA-256 (hex).
 
     ``metadata`` is any JSON-able mapping (parent's SHA-256, data, hyper-parameters, metrics ...); ``format``,
-    ``model`` and ``spec`` are always the model's own. The file appears complete or not at all.
+    ``model``, ``spec`` and
+    ``calibration`` are always the model's own. The file appears complete or not at all.
     Raises CheckpointError on weights that are not finite, TypeError or ValueError on metadata that JSON
     cannot hold (not-a-number included), OSError where the file cannot be written.
     """
     path = Path(path)
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     _check_finite(path, state)
-    own = {"format": _FORMAT, "model": model.spec.name, "spec": model.spec.to_json()}
+    own = {
+        "format": _FORMAT,
+        "model": model.spec.name,
+        "spec": model.spec.to_json(),
+        "calibration": asdict(model.calibration),
+    }
     header = json.dumps({**(metadata or {}), **own}, allow_nan=False)
     data = safetensors.torch.save(state, {_METADATA_KEY: header})
     write_whole(path, data)
@@ -99,6 +105,11 @@ def load_checkpoint(path: str | os.PathLike[str], expected_model: str | None = N
     if "spec" in metadata:
         model.spec = _checked_spec(path, metadata["spec"], model.spec)
     metadata["spec"] = model.spec.to_json()
+    if "calibration" in metadata:
+        try:
+            model.calibration = Calibration(**metadata["calibration"])
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"checkpoint {path} has a calibration that is none: {error}") from None
     return Checkpoint(model, metadata, hashlib.sha256(data).hexdigest())
 
 

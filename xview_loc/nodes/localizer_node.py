@@ -20,7 +20,8 @@ import rclpy
 import rclpy.task
 import torch
 from geometry_msgs.msg import PoseWithCovarianceStamped
-from nav_msgs.msg import OccupancyGrid
+from nav_msgs.msg import OccupancyGrid, Odometry
+from numpy.typing import NDArray
 from rcl_interfaces.msg import SetParametersResult
 from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
 from rclpy.qos import DurabilityPolicy, QoSProfile
@@ -35,6 +36,7 @@ from xview_loc.errors import UserError
 from xview_loc.geodesy import LocalProjection, wrap_angle
 from xview_loc.imagery import MapError, NoImageryError
 from xview_loc.input_messages import RejectedInput
+from xview_loc.input_sync import GnssFix
 from xview_loc.localizer import (
     LocalizationError,
     Localizer,
@@ -51,6 +53,7 @@ from xview_loc.nodes.diagnostics import WARN
 from xview_loc.nodes.frame_worker import FrameWorker
 from xview_loc.nodes.vehicle_node import Job, VehicleNode, run
 from xview_loc.overlay import draw_overlay
+from xview_loc.position_filter import FilterOptions, PositionFilter
 
 STATUS = ("latency_ms", "inference_ms", "confidence", "tile_age_s", "fix_offset_m")
 
@@ -64,6 +67,7 @@ class LocalizerNode(VehicleNode):
     def __init__(self) -> None:
         self._outputs: list[Any] = []
         self._swap: CheckpointSwap | None = None
+        self._filter: PositionFilter | None = None
         super().__init__("localizer")
         self.add_on_set_parameters_callback(self._on_parameters)
         # While one of these waits for its verdict, the node's own group goes on with frames.
@@ -88,6 +92,7 @@ class LocalizerNode(VehicleNode):
         fixed = math.isfinite(p["datum_lat"])
         self._datum = LocalProjection(p["datum_lat"], p["datum_lon"]) if fixed else None
         self._show_datum()
+        self._filter = PositionFilter(self._filter_options()) if p["filter"] else None
         self._tile_key, self._tile_since = "", 0.0
         self._heat_map_at = -math.inf
         self._tf: Any = self._make_tf_buffer() if p["camera_frame"] or p["antenna_frame"] else None
@@ -101,6 +106,15 @@ class LocalizerNode(VehicleNode):
     def wants_heading(self) -> bool:
         """Unless it is to be searched."""
         return bool(self._p["heading_mode"] != "unknown")
+
+    def needs_fix(self) -> bool:
+        """Until the filter knows where the vehicle is."""
+        return self._filter is None or not self._filter.started
+
+    def more_inputs(self) -> list[tuple[Any, str, Callable[[Any], None], bool]]:
+        """Odometry for the filter."""
+        inputs = super().more_inputs()
+        return [*inputs, (Odometry, "odom", self._on_odom, False)] if self._p["filter"] else inputs
 
     def release(self) -> None:
         """Let go of the outputs and of a checkpoint being loaded."""
@@ -130,14 +144,14 @@ class LocalizerNode(VehicleNode):
         p = self._p
         assert self._tiles is not None
         prior = {"known": 0.0, "prior": p["heading_prior_deg"], "unknown": None}[p["heading_mode"]]
-        radius = p["search_radius_m"]
+        radius, floor = p["search_radius_m"], p["covariance_floor_m"]
         return Localizer(
             self._tiles,
             model,
             heading_prior_deg=prior,
             search_radius_m=None if radius < 0 else radius or "covariance",
             min_valid_fraction=p["min_valid_fraction"],
-            covariance_floor_m=p["covariance_floor_m"],
+            covariance_floor_m=None if floor < 0 else floor,
             device=p["device"],
         )
 
@@ -236,6 +250,23 @@ class LocalizerNode(VehicleNode):
             self._overlay_pub,
             *self._status_pubs.values(),
         ]
+        if self._filter is not None:
+            self._filtered_pub = self.create_lifecycle_publisher(
+                PoseWithCovarianceStamped, "~/odometry_filtered_pose", 10
+            )
+            self._outputs.append(self._filtered_pub)
+
+    def _on_odom(self, message: Odometry) -> None:
+        self._health.count("odom_received")
+        try:
+            velocity = input_messages.velocity_from_odometry(message)
+        except RejectedInput as error:
+            self._refuse("odom", error)
+            return
+        if self._filter is not None and self._filter.odometry.add(velocity):
+            self._health.clear("odom")
+        else:
+            self._health.count("odom_rejected/stamp_not_newer")
 
     def _mounting(self) -> Mounting:
         p = self._p
@@ -285,10 +316,27 @@ class LocalizerNode(VehicleNode):
                 self._reject("internal_error", f"{type(error).__name__}: {error}")
 
     def _localize(self, job: Job) -> None:
-        started = time.monotonic_ns()
         image = input_messages.rgb_from_image(job.frame.image)
-        fix, heading = job.fix, job.heading
         mounting = self._mounting()
+        fix, heading = job.fix, job.heading
+        if self._filter is not None:
+            fix = self._filter.move(job.frame.stamp_ns, fix, heading, mounting)
+            if fix is not job.fix:
+                self._say_why_not_the_fix(job)
+        if fix is None:
+            raise RejectedInput("fix_missing", "no usable fix, and the filter does not know the place either")
+        if self._datum is None:
+            self._datum = LocalProjection(fix.lat, fix.lon)
+            self._show_datum()
+        try:
+            self._localize_at(job, fix, image, mounting)
+        finally:
+            # Also where this image gave no pose: odometry has moved the belief on.
+            self._publish_filtered(job)
+
+    def _localize_at(self, job: Job, fix: GnssFix, image: Any, mounting: Mounting) -> None:
+        started = time.monotonic_ns()
+        heading = job.heading
         self._prefetch(fix)
         lat, lon = fix.lat, fix.lon
         looks = None
@@ -310,6 +358,8 @@ class LocalizerNode(VehicleNode):
                 stamp_ns=job.frame.stamp_ns,
             )
         )
+        if self._filter is not None:
+            self._filter.observe(estimate, mounting, heading is not None)
         if estimate.confidence < self._p["min_confidence"]:
             raise RejectedInput(
                 "low_confidence",
@@ -320,50 +370,74 @@ class LocalizerNode(VehicleNode):
             text = "the likeliest place lies on the edge of the search area; the true one may be outside"
             self._health.condition("search_border", WARN, text, for_s=3.0)
         done = time.monotonic_ns()
-        self._publish(job, mounting, estimate)
+        self._publish(job, fix, mounting, estimate)
         self._health.accepted()
-        self._publish_status(job, estimate, (done - started) / 1e6)
+        self._publish_status(job, fix, estimate, (done - started) / 1e6)
 
-    def _publish(self, job: Job, mounting: Mounting, estimate: PoseEstimate) -> None:
-        stamp = job.frame.image.header.stamp
-        if self._datum is None:
-            self._datum = LocalProjection(job.fix.lat, job.fix.lon)
-            self._show_datum()
+    def _publish(self, job: Job, fix: GnssFix, mounting: Mounting, estimate: PoseEstimate) -> None:
         yaw, variance = None, estimate.heading_variance
         lat, lon, covariance = estimate.lat, estimate.lon, estimate.covariance
         if estimate.heading is not None:
             yaw = mounting.heading(estimate.heading)
             lat, lon = mounting.base_from_camera(lat, lon, yaw)
             covariance = mounting.base_covariance(covariance, yaw, variance)
-        x, y = self._datum.forward(lat, lon)
-        convergence = self._datum.convergence(lat, lon)
-        cos, sin = math.cos(convergence), math.sin(convergence)
-        turn = np.array([[cos, -sin], [sin, cos]])
-        in_map = Header(stamp=stamp, frame_id=self._p["map_frame"])
-        pose = messages.pose_message(
-            in_map,
-            (x, y),
-            turn @ covariance @ turn.T,
-            None if yaw is None else wrap_angle(yaw + convergence),
-            variance,
-        )
+        pose = self._pose_message(job, lat, lon, covariance, yaw, variance)
         self._pose_pub.publish(pose)
-        base = Header(stamp=stamp, frame_id=self._p["base_frame"])
-        self._fix_pub.publish(messages.fix_message(base, lat, lon, covariance, job.fix))
+        base = Header(stamp=job.frame.image.header.stamp, frame_id=self._p["base_frame"])
+        self._fix_pub.publish(messages.fix_message(base, lat, lon, covariance, fix))
         if self._broadcaster is not None and yaw is not None:
             self._broadcast(pose)
         now = time.monotonic()
         rate = self._p["heat_map_rate"]
-        if rate > 0 and now - self._heat_map_at >= 1.0 / rate:
+        if self._datum is not None and rate > 0 and now - self._heat_map_at >= 1.0 / rate:
             self._heat_map_at = now
-            self._heat_pub.publish(messages.heat_map_message(in_map, estimate.heat_map, self._datum))
+            self._heat_pub.publish(messages.heat_map_message(pose.header, estimate.heat_map, self._datum))
         if self._overlay_pub.get_subscription_count():
-            self._publish_overlay(base, job, estimate)
+            self._overlay_pub.publish(messages.image_message(base, draw_overlay(estimate, fix.lat, fix.lon)))
 
-    def _publish_overlay(self, header: Header, job: Job, estimate: PoseEstimate) -> None:
-        self._overlay_pub.publish(
-            messages.image_message(header, draw_overlay(estimate, job.fix.lat, job.fix.lon))
+    def _pose_message(
+        self,
+        job: Job,
+        lat: float,
+        lon: float,
+        covariance: NDArray[np.float64],
+        heading: float | None,
+        variance: float,
+    ) -> PoseWithCovarianceStamped:
+        """A pose of base_link, its covariance in ENU axes, as one in the map frame."""
+        assert self._datum is not None
+        convergence = self._datum.convergence(lat, lon)
+        cos, sin = math.cos(convergence), math.sin(convergence)
+        turn = np.array([[cos, -sin], [sin, cos]])
+        return messages.pose_message(
+            Header(stamp=job.frame.image.header.stamp, frame_id=self._p["map_frame"]),
+            self._datum.forward(lat, lon),
+            turn @ covariance @ turn.T,
+            None if heading is None else wrap_angle(heading + convergence),
+            variance,
         )
+
+    # The filter over time
+
+    def _filter_options(self) -> FilterOptions:
+        p = self._p
+        return FilterOptions(p["filter_outlier"], p["filter_drift_m"], p["filter_decorrelation_m"])
+
+    def _say_why_not_the_fix(self, job: Job) -> None:
+        if job.fix is None:
+            text = "no usable fix: the filter goes on with odometry and heat maps"
+        else:
+            text = "the fix contradicts the filter, which does not believe it"
+        self._health.condition("filter", WARN, text, for_s=3.0)
+
+    def _publish_filtered(self, job: Job) -> None:
+        pose = None if self._filter is None else self._filter.pose
+        if pose is not None:
+            self._filtered_pub.publish(
+                self._pose_message(
+                    job, pose.lat, pose.lon, pose.covariance, pose.heading, pose.heading_variance
+                )
+            )
 
     def _broadcast(self, pose: PoseWithCovarianceStamped) -> None:
         from geometry_msgs.msg import TransformStamped
@@ -374,11 +448,11 @@ class LocalizerNode(VehicleNode):
         message.transform.rotation = pose.pose.pose.orientation
         self._broadcaster.sendTransform(message)
 
-    def _publish_status(self, job: Job, estimate: PoseEstimate, inference_ms: float) -> None:
+    def _publish_status(self, job: Job, fix: GnssFix, estimate: PoseEstimate, inference_ms: float) -> None:
         now = time.monotonic()
         if estimate.tile.key != self._tile_key:
             self._tile_key, self._tile_since = estimate.tile.key, now
-        offset = LocalProjection(job.fix.lat, job.fix.lon).forward(estimate.lat, estimate.lon)
+        offset = LocalProjection(fix.lat, fix.lon).forward(estimate.lat, estimate.lon)
         values = {
             "latency_ms": (time.monotonic_ns() - job.frame.arrived_ns) / 1e6,
             "inference_ms": inference_ms,

@@ -28,6 +28,7 @@ from xview_loc.bags.writer import BagFullError, BagLimits
 from xview_loc.camera import CameraError, ImageError, encode_jpeg
 from xview_loc.imagery import AerialTile, NoImageryError
 from xview_loc.input_messages import RejectedInput, cdr_stamp_ns, rgb_from_image
+from xview_loc.input_sync import GnssFix
 from xview_loc.keyframes import KeyframeRule, Keyframes, WheelSpeed
 from xview_loc.nodes import parameters
 from xview_loc.nodes.diagnostics import ERROR, WARN
@@ -326,6 +327,7 @@ class PairLoggerNode(VehicleNode):
         """Whether a paired frame is a keyframe."""
         if self._writer is None:
             return False
+        assert job.fix is not None  # this node needs fixes
         stamp, yaw = job.frame.stamp_ns, None if job.heading is None else job.heading.yaw
         return self._keyframes.wants(stamp, job.fix.lat, job.fix.lon, yaw, self._wheels.at(stamp))
 
@@ -355,20 +357,21 @@ class PairLoggerNode(VehicleNode):
         if raw is None:
             jpeg = encode_jpeg(rgb_from_image(deserialize_message(data, Image)), self._p["jpeg_quality"])
         frame = job.frame
+        assert job.fix is not None  # this node needs fixes
         pair = Pair.of(frame.stamp_ns, "jpeg", jpeg, job.fix, job.heading, frame.camera)
-        tile = self._tile(job)
+        tile = self._tile(job.fix)
         with self._written:
             if self._writer is not None and self._write(lambda writer: writer.add(pair, tile, raw)):
                 self._health.accepted()
                 if tile is None:
                     self._health.count("pairs_without_tile")
 
-    def _tile(self, job: Job) -> AerialTile | None:
+    def _tile(self, fix: GnssFix) -> AerialTile | None:
         if self._cutter is None or time.monotonic() - self._map_failed_at < MAP_RETRY_S:
             return None
         try:
-            self._prefetch(job.fix)
-            tile = self._cutter.around(job.fix.lat, job.fix.lon)
+            self._prefetch(fix)
+            tile = self._cutter.around(fix.lat, fix.lon)
         except Exception as error:  # whatever it is, the pair counts
             if not isinstance(error, NoImageryError):
                 self._map_failed_at = time.monotonic()

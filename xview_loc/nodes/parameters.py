@@ -117,7 +117,12 @@ LOCALIZER: tuple[Parameter, ...] = (
         "Radius about the fix to search, metres; 0: three sigma of the fix; negative: no limit.",
         (-1.0, 1000.0),
     ),
-    P("covariance_floor_m", 0.5, "Standard deviation added to the heat map's, metres.", (0.0, 100.0)),
+    P(
+        "covariance_floor_m",
+        -1.0,
+        "Standard deviation added to the heat map's, metres; negative: what the checkpoint says.",
+        (-1.0, 100.0),
+    ),
     P("min_valid_fraction", 0.9, "Least share of the tile that has imagery.", (0.0, 1.0)),
     P("min_confidence", 0.0, "Least confidence of a pose that is published.", (0.0, 1.0)),
     P("datum_lat", math.nan, "Latitude of the map frame's origin, degrees; nan: the first fix used."),
@@ -134,6 +139,29 @@ LOCALIZER: tuple[Parameter, ...] = (
     ),
     P("camera_frame", "", "Read the camera's pose on the vehicle from tf, for this frame, instead."),
     P("antenna_frame", "", "Read the antenna's position from tf, for this frame, instead."),
+    P(
+        "filter",
+        False,
+        "Publish ~/odometry_filtered_pose too: heat maps and fixes over time, moved on by odom's twist.",
+    ),
+    P(
+        "filter_outlier",
+        0.1,
+        "Filter: probability that a heat map shows nothing but a wrong place.",
+        (0.001, 0.999),
+    ),
+    P(
+        "filter_drift_m",
+        3.0,
+        "Filter: standard deviation of the odometry's error after 100 m, metres.",
+        (0.01, 100.0),
+    ),
+    P(
+        "filter_decorrelation_m",
+        10.0,
+        "Filter: metres after which a heat map's mistakes are no longer those of the last one.",
+        (0.1, 1000.0),
+    ),
     P("map_frame", "map", "Frame of ~/pose and ~/heat_map."),
     P("base_frame", "base_link", "Vehicle's frame: ~/pose is its pose, ~/fix its position."),
     P(

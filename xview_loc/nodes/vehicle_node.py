@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
@@ -73,7 +73,7 @@ class Job:
     """A frame, paired by its stamp and ready for the worker."""
 
     frame: Frame
-    fix: GnssFix
+    fix: GnssFix | None
     heading: HeadingSample | None
 
 
@@ -186,6 +186,10 @@ class VehicleNode(LifecycleNode):
     def wants_heading(self) -> bool:
         """Whether frames wait for a heading, and are refused without one."""
         raise NotImplementedError
+
+    def needs_fix(self) -> bool:
+        """Whether a frame without a fix is refused."""
+        return True
 
     def more_inputs(self) -> list[tuple[Any, str, Callable[[Any], None], bool]]:
         """Further subscriptions: type, name, callback, whether it wants CDR bytes."""
@@ -430,7 +434,7 @@ class VehicleNode(LifecycleNode):
 
     def _pair(self, frame: Frame) -> None:
         try:
-            fix = self._at(self._fixes, frame.stamp_ns)
+            fix = self._fix_at(frame.stamp_ns)
             heading = self._at(self._headings, frame.stamp_ns) if self.wants_heading() else None
             if self._needs_camera_info and frame.camera is None:
                 raise RejectedInput("camera_info_missing", "no usable camera_info received")
@@ -440,6 +444,14 @@ class VehicleNode(LifecycleNode):
         job = Job(frame, fix, heading)
         if self._worker is not None and self.accept(job) and self._worker.put(job):
             self._health.count("frames_dropped")
+
+    def _fix_at(self, stamp_ns: int) -> GnssFix | None:
+        try:
+            return cast(GnssFix, self._at(self._fixes, stamp_ns))
+        except RejectedInput:
+            if self.needs_fix():
+                raise
+            return None
 
     def _at(self, history: History[Any], stamp_ns: int) -> Any:
         try:

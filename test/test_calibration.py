@@ -1,0 +1,102 @@
+"""Covariances that hold what they promise: fitted on some frames, checked on others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from xview_loc.calibration import CalibrationError, coverage, fit_calibration, mahalanobis
+from xview_loc.cli import app
+from xview_loc.heatmap import HeatMap
+from xview_loc.imagery import AerialTile
+from xview_loc.models.base import Calibration, HeatMapGrid
+from xview_loc.models.checkpoint import load_checkpoint, load_model
+
+SIDE, GSD = 96, 0.5
+TILE = AerialTile(np.zeros((SIDE, SIDE, 3), np.uint8), 48.2, 16.37, GSD)
+Frame = tuple[np.ndarray, tuple[float, float]]
+
+
+def frames(count: int, certainty: float, seed: int) -> list[Frame]:
+    """Logits and true (row, col): two summits, the truth near one of them as often as its share says.
+
+    ``certainty`` is what the logits of such a model are multiplied with.
+    """
+    rng = np.random.default_rng(seed)
+    rows, cols = np.mgrid[:SIDE, :SIDE]
+    out = []
+    for _ in range(count):
+        share, sigma = rng.uniform(0.5, 1.0), rng.uniform(2.0, 4.0)
+        summits = rng.uniform(25, 70, (2, 2))
+        density = sum(
+            weight * np.exp(-((rows - row) ** 2 + (cols - col) ** 2) / (2 * sigma**2))
+            for weight, (row, col) in zip((share, 1 - share), summits, strict=True)
+        )
+        truth = summits[0 if rng.random() < share else 1] + sigma * rng.normal(size=2)
+        out.append((certainty * np.log(density + 1e-9), (float(truth[0]), float(truth[1]))))
+    return out
+
+
+def seen_by(calibration: Calibration, some: list[Frame]) -> list[tuple[HeatMap, tuple[float, float]]]:
+    return [
+        (
+            HeatMap.from_logits(logits, HeatMapGrid(), TILE, calibration=calibration),
+            TILE.pixel_to_latlon(*truth),
+        )
+        for logits, truth in some
+    ]
+
+
+def share_inside(calibration: Calibration, some: list[Frame], probability: float) -> float:
+    distances = []
+    for heat_map, truth in seen_by(calibration, some):
+        offset = np.subtract(heat_map.to_enu(*heat_map.from_latlon(*truth)), heat_map.to_enu(*heat_map.peak))
+        distances.append(mahalanobis(offset, heat_map.covariance(calibration.floor_m)))
+    return coverage(np.array(distances), probability)
+
+
+def test_distances_and_coverage_of_normal_errors() -> None:
+    rng = np.random.default_rng(0)
+    covariance = np.array([[4.0, 1.5], [1.5, 1.0]])
+    errors = rng.multivariate_normal([0, 0], covariance, 20000)
+    distances = np.array([mahalanobis(error, covariance) for error in errors])
+    for probability in (0.5, 0.68, 0.95):
+        assert coverage(distances, probability) == pytest.approx(probability, abs=0.01)
+
+
+@pytest.mark.parametrize("certainty", [0.5, 1.0, 3.0, 8.0])
+def test_the_ellipse_of_other_frames_holds_what_it_promises(certainty: float) -> None:
+    found = fit_calibration(seen_by(Calibration(None, 0.0), frames(600, certainty, 1)))
+    assert share_inside(found, frames(600, certainty, 2), 0.95) == pytest.approx(0.95, abs=0.025)
+    if certainty > 1.0:  # what it was before
+        assert share_inside(Calibration(None, 0.0), frames(600, certainty, 2), 0.95) < 0.93
+
+
+def test_too_few_frames_and_hopeless_ones_are_refused() -> None:
+    with pytest.raises(CalibrationError, match="too few"):
+        fit_calibration(seen_by(Calibration(None, 0.0), frames(199, 1.0, 1)))
+    elsewhere = [(logits, (9e3, 9e3)) for logits, _ in frames(200, 1.0, 1)]
+    with pytest.raises(CalibrationError, match="the nearest 100%: are these"):
+        fit_calibration(seen_by(Calibration(None, 0.0), elsewhere))
+
+
+def test_the_command_calibrates_on_drives_and_evaluate_uses_it(tmp_path: Path) -> None:
+    out = tmp_path / "calibrated.safetensors"
+    arguments = ["calibrate", "--out", str(out), "--cities", "950-951", "--frames", "100"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    before, after = load_model("ccvpe-small"), load_checkpoint(out)
+    assert "200 frames" in result.output and after.sha256[:12] in result.output
+    assert after.model.calibration.contrast is not None
+    assert after.metadata["calibrated_on"]["frames"] == "simulated:source:950-951:100"
+    weights = after.model.state_dict()
+    assert all(bool((value == weights[key]).all()) for key, value in before.model.state_dict().items())
+
+    arguments = ["evaluate", "--checkpoint", str(out), "--cities", "952", "--frames", "60"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    line = next(line for line in result.output.splitlines() if "95 % ellipse" in line)
+    assert float(line.split("/")[4].split("%")[0]) > 85.0, line

@@ -1,0 +1,63 @@
+"""Simulated drives for commands that localise them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from xview_loc.cli.console import UsageError
+
+if TYPE_CHECKING:
+    from xview_loc.localizer import Localizer, Observation
+    from xview_loc.models.base import CrossViewModel
+
+
+@contextmanager
+def simulated_drive(
+    net: CrossViewModel, style: str, seed: int, frames: int, heading_known: bool
+) -> Iterator[tuple[Localizer, Iterator[tuple[Observation, tuple[float, float]]]]]:
+    """A localizer on the map of city ``seed`` and a drive's observations, one a second, with their true
+    (lat, lon).
+
+    Raises UsageError on an unknown style.
+    """
+    from xview_loc.imagery import AerialMap
+    from xview_loc.localizer import Localizer, Observation, required_tile_px
+    from xview_loc.simulation.city import build_city
+    from xview_loc.simulation.drive import DriveOptions, drive
+    from xview_loc.simulation.render import PanoramaView
+    from xview_loc.simulation.styles import STYLES
+    from xview_loc.tile_store import TileStore
+
+    if style not in STYLES:
+        raise UsageError(f"unknown style {style!r}; choose from {', '.join(STYLES)}")
+    city = build_city(seed, style)
+    spec = net.spec
+    seen = drive(city, frames, options=DriveOptions(rate_hz=1.0), view=PanoramaView(*spec.ground_size))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        AerialMap.open(str(city.write_geotiff(Path(folder) / "city.tif"))) as aerial,
+    ):
+        tiles = TileStore(aerial, required_tile_px(spec), spec.gsd, snap_m=net.reach_m / 2)
+        localizer = Localizer(tiles, net, heading_prior_deg=0.0 if heading_known else None)
+        yield (
+            localizer,
+            (
+                (
+                    Observation(
+                        f.image,
+                        f.fix.lat,
+                        f.fix.lon,
+                        f.fix.covariance,
+                        f.heading if heading_known else None,
+                        f.heading_std,
+                    ),
+                    (f.truth.lat, f.truth.lon),
+                )
+                for f in seen
+                if f.image is not None
+            ),
+        )

@@ -1,0 +1,233 @@
+"""Where the vehicle is over time: heat maps and fixes multiplied into a belief that odometry moves.
+
+A histogram filter: frames whose heat map has several summits, or the wrong one, are outvoted by the others,
+and where fixes stop, the belief goes on and says where to look next.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xview_loc.belief import BeliefGrid
+from xview_loc.calibration import mahalanobis
+from xview_loc.geodesy import LocalProjection, wrap_angle
+from xview_loc.input_sync import NS, GnssFix, HeadingSample
+from xview_loc.localizer import PoseEstimate
+from xview_loc.mounting import Mounting, in_enu, moved
+from xview_loc.odometry import Motion, Odometry
+
+Array = NDArray[np.float64]
+
+# Without odometry the vehicle may have gone anywhere: variance per second on each axis, m^2 / s.
+_UNSEEN_MOTION = 8.0**2
+# Odometry with longer gaps says nothing about the motion in between, seconds.
+_ODOMETRY_GAP_S = 1.0
+# Of a fix that comes without a covariance something must be assumed, m^2.
+_FIX_VARIANCE = 15.0**2
+# Around a place of its own it looks this much further than it is uncertain, m^2: or it would never find out
+# that it is wrong.
+_SEARCH_VARIANCE = 10.0**2
+# A receiver's errors change so slowly that a fix is news only after so many seconds.
+_FIX_CORRELATION_S = 30.0
+# A fix so many standard deviations off is not believed ...
+_FIX_SIGMAS = 5.0
+# ... unless that goes on for so long while heat maps do not support the belief either: then the filter is
+# lost and starts from the fix. They support it where the true place is likelier than others by this factor
+# (logarithm, averaged over about so many images).
+_LOST_AFTER_S = 20.0
+_SUPPORT, _SUPPORT_IMAGES = math.log(2.0), 10
+# What a fix says of places far from it: not that they are impossible.
+_LEAST_LIKELIHOOD = np.float32(1e-4)
+# A belief spread wider than this (metres, standard deviation) is worth nothing.
+_WIDEST_M = 25.0
+# Variance of a yaw: added per second with odometry and without, rad^2 / s; nothing is known, rad^2; an
+# image's, at least, rad^2.
+_YAW_DRIFT, _UNSEEN_TURN = math.radians(0.5) ** 2, math.radians(20.0) ** 2
+_UNKNOWN_YAW = math.pi**2 / 3.0
+_LEAST_YAW_VARIANCE = math.radians(10.0) ** 2
+
+
+@dataclass(frozen=True)
+class FilterOptions:
+    """What the filter believes of its inputs.
+
+    outlier: probability that a heat map shows nothing but a wrong place. drift_m: standard deviation of the
+    odometry's error after 100 m, metres. decorrelation_m: the heat maps of images nearer to each other than
+    this are wrong together, so that they count less.
+    """
+
+    outlier: float = 0.1
+    drift_m: float = 3.0
+    decorrelation_m: float = 10.0
+
+
+@dataclass(frozen=True, eq=False)
+class FilteredPose:
+    """Of base_link: degrees, 2x2 covariance in ENU axes, m^2; true-north ENU yaw, None if unknown; rad^2."""
+
+    lat: float
+    lon: float
+    covariance: Array
+    heading: float | None
+    heading_variance: float
+    stamp_ns: int
+
+
+class PositionFilter:
+    """The belief about base_link's position, moved on from image to image.
+
+    For each image :meth:`move`, and :meth:`observe` where it was localised, by one thread. ``odometry`` may
+    be added to by another one.
+    """
+
+    def __init__(self, options: FilterOptions | None = None) -> None:
+        self.odometry = Odometry(_ODOMETRY_GAP_S)
+        self._options = options or FilterOptions()
+        # A plane at the first fix, in which the belief lies; yaws are turned into its axes.
+        self._plane: LocalProjection | None = None
+        self._belief: BeliefGrid | None = None
+        self._altitude = 0.0
+        self._stamp_ns = 0
+        self._fix_ns = 0
+        self._trusted_ns = 0
+        # Metres since a heat map was multiplied in.
+        self._driven = math.inf
+        self._support = 0.0
+        self._yaw: float | None = None
+        self._yaw_variance = 0.0
+
+    @property
+    def started(self) -> bool:
+        """Whether there is a belief."""
+        return self._belief is not None
+
+    @property
+    def pose(self) -> FilteredPose | None:
+        """The belief's mean and covariance at the last image's stamp; None where there is no belief."""
+        if self._belief is None or self._plane is None:
+            return None
+        lat, lon = (float(x) for x in self._plane.inverse(*self._belief.mean))
+        convergence = self._convergence()
+        cos, sin = math.cos(convergence), math.sin(convergence)
+        turn = np.array([[cos, sin], [-sin, cos]])
+        return FilteredPose(
+            lat,
+            lon,
+            turn @ self._belief.covariance @ turn.T,
+            None if self._yaw is None else wrap_angle(self._yaw - convergence),
+            self._yaw_variance,
+            self._stamp_ns,
+        )
+
+    def move(
+        self, stamp_ns: int, fix: GnssFix | None, heading: HeadingSample | None, mounting: Mounting
+    ) -> GnssFix | None:
+        """Move on to an image's stamp; where to look for it: the fix if it is believed, else a place of ours.
+
+        The place is the antenna's, as a fix is. None where there is neither. A stamp before the last one
+        means that time started again. A fix that contradicts the belief is not believed, unless that goes
+        on while heat maps do not support the belief either: then the belief starts anew from it.
+        """
+        if stamp_ns < self._stamp_ns:
+            self._belief = self._plane = self._yaw = None
+        if self._plane is None and fix is not None:
+            self._plane = LocalProjection(fix.lat, fix.lon)
+        if self._plane is None:
+            self._stamp_ns = stamp_ns
+            return None
+        motion = self.odometry.between(self._stamp_ns, stamp_ns)
+        seconds, self._stamp_ns = (stamp_ns - self._stamp_ns) / NS, stamp_ns
+        self._turn(motion, heading, seconds)
+        self._advance(motion, seconds)
+        if fix is not None:
+            self._altitude = fix.altitude
+            if self._believes(fix, mounting):
+                return fix
+        pose = self.pose
+        if pose is None:
+            return None
+        lat, lon = moved(pose.lat, pose.lon, mounting.antenna, pose.heading or 0.0)
+        covariance = np.eye(3) * _SEARCH_VARIANCE
+        covariance[:2, :2] += pose.covariance
+        return GnssFix(stamp_ns, lat, lon, self._altitude, covariance)
+
+    def observe(self, estimate: PoseEstimate, mounting: Mounting, heading_measured: bool) -> None:
+        """What the image at the last stamp shows: its heat map, and its heading where none was measured."""
+        if self._belief is None or self._plane is None:
+            return
+        if not heading_measured and estimate.heading is not None:
+            yaw = mounting.heading(estimate.heading) + self._convergence()
+            self._blend_yaw(yaw, estimate.heading_variance)
+        weight = min(1.0, self._driven / self._options.decorrelation_m)
+        self._driven = 0.0
+        lever = in_enu(mounting.camera, self._yaw or 0.0)
+        likelihood = self._belief.heat_map_likelihood(estimate.heat_map, self._plane, lever)
+        outlier = self._options.outlier
+        evidence = self._belief.multiply((1.0 - outlier) * likelihood + outlier, weight)
+        self._support += (math.log(evidence) - self._support) / _SUPPORT_IMAGES
+        if self._support > _SUPPORT:
+            self._trusted_ns = self._stamp_ns
+
+    def _convergence(self) -> float:
+        """What turns a true-north yaw at the belief into the plane's axes."""
+        if self._plane is None or self._belief is None:
+            return 0.0
+        return float(self._plane.convergence(*self._plane.inverse(*self._belief.mean)))
+
+    def _turn(self, motion: Motion | None, heading: HeadingSample | None, seconds: float) -> None:
+        if heading is not None:
+            self._yaw = heading.yaw + self._convergence()
+            self._yaw_variance = heading.std**2
+        elif self._yaw is not None:
+            self._yaw += 0.0 if motion is None else motion.turn
+            drift = _UNSEEN_TURN if motion is None else _YAW_DRIFT
+            self._yaw_variance = min(self._yaw_variance + drift * seconds, _UNKNOWN_YAW)
+
+    def _blend_yaw(self, yaw: float, variance: float) -> None:
+        variance = max(variance, _LEAST_YAW_VARIANCE)
+        if self._yaw is None:
+            self._yaw, self._yaw_variance = yaw, variance
+            return
+        gain = self._yaw_variance / (self._yaw_variance + variance)
+        self._yaw += gain * wrap_angle(yaw - self._yaw)
+        self._yaw_variance *= 1.0 - gain
+
+    def _advance(self, motion: Motion | None, seconds: float) -> None:
+        if self._belief is None:
+            return
+        if motion is None or self._yaw is None:
+            self._belief.move(np.zeros(2), _UNSEEN_MOTION * seconds)
+            self._driven = math.inf
+        else:
+            step = in_enu((motion.forward, motion.left), self._yaw - motion.turn)
+            variance = self._options.drift_m**2 * motion.length / 100.0
+            variance += motion.length**2 * min(self._yaw_variance, 1.0) / 2.0
+            self._belief.move(np.array(step), variance)
+            self._driven += motion.length
+        if math.sqrt(self._belief.covariance.trace() / 2.0) > _WIDEST_M:
+            self._belief = None
+
+    def _believes(self, fix: GnssFix, mounting: Mounting) -> bool:
+        assert self._plane is not None
+        antenna = in_enu(mounting.antenna, self._yaw or 0.0)
+        place = np.array(self._plane.forward(fix.lat, fix.lon)) - antenna
+        covariance = np.eye(2) * _FIX_VARIANCE if fix.covariance is None else fix.covariance[:2, :2]
+        if self._belief is not None:
+            offset = place - self._belief.mean
+            far = mahalanobis(offset, covariance + self._belief.covariance) > _FIX_SIGMAS
+            if not far:
+                weight = min(1.0, (self._stamp_ns - self._fix_ns) / NS / _FIX_CORRELATION_S)
+                likelihood = self._belief.normal_likelihood(place, covariance)
+                self._belief.multiply(np.maximum(likelihood, _LEAST_LIKELIHOOD), weight)
+                self._fix_ns = self._trusted_ns = self._stamp_ns
+                return True
+            if (self._stamp_ns - self._trusted_ns) / NS <= _LOST_AFTER_S:
+                return False
+        self._belief = BeliefGrid.normal(place, covariance)
+        self._fix_ns = self._trusted_ns = self._stamp_ns
+        self._driven, self._support = math.inf, 0.0
+        return True
