@@ -3,7 +3,7 @@
 One fault at a time, with quiet periods between: was it named in /diagnostics, did poses resume, was a wrong
 pose published without a warning, and does the node's memory grow?
 
-python benchmarks/soak.py [--minutes 60] [--seed 0] [--rate 5] [--wrong 60] [--json FILE]
+python benchmarks/soak.py [--minutes 60] [--seed 0] [--rate 5] [--wrong 20] [--json FILE]
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -63,6 +64,7 @@ RESUME_S = 5.0
 REPORT_S = 2.5  # a report comes every second, and may be on its way
 LARGEST_GROWTH = 5.0  # per cent over the run
 JUMP_M = 100.0
+TABLE_WIDTH = 140
 METRES_PER_DEGREE = 111_200.0
 
 
@@ -432,10 +434,16 @@ def judge(soak: Soak, wrong_m: float) -> dict[str, dict[str, Any]]:
         return any(warned[max(0, after - 1) : after + 1])
 
     begins = np.array([event.began for event in soak.events] or [math.inf])
+
+    def fault_at(sent: float) -> str:
+        index = int(np.searchsorted(begins, sent)) - 1
+        during = index >= 0 and sent <= soak.events[index].ended
+        return soak.events[index].name if during else "quiet"
+
     poses: dict[str, list[Pose]] = {name: [] for name in ["quiet", *FAULTS]}
     for pose in rig.poses:
-        event = soak.events[index] if (index := int(np.searchsorted(begins, pose.sent)) - 1) >= 0 else None
-        poses[event.name if event and pose.sent <= event.ended else "quiet"].append(pose)
+        poses[fault_at(pose.sent)].append(pose)
+    unanswered = Counter(fault_at(sent) for sent in rig.sent.values())
     rows = {}
     for name, those in poses.items():
         events = [event for event in soak.events if event.name == name]
@@ -449,6 +457,7 @@ def judge(soak: Soak, wrong_m: float) -> dict[str, dict[str, Any]]:
             "resumed": sum(event.resumed_s <= FAULTS[event.name].resume_s for event in events),
             "longest wait, s": max((event.resumed_s for event in events), default=0.0),
             "poses": len(those),
+            "images without": unanswered[name],
             "median error, m": float(np.median([pose.error_m for pose in those])) if those else 0.0,
             "wrong": len(wrong),
             "wrong and not flagged": len(unflagged),
@@ -477,7 +486,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rate", type=float, default=5.0, help="frames per second")
-    parser.add_argument("--wrong", type=float, default=60.0, help="metres from which on a pose is wrong")
+    parser.add_argument("--wrong", type=float, default=20.0, help="metres from which on a pose is wrong")
     parser.add_argument("--faults", nargs="*", default=list(FAULTS), choices=list(FAULTS), metavar="FAULT")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -506,9 +515,13 @@ def main() -> int:
         log = folder / "node.log"
         node = stack.enter_context(localizer(rig, log, parameters))
         soak = Soak(rig, node, frames, arguments.rate)
+        soak.until(lambda: bool(rig.poses), 30.0)
+        with good_checkpoint(rig):
+            # From here on two checkpoints are in memory, for the way back.
+            soak.drive(QUIET_S[0])
+        soak.memory.clear()
         began, cpu = time.monotonic(), cpu_seconds(node.pid)
         end = began + 60.0 * arguments.minutes
-        soak.until(lambda: bool(rig.poses), 30.0)
         turn: list[str] = []
         while soak.alive() and time.monotonic() < end:
             soak.quiet(rng.uniform(*QUIET_S))
@@ -535,7 +548,7 @@ def main() -> int:
         "CPU, % of one core": 100.0 * used / elapsed,
         **growth(soak.memory),
     }
-    console = Console()
+    console = Console(width=TABLE_WIDTH)
     table = Table("fault", *rows["quiet"], title=f"wrong: more than {arguments.wrong:g} m")
     for name, row in rows.items():
         table.add_row(name, *(f"{value:.3g}" for value in row.values()))

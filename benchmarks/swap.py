@@ -44,8 +44,8 @@ def perturbed(model: str, path: Path) -> Path:
 class Driving:
     """Publishes frames at a steady rate, there and back again, so that the vehicle never jumps."""
 
-    def __init__(self, vehicle: Vehicle, frames: list[Frame], rate_hz: float) -> None:
-        self._vehicle, self._period = vehicle, 1.0 / rate_hz
+    def __init__(self, vehicle: Vehicle, pid: int, frames: list[Frame], rate_hz: float) -> None:
+        self._vehicle, self._pid, self._period = vehicle, pid, 1.0 / rate_hz
         self._frames = itertools.cycle(frames + frames[-2:0:-1])
 
     def measure(self, seconds: float, checkpoints: list[Path]) -> dict[str, Any]:
@@ -74,6 +74,7 @@ class Driving:
             "latency median, ms": p50,
             "latency 95 %, ms": p95,
             "latency worst, ms": worst,
+            "RSS at the end, MB": memory_mb(self._pid, "VmRSS"),
             "swaps": len(durations),
             "seconds per swap": float(np.median(durations)) if durations else 0.0,
         }
@@ -114,7 +115,7 @@ def main() -> int:
         rclpy.init()
         vehicle = Vehicle()
         with localizer(vehicle, folder / "node.log", parameters) as node:
-            driving = Driving(vehicle, frames, arguments.rate)
+            driving = Driving(vehicle, node.pid, frames, arguments.rate)
             driving.measure(3.0, [other, shipped])  # warm-up
             results = {
                 "without swaps": driving.measure(20.0, []),
