@@ -231,8 +231,8 @@ def make_page(story: Story, report: str) -> Page:
         f"localizer node drove a route through its east; the pair logger recorded {story.pairs} pairs on "
         "streets in its west; a student learnt from them without ground truth; and the node, still running, "
         "drove the same route again. All of it over DDS, each frame localised by itself, heading known. "
-        f"Frames are {1 / RATE_HZ:.0f} s apart; they were published at {LIVE_SPEED:.0f} times real time, those "
-        f"of the recording at {RECORDING_SPEED:.0f} times."
+        f"Frames are {1 / RATE_HZ:.0f} s apart; they were published at {LIVE_SPEED:.0f} times real time, "
+        f"those of the recording at {RECORDING_SPEED:.0f} times."
     )
     page.text(verdict_text(story))
     weights = {name: Path(story.served[name].rsplit(" ", 1)[0]).stem for name in story.tracks}
