@@ -231,8 +231,8 @@ def make_page(story: Story, report: str) -> Page:
         f"localizer node drove a route through its east; the pair logger recorded {story.pairs} pairs on "
         "streets in its west; a student learnt from them without ground truth; and the node, still running, "
         "drove the same route again. All of it over DDS, each frame localised by itself, heading known. "
-        f"Frames are {1 / RATE_HZ:.0f} s apart; the route was driven {LIVE_SPEED:.0f} times, the recording "
-        f"{RECORDING_SPEED:.0f} times as fast as in real time."
+        f"Frames are {1 / RATE_HZ:.0f} s apart; they were published at {LIVE_SPEED:.0f} times real time, "
+        f"those of the recording at {RECORDING_SPEED:.0f} times."
     )
     page.text(verdict_text(story))
     weights = {name: Path(story.served[name].rsplit(" ", 1)[0]).stem for name in story.tracks}
@@ -253,7 +253,9 @@ def make_page(story: Story, report: str) -> Page:
     )
     page.heading("Both drives")
     titled = {f"{name}: {weights[name]}": track for name, track in story.tracks.items()}
-    page.figure(draw_maps(titled, story.map_path), "Truth, coarse fixes and estimates over the aerial image")
+    page.figure(
+        draw_maps(titled, story.map_path), "Truth, coarse fixes, and estimates with a line to their truth"
+    )
     page.heading("How far off")
     reach = max(20.0, rows[FIX].p95)
     page.figure(draw_distribution(errors, COLOURS, reach), "Share of the frames with at most this error")

@@ -34,17 +34,17 @@ def draw_maps(tracks: Mapping[str, Track], map_path: Path) -> Figure:
     figure = Figure(layout="constrained")
     panels = figure.subplots(1, len(tracks), sharex=True, sharey=True)
     for axes, (title, track) in zip(panels, tracks.items(), strict=True):
-        low, high = _draw_track(axes, track, map_path)
+        low, high = _draw_track(axes, track, map_path, spokes=True)
         axes.set(title=title, xlim=(low[0], high[0]), ylim=(low[1], high[1]))
     width = 6.0
     figure.set_size_inches(width * len(tracks), width * (high[1] - low[1]) / (high[0] - low[0]) + 0.8)
     panels[0].set(ylabel="north, m")
-    panels[-1].legend(loc="upper right", fontsize=8, facecolor="0.6")
+    panels[-1].legend(loc="best", fontsize=8, facecolor="0.6")
     return figure
 
 
-def _draw_track(axes: Axes, track: Track, map_path: Path) -> tuple[Array, Array]:
-    """Draw a track over the square of the map about it.
+def _draw_track(axes: Axes, track: Track, map_path: Path, spokes: bool = False) -> tuple[Array, Array]:
+    """Draw a track over the square of the map about it; ``spokes``: each estimate's line to its truth.
 
     Returns the south-western and north-eastern corner (2,), metres, of what there is to see.
     """
@@ -63,6 +63,9 @@ def _draw_track(axes: Axes, track: Track, map_path: Path) -> tuple[Array, Array]
         east, north = plane.forward(*np.array([places[s] for s in sorted(places)]).T)
         axes.plot(east, north, look, color=colour, linewidth=1.5, markersize=5, label=label)
         shown.append(np.stack([east, north], axis=1))
+    for stamp in track.estimate.keys() & track.truth.keys() if spokes else ():
+        ends = np.array([track.truth[stamp], track.estimate[stamp]])
+        axes.plot(*plane.forward(*ends.T), color="cyan", linewidth=0.7)
     axes.set(xlabel="east, m", xlim=(-reach, reach), ylim=(-reach, reach))
     every = np.concatenate(shown)
     return np.maximum(every.min(0) - 30.0, -reach), np.minimum(every.max(0) + 30.0, reach)
