@@ -13,7 +13,10 @@ PEAK = (58.3, 71.8)
 
 
 class StubModel(CrossViewModel):
-    """Scores a Gaussian about ``PEAK``, whatever it is shown; its weight moves it down by so many rows."""
+    """Scores a Gaussian about ``PEAK``, whatever it is shown.
+
+    Its weight moves it down by so many rows; ``shaken`` moves it up and down by so many, call by call.
+    """
 
     def __init__(self, camera: str) -> None:
         super().__init__()
@@ -21,13 +24,16 @@ class StubModel(CrossViewModel):
             "stub" if camera == "panorama" else "stub-pinhole", camera, (32, 64), SIZE, GSD, bins=8
         )
         self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.shaken = torch.nn.Parameter(torch.zeros(1))
+        self._calls = 0
 
     def encode_aerial(self, aerial: torch.Tensor) -> torch.Tensor:
         return aerial[:, :1]
 
     def match(self, ground, features, heading_prior_deg=None, *, orientation=False) -> HeatMaps:
         rows, cols = torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing="ij")
-        row = PEAK[0] + float(self.weight.detach())
+        self._calls += 1
+        row = PEAK[0] + float(self.weight.detach()) + float(self.shaken.detach()) * (-1) ** self._calls
         logits = -((rows - row) ** 2 + (cols - PEAK[1]) ** 2) / (2.0 * 2.0**2)
         logits = logits.float()[None]
         # Facing north everywhere: as the image was prepared, that is the heading given.

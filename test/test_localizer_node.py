@@ -25,7 +25,7 @@ pytest.importorskip("rclpy", reason="ROS 2's Python packages are not installed")
 from geometry_msgs.msg import PoseWithCovarianceStamped
 from lifecycle_msgs.msg import Transition
 from map_fixtures import TileServer, texture, write_geotiff
-from nav_msgs.msg import OccupancyGrid
+from nav_msgs.msg import OccupancyGrid, Odometry
 from rclpy.qos import DurabilityPolicy, QoSProfile
 from ros_harness import Bench, NodeProcess, bench, environment, pick_domain
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image, Imu, NavSatFix
@@ -296,11 +296,12 @@ def start(tmp_path: Path, domain: int, **parameters: Any) -> NodeProcess:
     return NodeProcess(domain, tmp_path / "log.txt", {**PARAMETERS, **parameters})
 
 
-def write_stub(path: Path, rows: float) -> Path:
-    """A checkpoint that moves the stub's peak down by some rows."""
+def write_stub(path: Path, rows: float, shaken: float = 0.0) -> Path:
+    """A checkpoint that moves the stub's peak down by some rows, and up and down by some."""
     model = StubModel("panorama")
     with torch.no_grad():
         model.weight.fill_(rows)
+        model.shaken.fill_(shaken)
     save_checkpoint(model, path)
     return path
 
@@ -499,6 +500,107 @@ def test_bad_configuration_is_said_and_survived(aerial, tmp_path, fault):
             status = b.wait_diagnosis("not_configured", says, timeout_s=30.0)
             assert status.level == b"\x02"
             assert node.alive() and b.value("state") == "unconfigured"
+        finally:
+            assert node.stop() == 0, node.log
+        assert "Traceback" not in node.log
+
+
+def test_the_filter_goes_on_without_fixes(aerial, tmp_path):
+    with bench(DOMAIN + 1) as b:
+        node = start(tmp_path, DOMAIN + 1, map=str(aerial), filter=True, max_fix_age_s=0.5)
+        try:
+            odom = b.publisher(Odometry, "/odom")
+            filtered = b.listen(PoseWithCovarianceStamped, "/localizer/odometry_filtered_pose")
+            rig = Rig(b)
+            rig.ready()
+            b.wait(odom.get_subscription_count, what="the odometry's subscription")
+            rig.good_frame()
+
+            def frames(count: int, fix: bool) -> None:
+                for _ in range(count):
+                    ns = rig.step(0.2)
+                    odom.publish(rig.header(Odometry(), ns))  # it stands still
+                    if fix:
+                        rig.send_fix(ns)
+                    rig.send_heading(ns)
+                    before = len(rig.poses)
+                    rig.send_image(ns)
+                    b.wait(lambda before=before: len(rig.poses) > before, 5.0, "a pose")
+
+            frames(5, fix=True)
+            first = filtered[-1].pose.pose.position
+            x, y = DATUM.forward(*true_place())
+            assert math.hypot(first.x - x, first.y - y) < 3.0
+            assert filtered[-1].header.frame_id == "map"
+            # No fix for longer than one is of use.
+            frames(10, fix=False)
+            b.wait(lambda: filtered[-1].header.stamp == rig.poses[-1].header.stamp, what="its pose as well")
+            status = b.wait_diagnosis("goes on with odometry")
+            assert status.level == b"\x01" and int(b.value("odom_received")) == 15
+            last = filtered[-1].pose
+            assert math.hypot(last.pose.position.x - first.x, last.pose.position.y - first.y) < 1.0
+            assert 0.0 < last.covariance[0] < 100.0  # standing, it hardly learns
+            yaw = 2.0 * math.atan2(last.pose.orientation.z, last.pose.orientation.w)
+            assert yaw == pytest.approx(YAW + DATUM.convergence(LAT, LON), abs=1e-3)
+            # Without odometry for so long nothing is known of where it is.
+            ns = rig.step(60.0)
+            rig.send_heading(ns)
+            rig.send_image(ns)
+            b.wait_diagnosis("fix_missing")
+        finally:
+            assert node.stop() == 0, node.log
+
+
+@pytest.mark.parametrize("policy", ["report", "promote"])
+def test_a_candidate_in_the_shadow_is_compared_and_judged(aerial, tmp_path, policy):
+    shaken = write_stub(tmp_path / "shaken.safetensors", 0, shaken=4)
+    calm = write_stub(tmp_path / "calm.safetensors", 8)
+    with bench(DOMAIN + 2) as b:
+        node = start(
+            tmp_path,
+            DOMAIN + 2,
+            map=str(aerial),
+            checkpoint=str(shaken),
+            shadow_every=3,
+            shadow_frames=100,
+            shadow_policy=policy,
+        )
+        try:
+            odom = b.publisher(Odometry, "/odom")
+            distances = b.listen(Float64, "/localizer/shadow/distance_m")
+            rig = Rig(b)
+            rig.ready()
+
+            def frame() -> float:
+                ns = rig.step(0.2)
+                odom.publish(rig.header(Odometry(), ns))  # it stands still
+                rig.send_fix(ns)
+                rig.send_heading(ns)
+                before = len(rig.poses)
+                rig.send_image(ns)
+                b.wait(lambda: len(rig.poses) > before, 5.0, "a pose")
+                return rows_moved(rig.poses[-1])
+
+            rig.good_frame()
+            (tmp_path / "bad.safetensors").write_bytes(b"rubbish")
+            assert b.set_parameter("/localizer", "shadow_checkpoint", str(tmp_path / "bad.safetensors")) == ""
+            b.wait_diagnosis("shadow: ", "bad.safetensors")
+            assert b.set_parameter("/localizer", "shadow_checkpoint", str(calm)) == ""
+            b.wait(odom.get_subscription_count, what="the odometry's subscription")
+            b.wait(lambda: "calm.safetensors" in node.log, what="the candidate")
+            # The candidate sees every third frame, the one in use answers all.
+            for _ in range(310):
+                assert abs(frame()) == pytest.approx(4, abs=0.1) or distances[99:]
+            b.wait(lambda: b.value("shadow_verdict"), what="the verdict")
+            assert "is better" in b.value("shadow_verdict")
+            assert len(distances) == 100 and {round(d.data) for d in distances} <= {2, 6}
+            assert "steps differ from odometry by 0.00 m" in b.value("shadow_verdict")
+            if policy == "promote":
+                b.wait(lambda: "calm.safetensors" in b.value("checkpoint"), what="the better checkpoint")
+                assert frame() == pytest.approx(8, abs=0.1)
+            else:
+                assert "shaken.safetensors" in b.value("checkpoint")
+                assert abs(frame()) == pytest.approx(4, abs=0.1)
         finally:
             assert node.stop() == 0, node.log
         assert "Traceback" not in node.log

@@ -16,7 +16,7 @@ from xview_loc.imagery import AerialTile
 from xview_loc.input_sync import GnssFix, HeadingSample
 from xview_loc.models.base import HeatMapGrid
 from xview_loc.mounting import Mounting
-from xview_loc.odometry import VelocitySample
+from xview_loc.odometry import Odometry, VelocitySample
 from xview_loc.position_filter import FilterOptions, PositionFilter
 
 NS = 1_000_000_000
@@ -48,7 +48,8 @@ class Vehicle:
     """Feeds a filter what a vehicle would know; ``errors`` are its pose's, metres."""
 
     def __init__(self, seed: int = 0, mounting: Mounting | None = None, **options: float) -> None:
-        self.filter = PositionFilter(FilterOptions(**options))
+        self.odometry = Odometry(1.0)
+        self.filter = PositionFilter(self.odometry, FilterOptions(**options))
         self.mounting = mounting or Mounting()
         self.rng = np.random.default_rng(seed)
         self.bias = self.rng.normal(size=2) * 8.0
@@ -87,9 +88,7 @@ class Vehicle:
     ) -> GnssFix | None:
         """An image of this moment; where the filter looked for it."""
         if odometry:
-            self.filter.odometry.add(
-                VelocitySample(moment.stamp_ns, 1.01 * speed, 0.0, 0.05 if speed else 0.0)
-            )
+            self.odometry.add(VelocitySample(moment.stamp_ns, 1.01 * speed, 0.0, 0.05 if speed else 0.0))
         looked = self.filter.move(
             moment.stamp_ns,
             self.fix(moment, jump_m) if fix else None,

@@ -55,6 +55,14 @@ class CheckpointSwap:
         """
         return self._thread.submit(self._load, path)
 
+    def prepare(self, path: Path) -> Future[Deployed]:
+        """The same without putting it in use: what :meth:`use` takes."""
+        return self._thread.submit(self._verified, path)
+
+    def use(self, prepared: Deployed) -> Future[Deployed]:
+        """Put in use what :meth:`prepare` gave."""
+        return self._thread.submit(self._use, prepared)
+
     def rollback(self) -> Future[Deployed]:
         """Put the one before in use again; once more returns to this one."""
         return self._thread.submit(self._rollback)
@@ -68,6 +76,9 @@ class CheckpointSwap:
         with suppress(OSError):
             if hashlib.sha256(path.read_bytes()).hexdigest() == self.active.sha256:
                 return self.active
+        return self._use(self._verified(path))
+
+    def _verified(self, path: Path) -> Deployed:
         old = self.active.localizer
         checkpoint = load_checkpoint(path, old.spec.name)
         if checkpoint.model.spec != old.spec:
@@ -77,7 +88,7 @@ class CheckpointSwap:
             localizer.warm_up()
         except (LocalizationError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"checkpoint {path} fails its trial: {reason(error)}") from None
-        return self._use(Deployed(localizer, str(path), checkpoint.sha256))
+        return Deployed(localizer, str(path), checkpoint.sha256)
 
     def _rollback(self) -> Deployed:
         if self._previous is None:

@@ -24,8 +24,6 @@ Array = NDArray[np.float64]
 
 # Without odometry the vehicle may have gone anywhere: variance per second on each axis, m^2 / s.
 _UNSEEN_MOTION = 8.0**2
-# Odometry with longer gaps says nothing about the motion in between, seconds.
-_ODOMETRY_GAP_S = 1.0
 # Of a fix that comes without a covariance something must be assumed, m^2.
 _FIX_VARIANCE = 15.0**2
 # Around a place of its own it looks this much further than it is uncertain, m^2: or it would never find out
@@ -80,12 +78,11 @@ class FilteredPose:
 class PositionFilter:
     """The belief about base_link's position, moved on from image to image.
 
-    For each image :meth:`move`, and :meth:`observe` where it was localised, by one thread. ``odometry`` may
-    be added to by another one.
+    For each image :meth:`move`, and :meth:`observe` where it was localised; for use by one thread.
     """
 
-    def __init__(self, options: FilterOptions | None = None) -> None:
-        self.odometry = Odometry(_ODOMETRY_GAP_S)
+    def __init__(self, odometry: Odometry, options: FilterOptions | None = None) -> None:
+        self._odometry = odometry
         self._options = options or FilterOptions()
         # A plane at the first fix, in which the belief lies; yaws are turned into its axes.
         self._plane: LocalProjection | None = None
@@ -139,7 +136,7 @@ class PositionFilter:
         if self._plane is None:
             self._stamp_ns = stamp_ns
             return None
-        motion = self.odometry.between(self._stamp_ns, stamp_ns)
+        motion = self._odometry.between(self._stamp_ns, stamp_ns)
         seconds, self._stamp_ns = (stamp_ns - self._stamp_ns) / NS, stamp_ns
         self._turn(motion, heading, seconds)
         self._advance(motion, seconds)

@@ -9,17 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xview_loc.adaptation.indicators import Indicators
+from xview_loc.bootstrap import LEAST, SURE, bootstrap_means
 from xview_loc.localizer import SEARCH_SIGMAS
 
 Array = NDArray[np.float64]
-
-# Consecutive pairs show the same street: they are drawn together.
-_STRETCH = 10
-_DRAWS = 2000
-# Fewer held-out pairs are too few stretches for the bootstrap: it would be sure of anything.
-_LEAST = 60
-# How sure the evidence must be.
-_SURE = 0.95
 
 
 @dataclass(frozen=True)
@@ -36,16 +29,6 @@ class Verdict:
     score_change: tuple[float, float, float]
 
 
-def bootstrap_means(differences: Array, seed: int = 0) -> Array:
-    """Means of resampled stretches of ten consecutive ``differences`` (N,), which may hold not-a-numbers."""
-    count = max(1, len(differences) // _STRETCH)
-    stretches = np.array_split(differences, count)
-    sums = np.array([np.nansum(s) for s in stretches])
-    counts = np.array([np.isfinite(s).sum() for s in stretches])
-    drawn = np.random.default_rng(seed).integers(0, count, (_DRAWS, count))
-    return np.asarray(sums[drawn].sum(1) / np.maximum(counts[drawn].sum(1), 1), np.float64)
-
-
 def judge(before: Indicators, after: Indicators) -> Verdict:
     """Compare teacher and student on the same held-out pairs, in the order in which they were driven."""
     change = after.score_terms() - before.score_terms()
@@ -53,15 +36,15 @@ def judge(before: Indicators, after: Indicators) -> Verdict:
     low, high = np.quantile(means, [0.025, 0.975])
     better = float((means < 0).mean())
     mean = float(np.nanmean(change))
-    enough = len(change) >= _LEAST
-    consistent = better >= _SURE
+    enough = len(change) >= LEAST
+    consistent = better >= SURE
     reasons = [
         f"estimates contradict themselves by {np.nanmean(after.score_terms()):.2f} m instead of "
         f"{np.nanmean(before.score_terms()):.2f} m ({mean:+.2f} m, 95 % interval {low:+.2f} to {high:+.2f}): "
         + ("better" if consistent else "not surely better")
     ]
     if not enough:
-        reasons.append(f"{len(change)} held-out pairs are too few to tell: {_LEAST} are needed")
+        reasons.append(f"{len(change)} held-out pairs are too few to tell: {LEAST} are needed")
     far_before, far_after = (
         np.where(np.isnan(i.stray_sigmas), math.nan, i.stray_sigmas > SEARCH_SIGMAS) for i in (before, after)
     )
@@ -69,7 +52,7 @@ def judge(before: Indicators, after: Indicators) -> Verdict:
     if np.isnan(far_after).all():
         reasons.append("the fixes have no covariance: whether estimates agree with them is not checked")
     else:
-        close = float((bootstrap_means(far_after - far_before) > 0).mean()) < _SURE
+        close = float((bootstrap_means(far_after - far_before) > 0).mean()) < SURE
         reasons.append(
             f"{np.nanmean(far_after):.1%} of the maxima of whole maps lie more than {SEARCH_SIGMAS:.0f} "
             f"sigma from their coarse fix instead of {np.nanmean(far_before):.1%}: "

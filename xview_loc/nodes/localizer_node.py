@@ -51,10 +51,15 @@ from xview_loc.mounting import Mounting
 from xview_loc.nodes import messages, parameters
 from xview_loc.nodes.diagnostics import WARN
 from xview_loc.nodes.frame_worker import FrameWorker
+from xview_loc.nodes.shadow_runner import FIGURES, ShadowOptions, ShadowRunner
 from xview_loc.nodes.vehicle_node import Job, VehicleNode, run
+from xview_loc.odometry import Odometry as Velocities
 from xview_loc.overlay import draw_overlay
 from xview_loc.position_filter import FilterOptions, PositionFilter
+from xview_loc.shadow import FrameComparison
 
+# Odometry with longer gaps says nothing about the motion in between.
+MAX_ODOMETRY_GAP_S = 1.0
 STATUS = ("latency_ms", "inference_ms", "confidence", "tile_age_s", "fix_offset_m")
 
 
@@ -68,6 +73,7 @@ class LocalizerNode(VehicleNode):
         self._outputs: list[Any] = []
         self._swap: CheckpointSwap | None = None
         self._filter: PositionFilter | None = None
+        self._shadow: ShadowRunner | None = None
         super().__init__("localizer")
         self.add_on_set_parameters_callback(self._on_parameters)
         # While one of these waits for its verdict, the node's own group goes on with frames.
@@ -92,12 +98,24 @@ class LocalizerNode(VehicleNode):
         fixed = math.isfinite(p["datum_lat"])
         self._datum = LocalProjection(p["datum_lat"], p["datum_lon"]) if fixed else None
         self._show_datum()
-        self._filter = PositionFilter(self._filter_options()) if p["filter"] else None
+        self._odometry = Velocities(MAX_ODOMETRY_GAP_S)
+        self._filter = PositionFilter(self._odometry, self._filter_options()) if p["filter"] else None
         self._tile_key, self._tile_since = "", 0.0
         self._heat_map_at = -math.inf
         self._tf: Any = self._make_tf_buffer() if p["camera_frame"] or p["antenna_frame"] else None
         self._broadcaster: Any = self._make_broadcaster() if p["publish_tf"] else None
         self._advertise()
+        self._shadow = ShadowRunner(
+            self._swap,
+            self._odometry,
+            ShadowOptions(p["shadow_every"], p["shadow_frames"], p["shadow_policy"] == "promote"),
+            self._health,
+            self.get_logger(),
+            self._publish_comparison,
+            self._change,
+        )
+        if p["shadow_checkpoint"]:
+            self._shadow.start(Path(p["shadow_checkpoint"]))
 
     def make_worker(self) -> FrameWorker[Job]:
         """The newest image wins: what the worker cannot keep up with is dropped and counted."""
@@ -112,15 +130,16 @@ class LocalizerNode(VehicleNode):
         return self._filter is None or not self._filter.started
 
     def more_inputs(self) -> list[tuple[Any, str, Callable[[Any], None], bool]]:
-        """Odometry for the filter."""
+        """Odometry where something asks for it."""
         inputs = super().more_inputs()
-        return [*inputs, (Odometry, "odom", self._on_odom, False)] if self._p["filter"] else inputs
+        asked = self._p["filter"] or self.get_parameter("shadow_checkpoint").value
+        return [*inputs, (Odometry, "odom", self._on_odom, False)] if asked else inputs
 
     def release(self) -> None:
         """Let go of the outputs and of a checkpoint being loaded."""
         if self._swap is not None:
             self._swap.close()
-            self._swap = None
+            self._swap = self._shadow = None
         for publisher in self._outputs:
             self.destroy_lifecycle_publisher(publisher)
         self._outputs = []
@@ -158,8 +177,15 @@ class LocalizerNode(VehicleNode):
     # Another checkpoint on the running vehicle
 
     def _on_parameters(self, changes: list[Any]) -> SetParametersResult:
-        """``checkpoint`` may change while the node serves: it is verified and swapped in behind its back."""
+        """``checkpoint`` and ``shadow_checkpoint`` may change while the node serves.
+
+        A checkpoint is verified and swapped in behind its back.
+        """
         for change in changes:
+            if change.name == "shadow_checkpoint" and self._shadow is not None:
+                self._shadow.start(Path(change.value) if change.value else None)
+                if change.value and self._inputs and "odom" not in self._inputs:
+                    self._listen(Odometry, "odom", self._on_odom)
             if change.name == "checkpoint" and self._swap is not None:
                 if not change.value:
                     return SetParametersResult(successful=False, reason="name a checkpoint's file")
@@ -243,12 +269,16 @@ class LocalizerNode(VehicleNode):
         self._status_pubs = {
             name: self.create_lifecycle_publisher(Float64, f"~/status/{name}", 10) for name in STATUS
         }
+        self._shadow_pubs = {
+            name: self.create_lifecycle_publisher(Float64, f"~/shadow/{name}", 10) for name in FIGURES
+        }
         self._outputs = [
             self._pose_pub,
             self._fix_pub,
             self._heat_pub,
             self._overlay_pub,
             *self._status_pubs.values(),
+            *self._shadow_pubs.values(),
         ]
         if self._filter is not None:
             self._filtered_pub = self.create_lifecycle_publisher(
@@ -263,7 +293,7 @@ class LocalizerNode(VehicleNode):
         except RejectedInput as error:
             self._refuse("odom", error)
             return
-        if self._filter is not None and self._filter.odometry.add(velocity):
+        if self._odometry.add(velocity):
             self._health.clear("odom")
         else:
             self._health.count("odom_rejected/stamp_not_newer")
@@ -346,18 +376,17 @@ class LocalizerNode(VehicleNode):
             looks = mounting.looking(heading.yaw)
         assert self._swap is not None
         # Taken once: a change of checkpoint takes effect between two frames.
-        estimate = self._swap.active.localizer.localize(
-            Observation(
-                image=image,
-                lat=lat,
-                lon=lon,
-                fix_covariance=None if fix.covariance is None else fix.covariance[:2, :2],
-                heading=looks,
-                heading_std=0.0 if heading is None else heading.std,
-                camera=job.frame.camera,
-                stamp_ns=job.frame.stamp_ns,
-            )
+        observation = Observation(
+            image=image,
+            lat=lat,
+            lon=lon,
+            fix_covariance=None if fix.covariance is None else fix.covariance[:2, :2],
+            heading=looks,
+            heading_std=0.0 if heading is None else heading.std,
+            camera=job.frame.camera,
+            stamp_ns=job.frame.stamp_ns,
         )
+        estimate = self._swap.active.localizer.localize(observation)
         if self._filter is not None:
             self._filter.observe(estimate, mounting, heading is not None)
         if estimate.confidence < self._p["min_confidence"]:
@@ -373,6 +402,8 @@ class LocalizerNode(VehicleNode):
         self._publish(job, fix, mounting, estimate)
         self._health.accepted()
         self._publish_status(job, fix, estimate, (done - started) / 1e6)
+        if self._shadow is not None:
+            self._shadow.saw(observation, estimate, fix, heading, mounting)
 
     def _publish(self, job: Job, fix: GnssFix, mounting: Mounting, estimate: PoseEstimate) -> None:
         yaw, variance = None, estimate.heading_variance
@@ -416,6 +447,10 @@ class LocalizerNode(VehicleNode):
             None if heading is None else wrap_angle(heading + convergence),
             variance,
         )
+
+    def _publish_comparison(self, comparison: FrameComparison) -> None:
+        for name, publisher in self._shadow_pubs.items():
+            publisher.publish(Float64(data=getattr(comparison, name)))
 
     # The filter over time
 

@@ -162,6 +162,15 @@ LOCALIZER: tuple[Parameter, ...] = (
         "Filter: metres after which a heat map's mistakes are no longer those of the last one.",
         (0.1, 1000.0),
     ),
+    P("shadow_checkpoint", "", "Candidate to compare with checkpoint, unused otherwise; empty: none."),
+    P("shadow_every", 5, "Shadow: the candidate sees every so-manieth frame.", (1, 1000)),
+    P("shadow_frames", 200, "Shadow: frames that it sees before the verdict.", (100, 100000)),
+    P(
+        "shadow_policy",
+        "report",
+        "Shadow: say what the verdict is, or put a better candidate in use as well.",
+        choices=("report", "promote"),
+    ),
     P("map_frame", "map", "Frame of ~/pose and ~/heat_map."),
     P("base_frame", "base_link", "Vehicle's frame: ~/pose is its pose, ~/fix its position."),
     P(

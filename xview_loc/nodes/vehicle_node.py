@@ -255,13 +255,6 @@ class VehicleNode(LifecycleNode):
 
     def _subscribe(self) -> None:
         p = self._p
-        qos = QoSProfile(
-            history=HistoryPolicy.KEEP_LAST,
-            depth=p["qos_depth"],
-            reliability=ReliabilityPolicy.RELIABLE
-            if p["qos_reliability"] == "reliable"
-            else ReliabilityPolicy.BEST_EFFORT,
-        )
         image = CompressedImage if p["image_transport"] == "compressed" else Image
         wanted: list[tuple[Any, str, Callable[[Any], None], bool]] = [
             # First: of messages that are here together, they are taken first, so that an image that a fix
@@ -272,11 +265,21 @@ class VehicleNode(LifecycleNode):
         ]
         if self.wants_heading():
             wanted.append((HEADING_TYPES[p["heading_source"]], "heading", self._on_heading, False))
-        self._inputs = {
-            name: self.create_subscription(kind, name, self._guarded(name, call), qos, raw=raw)
-            for kind, name, call, raw in wanted
-        }
+        for kind, name, call, raw in wanted:
+            self._listen(kind, name, call, raw)
         self._wait_timer = self.create_timer(0.02, self._release, autostart=False)
+
+    def _listen(self, kind: Any, name: str, call: Callable[[Any], None], raw: bool = False) -> None:
+        """Subscribe an input as the parameters say."""
+        p = self._p
+        qos = QoSProfile(
+            history=HistoryPolicy.KEEP_LAST,
+            depth=p["qos_depth"],
+            reliability=ReliabilityPolicy.RELIABLE
+            if p["qos_reliability"] == "reliable"
+            else ReliabilityPolicy.BEST_EFFORT,
+        )
+        self._inputs[name] = self.create_subscription(kind, name, self._guarded(name, call), qos, raw=raw)
 
     def _guarded(self, name: str, call: Callable[[Any], None]) -> Callable[[Any], None]:
         """A callback that no message can end the node with."""
