@@ -33,7 +33,7 @@ from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from geometry_msgs.msg import PoseWithCovarianceStamped
 from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import ChangeState
-from nav_msgs.msg import OccupancyGrid
+from nav_msgs.msg import OccupancyGrid, Odometry
 from rclpy.context import Context
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
@@ -104,6 +104,11 @@ class Rig(Vehicle):
         self.checkpoint = SHIPPED
         self._datum = datum
         self._truth: dict[int, tuple[float, float]] = {}
+        self._before: tuple[int, Frame] | None = None
+        self.odometry = self.create_publisher(Odometry, "odom", 5)
+        self.filtered: list[float] = []
+        topic = "/localizer/odometry_filtered_pose"
+        self.create_subscription(PoseWithCovarianceStamped, topic, self._on_filtered, 50)
         self._change_state = self.create_client(ChangeState, "/localizer/change_state")
 
     def publish(self, frame: Frame) -> int:
@@ -112,6 +117,7 @@ class Rig(Vehicle):
         heading, fix, image = self.messages(frame, stamp_ns)
         self.spoil_fix(fix)
         self.spoil_image(image)
+        self.odometry.publish(self._velocity(frame, stamp_ns))
         if self.compass:
             self.headings.publish(heading)
         if self.gnss:
@@ -123,6 +129,23 @@ class Rig(Vehicle):
             self.count += 1
         return stamp_ns
 
+    def _velocity(self, frame: Frame, stamp_ns: int) -> Odometry:
+        """Since the last frame, of the truth: the drive goes backwards as well."""
+        message = Odometry()
+        message.header.stamp = Time(nanoseconds=stamp_ns).to_msg()
+        since_ns, before = self._before or (stamp_ns, frame)
+        self._before = stamp_ns, frame
+        seconds = (stamp_ns - since_ns) / 1e9
+        if 0.0 < seconds < 2.0:
+            a, b = before.truth, frame.truth
+            turn = math.remainder(b.heading - a.heading, 2 * math.pi)
+            yaw = a.heading + turn / 2
+            east, north = b.east - a.east, b.north - a.north
+            message.twist.twist.linear.x = (math.cos(yaw) * east + math.sin(yaw) * north) / seconds
+            message.twist.twist.linear.y = (math.cos(yaw) * north - math.sin(yaw) * east) / seconds
+            message.twist.twist.angular.z = turn / seconds
+        return message
+
     def change_state(self, transition: int) -> None:
         """Ask the node for a change of its lifecycle's state."""
         self._change_state.call_async(ChangeState.Request(transition=Transition(id=transition)))
@@ -132,8 +155,14 @@ class Rig(Vehicle):
         sent = self.sent.pop(stamp_ns, None)
         if sent is not None:
             place = pose.pose.pose.position
-            error = math.dist((place.x, place.y), self._truth.pop(stamp_ns))
+            error = math.dist((place.x, place.y), self._truth[stamp_ns])
             self.poses.append(Pose(sent, time.monotonic(), error))
+
+    def _on_filtered(self, pose: PoseWithCovarianceStamped) -> None:
+        truth = self._truth.get(Time.from_msg(pose.header.stamp).nanoseconds)
+        if truth is not None:
+            place = pose.pose.pose.position
+            self.filtered.append(math.dist((place.x, place.y), truth))
 
     def _on_diagnostics(self, report: DiagnosticArray) -> None:
         super()._on_diagnostics(report)
@@ -255,6 +284,13 @@ def bad_checkpoint(rig: Rig) -> Iterator[None]:
 
 
 @contextmanager
+def shadowed(rig: Rig) -> Iterator[None]:
+    rig.set_parameter("shadow_checkpoint", str(rig.folder / "other.safetensors"))
+    yield
+    rig.set_parameter("shadow_checkpoint", "")
+
+
+@contextmanager
 def deactivated(rig: Rig) -> Iterator[None]:
     rig.change_state(Transition.TRANSITION_DEACTIVATE)
     yield
@@ -342,6 +378,7 @@ FAULTS = {
     "tiles truncated": Fault(tile_server("truncated"), "frames_rejected/map_unavailable", patience_s=60.0),
     "good checkpoint": Fault(good_checkpoint, "checkpoint", patience_s=10.0),
     "bad checkpoint": Fault(bad_checkpoint, "checkpoint_refused", patience_s=10.0),
+    "candidate in the shadow": Fault(shadowed, "shadow", patience_s=10.0),
     "subscriber storm": Fault(subscriber_storm, ""),
     "deactivated": Fault(deactivated, "not active"),
 }
@@ -488,8 +525,11 @@ def main() -> int:
     parser.add_argument("--rate", type=float, default=5.0, help="frames per second")
     parser.add_argument("--wrong", type=float, default=20.0, help="metres from which on a pose is wrong")
     parser.add_argument("--faults", nargs="*", default=list(FAULTS), choices=list(FAULTS), metavar="FAULT")
+    parser.add_argument("--filter", action="store_true", help="with the filter, which goes on without fixes")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    if arguments.filter:
+        FAULTS["no fixes"] = Fault(gnss_loss, "filter")
     isolate()
     rng = random.Random(arguments.seed)
     with ExitStack() as stack:
@@ -509,6 +549,7 @@ def main() -> int:
             "model": MODEL,
             "datum_lat": datum.lat,
             "datum_lon": datum.lon,
+            "filter": str(arguments.filter).lower(),
         }
         rclpy.init()
         rig = Rig(datum, server, folder, rng)
@@ -543,6 +584,8 @@ def main() -> int:
         "minutes": elapsed / 60.0,
         "images": rig.count,
         "poses": len(rig.poses),
+        "filtered poses": len(rig.filtered),
+        "filtered error, mean, m": sum(rig.filtered) / max(1, len(rig.filtered)),
         "crashed": crashed,
         "exceptions logged": text.count("Traceback") + text.count("internal_error"),
         "CPU, % of one core": 100.0 * used / elapsed,

@@ -99,14 +99,17 @@ class Vehicle(Node):
         self.wait(lambda: self.reports >= seen + 2, 5.0)
         return {key: int(value) for key, value in self.diagnostics.items() if value.isdigit()}
 
+    def set_parameter(self, name: str, text: str) -> Any:
+        """Ask the node for a change of a parameter; the future of its answer."""
+        value = ParameterValue(type=ParameterType.PARAMETER_STRING, string_value=text)
+        return self._set.call_async(SetParameters.Request(parameters=[Parameter(name=name, value=value)]))
+
     def deploy(self, path: Path) -> Any:
         """Ask for another checkpoint, as ``xview-loc deploy`` does; the future of the verdict on it.
 
         Of the two calls the second one answers once the change is made.
         """
-        value = ParameterValue(type=ParameterType.PARAMETER_STRING, string_value=str(path))
-        request = SetParameters.Request(parameters=[Parameter(name="checkpoint", value=value)])
-        self._set.call_async(request)
+        self.set_parameter("checkpoint", str(path))
         return self._reload.call_async(Trigger.Request())
 
     def _on_pose(self, pose: PoseWithCovarianceStamped) -> None:
