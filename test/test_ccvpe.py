@@ -265,6 +265,44 @@ def test_orientation_is_a_unit_field_and_only_on_request(small: CCVPE) -> None:
     torch.testing.assert_close(asked.logits, without.logits, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("name", "prior"),
+    # The first two pad with a reflection, the last with zeros.
+    [("ccvpe-small", 0.0), ("ccvpe-small", None), ("ccvpe-vigor", 0.0)],
+)
+def test_what_is_precomputed_of_a_tile_changes_nothing(name: str, prior: float | None) -> None:
+    model = hashed_model(name).eval()
+    ground, aerial = inputs(model)
+    with torch.inference_mode():
+        features = model.encode_aerial(aerial)
+        plain = model.match(ground, features, prior, orientation=True)
+        ours = model.match(ground, model.precompute(features, orientation=True), prior, orientation=True)
+        # Without the orientation decoder's share that one is computed as ever.
+        half = model.match(ground, model.precompute(features), prior, orientation=True)
+    assert int(ours.logits.argmax()) == int(plain.logits.argmax())
+    for maps in (ours, half):
+        assert relative_error(maps.logits.numpy(), plain.logits.numpy()) < 1e-5
+        assert relative_error(maps.orientation.numpy(), plain.orientation.numpy()) < 1e-5
+        for a, b in zip(maps.levels, plain.levels, strict=True):
+            assert relative_error(a.numpy(), b.numpy()) < 1e-5
+
+
+def test_what_is_precomputed_follows_the_weights_and_goes_with_any_batch() -> None:
+    model = hashed_model("ccvpe-small").eval()
+    ground, aerial = inputs(model)
+    grounds = torch.cat([ground, ground.flip(3)])
+    with torch.inference_mode():
+        features = model.encode_aerial(aerial)
+        first = model.match(grounds, model.precompute(features), 0.0).logits
+        assert relative_error(first.numpy(), model.match(grounds, features, 0.0).logits.numpy()) < 1e-5
+    with torch.no_grad():
+        model.deconv2.weight += 0.1
+    with torch.inference_mode():
+        second = model.match(grounds, model.precompute(features), 0.0).logits
+        assert relative_error(second.numpy(), model.match(grounds, features, 0.0).logits.numpy()) < 1e-5
+    assert relative_error(second.numpy(), first.numpy()) > 1e-3
+
+
 def test_every_weight_receives_a_gradient() -> None:
     model = create_model("ccvpe-small").train()
     assert isinstance(model, CCVPE)

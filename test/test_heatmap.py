@@ -78,7 +78,8 @@ def test_single_pixels_flat_maps_and_saddles_give_a_peak_within_half_a_pixel() -
     assert heat_map.peak == (5.0, 7.0)
     assert heat_map.confidence == pytest.approx(1.0)
     assert heat_map.entropy == pytest.approx(0.0, abs=1e-6)
-    np.testing.assert_allclose(heat_map.covariance(0.3), 0.09 * np.eye(2), atol=1e-9)
+    # A place somewhere in a pixel of a quarter of a metre.
+    np.testing.assert_allclose(heat_map.covariance(0.3), (0.09 + 0.25**2 / 12) * np.eye(2), atol=1e-9)
     flat = HeatMap.from_logits(np.zeros((16, 16)), HeatMapGrid(), make_tile(16))
     assert flat.peak == (0.0, 0.0)
     assert flat.entropy == pytest.approx(math.log(256), rel=1e-5)

@@ -1,6 +1,8 @@
 """From observations to poses, with models whose heat map is known; lever arms; the overlay."""
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -11,7 +13,6 @@ from xview_loc.camera import CameraModel, ImageError
 from xview_loc.geodesy import LocalProjection, wrap_angle
 from xview_loc.imagery import AerialMap, AerialTile, NoImageryError
 from xview_loc.localizer import (
-    TILES_ENCODED,
     FixOutsideTileError,
     HeadingRequiredError,
     IntrinsicsRequiredError,
@@ -56,6 +57,18 @@ class PaintedMap(AerialMap):
             near = np.maximum(abs(rows - row), abs(cols - col)) * gsd <= 1.5
             tile.image[near] = (255, 0, 0)
         return tile
+
+
+@dataclass
+class Kept:
+    """What a model keeps of a tile, with something that takes memory."""
+
+    row: float
+    col: float
+    more: dict
+
+    def __iter__(self) -> Iterator[float]:
+        return iter((self.row, self.col))
 
 
 class FindsRed(CrossViewModel):
@@ -222,10 +235,17 @@ def test_the_tiles_features_are_computed_once_and_forgotten_after_a_while() -> N
     for metres in (0.0, 1.0, 2.0):
         localizer.localize(Observation(IMAGE, *place(metres, 0.0), heading=0.0))
     assert model.encoded == aerial_map.cuts == 1
-    for step in range(1, TILES_ENCODED + 2):
+    # As if each tile took a third of a megabyte, of which there is one.
+    big = torch.zeros(333_333 // 4)
+    model = FindsRed()
+    model.precompute = lambda features, orientation: Kept(*features, {"more": (big,)})
+    localizer = make_localizer(aerial_map, model, features_mb=1.0)
+    for step in range(4):
         localizer.localize(Observation(IMAGE, *place(16.0 * step, 0.0), heading=0.0))
     encoded = model.encoded
-    assert encoded >= TILES_ENCODED + 1
+    assert encoded == 4
+    localizer.localize(Observation(IMAGE, *place(16.0, 0.0), heading=0.0))
+    assert model.encoded == encoded
     localizer.localize(Observation(IMAGE, LAT, LON, heading=0.0))
     assert model.encoded == encoded + 1
 

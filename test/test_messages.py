@@ -103,7 +103,7 @@ def test_heat_map_cells_lie_where_their_pixels_do(datum, rotation):
     probability = np.zeros((16, 20), np.float32)
     probability[3, 11] = 0.8
     probability[10, 2] = 0.2
-    heat_map = HeatMap(probability, HeatMapGrid(2.0, (5.0, 9.0)), tile)
+    heat_map = HeatMap(probability, HeatMapGrid(2.0, (5.0, 9.0)), tile, None, probability.size, 1.0)
     plane = LocalProjection(*datum)
     grid = messages.heat_map_message(HEADER, heat_map, plane)
     cells = np.array(grid.data).reshape(grid.info.height, grid.info.width)

@@ -145,7 +145,7 @@ def test_without_images_the_covariance_grows_as_the_error_may() -> None:
     assert vehicle.errors[-1] < 3.0 * vehicle.sigmas[-1]
 
 
-def test_a_fix_that_contradicts_is_not_believed_while_images_do_not_support_it() -> None:
+def test_a_fix_that_contradicts_is_not_believed_while_images_support_the_belief() -> None:
     vehicle = Vehicle()
     for moment in drive(15.0):
         vehicle.see(moment)

@@ -95,7 +95,7 @@ class BeliefGrid:
         ``plane`` is the one that the grid lies in; ``offset`` (x, y) is from the thing to the camera, metres.
         Cells outside the map get 0.
         """
-        pixels = heat_map.probability * float(np.count_nonzero(heat_map.probability))
+        pixels = heat_map.probability * float(heat_map.searched)
         # Area averages first where several pixels fall into a cell.
         step = max(1, round(self.cell_m / heat_map.metres_per_pixel))
         height, width = (side // step for side in pixels.shape)

@@ -171,14 +171,16 @@ def evaluate(
     *,
     batch_size: int = 1,
     workers: int = 0,
+    every: int = 1,
     on_batch: Callable[[int], object] = lambda samples: None,
     on_heat_map: Callable[[HeatMap, tuple[float, float]], object] = lambda heat_map, truth: None,
 ) -> PoseErrors:
-    """Match every sample of ``dataset``, with no search disc, and compare with its true pose.
+    """Match the samples of ``dataset``, with no search disc, and compare with its true pose.
 
     ``heading_prior_deg`` is what :meth:`CrossViewModel.match` takes; a model with an orientation field is
     asked for it unless the prior is 0. The model stays on its device; with ``batch_size`` 1 the times are
-    latencies. ``on_batch`` is called with each batch's number of samples, ``on_heat_map`` with
+    latencies. ``every`` n-th sample alone is
+    matched. ``on_batch`` is called with each batch's number of samples, ``on_heat_map`` with
     each sample's heat map and the true (lat, lon) on its tile, wherever that tile is said to lie.
     Raises DatasetError for a sample that cannot be had, EvaluationError for heat maps that are not finite
     and for an empty dataset.
@@ -189,7 +191,9 @@ def evaluate(
     orientation = model.spec.bins > 0 and heading_prior_deg != 0
     model.eval()
     rows: list[dict[str, float]] = []
-    for loaded in clearly(DataLoader(dataset, batch_size, num_workers=workers)):
+    for loaded in clearly(
+        DataLoader(dataset, batch_size, sampler=range(0, len(dataset), every), num_workers=workers)
+    ):
         batch = {name: value.to(device) for name, value in loaded.items()}
         count = len(batch["aerial"])
         extra: dict[str, Any] = {name: batch[name] for name in model.extra_inputs}

@@ -6,7 +6,6 @@ metres and degrees. All (row, col) name pixel centres.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -43,8 +42,8 @@ class HeatMap:
     """Where the camera is likely to be on an aerial tile.
 
     probability: float32 (H, W), sums to 1, zero outside ``search``. grid: where the map lies on the tile.
-    search: the disc it was restricted to, or None. contrast: how far the largest logit in there lies above
-    the mean of the whole map's.
+    search: the disc it was restricted to, or None; ``searched`` is how many pixels that leaves. contrast: how
+    far the largest logit in there lies above the mean of the whole map's.
 
     The position is the sub-pixel maximum. The *winning mode* is every pixel from which always climbing to
     the highest of the eight neighbours, on the map smoothed by ``MODE_SMOOTHING_M``, leads to the summit
@@ -54,8 +53,9 @@ class HeatMap:
     probability: NDArray[np.float32]
     grid: HeatMapGrid
     tile: AerialTile
-    search: SearchDisc | None = None
-    contrast: float = math.nan
+    search: SearchDisc | None
+    searched: int
+    contrast: float
 
     @classmethod
     def from_logits(
@@ -74,9 +74,11 @@ class HeatMap:
         if not np.isfinite(values).all():
             raise HeatMapError("the heat map has values that are not finite")
         mean = float(values.mean(dtype=np.float64))
+        searched = values.size
         if search is not None:
             inside = _disc_mask(values.shape, grid, tile, search)
-            if not inside.any():
+            searched = int(np.count_nonzero(inside))
+            if not searched:
                 raise HeatMapError("the search disc does not touch the heat map")
             values[~inside] = -np.inf
         contrast = float(values.max()) - mean
@@ -84,7 +86,7 @@ class HeatMap:
         values /= calibration.temperature(contrast)
         np.exp(values, out=values)
         values /= values.sum(dtype=np.float64)
-        return cls(values, grid, tile, search, contrast)
+        return cls(values, grid, tile, search, searched, contrast)
 
     @property
     def metres_per_pixel(self) -> float:
@@ -143,7 +145,8 @@ class HeatMap:
     def covariance(self, floor_m: float = 0.0) -> NDArray[np.float64]:
         """2x2 covariance in ENU axes, m^2: second moment of the heat map about its peak + floor^2 I.
 
-        Of the whole map, so that other modes than the winning one make it large.
+        Of the whole map, so that other modes than the winning one make it large, and not less than that of a
+        place somewhere in a pixel.
         """
         rows, cols = np.nonzero(self.probability)
         weight = self.probability[rows, cols].astype(np.float64)
@@ -151,7 +154,7 @@ class HeatMap:
         peak_east, peak_north = self.to_enu(*self.peak)
         offsets = np.stack([east - peak_east, north - peak_north])
         moment = (offsets * weight) @ offsets.T / weight.sum()
-        return moment + floor_m**2 * np.eye(2)
+        return moment + (floor_m**2 + self.metres_per_pixel**2 / 12.0) * np.eye(2)
 
     @property
     def entropy(self) -> float:

@@ -16,6 +16,7 @@ from xview_loc.odometry import VelocitySample
 
 # A direction nothing is known about: the variance of the uniform distribution on the circle.
 _UNIFORM_STD = math.pi / math.sqrt(3.0)
+_LEAST_FIX_VARIANCE = 0.01**2
 _COVARIANCE_UNKNOWN = 0  # sensor_msgs/NavSatFix.COVARIANCE_TYPE_UNKNOWN
 
 
@@ -90,13 +91,18 @@ def fix_from_navsat(message: Any, min_status: int, max_sigma_m: float) -> GnssFi
     if message.position_covariance_type != _COVARIANCE_UNKNOWN:
         covariance = np.array(message.position_covariance, float).reshape(3, 3)
         horizontal = covariance[:2, :2]
-        if not np.isfinite(horizontal).all() or (np.diag(horizontal) < 0).any():
-            raise RejectedInput("fix_covariance", "fix has a covariance that is not one")
+        if not np.isfinite(horizontal).all():
+            raise RejectedInput("fix_covariance", "fix has a covariance that is not finite")
+        least, largest = (float(v) for v in np.linalg.eigvalsh(horizontal))
+        if least < -1e-6 * abs(largest):
+            raise RejectedInput("fix_covariance", "fix has a covariance that is not positive definite")
         if not horizontal.any():
             covariance = None
-        elif max_sigma_m > 0:
-            sigma = math.sqrt(max(0.0, float(np.linalg.eigvalsh(horizontal)[-1])))
-            if sigma > max_sigma_m:
+        else:
+            # No receiver is surer than a centimetre, in any direction.
+            horizontal += max(0.0, _LEAST_FIX_VARIANCE - least) * np.eye(2)
+            sigma = math.sqrt(largest)
+            if 0 < max_sigma_m < sigma:
                 raise RejectedInput("fix_sigma", f"fix sigma {sigma:.1f} m is above {max_sigma_m:g} m")
     altitude = message.altitude if math.isfinite(message.altitude) else 0.0
     return GnssFix(stamp_ns(message), lat, lon, altitude, covariance)

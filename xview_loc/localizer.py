@@ -11,7 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -34,7 +34,6 @@ MIN_SEARCH_M = 5.0
 HEADING_STD_FLOOR = math.radians(2.0)
 # Variance of a heading nothing is known of (uniform over the circle), rad^2.
 UNKNOWN_HEADING_VARIANCE = math.pi**2 / 3.0
-TILES_ENCODED = 8
 
 
 class LocalizationError(Exception):
@@ -121,6 +120,8 @@ class Localizer:
     whole tile where it has no covariance), or None for no limit. A disc never reaches beyond the heat map.
     Tiles of which less than ``min_valid_fraction`` has imagery are refused. Probabilities and covariances
     are those of the model's calibration; ``covariance_floor_m`` stands in for that of the calibration.
+    What the model keeps of tiles takes at most ``features_mb`` of memory (one tile's at least);
+    ``precompute`` makes that much more, and every image of a tile that comes again faster.
     Raises ValueError where tiles, model and heading prior do not go together.
     """
 
@@ -134,6 +135,8 @@ class Localizer:
         min_valid_fraction: float = 0.9,
         covariance_floor_m: float | None = None,
         device: str | torch.device = "cpu",
+        features_mb: float = 256.0,
+        precompute: bool = True,
     ) -> None:
         spec = model.spec
         if tiles.size_px != required_tile_px(spec) or not math.isclose(tiles.gsd, spec.gsd, rel_tol=1e-6):
@@ -148,15 +151,19 @@ class Localizer:
         self.spec = spec
         self._tiles = tiles
         self._device = torch.device(device)
+        # Convolutions on the CPU are fastest with the channels last.
         self._model = model.to(self._device).eval()
+        self._model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._heading_prior_deg = heading_prior_deg
         self._search_radius_m = search_radius_m
         self._min_valid_fraction = min_valid_fraction
         self._calibration = model.calibration
         if covariance_floor_m is not None:
             self._calibration = replace(model.calibration, floor_m=covariance_floor_m)
-        # By the tile's key: the tile and what the model keeps of it.
+        # By the tile's key: the tile and what the model keeps of it, the one used last at the end.
         self._features: OrderedDict[str, tuple[AerialTile, Any]] = OrderedDict()
+        self._features_mb = features_mb
+        self._precompute = precompute
         # A turned panorama faces north up to the prior; any other image leaves all bins open.
         self._turns_image = spec.camera == "panorama" and heading_prior_deg is not None
         self._needs_heading = self._turns_image or spec.aerial_up == "left" or heading_prior_deg == 0
@@ -248,17 +255,22 @@ class Localizer:
     def _ground(self, observation: Observation) -> Tensor:
         heading = observation.heading if self._turns_image else None
         ground = prepare_ground(observation.image, self.spec, heading=heading, camera=observation.camera)
-        return ground.to(self._device)
+        return ground.to(self._device, memory_format=torch.channels_last)
 
     def _encode(self, tile: AerialTile) -> Any:
         keep = self.spec.aerial_up == "north"  # a tile turned to the heading hardly ever comes again
         if keep and tile.key in self._features:
             self._features.move_to_end(tile.key)
             return self._features[tile.key][1]
-        features = self._model.encode_aerial(normalise(tile.image).to(self._device))
+        aerial = normalise(tile.image).to(self._device, memory_format=torch.channels_last)
+        features = self._model.encode_aerial(aerial)
         if keep:
+            if self._precompute:
+                features = self._model.precompute(features, orientation=self._heading_prior_deg != 0)
             self._features[tile.key] = (tile, features)
-            if len(self._features) > TILES_ENCODED:
+            # The tiles of a model are all of one size.
+            room = max(1, int(self._features_mb / max(_megabytes(features), 1e-3)))
+            while len(self._features) > room:
                 self._features.popitem(last=False)
         return features
 
@@ -321,6 +333,17 @@ class Localizer:
         nominal = observation.heading if self._turns_image else math.pi / 2.0
         assert nominal is not None
         return wrap_angle(nominal + angle), variance
+
+
+def _megabytes(features: Any) -> float:
+    """Memory of all tensors in nested dataclasses, dictionaries and sequences."""
+    if isinstance(features, Tensor):
+        return features.numel() * features.element_size() / 1e6
+    if is_dataclass(features):
+        features = [getattr(features, f.name) for f in fields(features)]
+    if isinstance(features, dict):
+        features = list(features.values())
+    return sum(map(_megabytes, features)) if isinstance(features, (list, tuple)) else 0.0
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from xview_loc.belief import BeliefGrid
 from xview_loc.calibration import mahalanobis
 from xview_loc.geodesy import LocalProjection, wrap_angle
 from xview_loc.input_sync import NS, GnssFix, HeadingSample
-from xview_loc.localizer import PoseEstimate
+from xview_loc.localizer import SEARCH_SIGMAS, PoseEstimate
 from xview_loc.mounting import Mounting, in_enu, moved
 from xview_loc.odometry import Motion, Odometry
 
@@ -29,6 +29,7 @@ _FIX_VARIANCE = 15.0**2
 # Around a place of its own it looks this much further than it is uncertain, m^2: or it would never find out
 # that it is wrong.
 _SEARCH_VARIANCE = 10.0**2
+_UNKNOWN_ALTITUDE = 1e6
 # A receiver's errors change so slowly that a fix is news only after so many seconds.
 _FIX_CORRELATION_S = 30.0
 # A fix so many standard deviations off is not believed ...
@@ -40,7 +41,9 @@ _LOST_AFTER_S = 20.0
 _SUPPORT, _SUPPORT_IMAGES = math.log(2.0), 10
 # What a fix says of places far from it: not that they are impossible.
 _LEAST_LIKELIHOOD = np.float32(1e-4)
-# A belief spread wider than this (metres, standard deviation) is worth nothing.
+# A heading's error stays the same over about so many metres.
+_HEADING_CORRELATION_M = 100.0
+# A belief spread wider than this (metres, standard deviation) is worth nothing, and would not fit its grid.
 _WIDEST_M = 25.0
 # Variance of a yaw: added per second with odometry and without, rad^2 / s; nothing is known, rad^2; an
 # image's, at least, rad^2.
@@ -59,7 +62,7 @@ class FilterOptions:
     """
 
     outlier: float = 0.1
-    drift_m: float = 3.0
+    drift_m: float = 2.0
     decorrelation_m: float = 10.0
 
 
@@ -148,7 +151,7 @@ class PositionFilter:
         if pose is None:
             return None
         lat, lon = moved(pose.lat, pose.lon, mounting.antenna, pose.heading or 0.0)
-        covariance = np.eye(3) * _SEARCH_VARIANCE
+        covariance = np.diag([_SEARCH_VARIANCE, _SEARCH_VARIANCE, _UNKNOWN_ALTITUDE])
         covariance[:2, :2] += pose.covariance
         return GnssFix(stamp_ns, lat, lon, self._altitude, covariance)
 
@@ -197,15 +200,22 @@ class PositionFilter:
         if self._belief is None:
             return
         if motion is None or self._yaw is None:
-            self._belief.move(np.zeros(2), _UNSEEN_MOTION * seconds)
+            self._spread(np.zeros(2), _UNSEEN_MOTION * seconds)
             self._driven = math.inf
         else:
             step = in_enu((motion.forward, motion.left), self._yaw - motion.turn)
-            variance = self._options.drift_m**2 * motion.length / 100.0
-            variance += motion.length**2 * min(self._yaw_variance, 1.0) / 2.0
-            self._belief.move(np.array(step), variance)
+            rate = self._options.drift_m**2 / 100.0
+            # A heading's error is the same for a while, so it adds up along the way, whatever the image rate.
+            rate += _HEADING_CORRELATION_M * min(self._yaw_variance, 1.0) / 2.0
+            self._spread(np.array(step), rate * motion.length)
             self._driven += motion.length
-        if math.sqrt(self._belief.covariance.trace() / 2.0) > _WIDEST_M:
+
+    def _spread(self, step: Array, variance: float) -> None:
+        """Move the belief; forget it where it is worth nothing."""
+        assert self._belief is not None
+        if variance < _WIDEST_M**2:
+            self._belief.move(step, variance)
+        if variance >= _WIDEST_M**2 or self._belief.covariance.trace() / 2.0 > _WIDEST_M**2:
             self._belief = None
 
     def _believes(self, fix: GnssFix, mounting: Mounting) -> bool:
@@ -215,15 +225,20 @@ class PositionFilter:
         covariance = np.eye(2) * _FIX_VARIANCE if fix.covariance is None else fix.covariance[:2, :2]
         if self._belief is not None:
             offset = place - self._belief.mean
+            # At least a cell wide, or a precise fix would fall between the cells.
+            covariance = covariance + self._belief.cell_m**2 * np.eye(2)
             far = mahalanobis(offset, covariance + self._belief.covariance) > _FIX_SIGMAS
             if not far:
                 weight = min(1.0, (self._stamp_ns - self._fix_ns) / NS / _FIX_CORRELATION_S)
                 likelihood = self._belief.normal_likelihood(place, covariance)
                 self._belief.multiply(np.maximum(likelihood, _LEAST_LIKELIHOOD), weight)
                 self._fix_ns = self._trusted_ns = self._stamp_ns
-                return True
+                # Where the search about it would not reach our own place, that is the better one to look at.
+                return mahalanobis(offset, covariance) <= SEARCH_SIGMAS
             if (self._stamp_ns - self._trusted_ns) / NS <= _LOST_AFTER_S:
                 return False
+        if covariance.trace() / 2.0 > _WIDEST_M**2:
+            return True  # too coarse to begin with, and better than nothing to look at
         self._belief = BeliefGrid.normal(place, covariance)
         self._fix_ns = self._trusted_ns = self._stamp_ns
         self._driven, self._support = math.inf, 0.0

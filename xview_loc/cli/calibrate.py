@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.progress import track
@@ -11,9 +11,6 @@ from rich.progress import track
 from xview_loc.cli.console import UsageError, console
 from xview_loc.cli.drives import simulated_drive
 from xview_loc.cli.evaluate import Benchmark, Heading, open_benchmark
-
-if TYPE_CHECKING:
-    from xview_loc.heatmap import HeatMap
 
 
 def calibrate(
@@ -27,12 +24,13 @@ def calibrate(
     dataset: Annotated[Benchmark | None, typer.Option(help="A benchmark instead of drives.")] = None,
     root: Annotated[Path | None, typer.Option(help="The benchmark's folder.")] = None,
     split: Annotated[str, typer.Option(help="The benchmark's split.")] = "test",
+    samples: Annotated[int, typer.Option(min=200, help="Of the benchmark, evenly chosen.")] = 1500,
 ) -> None:
     """Fit temperature and floor on frames with known places; the weights stay as they are.
 
     Use frames of the kind that the model was trained on, but not these themselves.
     """
-    from xview_loc.calibration import fit_calibration
+    from xview_loc.calibration import CalibrationFrame, fit_calibration
     from xview_loc.datasets.simulated import parse_cities
     from xview_loc.evaluation import evaluate, localize_each
     from xview_loc.models.base import Calibration
@@ -43,25 +41,33 @@ def calibrate(
     if net.spec.bins == 0 and heading is Heading.unknown:
         raise UsageError(f"{net.spec.name} needs a known heading")
     net.calibration = Calibration(None, 0.0)
-    maps: list[tuple[HeatMap, tuple[float, float]]] = []
+    known = heading is Heading.known
+    kept: list[CalibrationFrame] = []
     if dataset is not None:
         if root is None:
             raise UsageError(f"--dataset {dataset.value} needs --root, the folder that holds it")
-        name = f"{dataset.value}:{root}:{split}"
-        data, prior = open_benchmark(net, name, heading)
-        evaluate(net, data, prior, on_heat_map=lambda *pair: maps.append(pair))
-        frames_from = f"{dataset.value}:{split}"
+        data, prior = open_benchmark(net, f"{dataset.value}:{root}:{split}", heading)
+        evaluate(
+            net,
+            data,
+            prior,
+            every=max(1, len(data) // samples),
+            on_heat_map=lambda *pair: kept.append(CalibrationFrame.of(*pair)),
+        )
+        frames_from = f"{dataset.value}:{split}:{len(kept)}"
     else:
         for seed in track(parse_cities(cities), "cities", console=console, transient=True):
-            with simulated_drive(net, style, seed, frames, heading is Heading.known) as (localizer, seen):
-                maps += [(pose.heat_map, truth) for pose, truth in localize_each(localizer, seen)]
+            with simulated_drive(net, style, seed, frames, known) as (localizer, seen):
+                kept += [
+                    CalibrationFrame.of(p.heat_map, truth) for p, truth in localize_each(localizer, seen)
+                ]
         frames_from = f"simulated:{style}:{cities}:{frames}"
-    net.calibration = fit_calibration(maps)
+    net.calibration = fit_calibration(kept)
     metadata = {**loaded.metadata, "calibrated_on": {"frames": frames_from, "heading": heading.value}}
     sha256 = save_checkpoint(net, out, metadata)
     fitted = f"contrast {net.calibration.contrast:.2f}, floor {net.calibration.floor_m:.2f} m"
     console.print(
-        f"{len(maps)} frames: {fitted}; wrote {out} (sha256 {sha256[:12]})",
+        f"{len(kept)} frames: {fitted}; wrote {out} (sha256 {sha256[:12]})",
         highlight=False,
         soft_wrap=True,
     )

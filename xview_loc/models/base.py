@@ -167,6 +167,14 @@ class CrossViewModel(nn.Module):
         """Everything that depends on the tile alone; ``aerial`` is (B, 3, S, S), normalised."""
         raise NotImplementedError
 
+    def precompute(self, features: Any, *, orientation: bool = False) -> Any:
+        """``features`` with all that :meth:`match` would do anew for every image of the tile, done once.
+
+        Worth its time and memory where a tile is matched more than once. The same results but for rounding;
+        for inference alone. ``orientation``: for matches that ask for the orientation field as well.
+        """
+        return features
+
     def match(
         self,
         ground: Tensor,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -105,10 +105,54 @@ CONFIGS = {
 
 @dataclass(frozen=True)
 class AerialFeatures:
-    """What CCVPE keeps of a tile: its coarse descriptors (B, C, h, w) and the decoders' skip features."""
+    """What CCVPE keeps of a tile: its coarse descriptors (B, C, h, w) and the decoders' skip features.
+
+    shares: by a decoder's suffix, the tile's share of the first convolution of each of its stages but the
+    last, where :meth:`CCVPE.precompute` has been at work.
+    """
 
     descriptors: Tensor
     skips: tuple[Tensor, ...]
+    shares: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Fused:
+    """A decoder's transposed convolutions merged with the convolutions after them.
+
+    kernels: (C, C', 4, 4), one for each stage. last: the share of the last stage, which has no skip features,
+    in its first convolution (1, C, S, S).
+    """
+
+    kernels: tuple[Tensor, ...]
+    last: Tensor
+
+
+class _Stage(NamedTuple):
+    """One stage of a decoder: its transposed convolution, the first convolution after it, and the rest."""
+
+    up: nn.ConvTranspose2d
+    conv: nn.Conv2d
+    rest: nn.Sequential
+
+    def nothing(self, size: tuple[int, ...]) -> Tensor:
+        """What the transposed convolution gives of zeros: its bias everywhere, (1, C, *size)."""
+        assert self.up.bias is not None
+        return self.up.bias[None, :, None, None].expand(1, -1, *size)
+
+    def merged_kernel(self) -> Tensor:
+        """(C, C', 4, 4), of the transposed convolution and the share of the convolution that is over it.
+
+        Tap t is made of all pairs of taps k and e of the two with t = k + 2 - e.
+        """
+        own = self.conv.weight[:, : self.up.out_channels]
+        kernel = F.conv2d(self.up.weight, own, padding=2)
+        return kernel.contiguous(memory_format=torch.channels_last)
+
+    def versions(self) -> tuple[int, ...]:
+        """Other ones whenever the weights of the two are."""
+        weights = (self.up.weight, self.up.bias, self.conv.weight, self.conv.bias)
+        return tuple(v for w in weights if w is not None for v in (w.data_ptr(), w._version))
 
 
 class _ColumnsFirst(nn.Module):
@@ -142,6 +186,8 @@ class CCVPE(CrossViewModel):
             nn.Flatten(), nn.Linear(features * config.cell**2, config.satellite_descriptor)
         )
         self._add_decoder("", 1, config.up, config.conv, skip_channels, extra=1, outputs=1)
+        # What is made of a decoder's weights, with the versions of those weights.
+        self._fused: dict[str, tuple[tuple[int, ...], _Fused]] = {}
         self._add_decoder(
             "_ori", config.spec.bins, config.up_orientation, config.conv_orientation, skip_channels, 0, 2
         )
@@ -198,6 +244,50 @@ class CCVPE(CrossViewModel):
         descriptors = self.sat_feature_to_descriptors(cells)
         descriptors = descriptors.reshape(batch, rows // cell, cols // cell, -1).permute(0, 3, 1, 2)
         return AerialFeatures(descriptors.contiguous(), tuple(skips))
+
+    def precompute(self, features: AerialFeatures, *, orientation: bool = False) -> AerialFeatures:
+        """See :meth:`CrossViewModel.precompute`.
+
+        Convolutions are linear: the first one after a concatenation is the sum of one over the skip features,
+        which is the tile's, and one over what comes from below. The latter merges with the transposed
+        convolution before it, linear as well, into one of 4 x 4. At the coarsest level all but the scores is
+        the tile's.
+        """
+        shares = {"": self._shares("", 1, features)}
+        if orientation:
+            shares["_ori"] = self._shares("_ori", self.spec.bins, features)
+        return replace(features, shares=shares)
+
+    def _shares(self, suffix: str, scores: int, features: AerialFeatures) -> tuple[Tensor, ...]:
+        x = _unit(features.descriptors)
+        nothing = x.new_zeros(x.shape[0], scores, *x.shape[2:])
+        shares = []
+        for level, skip in enumerate(features.skips):
+            stage = self._stage(level, suffix)
+            below = stage.up(_join(nothing, x)) if level == 0 else stage.nothing(skip.shape[2:])
+            shares.append(stage.conv(_join(below, skip)).contiguous(memory_format=torch.channels_last))
+        return tuple(shares)
+
+    def _fuse(self, suffix: str) -> _Fused:
+        """Of the decoder's weights as they are now."""
+        stages = [self._stage(level, suffix) for level in range(self._levels)]
+        versions = tuple(v for stage in stages for v in stage.versions())
+        known = self._fused.get(suffix)
+        if known is None or known[0] != versions:
+            size = self.spec.aerial_size
+            last = stages[-1].conv(stages[-1].nothing((size, size)))
+            fused = _Fused(
+                tuple(stage.merged_kernel() for stage in stages),
+                last.contiguous(memory_format=torch.channels_last),
+            )
+            known = self._fused[suffix] = versions, fused
+        return known[1]
+
+    def _stage(self, level: int, suffix: str) -> _Stage:
+        number = self._levels - level
+        up = cast(nn.ConvTranspose2d, self.get_submodule(f"deconv{number}{suffix}"))
+        convs = cast(nn.Sequential, self.get_submodule(f"conv{number}{suffix}"))
+        return _Stage(up, cast(nn.Conv2d, convs[0]), cast(nn.Sequential, convs[1:]))
 
     def encode_ground(self, ground: Tensor) -> list[Tensor]:
         """Unit descriptors (B, columns * channels), one per level, of images (B, 3, h, w), normalised.
@@ -298,13 +388,32 @@ class CCVPE(CrossViewModel):
         self, level: int, suffix: str, scores: Tensor | None, x: Tensor, features: AerialFeatures
     ) -> Tensor:
         """One decoder stage: scores and features to the next level's features, of twice the side."""
-        number = self._levels - level
+        stage = self._stage(level, suffix)
+        shares = features.shares.get(suffix)
+        if shares is not None:
+            fused = self._fuse(suffix)
+            kernel = fused.kernels[level]
+            if level == 0:
+                assert scores is not None
+                x, kernel = scores, kernel[: scores.shape[1]]
+            elif scores is not None:
+                x = _join(scores, x)
+            share = shares[level] if level < len(shares) else fused.last
+            return cast(Tensor, stage.rest(share + self._merged(x, kernel)))
         if scores is not None:
             x = _join(scores, x)
-        x = self.get_submodule(f"deconv{number}{suffix}")(x)
+        x = stage.up(x)
         if level < len(features.skips):
             x = _join(x, features.skips[level])
-        return self.get_submodule(f"conv{number}{suffix}")(x)
+        return cast(Tensor, stage.rest(stage.conv(x)))
+
+    def _merged(self, x: Tensor, kernel: Tensor) -> Tensor:
+        """A transposed convolution and the convolution over it, without biases."""
+        if self._config.padding == "zeros":
+            return F.conv_transpose2d(x, kernel, stride=2, padding=1)
+        # Doubled by the transposed convolution, a reflected border is a repeated one.
+        x = F.pad(x, (1, 1, 1, 1), mode="replicate")
+        return F.conv_transpose2d(x, kernel, stride=2, padding=3)
 
     def _orientation(self, descriptor: Tensor, features: AerialFeatures) -> Tensor:
         """The orientation decoder's unit (cos, sin) field (B, 2, S, S)."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -73,7 +74,8 @@ class _SameConv2d(nn.Conv2d):
         # which the convolution does by itself. Padding the image instead copies it (several times slower).
         weight = F.pad(self.weight, (1, 0, 1, 0)) if self._uneven else self.weight
         if self._wraps:
-            x = F.pad(x, (self._margin, self._margin, 0, 0), mode="circular")
+            # Many times faster than F.pad, which copies piece by piece.
+            x = torch.cat([x[..., -self._margin :], x, x[..., : self._margin]], 3)
             return F.conv2d(x, weight, None, self.stride, (self._margin, 0), 1, self.groups)
         return self._conv_forward(x, weight, None)
 
@@ -106,9 +108,14 @@ class _Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = F.silu(self._bn0(self._expand_conv(x))) if self._expands else x
         y = F.silu(self._bn1(self._depthwise_conv(y)))
-        gate = self._se_expand(F.silu(self._se_reduce(y.mean((2, 3), keepdim=True))))
-        y = self._bn2(self._project_conv(y * gate.sigmoid()))
+        y = self._bn2(self._project_conv(y * self._gate(y)))
         return x + y if self._residual else y
+
+    def _gate(self, y: Tensor) -> Tensor:
+        """The squeeze and excitation (B, C, 1, 1); PyTorch has no fast 1x1 convolution of a single pixel."""
+        reduce, expand = self._se_reduce, self._se_expand
+        squeezed = F.silu(F.linear(y.mean((2, 3)), reduce.weight.flatten(1), reduce.bias))
+        return F.linear(squeezed, expand.weight.flatten(1), expand.bias).sigmoid()[..., None, None]
 
 
 class EfficientNet(nn.Module):

@@ -152,7 +152,7 @@ LOCALIZER: tuple[Parameter, ...] = (
     ),
     P(
         "filter_drift_m",
-        3.0,
+        2.0,
         "Filter: standard deviation of the odometry's error after 100 m, metres.",
         (0.01, 100.0),
     ),
