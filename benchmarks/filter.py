@@ -34,7 +34,7 @@ from xview_loc.calibration import coverage, mahalanobis
 from xview_loc.camera import Image
 from xview_loc.evaluation import Errors, distance_m
 from xview_loc.geodesy import LocalProjection
-from xview_loc.imagery import AerialMap
+from xview_loc.imagery import AerialMap, MapError
 from xview_loc.input_sync import GnssFix, HeadingSample
 from xview_loc.localizer import LocalizationError, Localizer, Observation, PoseEstimate, required_tile_px
 from xview_loc.models.base import CrossViewModel
@@ -183,7 +183,7 @@ class Drive:
         estimate: PoseEstimate | None = None
         try:
             estimate = self._localizers[scenario.heading_known].localize(observation)
-        except LocalizationError as error:
+        except (LocalizationError, MapError) as error:
             print(f"frame {i}, {scenario.name}: {error}", file=sys.stderr)
         if at_fix:
             self._at_fix[key] = estimate
