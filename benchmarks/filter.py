@@ -40,7 +40,7 @@ from xview_loc.localizer import LocalizationError, Localizer, Observation, PoseE
 from xview_loc.models.base import CrossViewModel
 from xview_loc.models.checkpoint import load_model
 from xview_loc.mounting import Mounting
-from xview_loc.odometry import VelocitySample
+from xview_loc.odometry import Odometry, VelocitySample
 from xview_loc.position_filter import PositionFilter
 from xview_loc.simulation.city import build_city
 from xview_loc.simulation.drive import DriveOptions, Frame, drive
@@ -125,7 +125,8 @@ class Drive:
 
     def measure(self, scenario: Scenario) -> Series:
         middle, half = len(self._frames) // 2, round(OUTAGE_S * RATE_HZ / 2)
-        position, mounting = PositionFilter(), Mounting()
+        odometry, mounting = Odometry(1.0), Mounting()
+        position = PositionFilter(odometry)
         rows = []
         for i, frame in enumerate(self._frames):
             truth = frame.truth
@@ -137,7 +138,7 @@ class Drive:
             heading = HeadingSample(frame.stamp_ns, frame.heading, frame.heading_std)
 
             started = time.thread_time()
-            position.odometry.add(VelocitySample(frame.stamp_ns, frame.speed, 0.0, frame.yaw_rate))
+            odometry.add(VelocitySample(frame.stamp_ns, frame.speed, 0.0, frame.yaw_rate))
             looked = position.move(
                 frame.stamp_ns,
                 None if outage else fix,

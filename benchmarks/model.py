@@ -1,7 +1,8 @@
 """Milliseconds and memory of the models on this machine: ``python benchmarks/model.py [--json FILE]``.
 
-Columns: encoding the aerial tile; matching one frame against it with known and with unknown heading; both
-with unknown heading and the orientation field; peak resident memory of the process.
+Columns: encoding the aerial tile; what is precomputed of it; matching one frame against it with known and
+with unknown heading, without and with what was precomputed; tile and frame together with unknown heading and
+the orientation field; peak resident memory of the process. As the localizer runs them: channels last.
 """
 
 from __future__ import annotations
@@ -48,22 +49,27 @@ def measure(name: str, threads: int, runs: int, warm_up: int) -> dict[str, float
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    model = create_model(name)
+    model = create_model(name).eval()
+    model.to(memory_format=torch.channels_last)
     spec = model.spec
-    ground = torch.randn(1, 3, *spec.ground_size)
-    aerial = torch.randn(1, 3, spec.aerial_size, spec.aerial_size)
+    ground = torch.randn(1, 3, *spec.ground_size).to(memory_format=torch.channels_last)
+    aerial = torch.randn(1, 3, spec.aerial_size, spec.aerial_size).to(memory_format=torch.channels_last)
 
     def time_of(function: Callable[[], object]) -> float:
         return median_ms(function, runs, warm_up)
 
     with torch.inference_mode():
         features = model.encode_aerial(aerial)
+        ready = model.precompute(features)
         return {
             "model": name,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "encode_aerial_ms": time_of(lambda: model.encode_aerial(aerial)),
+            "precompute_ms": time_of(lambda: model.precompute(features)),
             "match_known_heading_ms": time_of(lambda: model.match(ground, features, 0)),
             "match_unknown_heading_ms": time_of(lambda: model.match(ground, features)),
+            "precomputed_known_heading_ms": time_of(lambda: model.match(ground, ready, 0)),
+            "precomputed_unknown_heading_ms": time_of(lambda: model.match(ground, ready)),
             "forward_with_orientation_ms": time_of(
                 lambda: model.match(ground, model.encode_aerial(aerial), orientation=True)
             ),
@@ -95,8 +101,11 @@ def main() -> None:
     for heading in (
         "weights, M",
         "encode, ms",
+        "precompute, ms",
         "known, ms",
         "unknown, ms",
+        "ready, known, ms",
+        "ready, unknown, ms",
         "all, ms",
         "RSS, MB",
     ):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xview_loc.belief import BeliefGrid
+from xview_loc.belief import BeliefGrid, HeadingBelief
 from xview_loc.geodesy import LocalProjection
 from xview_loc.heatmap import HeatMap
 from xview_loc.imagery import AerialTile
@@ -100,3 +100,25 @@ def test_a_flat_map_says_nothing() -> None:
     likelihood = belief.heat_map_likelihood(flat, plane)
     np.testing.assert_allclose(likelihood, 1.0, rtol=1e-4)
     assert belief.multiply(likelihood) == pytest.approx(1.0, rel=1e-4)
+
+
+def test_a_heading_belief_is_the_kalman_filter_where_it_is_sure() -> None:
+    belief = HeadingBelief()
+    assert belief.variance > math.pi**2 / 3.0
+    belief.multiply(3.0, 0.04, 0.0, 1.0)
+    assert belief.mean == pytest.approx(3.0, abs=0.01) and belief.variance == pytest.approx(0.04, rel=0.03)
+    belief.turn(1.0, 0.02)  # over the seam
+    assert math.remainder(belief.mean - 4.0, 2 * math.pi) == pytest.approx(0.0, abs=0.01)
+    assert belief.variance == pytest.approx(0.06, rel=0.03)
+    belief.multiply(4.3, 0.03, 0.0, 1.0)
+    assert math.remainder(belief.mean - 4.2, 2 * math.pi) == pytest.approx(0.0, abs=0.01)
+    assert belief.variance == pytest.approx(0.02, rel=0.05)
+
+
+def test_wrong_headings_do_not_carry_a_heading_belief_away() -> None:
+    rng = np.random.default_rng(0)
+    belief = HeadingBelief()
+    for _ in range(40):
+        wrong = rng.random() < 0.4
+        belief.multiply(rng.uniform(-3, 3) if wrong else 0.5 + 0.1 * rng.normal(), 0.03, 0.5, 1.0)
+    assert belief.mean == pytest.approx(0.5, abs=0.05)

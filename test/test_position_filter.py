@@ -98,7 +98,10 @@ class Vehicle:
         if looked is not None and image:
             measured = moment.yaw + self.mounting.camera_yaw + math.radians(20.0) * self.rng.normal()
             estimate = SimpleNamespace(
-                heat_map=self.heat_map(moment, looked, wrong), heading=measured, heading_variance=0.1
+                heat_map=self.heat_map(moment, looked, wrong),
+                # A wrong place comes with a wrong heading, as sure of itself as the others.
+                heading=self.rng.uniform(-3.0, 3.0) if wrong else measured,
+                heading_variance=0.1,
             )
             self.filter.observe(estimate, self.mounting, heading)  # type: ignore[arg-type]
         pose = self.filter.pose

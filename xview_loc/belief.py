@@ -15,6 +15,10 @@ Array = NDArray[np.float64]
 Grid = NDArray[np.float32]
 
 
+_ANGLES = 120
+_ANGLE_STEP = 2.0 * math.pi / _ANGLES
+
+
 class BeliefGrid:
     """Probabilities (n, n) of square cells in a plane; row and column grow with y and x, metres.
 
@@ -134,3 +138,41 @@ class BeliefGrid:
             np.float32,
         )
         self.corner = self.corner + np.array([right, up]) * self.cell_m
+
+
+class HeadingBelief:
+    """Probabilities of an angle in cells of three degrees, on a circle that turns along; all alike at first."""
+
+    def __init__(self) -> None:
+        self._probability = np.full(_ANGLES, 1.0 / _ANGLES)
+        self._angle = np.arange(_ANGLES) * _ANGLE_STEP
+
+    @property
+    def mean(self) -> float:
+        """The circular mean, radians."""
+        return float(np.angle(self._resultant))
+
+    @property
+    def variance(self) -> float:
+        """Of the normal distribution that, wrapped around the circle, has this resultant, rad^2."""
+        return -2.0 * math.log(max(abs(self._resultant), 1e-9))
+
+    def turn(self, angle: float, variance: float) -> None:
+        """It turned by ``angle`` radians, give or take ``variance`` rad^2."""
+        self._angle = self._angle + angle
+        # As a diffusion around the circle, exact for any variance.
+        order = np.arange(_ANGLES // 2 + 1)
+        spectrum = np.fft.rfft(self._probability) * np.exp(-(order**2) * variance / 2.0)
+        self._probability = np.maximum(np.fft.irfft(spectrum, _ANGLES), 1e-12)
+
+    def multiply(self, angle: float, variance: float, outlier: float, weight: float) -> None:
+        """Bayes' rule with a measured angle that says nothing in a share ``outlier`` of the cases."""
+        offset = np.angle(np.exp(1j * (self._angle - angle)))
+        peak = math.sqrt(2.0 * math.pi / variance)
+        likelihood = (1.0 - outlier) * peak * np.exp(-(offset**2) / (2.0 * variance)) + outlier
+        self._probability = self._probability * likelihood**weight
+        self._probability /= self._probability.sum()
+
+    @property
+    def _resultant(self) -> complex:
+        return complex(self._probability @ np.exp(1j * self._angle)) / float(self._probability.sum())

@@ -32,6 +32,9 @@ SEARCH_SIGMAS = 3.0
 MIN_SEARCH_M = 5.0
 # What an orientation field's spread within one mode cannot show: the field's own error.
 HEADING_STD_FLOOR = math.radians(2.0)
+# Of the levels' scores of heading bins, those of this one are looked at: the second one, which errs the least
+# on cities that are strange to a model.
+HEADING_LEVEL = 1
 # Variance of a heading nothing is known of (uniform over the circle), rad^2.
 UNKNOWN_HEADING_VARIANCE = math.pi**2 / 3.0
 
@@ -312,7 +315,7 @@ class Localizer:
     def _heading(
         self, observation: Observation, maps: HeatMaps, heat_map: HeatMap
     ) -> tuple[float | None, float]:
-        """(heading, variance) of the camera: from the orientation field, else as it was given."""
+        """(heading, variance) of the camera: of the orientation field or the bins, else as it was given."""
         if maps.orientation is None:
             if observation.heading is None:
                 return None, UNKNOWN_HEADING_VARIANCE
@@ -327,6 +330,13 @@ class Localizer:
         # Variance of the normal distribution that, wrapped around the circle, has this mean resultant.
         variance = -2.0 * math.log(max(resultant, 1e-12)) + HEADING_STD_FLOOR**2
         variance = min(variance, UNKNOWN_HEADING_VARIANCE)
+        if maps.levels[HEADING_LEVEL].shape[1] > 2:
+            # A field that contradicts the bins, which are what finds the place, is not believed.
+            row, col = (torch.tensor([cell], device=self._device) for cell in heat_map.peak_pixel)
+            won = float(self._model.winning_heading(maps, HEADING_LEVEL, row, col)[0])
+            width = 2.0 * math.pi / self.spec.bins
+            if abs(wrap_angle(angle - won)) > width:
+                angle, variance = won, width**2 / 12.0 + HEADING_STD_FLOOR**2
         if self.spec.aerial_up == "left":
             # Clockwise from the tile's top, which faces left of the direction that its columns grow in.
             return wrap_angle(heat_map.tile.rotation + math.pi / 2.0 - angle), variance

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from xview_loc.belief import BeliefGrid
+from xview_loc.belief import BeliefGrid, HeadingBelief
 from xview_loc.calibration import mahalanobis
 from xview_loc.geodesy import LocalProjection, wrap_angle
 from xview_loc.input_sync import NS, GnssFix, HeadingSample
-from xview_loc.localizer import SEARCH_SIGMAS, PoseEstimate
+from xview_loc.localizer import SEARCH_SIGMAS, UNKNOWN_HEADING_VARIANCE, PoseEstimate
 from xview_loc.mounting import Mounting, in_enu, moved
 from xview_loc.odometry import Motion, Odometry
 
@@ -45,11 +45,13 @@ _LEAST_LIKELIHOOD = np.float32(1e-4)
 _HEADING_CORRELATION_M = 100.0
 # A belief spread wider than this (metres, standard deviation) is worth nothing, and would not fit its grid.
 _WIDEST_M = 25.0
-# Variance of a yaw: added per second with odometry and without, rad^2 / s; nothing is known, rad^2; an
-# image's, at least, rad^2.
-_YAW_DRIFT, _UNSEEN_TURN = math.radians(0.5) ** 2, math.radians(20.0) ** 2
-_UNKNOWN_YAW = math.pi**2 / 3.0
+# Variance of a yaw: added per second with odometry and without, rad^2 / s; an image's, at least, rad^2.
+_YAW_DRIFT, _UNSEEN_TURN = math.radians(1.0) ** 2, math.radians(20.0) ** 2
 _LEAST_YAW_VARIANCE = math.radians(10.0) ** 2
+# How often an image's heading says nothing.
+_YAW_OUTLIER = 0.5
+# Below this variance a heading gives a step's direction, rad^2.
+_SURE_YAW = math.radians(15.0) ** 2
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,9 @@ class PositionFilter:
         # Metres since a heat map was multiplied in.
         self._driven = math.inf
         self._support = 0.0
-        self._yaw: float | None = None
-        self._yaw_variance = 0.0
+        self._yaw, self._yaw_variance = 0.0, UNKNOWN_HEADING_VARIANCE
+        # Where no heading is measured: what odometry and images say of it.
+        self._headings = HeadingBelief()
 
     @property
     def started(self) -> bool:
@@ -114,12 +117,13 @@ class PositionFilter:
         convergence = self._convergence()
         cos, sin = math.cos(convergence), math.sin(convergence)
         turn = np.array([[cos, sin], [-sin, cos]])
+        known = self._yaw_variance < UNKNOWN_HEADING_VARIANCE
         return FilteredPose(
             lat,
             lon,
             turn @ self._belief.covariance @ turn.T,
-            None if self._yaw is None else wrap_angle(self._yaw - convergence),
-            self._yaw_variance,
+            wrap_angle(self._yaw - convergence) if known else None,
+            min(self._yaw_variance, UNKNOWN_HEADING_VARIANCE),
             self._stamp_ns,
         )
 
@@ -133,7 +137,8 @@ class PositionFilter:
         on while heat maps do not support the belief either: then the belief starts anew from it.
         """
         if stamp_ns < self._stamp_ns:
-            self._belief = self._plane = self._yaw = None
+            self._belief = self._plane = None
+            self._headings = HeadingBelief()
         if self._plane is None and fix is not None:
             self._plane = LocalProjection(fix.lat, fix.lon)
         if self._plane is None:
@@ -159,12 +164,14 @@ class PositionFilter:
         """What the image at the last stamp shows: its heat map, and its heading where none was measured."""
         if self._belief is None or self._plane is None:
             return
+        weight = min(1.0, self._driven / self._options.decorrelation_m)
         if not heading_measured and estimate.heading is not None:
             yaw = mounting.heading(estimate.heading) + self._convergence()
-            self._blend_yaw(yaw, estimate.heading_variance)
-        weight = min(1.0, self._driven / self._options.decorrelation_m)
+            variance = max(estimate.heading_variance, _LEAST_YAW_VARIANCE)
+            self._headings.multiply(yaw, variance, _YAW_OUTLIER, weight)
+            self._yaw, self._yaw_variance = self._headings.mean, self._headings.variance
         self._driven = 0.0
-        lever = in_enu(mounting.camera, self._yaw or 0.0)
+        lever = in_enu(mounting.camera, self._yaw)
         likelihood = self._belief.heat_map_likelihood(estimate.heat_map, self._plane, lever)
         outlier = self._options.outlier
         evidence = self._belief.multiply((1.0 - outlier) * likelihood + outlier, weight)
@@ -182,32 +189,32 @@ class PositionFilter:
         if heading is not None:
             self._yaw = heading.yaw + self._convergence()
             self._yaw_variance = heading.std**2
-        elif self._yaw is not None:
-            self._yaw += 0.0 if motion is None else motion.turn
-            drift = _UNSEEN_TURN if motion is None else _YAW_DRIFT
-            self._yaw_variance = min(self._yaw_variance + drift * seconds, _UNKNOWN_YAW)
-
-    def _blend_yaw(self, yaw: float, variance: float) -> None:
-        variance = max(variance, _LEAST_YAW_VARIANCE)
-        if self._yaw is None:
-            self._yaw, self._yaw_variance = yaw, variance
+            self._headings = HeadingBelief()
+            self._headings.multiply(self._yaw, max(self._yaw_variance, _LEAST_YAW_VARIANCE), 0.0, 1.0)
             return
-        gain = self._yaw_variance / (self._yaw_variance + variance)
-        self._yaw += gain * wrap_angle(yaw - self._yaw)
-        self._yaw_variance *= 1.0 - gain
+        turn, drift = (0.0, _UNSEEN_TURN) if motion is None else (motion.turn, _YAW_DRIFT)
+        self._headings.turn(turn, drift * seconds)
+        self._yaw, self._yaw_variance = self._headings.mean, self._headings.variance
 
     def _advance(self, motion: Motion | None, seconds: float) -> None:
         if self._belief is None:
             return
-        if motion is None or self._yaw is None:
+        if motion is None:
             self._spread(np.zeros(2), _UNSEEN_MOTION * seconds)
             self._driven = math.inf
         else:
-            step = in_enu((motion.forward, motion.left), self._yaw - motion.turn)
-            rate = self._options.drift_m**2 / 100.0
+            step = np.array(in_enu((motion.forward, motion.left), self._yaw - motion.turn))
             # A heading's error is the same for a while, so it adds up along the way, whatever the image rate.
-            rate += _HEADING_CORRELATION_M * min(self._yaw_variance, 1.0) / 2.0
-            self._spread(np.array(step), rate * motion.length)
+            rate = self._options.drift_m**2 / 100.0
+            if self._yaw_variance < _SURE_YAW:
+                rate += _HEADING_CORRELATION_M * self._yaw_variance / 2.0
+                self._spread(step, rate * motion.length)
+            else:
+                # Hardly known where to: the mean step, and as much as if it were not seen.
+                mean = math.exp(-self._yaw_variance / 2.0)
+                speed = motion.length / max(seconds, 1e-3)
+                unseen = min(_UNSEEN_MOTION, speed**2) * seconds * (1.0 - mean**2)
+                self._spread(mean * step, rate * motion.length + unseen)
             self._driven += motion.length
 
     def _spread(self, step: Array, variance: float) -> None:
@@ -220,7 +227,7 @@ class PositionFilter:
 
     def _believes(self, fix: GnssFix, mounting: Mounting) -> bool:
         assert self._plane is not None
-        antenna = in_enu(mounting.antenna, self._yaw or 0.0)
+        antenna = in_enu(mounting.antenna, self._yaw)
         place = np.array(self._plane.forward(fix.lat, fix.lon)) - antenna
         covariance = np.eye(2) * _FIX_VARIANCE if fix.covariance is None else fix.covariance[:2, :2]
         if self._belief is not None:

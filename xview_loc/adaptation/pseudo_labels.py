@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -206,22 +205,9 @@ def label_batch(
     free = model.match(shown["ground"], features, heading_prior_deg, **extra)
     maps = free.within(batch["fix"], search_radius(batch))
     stray = (free.peak() - batch["fix"]).norm(dim=1) * batch["meters_per_pixel"] / batch["fix_std"]
-    won = _winning_heading(model, maps) - shown["heading"]
+    won = model.winning_heading(maps, -1, *maps.peak_cells()) - shown["heading"]
     heading = torch.where(batch["heading_known"], model.spec.nominal_heading, won)
     return _labels(batch, maps, heading, stray), maps
-
-
-def _winning_heading(model: CrossViewModel, maps: HeatMaps) -> Tensor:
-    """Heading (B,) of the finest level's best bin at the maximum: surer than a field of angles."""
-    scores = maps.levels[-1]
-    count, side = scores.shape[1], scores.shape[2]
-    step = maps.logits.shape[2] // side
-    row, col = (x // step for x in maps.peak_cells())
-    best = scores[torch.arange(len(row)), :, row, col].argmax(1)
-    if count == model.spec.bins:
-        return -2 * math.pi / count * best
-    # A prior leaves the bins about the nominal heading (GGCVT: that one alone).
-    return model.spec.nominal_heading - 2 * math.pi / max(1, model.spec.bins) * (best - count // 2)
 
 
 def _labels(batch: Batch, maps: HeatMaps, heading: Tensor, stray: Tensor) -> PseudoLabels:

@@ -191,6 +191,20 @@ class CrossViewModel(nn.Module):
         """
         raise NotImplementedError
 
+    def winning_heading(self, maps: HeatMaps, level: int, rows: Tensor, cols: Tensor) -> Tensor:
+        """Heading (B,) of a level's best bin at cells ``rows``, ``cols`` (B,) of the finest map, radians.
+
+        In the convention of :attr:`HeatMaps.orientation`; the maps are this model's.
+        """
+        scores = maps.levels[level]
+        count, side = scores.shape[1], scores.shape[2]
+        step = maps.logits.shape[2] // side
+        best = scores[torch.arange(len(rows)), :, rows // step, cols // step].argmax(1)
+        if count == self.spec.bins:
+            return -2 * math.pi / count * best
+        # A prior leaves the bins about the nominal heading (GGCVT: that one alone).
+        return self.spec.nominal_heading - 2 * math.pi / max(1, self.spec.bins) * (best - count // 2)
+
     def match_levels(
         self, ground: Tensor, features: Any, heading_prior_deg: float | None, count: int, **extra: Any
     ) -> list[Tensor]:
