@@ -93,8 +93,8 @@ def test_told_to_end_it_leaves_no_process(tmp_path: Path) -> None:
     assert not processes_that_name(tmp_path)
 
 
-def test_a_refused_student_is_called_refused(tmp_path: Path) -> None:
-    """Errors are of the frames that both drives answered, each compared with itself."""
+def test_the_page_of_a_student_that_is_not_deployed(tmp_path: Path) -> None:
+    """It says so and why; errors are of the frames that both drives answered."""
     aerial = write_geotiff(tmp_path / "map.tif", texture(600, 600), 48.2, 16.37, 0.5, "EPSG:32633")
     plane = LocalProjection(48.2, 16.37)
     tracks = {}

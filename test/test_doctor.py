@@ -18,6 +18,7 @@ import torch
 from map_fixtures import TileServer, texture, write_geotiff, write_mbtiles
 from typer.testing import CliRunner
 
+from xview_loc import doctor as doctor_module
 from xview_loc.cli import app
 from xview_loc.doctor import PACKAGES, PROFILE_VARIABLES
 from xview_loc.models.checkpoint import shipped_checkpoint
@@ -134,6 +135,12 @@ def test_the_packages_are_those_of_the_setup():
     assert {re.match(r"[\w.-]+", text)[0] for text in required} == set(PACKAGES)
 
 
+def test_the_readme_installs_the_packages():
+    """All but those that the ROS distribution brings."""
+    (line,) = re.findall(r"pip install torch\S+ && pip install (.+)", (ROOT / "README.md").read_text())
+    assert {"torch", "numpy", "opencv-python-headless", *line.split()} == set(PACKAGES)
+
+
 def cut_short(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
@@ -239,9 +246,10 @@ def test_an_unknown_model_is_a_failure():
     assert "choose from" in report.text("checkpoint")
 
 
-def test_a_cache_that_cannot_be_written(tif, tmp_path):
-    blocked = tmp_path / "file" / "cache"
-    blocked.parent.write_text("")
+@pytest.mark.parametrize("parent", ["file", "x" * 300])
+def test_a_cache_that_cannot_be_written(tif, tmp_path, parent):
+    blocked = tmp_path / parent / "cache"
+    (tmp_path / "file").write_text("")
     report = doctor("--map", str(tif), "--cache-dir", str(blocked))
     assert report.code == 0, "a file needs no cache"
     assert report.level("tile cache") == "warning" and "map_cache_dir" in report.text("tile cache")
@@ -259,6 +267,15 @@ def test_the_dds_profile(tmp_path):
     report = doctor_process(FASTRTPS_DEFAULT_PROFILES_FILE=str(tmp_path / "none.xml"))
     assert report.code == 1
     assert report.level("dds profile") == "failure" and "none.xml" in report.text("dds profile")
+
+
+def test_a_middleware_that_hangs(monkeypatch):
+    pytest.importorskip("rclpy", reason="ROS 2's Python packages are not installed")
+    monkeypatch.setattr(doctor_module, "_PROBE", "import signal; signal.pause()")
+    monkeypatch.setattr(doctor_module, "PROBE_TIMEOUT_S", 0.1)
+    report = doctor()
+    assert report.code == 1
+    assert report.level("ros") == "failure" and "does not answer" in report.text("ros")
 
 
 def test_a_middleware_that_is_not_there():

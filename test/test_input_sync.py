@@ -122,11 +122,19 @@ def test_no_alarm_between_tall_buildings_at_speed_or_after_a_tunnel():
     assert not any(refused(gate, moved(121.0 + t, 1920.0 + wander[-1] + 45.0 * t)) for t in range(5))
 
 
-def test_a_fix_that_says_how_bad_it_is_may_jump():
+def test_a_fix_that_says_how_bad_it_is_may_jump_and_so_may_the_next():
     gate = JumpGate(40.0)
-    gate.admit(moved(0, 0.0, 40.0))
+    gate.admit(moved(0, 0.0, 10.0))
     assert not refused(gate, moved(1, 160.0, 40.0))
-    assert refused(gate, moved(2, 0.0, 10.0))
+    assert not refused(gate, moved(2, 0.0, 10.0))
+    assert refused(gate, moved(3, 160.0, 10.0))
+
+
+def test_an_honest_outlier_does_not_lock_accurate_fixes_out():
+    gate = JumpGate(40.0)
+    gate.admit(moved(0, 0.0, 3.0))
+    assert not refused(gate, moved(20, 800.0, 200.0))  # at the end of a tunnel, 500 m off
+    assert not any(refused(gate, moved(t, 300.0 + 15.0 * (t - 20), 3.0)) for t in range(21, 40))
 
 
 def test_no_limit_no_refusal():

@@ -468,6 +468,10 @@ def test_fixes_that_jump_are_refused_until_they_stay(aerial, tmp_path):
                 status = b.wait_diagnosis("fix_stale", "fixes jumped")
                 assert status.level == b"\x02"
             assert int(b.value("fix_rejected/fix_jump")) == 4
+            # A late one is late, wherever it is.
+            rig.send_fix(rig.ns - 12_100_000_000, lat=LAT - 0.002)
+            b.wait(lambda: b.value("fix_rejected/stamp_not_newer") == "1", what="the late fix")
+            assert int(b.value("fix_rejected/fix_jump")) == 4
             before = len(rig.poses)
             ns = rig.step(3.0)
             rig.send_fix(ns, lat=there)
@@ -519,7 +523,7 @@ def test_the_filter_goes_on_without_fixes(aerial, tmp_path):
             def frames(count: int, fix: bool) -> None:
                 for _ in range(count):
                     ns = rig.step(0.2)
-                    odom.publish(rig.header(Odometry(), ns))  # it stands still
+                    odom.publish(rig.header(Odometry(child_frame_id="base_link"), ns))  # it stands still
                     if fix:
                         rig.send_fix(ns)
                     rig.send_heading(ns)
@@ -542,6 +546,10 @@ def test_the_filter_goes_on_without_fixes(aerial, tmp_path):
             assert 0.0 < last.covariance[0] < 100.0  # standing, it hardly learns
             yaw = 2.0 * math.atan2(last.pose.orientation.z, last.pose.orientation.w)
             assert yaw == pytest.approx(YAW + DATUM.convergence(LAT, LON), abs=1e-3)
+            odom.publish(rig.header(Odometry(child_frame_id="wheels"), rig.step(0.2)))
+            assert b.wait_diagnosis("odom_frame", "wheels").level == b"\x01"
+            odom.publish(rig.header(Odometry(child_frame_id="base_link"), rig.step(0.2)))
+            b.wait(lambda: "odom_frame" not in b.text(), what="the right frame")
             # Without odometry for so long nothing is known of where it is.
             ns = rig.step(60.0)
             rig.send_heading(ns)

@@ -64,6 +64,7 @@ DRIVERS_USEFUL = ("COG", "JPEG", "PNG", "WEBP", "JP2OpenJPEG")
 MIN_VALID_FRACTION = 0.9
 CODECS = (".png", ".jpg", ".webp")
 TIMED_FRAMES = 5
+PROBE_TIMEOUT_S = 60.0
 _PROBE = "import rclpy; print(rclpy.get_rmw_implementation_identifier())"
 
 
@@ -204,7 +205,14 @@ def _ros() -> Iterator[Finding]:
         yield Finding(Level.warning, "ros", "no rclpy", advice)
         return
     # In a process of its own: where the middleware is missing, loading it ends the process.
-    probe = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True)
+    try:
+        probe = subprocess.run(
+            [sys.executable, "-c", _PROBE], capture_output=True, text=True, timeout=PROBE_TIMEOUT_S
+        )
+    except subprocess.TimeoutExpired:
+        text = f"rclpy does not answer within {PROBE_TIMEOUT_S:g} s"
+        yield Finding(Level.failure, "ros", text, "check RMW_IMPLEMENTATION and the network's set-up")
+        return
     if probe.returncode:
         said = " ".join(probe.stderr.split())[-300:]
         advice = "source the setup.bash of the distribution for this Python; check RMW_IMPLEMENTATION"
@@ -257,9 +265,9 @@ def _cache(options: MapOptions, needed: bool) -> Finding:
     """The folder of downloaded tiles; only tile servers need it."""
     assert options.cache_dir is not None
     existing = options.cache_dir.absolute()
-    while not existing.exists():
-        existing = existing.parent
     try:
+        while not existing.exists():
+            existing = existing.parent
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:

@@ -109,9 +109,13 @@ class History(Generic[S]):
         """Whether this stamp says that time started again."""
         return bool(self._samples) and stamp_ns < self._samples[-1].stamp_ns - RESTART_NS
 
+    def takes(self, stamp_ns: int) -> bool:
+        """Whether a sample of this stamp is newer than the last one."""
+        return not self._samples or stamp_ns > self._samples[-1].stamp_ns
+
     def add(self, sample: S) -> bool:
         """Keep a sample; False where it is not newer than the last one."""
-        if self._samples and sample.stamp_ns <= self._samples[-1].stamp_ns:
+        if not self.takes(sample.stamp_ns):
             return False
         self._samples.append(sample)
         return True
@@ -165,9 +169,10 @@ class History(Generic[S]):
 class JumpGate:
     """Refuses fixes at places that no vehicle can have driven to since the last good fix.
 
-    Beyond what ``TOP_SPEED`` explains, a fix may lie ``max_jump_m`` from the one before, or three of its own
-    standard deviations where those are more; 0 lets every fix pass. Which of two places is right, fixes
-    alone cannot tell: those that agree with each other for ``SETTLED_S`` pass, however far they jumped.
+    Beyond what ``TOP_SPEED`` explains, a fix may lie ``max_jump_m`` from the one before, or three standard
+    deviations of the worse of the two where those are more; 0 lets every fix pass. Which of two places is
+    right, fixes alone cannot tell: those that agree with each other for ``SETTLED_S`` pass, however far they
+    jumped.
     """
 
     def __init__(self, max_jump_m: float) -> None:
@@ -205,15 +210,16 @@ class JumpGate:
                 math.dist(here, last - first),
                 since_ns - (self._last.stamp_ns - self._first.stamp_ns),
             )
-            agrees = step <= jump and self._drivable(step, fix, step_ns)
+            agrees = step <= jump and self._drivable(step, self._last, fix, step_ns)
         if not agrees:
-            if self._drivable(jump, fix, since_ns):
+            if self._drivable(jump, good, fix, since_ns):
                 return 0.0
             self._first, self._jump_m = fix, jump
         return self._wait(fix)
 
-    def _drivable(self, distance: float, fix: GnssFix, since_ns: int) -> bool:
-        return distance <= max(self._max_jump_m, 3.0 * fix.sigma) + TOP_SPEED * since_ns / NS
+    def _drivable(self, distance: float, before: GnssFix, fix: GnssFix, since_ns: int) -> bool:
+        allowed = max(self._max_jump_m, 3.0 * before.sigma, 3.0 * fix.sigma)
+        return distance <= allowed + TOP_SPEED * since_ns / NS
 
     def _wait(self, fix: GnssFix) -> float:
         """The jump in metres where fixes have agreed for long enough; raises SyncError until then."""

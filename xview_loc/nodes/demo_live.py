@@ -54,15 +54,15 @@ class Track:
 class Listener(Node):
     """Collects what goes over DDS and prints the errors of each frame, or of one in ``tell_every``.
 
-    ``track`` may be replaced by an empty one for another drive. ``checkpoint``: what the localizer says that
-    it uses.
+    ``track`` may be replaced by an empty one for another drive. ``state`` and ``checkpoint``: the localizer's
+    lifecycle state, and what it says that it uses.
     """
 
     def __init__(self) -> None:
         super().__init__("demo")
         self.track = Track()
         self.tell_every = 1
-        self.checkpoint = ""
+        self.state = self.checkpoint = ""
         self.grid: OccupancyGrid | None = None
         self.grid_stamp = 0
         latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
@@ -89,7 +89,9 @@ class Listener(Node):
 
     def _on_diagnostics(self, message: DiagnosticArray) -> None:
         for status in message.status:
-            self.checkpoint = {v.key: v.value for v in status.values}.get("checkpoint", self.checkpoint)
+            if status.name == "localizer":
+                values = {v.key: v.value for v in status.values}
+                self.state, self.checkpoint = values.get("state", ""), values.get("checkpoint", "")
 
 
 class Demo:
@@ -199,8 +201,7 @@ class Demo:
             "datum_lon": datum_lon,
         }
         self.start_node("localizer_node", {**common, **(parameters or {})})
-        active = partial(self.listener.count_publishers, "/localizer/fix")
-        self.need(active, START_TIMEOUT_S, "the localizer did not start")
+        self.need(lambda: self.listener.state == "active", START_TIMEOUT_S, "the localizer did not start")
 
     def follow(self, drive: subprocess.Popen, frames: int, seconds: float) -> Track:
         """Collect a drive of so many frames and seconds to its end.

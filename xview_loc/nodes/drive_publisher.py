@@ -14,7 +14,7 @@ from xview_loc.simulation.drive import Frame
 from xview_loc.simulation.messages import TOPICS, frame_messages
 
 _POLL_S = 0.05
-# Discovery matches a listener's topics one after the other.
+# Discovery matches listeners, and each one's topics, one after the other: this long after the last one.
 _SETTLE_S = 1.0
 _LAST_MESSAGES_S = 0.5
 
@@ -22,9 +22,10 @@ _LAST_MESSAGES_S = 0.5
 def publish_drive(frames: Iterable[Frame], rate_hz: float, speed: float = 1.0) -> int:
     """Publish each frame at ``rate_hz`` once somebody listens to the image; how many were published.
 
-    Stamps are the times of publishing. At another ``speed`` than real time they are the vehicle's, counted
-    from the first frame's publishing. A frame that takes longer to render than its turn comes late, and the
-    ones after it follow at the same rate. Ends early when ROS shuts down.
+    It waits until no listener has come for a second. Stamps are the times of publishing. At another ``speed``
+    than real time they are the vehicle's, counted from the first frame's publishing. A frame that takes
+    longer to render than its turn comes late, and the ones after it follow at the same rate. Ends early when
+    ROS shuts down.
     """
     rclpy.init()
     node = Node("drive")
@@ -38,9 +39,13 @@ def publish_drive(frames: Iterable[Frame], rate_hz: float, speed: float = 1.0) -
             message_type = getattr(import_module(f"{package}.msg"), name)
             # Relative names, so that a namespace applies.
             outputs[topic] = node.create_publisher(message_type, topic[1:], 10)
-        while not outputs["/image"].get_subscription_count():
+        listeners: list[int] = []
+        due = 0.0
+        while not outputs["/image"].get_subscription_count() or time.monotonic() < due:
             executor.spin_once(_POLL_S)
-        due = time.monotonic() + _SETTLE_S
+            now = [output.get_subscription_count() for output in outputs.values()]
+            if now != listeners:
+                listeners, due = now, time.monotonic() + _SETTLE_S
         for frame in frames:
             while (wait := due - time.monotonic()) > 0:
                 executor.spin_once(wait)

@@ -293,6 +293,13 @@ class LocalizerNode(VehicleNode):
         except RejectedInput as error:
             self._refuse("odom", error)
             return
+        frame, base = message.child_frame_id, self._p["base_frame"]
+        if frame and frame != base:
+            text = f"odom's velocities are those of {frame}; they are taken as those of {base}"
+            if self._health.condition("odom_frame", WARN, text):
+                self.get_logger().warning(text)
+        else:
+            self._health.clear("odom_frame")
         if self._odometry.add(velocity):
             self._health.clear("odom")
         else:

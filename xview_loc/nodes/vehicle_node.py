@@ -329,6 +329,9 @@ class VehicleNode(LifecycleNode):
             self._refuse("fix", error)
             return
         self._restart_if(self._fixes.went_back(fix.stamp_ns), "fix")
+        if not self._fixes.takes(fix.stamp_ns):
+            self._health.count("fix_rejected/stamp_not_newer")
+            return
         try:
             jumped_m = self._jumps.admit(fix)
         except SyncError as error:
@@ -340,11 +343,9 @@ class VehicleNode(LifecycleNode):
             text = f"fixes jumped {jumped_m:.0f} m and stayed there; they are believed again, right or wrong"
             self._health.condition("fix_jump", WARN, text, for_s=FIX_JUMP_SHOWN_S)
             self.get_logger().warning(text)
-        if self._fixes.add(fix):
-            self._health.clear("fix")
-            self._release()
-        else:
-            self._health.count("fix_rejected/stamp_not_newer")
+        self._fixes.add(fix)
+        self._health.clear("fix")
+        self._release()
 
     def _on_heading(self, message: Any) -> None:
         self._health.count("heading_received")
