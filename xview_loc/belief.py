@@ -141,7 +141,7 @@ class BeliefGrid:
 
 
 class HeadingBelief:
-    """Probabilities of an angle in cells of three degrees, on a circle that turns along; all alike at first."""
+    """Probabilities of an angle in cells of three degrees, on a circle that turns along; at first equal."""
 
     def __init__(self) -> None:
         self._probability = np.full(_ANGLES, 1.0 / _ANGLES)

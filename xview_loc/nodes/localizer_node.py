@@ -469,7 +469,7 @@ class LocalizerNode(VehicleNode):
         if job.fix is None:
             text = "no usable fix: the filter goes on with odometry and heat maps"
         else:
-            text = "the fix contradicts the filter, which does not believe it"
+            text = "the fix lies far from where the filter is, which looks at its own place"
         self._health.condition("filter", WARN, text, for_s=3.0)
 
     def _publish_filtered(self, job: Job) -> None:
