@@ -55,7 +55,7 @@ class FiveMetresEast:
         if self.calls % 3 == 0:
             raise LocalizationError("not this one")
         lat, lon = LocalProjection(observation.lat, observation.lon).inverse(5.0, 0.0)
-        return SimpleNamespace(lat=lat, lon=lon)
+        return SimpleNamespace(lat=lat, lon=lon, covariance=np.diag([4.0, 1.0]))
 
 
 def test_a_drive_is_measured_frame_by_frame() -> None:
@@ -69,6 +69,10 @@ def test_a_drive_is_measured_frame_by_frame() -> None:
     assert drive.fix == pytest.approx(np.full(6, 2.0), abs=1e-3)
     assert drive.estimate[[0, 1, 3, 4]] == pytest.approx(np.full(4, 3.0), abs=1e-3)
     assert np.isnan(drive.estimate[[2, 5]]).all()
+    # Three metres off to the east, where the standard deviation is two.
+    assert drive.mahalanobis[[0, 1, 3, 4]] == pytest.approx(np.full(4, 1.5), abs=1e-3)
+    assert drive.nees == pytest.approx(2.25, abs=1e-3)
+    assert (drive.coverage(0.6), drive.coverage(0.7)) == (0.0, 1.0)
     assert len(DriveErrors.joined([drive, drive]).fix) == 12
 
 

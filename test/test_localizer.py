@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -227,6 +227,28 @@ def test_the_heading_variance_grows_where_the_field_disagrees_with_itself() -> N
     estimate = localizer.localize(Observation(IMAGE, LAT, LON))
     # The angle changes by 24 / 127 rad per pixel, and the mode has a deviation of two pixels.
     assert math.sqrt(estimate.heading_variance) == pytest.approx(2.0 * 24.0 / 127.0, rel=0.05)
+
+
+@pytest.mark.parametrize(("field", "believed"), [(0.2, True), (2.0, False)])
+def test_a_field_that_contradicts_the_bins_is_not_believed(field: float, believed: bool) -> None:
+    class Binned(FindsRed):
+        """All its cells look 45 degrees to the left: the last of eight bins that count clockwise."""
+
+        def match(self, *args, **kwargs) -> HeatMaps:
+            maps = super().match(*args, **kwargs)
+            scores = torch.zeros(1, 8, SIZE // 4, SIZE // 4)
+            scores[:, 7] = 1.0
+            return replace(maps, levels=[scores, scores])
+
+    model = Binned(angle=math.radians(45.0) + field)
+    estimate = make_localizer(PaintedMap(), model, heading_prior_deg=None).localize(
+        Observation(IMAGE, LAT, LON)
+    )
+    north = math.pi / 2.0
+    expected = math.radians(45.0) + (field if believed else 0.0)
+    assert estimate.heading == pytest.approx(wrap_angle(north + expected), abs=1e-6)
+    # Somewhere in the bin, which is 45 degrees wide.
+    assert (math.sqrt(estimate.heading_variance) > math.radians(12.0)) != believed
 
 
 def test_the_tiles_features_are_computed_once_and_forgotten_after_a_while() -> None:

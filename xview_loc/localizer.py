@@ -330,10 +330,11 @@ class Localizer:
         # Variance of the normal distribution that, wrapped around the circle, has this mean resultant.
         variance = -2.0 * math.log(max(resultant, 1e-12)) + HEADING_STD_FLOOR**2
         variance = min(variance, UNKNOWN_HEADING_VARIANCE)
-        if maps.levels[HEADING_LEVEL].shape[1] > 2:
+        level = min(HEADING_LEVEL, len(maps.levels) - 1)
+        if maps.levels[level].shape[1] > 2:
             # A field that contradicts the bins, which are what finds the place, is not believed.
             row, col = (torch.tensor([cell], device=self._device) for cell in heat_map.peak_pixel)
-            won = float(self._model.winning_heading(maps, HEADING_LEVEL, row, col)[0])
+            won = float(self._model.winning_heading(maps, level, row, col)[0])
             width = 2.0 * math.pi / self.spec.bins
             if abs(wrap_angle(angle - won)) > width:
                 angle, variance = won, width**2 / 12.0 + HEADING_STD_FLOOR**2
