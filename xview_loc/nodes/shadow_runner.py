@@ -33,8 +33,9 @@ class ShadowOptions:
 
 
 class ShadowRunner:
-    """One trial at a time: the executor's thread starts and stops it, the loading one gives the candidate, the
-    worker's gives frames. The lock guards which trial there is, and what is said about it.
+    """One trial at a time, guarded by a lock together with what is said about it.
+
+    The executor's thread starts and stops it, the loading one brings the candidate, the worker's the frames.
     """
 
     def __init__(
