@@ -27,11 +27,11 @@ _MOST_M = 20.0
 # A shorter step between two estimates says more about their errors than about the motion.
 _STEP_M = 10.0
 # Whose steps a better candidate's must agree with the odometry better than: than the last two, which take no
-# model at all, by a tenth.
+# model at all, by a twentieth.
 _RIVALS = {
     "motion_m_active": ("the one in use", 1.0),
-    "motion_m_given": ("the places given", 0.9),
-    "motion_m_standing": ("standing still", 0.9),
+    "motion_m_given": ("the places given", 0.95),
+    "motion_m_standing": ("standing still", 0.95),
 }
 
 Place = tuple[float, float]
