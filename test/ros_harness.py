@@ -17,7 +17,7 @@ from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import ChangeState
 from rcl_interfaces.msg import Parameter, ParameterType, ParameterValue
-from rcl_interfaces.srv import SetParameters
+from rcl_interfaces.srv import SetParameters, SetParametersAtomically
 from rclpy.context import Context
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
@@ -148,6 +148,18 @@ class Bench:
         call = self.begin_set_parameter(node, name, text)
         (result,) = self.wait(call.done, what="the parameter") and call.result().results
         return "" if result.successful else result.reason
+
+    def set_parameters(self, node: str, **texts: str) -> str:
+        """Change several at once; why they were refused, "" where they were not."""
+        client = self._client(SetParametersAtomically, f"{node}/set_parameters_atomically")
+        values = {
+            name: ParameterValue(type=ParameterType.PARAMETER_STRING, string_value=text)
+            for name, text in texts.items()
+        }
+        parameters = [Parameter(name=name, value=value) for name, value in values.items()]
+        call = client.call_async(SetParametersAtomically.Request(parameters=parameters))
+        result = self.wait(call.done, what="the parameters") and call.result().result
+        return "" if result.successful else str(result.reason)
 
     def change_state(self, node: str, transition: int) -> None:
         """Ask for a change of the lifecycle's state, and see that it succeeds."""

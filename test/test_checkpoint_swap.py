@@ -78,6 +78,21 @@ def test_weights_change_and_come_back(shipped: CrossViewModel, other: Path) -> N
     swap.close()
 
 
+def test_what_was_prepared_replaces_only_what_it_was_compared_with(
+    shipped: CrossViewModel, other: Path
+) -> None:
+    swap = swap_of(shipped)
+    first = swap.active
+    prepared = swap.prepare(other).result(60)
+    assert swap.active is first
+    assert swap.use(prepared, instead_of=first).result(60) is prepared is swap.active
+    swap.rollback().result(60)
+    with pytest.raises(CheckpointError, match=r"other\.safetensors .* is not put in use"):
+        swap.use(prepared, instead_of=prepared).result(60)
+    assert swap.active is first
+    swap.close()
+
+
 def test_tiles_are_encoded_before_the_change(shipped: CrossViewModel, other: Path) -> None:
     swap = swap_of(shipped)
     place(swap.active.localizer)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from rclpy.qos import DurabilityPolicy, QoSProfile
 from ros_harness import Bench, NodeProcess, bench, environment, pick_domain
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image, Imu, NavSatFix
 from std_msgs.msg import Float64
-from stub_node import GSD, PEAK, SIZE, StubModel
+from stub_node import GSD, PEAK, SIZE, SeeingModel, StubModel
 
 from xview_loc import input_messages
 from xview_loc.geodesy import LocalProjection, snap_to_grid
@@ -108,8 +109,8 @@ class Rig:
         message.status.status = status
         self.fix.publish(self.header(message, ns))
 
-    def send_heading(self, ns: int) -> None:
-        self.heading.publish(self.header(Imu(orientation=messages.quaternion_of(YAW)), ns))
+    def send_heading(self, ns: int, yaw: float = YAW) -> None:
+        self.heading.publish(self.header(Imu(orientation=messages.quaternion_of(yaw)), ns))
 
     def send_image(self, ns: int, **changes: Any) -> None:
         image = Image(height=32, width=64, encoding="rgb8", step=192, data=array.array("B", bytes(6144)))
@@ -296,9 +297,9 @@ def start(tmp_path: Path, domain: int, **parameters: Any) -> NodeProcess:
     return NodeProcess(domain, tmp_path / "log.txt", {**PARAMETERS, **parameters})
 
 
-def write_stub(path: Path, rows: float, shaken: float = 0.0) -> Path:
+def write_stub(path: Path, rows: float, shaken: float = 0.0, model: StubModel | None = None) -> Path:
     """A checkpoint that moves the stub's peak down by some rows, and up and down by some."""
-    model = StubModel("panorama")
+    model = model or StubModel("panorama")
     with torch.no_grad():
         model.weight.fill_(rows)
         model.shaken.fill_(shaken)
@@ -325,8 +326,11 @@ def test_checkpoints_are_swapped_on_the_running_node(rig, tmp_path):
     assert rows_moved(rig.good_frame()) == pytest.approx(8, abs=0.1)
     ok, text = rig.bench.trigger("/localizer/rollback")
     assert ok and "first.safetensors" in text and rows_moved(rig.good_frame()) == pytest.approx(0, abs=0.1)
+    # The parameter names what is in use.
     ok, text = rig.bench.trigger("/localizer/reload")
-    assert ok and "second.safetensors" in text and rows_moved(rig.good_frame()) == pytest.approx(8, abs=0.1)
+    assert ok and "first.safetensors" in text and rows_moved(rig.good_frame()) == pytest.approx(0, abs=0.1)
+    assert rig.bench.set_parameter("/localizer", "checkpoint", str(second)) == ""
+    rig.bench.wait(lambda: "second.safetensors" in rig.bench.value("checkpoint"), what="the new checkpoint")
     second.write_bytes(second.read_bytes()[:-1])
     ok, text = rig.bench.trigger("/localizer/reload")
     assert not ok and "second.safetensors" in text
@@ -559,59 +563,183 @@ def test_the_filter_goes_on_without_fixes(aerial, tmp_path):
             assert node.stop() == 0, node.log
 
 
-@pytest.mark.parametrize("policy", ["report", "promote"])
-def test_a_candidate_in_the_shadow_is_compared_and_judged(aerial, tmp_path, policy):
-    shaken = write_stub(tmp_path / "shaken.safetensors", 0, shaken=4)
-    calm = write_stub(tmp_path / "calm.safetensors", 8)
-    with bench(DOMAIN + 2) as b:
+@dataclass
+class Circle:
+    """A vehicle on a map whose colour tells the place, in a circle of 40 m, 6 m a frame."""
+
+    rig: Rig
+    odom: Any
+    frames: int = 0
+    at: tuple[float, float] = (0.0, 0.0)
+
+    def drive(self) -> None:
+        """Send a frame and wait for its pose."""
+        before = len(self.rig.poses)
+        self.send()
+        self.rig.bench.wait(lambda: len(self.rig.poses) > before, 5.0, "a pose")
+
+    def send(self) -> None:
+        """The next frame, with all that belongs to it."""
+        rig = self.rig
+        self.frames += 1
+        ns, yaw = rig.step(0.2), 0.15 * self.frames
+        self.at = (40.0 * math.sin(yaw), -40.0 * math.cos(yaw))
+        twist = Odometry()
+        twist.twist.twist.linear.x, twist.twist.twist.angular.z = 30.0, 0.75
+        self.odom.publish(rig.header(twist, ns))
+        rig.send_fix(ns, *HERE.inverse(*self.at))
+        rig.send_heading(ns, yaw)
+        rig.send_image(ns, data=array.array("B", bytes(colour(*self.at)) * (32 * 64)))
+
+    def south_m(self) -> float:
+        """How far the last pose is south of the vehicle."""
+        x, y = DATUM.forward(*HERE.inverse(*self.at))
+        position = self.rig.poses[-1].pose.pose.position
+        assert abs(position.x - x) < 1.5
+        return float(y - position.y)
+
+
+HERE = LocalProjection(LAT, LON)
+COLOURED_M = 250.0
+
+
+def colour(east: Any, north: Any) -> Any:
+    """Of a place in metres from the middle of the coloured map."""
+    east, north = np.broadcast_arrays(east, north)
+    levels = [(v / COLOURED_M + 0.5) * 255.0 for v in (east, north)]
+    return np.stack([*levels, np.full(east.shape, 128.0)], -1).round().astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def coloured(tmp_path_factory) -> Path:
+    """A map of 250 m whose colour tells the place."""
+    axis = (np.arange(500) + 0.5) * 0.5 - COLOURED_M / 2
+    path = tmp_path_factory.mktemp("map") / "coloured.tif"
+    crs = f"+proj=tmerc +lat_0={LAT} +lon_0={LON} +k=1 +datum=WGS84"
+    return write_geotiff(path, colour(axis, -axis[:, None]), LAT, LON, 0.5, crs)
+
+
+@contextmanager
+def shadowed(coloured: Path, tmp_path: Path, domain: int, **parameters: Any) -> Iterator[tuple[Circle, Any]]:
+    """A node whose poses are 4 m to the north and the south by turns, and a calm candidate 4 m south."""
+    shaken, calm = tmp_path / "shaken.safetensors", tmp_path / "calm.safetensors"
+    write_stub(shaken, 0, shaken=8, model=SeeingModel())
+    write_stub(calm, 8, model=SeeingModel())
+    with bench(domain) as b:
         node = start(
             tmp_path,
-            DOMAIN + 2,
-            map=str(aerial),
+            domain,
+            map=str(coloured),
+            model="stub-seeing",
             checkpoint=str(shaken),
-            shadow_every=3,
+            # The one in use is called once more for a comparison: it has moved to the other side by the next.
+            shadow_every=2,
             shadow_frames=100,
-            shadow_policy=policy,
+            **parameters,
         )
         try:
-            odom = b.publisher(Odometry, "/odom")
-            distances = b.listen(Float64, "/localizer/shadow/distance_m")
-            rig = Rig(b)
-            rig.ready()
-
-            def frame() -> float:
-                ns = rig.step(0.2)
-                odom.publish(rig.header(Odometry(), ns))  # it stands still
-                rig.send_fix(ns)
-                rig.send_heading(ns)
-                before = len(rig.poses)
-                rig.send_image(ns)
-                b.wait(lambda: len(rig.poses) > before, 5.0, "a pose")
-                return rows_moved(rig.poses[-1])
-
-            rig.good_frame()
-            (tmp_path / "bad.safetensors").write_bytes(b"rubbish")
-            assert b.set_parameter("/localizer", "shadow_checkpoint", str(tmp_path / "bad.safetensors")) == ""
-            b.wait_diagnosis("shadow: ", "bad.safetensors")
-            assert b.set_parameter("/localizer", "shadow_checkpoint", str(calm)) == ""
-            b.wait(odom.get_subscription_count, what="the odometry's subscription")
-            b.wait(lambda: "calm.safetensors" in node.log, what="the candidate")
-            # The candidate sees every third frame, the one in use answers all.
-            for _ in range(310):
-                assert abs(frame()) == pytest.approx(4, abs=0.1) or distances[99:]
-            b.wait(lambda: b.value("shadow_verdict"), what="the verdict")
-            assert "is better" in b.value("shadow_verdict")
-            assert len(distances) == 100 and {round(d.data) for d in distances} <= {2, 6}
-            assert "steps differ from odometry by 0.00 m" in b.value("shadow_verdict")
-            if policy == "promote":
-                b.wait(lambda: "calm.safetensors" in b.value("checkpoint"), what="the better checkpoint")
-                assert frame() == pytest.approx(8, abs=0.1)
-            else:
-                assert "shaken.safetensors" in b.value("checkpoint")
-                assert abs(frame()) == pytest.approx(4, abs=0.1)
+            circle = Circle(Rig(b), b.publisher(Odometry, "/odom"))
+            circle.rig.ready()
+            yield circle, node
         finally:
             assert node.stop() == 0, node.log
         assert "Traceback" not in node.log
+
+
+def begin_trial(circle: Circle, node: NodeProcess, path: Path) -> None:
+    b = circle.rig.bench
+    assert b.set_parameter("/localizer", "shadow_checkpoint", str(path)) == ""
+    b.wait(circle.odom.get_subscription_count, what="the odometry's subscription")
+    b.wait(lambda: f"in the shadow: {path}" in node.log, what="the candidate")
+
+
+@pytest.mark.parametrize("policy", ["report", "promote"])
+def test_a_candidate_in_the_shadow_is_compared_and_judged(coloured, tmp_path, policy):
+    with shadowed(coloured, tmp_path, DOMAIN + 2) as (circle, node):
+        rig, b = circle.rig, circle.rig.bench
+        distances = b.listen(Float64, "/localizer/shadow/distance_m", 200)
+        circle.drive()
+        assert abs(circle.south_m()) == pytest.approx(4, abs=1.0)
+        (tmp_path / "bad.safetensors").write_bytes(b"rubbish")
+        assert b.set_parameter("/localizer", "shadow_checkpoint", str(tmp_path / "bad.safetensors")) == ""
+        b.wait_diagnosis("shadow: ", "bad.safetensors")
+        begin_trial(circle, node, tmp_path / "calm.safetensors")
+        assert "choose from report, promote" in b.set_parameter("/localizer", "shadow_policy", "perhaps")
+        # Whatever it is at the end.
+        assert b.set_parameter("/localizer", "shadow_policy", policy) == ""
+        # The candidate sees every second frame, the one in use answers all.
+        while circle.frames < 200:
+            circle.drive()
+            if policy == "report":
+                assert abs(circle.south_m()) == pytest.approx(4, abs=1.0)
+        while "is better" not in node.log:
+            circle.drive()
+            assert circle.frames < 210
+        b.wait(lambda: "is better" in b.value("shadow_verdict"), what="the verdict")
+        b.wait(lambda: len(distances) == 100, what="the comparisons")
+        if policy == "report":
+            assert "shaken.safetensors" in b.value("checkpoint")
+            return
+        b.wait(lambda: "calm.safetensors" in b.value("checkpoint"), what="the better checkpoint")
+        circle.drive()
+        assert circle.south_m() == pytest.approx(4, abs=1.0)
+        # It is the checkpoint now, and no candidate any more.
+        b.wait(lambda: not circle.odom.get_subscription_count(), what="the odometry's end")
+        ok, text = b.trigger("/localizer/reload")
+        assert ok and "calm.safetensors" in text
+        for transition in (Transition.TRANSITION_DEACTIVATE, Transition.TRANSITION_CLEANUP):
+            b.change_state("/localizer", transition)
+        b.wait(lambda: not b.value("shadow_verdict"), what="the verdict's end")
+        for transition in (Transition.TRANSITION_CONFIGURE, Transition.TRANSITION_ACTIVATE):
+            b.change_state("/localizer", transition)
+        rig.ready()
+        b.wait_diagnosis()
+        assert "calm.safetensors" in b.value("checkpoint") and not b.value("shadow")
+
+
+def test_a_trial_survives_a_pause_and_ends_where_it_is_told_to(coloured, tmp_path):
+    with shadowed(coloured, tmp_path, DOMAIN + 1) as (circle, node):
+        b = circle.rig.bench
+
+        def compared(frames: int) -> None:
+            for _ in range(2):
+                circle.drive()
+            b.wait(lambda: f" {frames} of 100 frames" in b.value("shadow"), what="a comparison")
+
+        circle.drive()
+        begin_trial(circle, node, tmp_path / "calm.safetensors")
+        compared(1)
+        compared(2)
+        b.change_state("/localizer", Transition.TRANSITION_DEACTIVATE)
+        b.change_state("/localizer", Transition.TRANSITION_ACTIVATE)
+        circle.rig.ready()
+        b.wait(circle.odom.get_subscription_count, what="the odometry's subscription")
+        compared(3)
+        # One value that is refused, and nothing is done.
+        assert "choose from" in b.set_parameters(
+            "/localizer", shadow_checkpoint=str(tmp_path / "shaken.safetensors"), shadow_policy="perhaps"
+        )
+        compared(4)
+        # Without odometry nothing can be said; that is no matter any more once the trial is over.
+        b.node.destroy_publisher(circle.odom)
+        b.wait_diagnosis("odom_topic")
+        assert b.set_parameter("/localizer", "shadow_checkpoint", "") == ""
+        b.wait(lambda: not any(v.key.startswith("shadow") for v in b.status.values), what="the trial's end")
+        assert "odom" not in b.text()
+        b.change_state("/localizer", Transition.TRANSITION_DEACTIVATE)
+        for topic in ("/fix", "/heading"):
+            assert topic not in b.wait_diagnosis("not active").message
+
+
+def test_poses_that_are_withheld_are_compared(coloured, tmp_path):
+    with shadowed(coloured, tmp_path, DOMAIN + 3, min_confidence=1.0) as (circle, node):
+        b = circle.rig.bench
+        begin_trial(circle, node, tmp_path / "calm.safetensors")
+        for _ in range(2):
+            circle.send()
+            b.wait_diagnosis("low_confidence")
+        b.wait(lambda: " 1 of 100 frames" in b.value("shadow"), what="a comparison")
+        assert not circle.rig.poses
 
 
 @pytest.mark.parametrize(("name", "table"), [("localizer", LOCALIZER), ("pair_logger", PAIR_LOGGER)])

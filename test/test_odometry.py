@@ -59,6 +59,14 @@ def test_a_velocity_is_held_for_a_gap_at_most() -> None:
     assert Odometry(0.6).between(START, end) is None
 
 
+def test_two_minutes_are_remembered_however_fast_the_odometry() -> None:
+    odometry = driven(1.0, 0.0, rate_hz=100.0, seconds=150.0)
+    end = START + 150 * NS
+    motion = odometry.between(end - 119 * NS, end)
+    assert motion is not None and motion.forward == pytest.approx(119.0)
+    assert odometry.between(START, end) is None
+
+
 def test_old_samples_are_refused_and_time_may_start_again() -> None:
     odometry = driven(10.0, 0.0, seconds=2.0)
     assert not odometry.add(VelocitySample(START + 2 * NS, 99.0, 0.0, 0.0))

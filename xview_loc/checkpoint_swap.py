@@ -59,9 +59,9 @@ class CheckpointSwap:
         """The same without putting it in use: what :meth:`use` takes."""
         return self._thread.submit(self._verified, path)
 
-    def use(self, prepared: Deployed) -> Future[Deployed]:
-        """Put in use what :meth:`prepare` gave."""
-        return self._thread.submit(self._use, prepared)
+    def use(self, prepared: Deployed, instead_of: Deployed) -> Future[Deployed]:
+        """Put in use what :meth:`prepare` gave; CheckpointError where ``instead_of`` is no longer active."""
+        return self._thread.submit(self._replace, instead_of, prepared)
 
     def rollback(self) -> Future[Deployed]:
         """Put the one before in use again; once more returns to this one."""
@@ -94,6 +94,11 @@ class CheckpointSwap:
         if self._previous is None:
             raise CheckpointError("there is no checkpoint before this one")
         return self._use(self._previous)
+
+    def _replace(self, old: Deployed, new: Deployed) -> Deployed:
+        if self.active is not old:
+            raise CheckpointError(f"{new} is not put in use: meanwhile {self.active} was")
+        return self._use(new)
 
     def _use(self, new: Deployed) -> Deployed:
         # The tiles about the vehicle, so that the first frame is as fast as the others.

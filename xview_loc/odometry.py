@@ -10,8 +10,8 @@ import numpy as np
 
 from xview_loc.input_sync import NS, RESTART_NS
 
-# Samples that are kept: half a minute of a fast odometry.
-_KEEP = 4096
+# For so long velocities are remembered.
+_KEEP_NS = 120 * NS
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,12 @@ class Motion:
 
 
 class Odometry:
-    """The latest velocities, in the order of their stamps. Thread-safe."""
+    """The velocities of the last two minutes, in the order of their stamps. Thread-safe."""
 
     def __init__(self, max_gap_s: float) -> None:
         """``max_gap_s``: further apart than this, two samples say nothing about the time between them."""
         self._max_gap_s = max_gap_s
-        self._samples: deque[VelocitySample] = deque(maxlen=_KEEP)
+        self._samples: deque[VelocitySample] = deque()
         self._lock = threading.Lock()
 
     def add(self, sample: VelocitySample) -> bool:
@@ -54,6 +54,8 @@ class Odometry:
                     return False
                 self._samples.clear()
             self._samples.append(sample)
+            while self._samples[0].stamp_ns < sample.stamp_ns - _KEEP_NS:
+                self._samples.popleft()
         return True
 
     def between(self, start_ns: int, end_ns: int) -> Motion | None:
@@ -61,8 +63,13 @@ class Odometry:
 
         Velocities change linearly between samples and are held before the first and after the last.
         """
+        samples: list[VelocitySample] = []
         with self._lock:
-            samples = list(self._samples)
+            for sample in reversed(self._samples):
+                samples.append(sample)
+                if sample.stamp_ns <= start_ns:
+                    break
+        samples.reverse()
         if not samples or end_ns < start_ns:
             return None
         stamps = np.array([s.stamp_ns for s in samples])

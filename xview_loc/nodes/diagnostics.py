@@ -55,6 +55,12 @@ class Health:
         with self._lock:
             self._conditions.pop(key, None)
 
+    def forget(self, prefix: str) -> None:
+        """Drop the key values and conditions whose keys begin with ``prefix``."""
+        with self._lock:
+            self._values = {k: v for k, v in self._values.items() if not k.startswith(prefix)}
+            self._conditions = {k: c for k, c in self._conditions.items() if not k.startswith(prefix)}
+
     def accepted(self) -> None:
         """A frame led to what the node is for."""
         with self._lock:

@@ -24,6 +24,7 @@ from nav_msgs.msg import OccupancyGrid, Odometry
 from numpy.typing import NDArray
 from rcl_interfaces.msg import SetParametersResult
 from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
+from rclpy.parameter import Parameter
 from rclpy.qos import DurabilityPolicy, QoSProfile
 from sensor_msgs.msg import Image, NavSatFix
 from std_msgs.msg import Float64, Header
@@ -74,6 +75,7 @@ class LocalizerNode(VehicleNode):
         self._swap: CheckpointSwap | None = None
         self._filter: PositionFilter | None = None
         self._shadow: ShadowRunner | None = None
+        self._naming = False
         super().__init__("localizer")
         self.add_on_set_parameters_callback(self._on_parameters)
         # While one of these waits for its verdict, the node's own group goes on with frames.
@@ -108,11 +110,13 @@ class LocalizerNode(VehicleNode):
         self._shadow = ShadowRunner(
             self._swap,
             self._odometry,
-            ShadowOptions(p["shadow_every"], p["shadow_frames"], p["shadow_policy"] == "promote"),
+            # As tile centres are apart by default: their middles move as much as the places.
+            model.reach_m / 2,
+            self._shadow_options,
             self._health,
             self.get_logger(),
             self._publish_comparison,
-            self._change,
+            self._promote,
         )
         if p["shadow_checkpoint"]:
             self._shadow.start(Path(p["shadow_checkpoint"]))
@@ -135,11 +139,22 @@ class LocalizerNode(VehicleNode):
         asked = self._p["filter"] or self.get_parameter("shadow_checkpoint").value
         return [*inputs, (Odometry, "odom", self._on_odom, False)] if asked else inputs
 
+    def _listen_to_odometry(self, for_candidate: bool) -> None:
+        """Where a candidate comes or goes while the node is active."""
+        asked = self._p["filter"] or for_candidate
+        if self._inputs and asked != ("odom" in self._inputs):
+            if asked:
+                self._listen(Odometry, "odom", self._on_odom)
+            else:
+                self._unlisten("odom")
+
     def release(self) -> None:
         """Let go of the outputs and of a checkpoint being loaded."""
+        if self._shadow is not None:
+            self._shadow.stop()
         if self._swap is not None:
             self._swap.close()
-            self._swap = self._shadow = None
+        self._swap = self._shadow = None
         for publisher in self._outputs:
             self.destroy_lifecycle_publisher(publisher)
         self._outputs = []
@@ -179,18 +194,35 @@ class LocalizerNode(VehicleNode):
     def _on_parameters(self, changes: list[Any]) -> SetParametersResult:
         """``checkpoint`` and ``shadow_checkpoint`` may change while the node serves.
 
-        A checkpoint is verified and swapped in behind its back.
+        A checkpoint is verified and swapped in behind its back. Nothing is done where one value is refused.
         """
-        for change in changes:
-            if change.name == "shadow_checkpoint" and self._shadow is not None:
-                self._shadow.start(Path(change.value) if change.value else None)
-                if change.value and self._inputs and "odom" not in self._inputs:
-                    self._listen(Odometry, "odom", self._on_odom)
-            if change.name == "checkpoint" and self._swap is not None:
-                if not change.value:
-                    return SetParametersResult(successful=False, reason="name a checkpoint's file")
-                self._change(self._swap.load(Path(change.value)))
+        if self._naming:
+            return SetParametersResult(successful=True)
+        values = {change.name: change.value for change in changes}
+        try:
+            parameters.check_choices(self.table, values)
+        except parameters.ParameterError as error:
+            return SetParametersResult(successful=False, reason=str(error))
+        if self._swap is not None and values.get("checkpoint") == "":
+            return SetParametersResult(successful=False, reason="name a checkpoint's file")
+        if self._swap is not None and "checkpoint" in values:
+            self._change(self._swap.load(Path(values["checkpoint"])))
+        if self._shadow is not None and "shadow_checkpoint" in values:
+            path = values["shadow_checkpoint"]
+            self._listen_to_odometry(bool(path))
+            if path:
+                self._shadow.start(Path(path))
+            else:
+                self._shadow.stop()
         return SetParametersResult(successful=True)
+
+    def _name(self, **values: str) -> None:
+        """Let parameters say what is in use, without their change changing anything."""
+        self._naming = True
+        try:
+            self.set_parameters([Parameter(name, value=value) for name, value in values.items()])
+        finally:
+            self._naming = False
 
     async def _on_reload(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         """Load the file that the parameter ``checkpoint`` names once more."""
@@ -205,7 +237,25 @@ class LocalizerNode(VehicleNode):
         if self._swap is None:
             response.message = "not configured"
             return response
-        return await self._verdict(self._swap.rollback(), response)
+        change = self._swap.rollback()
+        response = await self._verdict(change, response)
+        if response.success:
+            self._name(checkpoint=change.result().path)
+        return response
+
+    def _promote(self, change: concurrent.futures.Future[Deployed]) -> None:
+        """The candidate becomes the checkpoint, and there is no candidate any more."""
+
+        def name() -> None:
+            self._name(checkpoint=change.result().path, shadow_checkpoint="")
+            self._listen_to_odometry(False)
+
+        def ended(verdict: tuple[bool, str]) -> None:
+            # Told by the loading thread; parameters and subscriptions are the executor's.
+            if verdict[0] and self.executor is not None:
+                self.executor.create_task(name)
+
+        self._change(change, ended)
 
     async def _verdict(
         self, change: concurrent.futures.Future[Deployed], response: Trigger.Response
@@ -365,25 +415,34 @@ class LocalizerNode(VehicleNode):
         if self._datum is None:
             self._datum = LocalProjection(fix.lat, fix.lon)
             self._show_datum()
+        started = time.monotonic_ns()
+        self._prefetch(fix)
+        observation = self._observation(job, fix, image, mounting)
+        assert self._swap is not None
         try:
-            self._localize_at(job, fix, image, mounting)
+            # Taken once: a change of checkpoint takes effect between two frames.
+            estimate = self._swap.active.localizer.localize(observation)
+            if self._filter is not None:
+                self._filter.observe(estimate, mounting, heading is not None)
         finally:
             # Also where this image gave no pose: odometry has moved the belief on.
             self._publish_filtered(job)
+        try:
+            self._answer(job, fix, mounting, estimate, started)
+        finally:
+            # Also where the pose is withheld; last, so that none waits for it.
+            if self._shadow is not None:
+                self._shadow.saw(observation, job.fix, heading, mounting)
 
-    def _localize_at(self, job: Job, fix: GnssFix, image: Any, mounting: Mounting) -> None:
-        started = time.monotonic_ns()
+    def _observation(self, job: Job, fix: GnssFix, image: Any, mounting: Mounting) -> Observation:
         heading = job.heading
-        self._prefetch(fix)
         lat, lon = fix.lat, fix.lon
         looks = None
         if heading is not None:
             # The core localises the camera; the receiver measured the antenna.
             lat, lon = mounting.camera_from_antenna(lat, lon, heading.yaw)
             looks = mounting.looking(heading.yaw)
-        assert self._swap is not None
-        # Taken once: a change of checkpoint takes effect between two frames.
-        observation = Observation(
+        return Observation(
             image=image,
             lat=lat,
             lon=lon,
@@ -393,9 +452,10 @@ class LocalizerNode(VehicleNode):
             camera=job.frame.camera,
             stamp_ns=job.frame.stamp_ns,
         )
-        estimate = self._swap.active.localizer.localize(observation)
-        if self._filter is not None:
-            self._filter.observe(estimate, mounting, heading is not None)
+
+    def _answer(
+        self, job: Job, fix: GnssFix, mounting: Mounting, estimate: PoseEstimate, started: int
+    ) -> None:
         if estimate.confidence < self._p["min_confidence"]:
             raise RejectedInput(
                 "low_confidence",
@@ -409,8 +469,6 @@ class LocalizerNode(VehicleNode):
         self._publish(job, fix, mounting, estimate)
         self._health.accepted()
         self._publish_status(job, fix, estimate, (done - started) / 1e6)
-        if self._shadow is not None:
-            self._shadow.saw(observation, estimate, fix, heading, mounting)
 
     def _publish(self, job: Job, fix: GnssFix, mounting: Mounting, estimate: PoseEstimate) -> None:
         yaw, variance = None, estimate.heading_variance
@@ -454,6 +512,14 @@ class LocalizerNode(VehicleNode):
             None if heading is None else wrap_angle(heading + convergence),
             variance,
         )
+
+    # A candidate in the shadow
+
+    def _shadow_options(self) -> ShadowOptions:
+        every, frames, policy = (
+            self.get_parameter(f"shadow_{name}").value for name in ("every", "frames", "policy")
+        )
+        return ShadowOptions(every, frames, policy == "promote")
 
     def _publish_comparison(self, comparison: FrameComparison) -> None:
         for name, publisher in self._shadow_pubs.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,8 +164,8 @@ LOCALIZER: tuple[Parameter, ...] = (
         (0.1, 1000.0),
     ),
     P("shadow_checkpoint", "", "Candidate to compare with checkpoint, unused otherwise; empty: none."),
-    P("shadow_every", 5, "Shadow: the candidate sees every so-manieth frame.", (1, 1000)),
-    P("shadow_frames", 200, "Shadow: frames that it sees before the verdict.", (100, 100000)),
+    P("shadow_every", 5, "Shadow: compare on every n-th frame, where 10 m were driven.", (1, 100)),
+    P("shadow_frames", 200, "Shadow: frames to compare before the verdict.", (100, 10000)),
     P(
         "shadow_policy",
         "report",
@@ -228,12 +229,17 @@ def declare(node: Node, parameters: tuple[Parameter, ...]) -> None:
         node.declare_parameter(p.name, p.default, descriptor)
 
 
-def read(node: Node, parameters: tuple[Parameter, ...]) -> dict[str, Any]:
-    """All values now; ParameterError where a choice is none of those allowed."""
-    values = {p.name: node.get_parameter(p.name).value for p in parameters}
+def check_choices(parameters: tuple[Parameter, ...], values: Mapping[str, Any]) -> None:
+    """ParameterError where one of ``values`` is none of its parameter's choices."""
     for p in parameters:
-        if p.choices and values[p.name] not in p.choices:
+        if p.choices and p.name in values and values[p.name] not in p.choices:
             raise ParameterError(f"{p.name} is {values[p.name]!r}; choose from {', '.join(p.choices)}")
+
+
+def read(node: Node, parameters: tuple[Parameter, ...]) -> dict[str, Any]:
+    """All values now; ParameterError where one cannot be used."""
+    values = {p.name: node.get_parameter(p.name).value for p in parameters}
+    check_choices(parameters, values)
     if "datum_lat" in values and math.isfinite(values["datum_lat"]) != math.isfinite(values["datum_lon"]):
         raise ParameterError("set both datum_lat and datum_lon, or neither")
     return values

@@ -281,6 +281,12 @@ class VehicleNode(LifecycleNode):
         )
         self._inputs[name] = self.create_subscription(kind, name, self._guarded(name, call), qos, raw=raw)
 
+    def _unlisten(self, name: str) -> None:
+        """End an input's subscription, and with it what was wrong with the input."""
+        self.destroy_subscription(self._inputs.pop(name))
+        self._health.clear(name)
+        self._health.clear(f"{name}_topic")
+
     def _guarded(self, name: str, call: Callable[[Any], None]) -> Callable[[Any], None]:
         """A callback that no message can end the node with."""
 
@@ -294,11 +300,10 @@ class VehicleNode(LifecycleNode):
         return guarded
 
     def _stop(self) -> None:
-        for subscription in self._inputs.values():
-            self.destroy_subscription(subscription)
         if self._inputs:
             self.destroy_timer(self._wait_timer)
-        self._inputs = {}
+        for name in list(self._inputs):
+            self._unlisten(name)
         if self._worker is not None:
             self._worker.close()
             self._worker = None
