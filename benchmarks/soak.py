@@ -382,7 +382,7 @@ FAULTS = {
     "tiles truncated": Fault(tile_server("truncated"), "frames_rejected/map_unavailable", patience_s=60.0),
     "good checkpoint": Fault(good_checkpoint, "checkpoint", patience_s=10.0),
     "bad checkpoint": Fault(bad_checkpoint, "checkpoint_refused", patience_s=10.0),
-    "candidate in the shadow": Fault(shadowed, "shadow_verdict", patience_s=90.0),
+    "candidate in the shadow": Fault(shadowed, "shadow_verdict", patience_s=300.0),
     "subscriber storm": Fault(subscriber_storm, ""),
     "deactivated": Fault(deactivated, "not active"),
 }
