@@ -468,7 +468,7 @@ class LocalizerNode(VehicleNode):
         done = time.monotonic_ns()
         self._publish(job, fix, mounting, estimate)
         self._health.accepted()
-        self._publish_status(job, fix, estimate, (done - started) / 1e6)
+        self._publish_status(job, estimate, (done - started) / 1e6)
 
     def _publish(self, job: Job, fix: GnssFix, mounting: Mounting, estimate: PoseEstimate) -> None:
         yaw, variance = None, estimate.heading_variance
@@ -556,11 +556,14 @@ class LocalizerNode(VehicleNode):
         message.transform.rotation = pose.pose.pose.orientation
         self._broadcaster.sendTransform(message)
 
-    def _publish_status(self, job: Job, fix: GnssFix, estimate: PoseEstimate, inference_ms: float) -> None:
+    def _publish_status(self, job: Job, estimate: PoseEstimate, inference_ms: float) -> None:
         now = time.monotonic()
         if estimate.tile.key != self._tile_key:
             self._tile_key, self._tile_since = estimate.tile.key, now
-        offset = LocalProjection(fix.lat, fix.lon).forward(estimate.lat, estimate.lon)
+        # From the fix itself; where the filter chose the place, that says nothing.
+        offset = (math.nan, math.nan)
+        if job.fix is not None:
+            offset = LocalProjection(job.fix.lat, job.fix.lon).forward(estimate.lat, estimate.lon)
         values = {
             "latency_ms": (time.monotonic_ns() - job.frame.arrived_ns) / 1e6,
             "inference_ms": inference_ms,
