@@ -108,7 +108,8 @@ class Rig(Vehicle):
         self._truth: dict[int, tuple[float, float]] = {}
         self._before: tuple[int, Frame] | None = None
         self.odometry = self.create_publisher(Odometry, "odom", 5)
-        self.filtered: list[float] = []
+        # When each came (monotonic seconds), and its error.
+        self.filtered: list[tuple[float, float]] = []
         topic = "/localizer/odometry_filtered_pose"
         self.create_subscription(PoseWithCovarianceStamped, topic, self._on_filtered, 50)
         self._change_state = self.create_client(ChangeState, "/localizer/change_state")
@@ -164,7 +165,7 @@ class Rig(Vehicle):
         truth = self._truth.get(Time.from_msg(pose.header.stamp).nanoseconds)
         if truth is not None:
             place = pose.pose.pose.position
-            self.filtered.append(math.dist((place.x, place.y), truth))
+            self.filtered.append((time.monotonic(), math.dist((place.x, place.y), truth)))
 
     def _on_diagnostics(self, report: DiagnosticArray) -> None:
         super()._on_diagnostics(report)
@@ -595,7 +596,7 @@ def main() -> int:
         "images": rig.count,
         "poses": len(rig.poses),
         "filtered poses": len(rig.filtered),
-        "filtered error, mean, m": sum(rig.filtered) / max(1, len(rig.filtered)),
+        "filtered error, mean, m": sum(error for _, error in rig.filtered) / max(1, len(rig.filtered)),
         "crashed": crashed,
         "exceptions logged": text.count("Traceback") + text.count("internal_error"),
         "CPU, % of one core": 100.0 * used / elapsed,
