@@ -615,7 +615,8 @@ def main() -> int:
     silent = [e.name for e in soak.events if e.resumed_s > FAULTS[e.name].resume_s]
     if arguments.json:
         report = {**summary, "faults": rows, "unnamed": unnamed, "not resumed": silent}
-        report |= {"not well again": soak.not_well_again, "RSS": soak.memory}
+        report |= {"not well again": soak.not_well_again, "RSS": soak.memory, "filtered": rig.filtered}
+        report |= {"events": [(e.name, e.began, e.ended) for e in soak.events]}
         arguments.json.write_text(json.dumps(report, indent=1))
     if crashed:
         print(text)
