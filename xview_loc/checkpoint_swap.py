@@ -104,6 +104,8 @@ class CheckpointSwap:
         # The tiles about the vehicle, so that the first frame is as fast as the others.
         new.localizer.take_over(self.active.localizer)
         self._previous, self.active = self.active, new
+        # It keeps its weights, for the way back.
+        self._previous.localizer.forget_tiles()
         return new
 
 

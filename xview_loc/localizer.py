@@ -37,6 +37,7 @@ HEADING_STD_FLOOR = math.radians(2.0)
 HEADING_LEVEL = 1
 # Variance of a heading nothing is known of (uniform over the circle), rad^2.
 UNKNOWN_HEADING_VARIANCE = math.pi**2 / 3.0
+TILES_ENCODED = 8
 
 
 class LocalizationError(Exception):
@@ -123,7 +124,7 @@ class Localizer:
     whole tile where it has no covariance), or None for no limit. A disc never reaches beyond the heat map.
     Tiles of which less than ``min_valid_fraction`` has imagery are refused. Probabilities and covariances
     are those of the model's calibration; ``covariance_floor_m`` stands in for that of the calibration.
-    What the model keeps of tiles takes at most ``features_mb`` of memory (one tile's at least);
+    What the model keeps of the last eight tiles takes at most ``features_mb`` of memory (or one tile's);
     ``precompute`` makes that much more, and every image of a tile that comes again faster.
     Raises ValueError where tiles, model and heading prior do not go together.
     """
@@ -243,6 +244,10 @@ class Localizer:
         for tile, _ in list(other._features.values()):
             self._encode(tile)
 
+    def forget_tiles(self) -> None:
+        """Free what the model keeps of tiles; the localizer may be in use meanwhile."""
+        self._features = OrderedDict()
+
     def _tile(self, observation: Observation) -> AerialTile:
         tile = self._tiles.around(observation.lat, observation.lon)
         if self.spec.aerial_up == "left":
@@ -262,19 +267,20 @@ class Localizer:
 
     def _encode(self, tile: AerialTile) -> Any:
         keep = self.spec.aerial_up == "north"  # a tile turned to the heading hardly ever comes again
-        if keep and tile.key in self._features:
-            self._features.move_to_end(tile.key)
-            return self._features[tile.key][1]
+        known = self._features
+        if keep and tile.key in known:
+            known.move_to_end(tile.key)
+            return known[tile.key][1]
         aerial = normalise(tile.image).to(self._device, memory_format=torch.channels_last)
         features = self._model.encode_aerial(aerial)
         if keep:
             if self._precompute:
                 features = self._model.precompute(features, orientation=self._heading_prior_deg != 0)
-            self._features[tile.key] = (tile, features)
+            known[tile.key] = (tile, features)
             # The tiles of a model are all of one size.
             room = max(1, int(self._features_mb / max(_megabytes(features), 1e-3)))
-            while len(self._features) > room:
-                self._features.popitem(last=False)
+            while len(known) > min(room, TILES_ENCODED):
+                known.popitem(last=False)
         return features
 
     def _match(self, ground: Tensor, features: Any, tile: AerialTile, observation: Observation) -> HeatMaps:
