@@ -38,6 +38,7 @@ HEADING_LEVEL = 1
 # Variance of a heading nothing is known of (uniform over the circle), rad^2.
 UNKNOWN_HEADING_VARIANCE = math.pi**2 / 3.0
 TILES_ENCODED = 8
+TILES_TAKEN_OVER = 3
 
 
 class LocalizationError(Exception):
@@ -231,8 +232,9 @@ class Localizer:
         tile = AerialTile(aerial, 0.0, 0.0, self.spec.gsd)
         height, width = self.spec.ground_size
         camera = CameraModel(width, height, (width, 0, width / 2, 0, width, height / 2, 0, 0, 1))
-        ground = normalise(rng.integers(0, 256, (height, width, 3), np.uint8)).to(self._device)
-        features = self._model.encode_aerial(normalise(aerial).to(self._device))
+        ground = normalise(rng.integers(0, 256, (height, width, 3), np.uint8))
+        ground = ground.to(self._device, memory_format=torch.channels_last)
+        features = self._kept_of(aerial)
         observation = Observation(aerial, 0.0, 0.0, heading=0.0, camera=camera)
         maps = self._match(ground, features, tile, observation)
         if not bool(maps.logits.isfinite().all()):
@@ -240,8 +242,11 @@ class Localizer:
 
     @torch.inference_mode()
     def take_over(self, other: Localizer) -> None:
-        """Encode the tiles that another localizer of the same map has at hand; it may be in use meanwhile."""
-        for tile, _ in list(other._features.values()):
+        """Encode the tiles that another localizer of the same map used last; it may be in use meanwhile.
+
+        A few: each takes time from its frames.
+        """
+        for tile, _ in list(other._features.values())[-TILES_TAKEN_OVER:]:
             self._encode(tile)
 
     def forget_tiles(self) -> None:
@@ -271,17 +276,23 @@ class Localizer:
         if keep and tile.key in known:
             known.move_to_end(tile.key)
             return known[tile.key][1]
-        aerial = normalise(tile.image).to(self._device, memory_format=torch.channels_last)
-        features = self._model.encode_aerial(aerial)
+        features = self._kept_of(tile.image)
         if keep:
-            if self._precompute:
-                features = self._model.precompute(features, orientation=self._heading_prior_deg != 0)
             known[tile.key] = (tile, features)
             # The tiles of a model are all of one size.
             room = max(1, int(self._features_mb / max(_megabytes(features), 1e-3)))
             while len(known) > min(room, TILES_ENCODED):
                 known.popitem(last=False)
         return features
+
+    def _kept_of(self, aerial: Image) -> Any:
+        """What the model keeps of a tile; of one that never comes again no more than it needs."""
+        features = self._model.encode_aerial(
+            normalise(aerial).to(self._device, memory_format=torch.channels_last)
+        )
+        if not self._precompute or self.spec.aerial_up != "north":
+            return features
+        return self._model.precompute(features, orientation=self._heading_prior_deg != 0)
 
     def _match(self, ground: Tensor, features: Any, tile: AerialTile, observation: Observation) -> HeatMaps:
         extra: dict[str, Any] = {}
