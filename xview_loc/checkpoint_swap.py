@@ -112,7 +112,7 @@ class CheckpointSwap:
 
 
 def _give_memory_back() -> None:
-    """Return what was freed to the system: glibc keeps it thread by thread, and more with every checkpoint."""
+    """Return what was freed to the system: glibc keeps it by thread, and more with every checkpoint."""
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
 
