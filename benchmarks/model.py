@@ -113,7 +113,7 @@ def main() -> None:
     for row in rows:
         name, parameters, *figures = row.values()
         table.add_row(str(name), f"{float(parameters) / 1e6:.1f}", *(f"{float(x):.0f}" for x in figures))
-    Console().print(table)
+    Console(width=120).print(table)
     if arguments.json:
         settings = {"threads": arguments.threads, "runs": arguments.runs}
         arguments.json.write_text(json.dumps({**settings, "models": rows}, indent=2) + "\n")
