@@ -204,6 +204,19 @@ def test_without_odometry_images_and_fixes_still_count() -> None:
     assert looked is None and not vehicle.filter.started
 
 
+def test_after_seconds_unseen_it_starts_again_from_the_fix() -> None:
+    vehicle = Vehicle()
+    for moment in drive(15.0):
+        vehicle.see(moment)
+    vehicle.errors.clear()
+    # Meanwhile it drove 56 m.
+    for moment in drive(10.0, 22.0):
+        looked = vehicle.see(moment)
+        assert looked is not None
+        assert math.dist(PLANE.forward(looked.lat, looked.lon), moment.place) < 25.0
+    assert max(vehicle.errors[8:]) < 2.0
+
+
 def test_headings_may_come_from_the_images_alone() -> None:
     vehicle = Vehicle(mounting=Mounting(camera_yaw=0.5))
     for moment in drive(60.0):

@@ -200,7 +200,8 @@ class PositionFilter:
         if self._belief is None:
             return
         if motion is None:
-            self._spread(np.zeros(2), _UNSEEN_MOTION * seconds)
+            # In a long gap it may have driven straight on.
+            self._spread(np.zeros(2), _UNSEEN_MOTION * seconds * max(1.0, seconds))
             self._driven = math.inf
         else:
             step = np.array(in_enu((motion.forward, motion.left), self._yaw - motion.turn))
