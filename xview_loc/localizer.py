@@ -234,7 +234,7 @@ class Localizer:
         camera = CameraModel(width, height, (width, 0, width / 2, 0, width, height / 2, 0, 0, 1))
         ground = normalise(rng.integers(0, 256, (height, width, 3), np.uint8))
         ground = ground.to(self._device, memory_format=torch.channels_last)
-        features = self._kept_of(aerial)
+        features = self._features_of(aerial)
         observation = Observation(aerial, 0.0, 0.0, heading=0.0, camera=camera)
         maps = self._match(ground, features, tile, observation)
         if not bool(maps.logits.isfinite().all()):
@@ -276,7 +276,7 @@ class Localizer:
         if keep and tile.key in known:
             known.move_to_end(tile.key)
             return known[tile.key][1]
-        features = self._kept_of(tile.image)
+        features = self._features_of(tile.image)
         if keep:
             known[tile.key] = (tile, features)
             # The tiles of a model are all of one size.
@@ -285,7 +285,7 @@ class Localizer:
                 known.popitem(last=False)
         return features
 
-    def _kept_of(self, aerial: Image) -> Any:
+    def _features_of(self, aerial: Image) -> Any:
         """What the model keeps of a tile; of one that never comes again no more than it needs."""
         features = self._model.encode_aerial(
             normalise(aerial).to(self._device, memory_format=torch.channels_last)
