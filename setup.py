@@ -15,6 +15,8 @@ ROS = [
     "ros-sensor-msgs",
     "ros-std-srvs",
 ]
+# Faster than PyTorch on processors: the parameter ``backend``, ``xview-loc export``.
+RUNTIMES = ["onnx", "onnxruntime", "onnxscript", "openvino"]
 TEST = ["hypothesis", "pytest", "pytest-timeout", "pyyaml"]
 
 setup(
@@ -55,7 +57,8 @@ setup(
     ],
     extras_require={
         "ros": ROS,
-        "dev": [*TEST, "mypy", "ruff"],
+        "runtimes": RUNTIMES,
+        "dev": [*TEST, *RUNTIMES, "mypy", "ruff"],
         "test": TEST,
     },
     entry_points={

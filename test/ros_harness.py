@@ -51,6 +51,9 @@ class NodeProcess:
         """``module``: what to run; default: the localizer with a stub of a model."""
         self._log = log
         program = ["-m", module] if module else [str(HERE / "stub_node.py")]
+        if not module:
+            # Stubs cannot be exported.
+            parameters = {"backend": "torch", **parameters}
         command = [sys.executable, *program, "--ros-args"]
         for name, value in parameters.items():
             text = str(value).lower() if isinstance(value, bool) else str(value)

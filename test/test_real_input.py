@@ -152,11 +152,12 @@ def test_every_frame_gets_its_pose_in_the_right_place(maps, form, crs, tmp_path)
     assert worst < 0.05
 
 
-@pytest.mark.parametrize("model", ["ccvpe-small", "ccvpe-vigor"])
-def test_the_real_architecture_answers_every_frame(maps, tmp_path, model):
+@pytest.mark.parametrize(("model", "backend"), [("ccvpe-small", "auto"), ("ccvpe-vigor", "torch")])
+def test_the_real_architecture_answers_every_frame(maps, tmp_path, model, backend):
     parameters = {
         "map": maps["geotiff", "EPSG:31256"],
         "model": model,
+        "backend": backend,
         "image_transport": "compressed",
         "heading_source": "quaternion",
         "qos_reliability": "reliable",

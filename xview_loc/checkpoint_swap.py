@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from xview_loc.errors import reason
+from xview_loc.errors import UserError, reason
 from xview_loc.localizer import LocalizationError, Localizer
 from xview_loc.models.base import CrossViewModel
 from xview_loc.models.checkpoint import CheckpointError, load_checkpoint
@@ -87,7 +87,7 @@ class CheckpointSwap:
         try:
             localizer = self._build(checkpoint.model)
             localizer.warm_up()
-        except (LocalizationError, ValueError, RuntimeError) as error:
+        except (LocalizationError, UserError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"checkpoint {path} fails its trial: {reason(error)}") from None
         return Deployed(localizer, str(path), checkpoint.sha256)
 

@@ -24,6 +24,15 @@ from xview_loc.geodesy import wrap_angle
 from xview_loc.heatmap import HeatMap, SearchDisc, room_around
 from xview_loc.imagery import AerialTile
 from xview_loc.models.base import CrossViewModel, HeatMaps, ModelSpec
+from xview_loc.models.graph import FrameSettings
+from xview_loc.models.runtimes import (
+    Backend,
+    Precision,
+    Runtime,
+    check_precision,
+    choose_backend,
+    make_runtime,
+)
 from xview_loc.tile_store import TileStore
 
 # The search disc of a fix with a covariance: so many standard deviations of its larger axis, but not
@@ -127,7 +136,9 @@ class Localizer:
     are those of the model's calibration; ``covariance_floor_m`` stands in for that of the calibration.
     What the model keeps of the last eight tiles takes at most ``features_mb`` of memory (or one tile's);
     ``precompute`` makes that much more, and every image of a tile that comes again faster.
-    Raises ValueError where tiles, model and heading prior do not go together.
+    ``backend`` and ``precision`` say what executes the model's share of each image; tiles are PyTorch's.
+    Raises ValueError where tiles, model and heading prior do not go together, UserError where a backend is
+    missing or cannot execute the model.
     """
 
     def __init__(
@@ -142,6 +153,8 @@ class Localizer:
         device: str | torch.device = "cpu",
         features_mb: float = 256.0,
         precompute: bool = True,
+        backend: Backend = "torch",
+        precision: Precision = "float32",
     ) -> None:
         spec = model.spec
         if tiles.size_px != required_tile_px(spec) or not math.isclose(tiles.gsd, spec.gsd, rel_tol=1e-6):
@@ -156,8 +169,14 @@ class Localizer:
         self.spec = spec
         self._tiles = tiles
         self._device = torch.device(device)
+        self.backend = choose_backend(backend, self._device)
+        check_precision(self.backend, precision, self._device)
+        self._precision = precision
+        # Other runtimes compute in a precision of their own.
+        self._dtype = getattr(torch, precision) if self.backend == "torch" else torch.float32
+        self._model_device = self._device if self.backend == "torch" else torch.device("cpu")
         # Convolutions on the CPU are fastest with the channels last.
-        self._model = model.to(self._device).eval()
+        self._model = model.to(self._model_device, self._dtype).eval()
         self._model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._heading_prior_deg = heading_prior_deg
         self._search_radius_m = search_radius_m
@@ -168,7 +187,10 @@ class Localizer:
         # By the tile's key: the tile and what the model keeps of it, the one used last at the end.
         self._features: OrderedDict[str, tuple[AerialTile, Any]] = OrderedDict()
         self._features_mb = features_mb
-        self._precompute = precompute
+        # A graph takes nothing but precomputed tiles.
+        self._precompute = self.backend != "torch" or (precompute and spec.aerial_up == "north")
+        # Of the settings used last.
+        self._runtime: tuple[FrameSettings, Runtime] | None = None
         # A turned panorama faces north up to the prior; any other image leaves all bins open.
         self._turns_image = spec.camera == "panorama" and heading_prior_deg is not None
         self._needs_heading = self._turns_image or spec.aerial_up == "left" or heading_prior_deg == 0
@@ -233,7 +255,7 @@ class Localizer:
         height, width = self.spec.ground_size
         camera = CameraModel(width, height, (width, 0, width / 2, 0, width, height / 2, 0, 0, 1))
         ground = normalise(rng.integers(0, 256, (height, width, 3), np.uint8))
-        ground = ground.to(self._device, memory_format=torch.channels_last)
+        ground = ground.to(self._model_device, self._dtype, memory_format=torch.channels_last)
         features = self._features_of(aerial)
         observation = Observation(aerial, 0.0, 0.0, heading=0.0, camera=camera)
         maps = self._match(ground, features, tile, observation)
@@ -268,7 +290,7 @@ class Localizer:
     def _ground(self, observation: Observation) -> Tensor:
         heading = observation.heading if self._turns_image else None
         ground = prepare_ground(observation.image, self.spec, heading=heading, camera=observation.camera)
-        return ground.to(self._device, memory_format=torch.channels_last)
+        return ground.to(self._model_device, self._dtype, memory_format=torch.channels_last)
 
     def _encode(self, tile: AerialTile) -> Any:
         keep = self.spec.aerial_up == "north"  # a tile turned to the heading hardly ever comes again
@@ -288,25 +310,35 @@ class Localizer:
     def _features_of(self, aerial: Image) -> Any:
         """What the model keeps of a tile; of one that never comes again no more than it needs."""
         features = self._model.encode_aerial(
-            normalise(aerial).to(self._device, memory_format=torch.channels_last)
+            normalise(aerial).to(self._model_device, self._dtype, memory_format=torch.channels_last)
         )
-        if not self._precompute or self.spec.aerial_up != "north":
+        if not self._precompute:
             return features
         return self._model.precompute(features, orientation=self._heading_prior_deg != 0)
 
     def _match(self, ground: Tensor, features: Any, tile: AerialTile, observation: Observation) -> HeatMaps:
-        extra: dict[str, Any] = {}
+        inputs: dict[str, Any] = {}
         if "meters_per_pixel" in self._model.extra_inputs:
-            extra["meters_per_pixel"] = torch.tensor([tile.gsd], device=self._device)
+            inputs["meters_per_pixel"] = (tile.gsd,)
         if "intrinsics" in self._model.extra_inputs:
             assert observation.camera is not None
             height, width = self.spec.ground_size
             matrix = observation.camera.scaled_matrix(width, height)
-            extra["intrinsics"] = torch.tensor(matrix, dtype=torch.float32, device=self._device)[None]
+            inputs["intrinsics"] = (tuple(map(tuple, matrix.tolist())),)
         known_to_model = self._turns_image or self.spec.bins == 0
-        prior = self._heading_prior_deg if known_to_model else None
-        orientation = self._heading_prior_deg != 0
-        return self._model.match(ground, features, prior, orientation=orientation, **extra)
+        settings = FrameSettings(
+            self._heading_prior_deg if known_to_model else None,
+            orientation=self._heading_prior_deg != 0,
+            inputs=tuple(inputs.items()),
+        )
+        if self.backend == "torch":
+            prior, orientation = settings.heading_prior_deg, settings.orientation
+            extra = {name: x.to(self._device) for name, x in settings.extra().items()}
+            return self._model.match(ground, features, prior, orientation=orientation, **extra)
+        if self._runtime is None or self._runtime[0] != settings:
+            made = make_runtime(self._model, self.backend, settings, self._precision, self._device)
+            self._runtime = settings, made
+        return self._model.maps(self._runtime[1](ground, self._model.tile_tensors(features)), features)
 
     def _search(
         self, observation: Observation, shape: tuple[int, ...], maps: HeatMaps, tile: AerialTile

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 from rich.console import Console
 
-from xview_loc.cli import adapt, bags, calibrate, deploy, doctor, evaluate, maps, simulate, train
+from xview_loc.cli import adapt, bags, calibrate, deploy, doctor, evaluate, export, maps, simulate, train
 from xview_loc.cli.console import UsageError
 from xview_loc.errors import UserError
 
@@ -18,6 +18,7 @@ app.command()(adapt.adapt)
 app.command()(adapt.ablate)
 app.command()(evaluate.evaluate)
 app.command()(calibrate.calibrate)
+app.command()(export.export)
 app.command()(deploy.deploy)
 app.command()(doctor.doctor)
 app.command()(simulate.simulate)

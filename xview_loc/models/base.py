@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -189,6 +190,33 @@ class CrossViewModel(nn.Module):
         rolled so that its centre column faces north): None searches all headings, 0 trusts it.
         ``orientation`` asks for the orientation field.
         """
+        raise NotImplementedError
+
+    def tile_tensors(self, features: Any) -> tuple[Tensor, ...]:
+        """What :meth:`frame` takes of precomputed ``features``."""
+        raise NotImplementedError
+
+    def frame_inputs(self, **extra: Tensor) -> dict[str, Any]:
+        """What :meth:`frame` takes of the extra inputs of :meth:`match`, for images of one camera."""
+        return extra
+
+    def frame(
+        self,
+        ground: Tensor,
+        tile: Sequence[Tensor],
+        heading_prior_deg: float | None = None,
+        *,
+        orientation: bool = False,
+    ) -> tuple[Tensor, ...]:
+        """What :meth:`match` computes for every image, from tensors to tensors: other runtimes can do it.
+
+        ``tile`` are the :meth:`tile_tensors`. What else a model takes are its :meth:`frame_inputs`. The
+        :meth:`maps` of the result are those of :meth:`match`.
+        """
+        raise NotImplementedError
+
+    def maps(self, outputs: Sequence[Tensor], features: Any) -> HeatMaps:
+        """The heat maps of what :meth:`frame` gave of an image and the tile of ``features``."""
         raise NotImplementedError
 
     def winning_heading(self, maps: HeatMaps, level: int, rows: Tensor, cols: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, cast
 
@@ -120,10 +121,11 @@ class AerialFeatures:
 class _Fused:
     """A decoder's transposed convolutions merged with the convolutions after them.
 
-    kernels: (C, C', 4, 4), one for each stage. last: the share of the last stage, which has no skip features,
-    in its first convolution (1, C, S, S).
+    versions: of the weights it was made of. kernels: (C, C', 4, 4), one for each stage. last: the share of
+    the last stage, which has no skip features, in its first convolution (1, C, S, S).
     """
 
+    versions: tuple[int, ...]
     kernels: tuple[Tensor, ...]
     last: Tensor
 
@@ -186,8 +188,8 @@ class CCVPE(CrossViewModel):
             nn.Flatten(), nn.Linear(features * config.cell**2, config.satellite_descriptor)
         )
         self._add_decoder("", 1, config.up, config.conv, skip_channels, extra=1, outputs=1)
-        # What is made of a decoder's weights, with the versions of those weights.
-        self._fused: dict[str, tuple[tuple[int, ...], _Fused]] = {}
+        # By a decoder's suffix.
+        self._fused: dict[str, _Fused] = {}
         self._add_decoder(
             "_ori", config.spec.bins, config.up_orientation, config.conv_orientation, skip_channels, 0, 2
         )
@@ -253,10 +255,10 @@ class CCVPE(CrossViewModel):
         convolution before it, linear as well, into one of 4 x 4. At the coarsest level all but the scores is
         the tile's.
         """
-        shares = {"": self._shares("", 1, features)}
-        if orientation:
-            shares["_ori"] = self._shares("_ori", self.spec.bins, features)
-        return replace(features, shares=shares)
+        scores = {"": 1, "_ori": self.spec.bins} if orientation else {"": 1}
+        for suffix in scores:
+            self._fuse(suffix)
+        return replace(features, shares={s: self._shares(s, count, features) for s, count in scores.items()})
 
     def _shares(self, suffix: str, scores: int, features: AerialFeatures) -> tuple[Tensor, ...]:
         x = _unit(features.descriptors)
@@ -268,20 +270,19 @@ class CCVPE(CrossViewModel):
             shares.append(stage.conv(_join(below, skip)).contiguous(memory_format=torch.channels_last))
         return tuple(shares)
 
-    def _fuse(self, suffix: str) -> _Fused:
-        """Of the decoder's weights as they are now."""
+    def _fuse(self, suffix: str) -> None:
+        """Merge the decoder's weights as they are now, unless that was done."""
         stages = [self._stage(level, suffix) for level in range(self._levels)]
         versions = tuple(v for stage in stages for v in stage.versions())
         known = self._fused.get(suffix)
-        if known is None or known[0] != versions:
+        if known is None or known.versions != versions:
             size = self.spec.aerial_size
             last = stages[-1].conv(stages[-1].nothing((size, size)))
-            fused = _Fused(
+            self._fused[suffix] = _Fused(
+                versions,
                 tuple(stage.merged_kernel() for stage in stages),
                 last.contiguous(memory_format=torch.channels_last),
             )
-            known = self._fused[suffix] = versions, fused
-        return known[1]
 
     def _stage(self, level: int, suffix: str) -> _Stage:
         number = self._levels - level
@@ -320,6 +321,32 @@ class CCVPE(CrossViewModel):
         x = self._ascend(self._levels - 1, "", maps[-1].amax(1, keepdim=True), x, features)
         field = self._orientation(descriptors[0], features) if orientation else None
         return HeatMaps(maps, x[:, 0], field)
+
+    def tile_tensors(self, features: AerialFeatures) -> tuple[Tensor, ...]:
+        """See :meth:`CrossViewModel.tile_tensors`; ``features`` must be precomputed."""
+        return (features.descriptors, *(share for shares in features.shares.values() for share in shares))
+
+    def frame(
+        self,
+        ground: Tensor,
+        tile: Sequence[Tensor],
+        heading_prior_deg: float | None = None,
+        *,
+        orientation: bool = False,
+    ) -> tuple[Tensor, ...]:
+        """See :meth:`CrossViewModel.frame`: the maps of :meth:`match`, the finest one first."""
+        count = self._levels - 1
+        shares = {"": tuple(tile[1 : 1 + count])}
+        if orientation:
+            shares["_ori"] = tuple(tile[1 + count :])
+        features = AerialFeatures(tile[0], (), shares)
+        maps = self.match(ground, features, heading_prior_deg, orientation=orientation)
+        return (maps.logits, *maps.levels, *([] if maps.orientation is None else [maps.orientation]))
+
+    def maps(self, outputs: Sequence[Tensor], features: AerialFeatures) -> HeatMaps:
+        """See :meth:`CrossViewModel.maps`."""
+        logits, levels, rest = outputs[0], outputs[1 : 1 + self._levels], outputs[1 + self._levels :]
+        return HeatMaps(list(levels), logits, rest[0] if rest else None)
 
     def match_levels(
         self,
@@ -377,12 +404,13 @@ class CCVPE(CrossViewModel):
         channels, length = x.shape[1], descriptor.shape[1]
         source = torch.arange(channels, device=x.device)
         source = (source - bins[:, None] * self._config.shifts[level]) % channels
-        flat = x.flatten(2)
-        scores = F.pad(descriptor, (0, channels - length))[:, source] @ flat
+        # With the channels last no layout has to be changed.
+        cells = x.permute(0, 2, 3, 1).flatten(1, 2)
+        scores = cells @ F.pad(descriptor, (0, channels - length))[:, source].mT
         if length < channels:
-            window = (source < length).to(flat.dtype)
-            scores = scores / (window @ flat.square()).float().clamp_min(_MIN_SQUARED_NORM).sqrt()
-        return scores.unflatten(2, x.shape[2:])
+            window = (source < length).to(cells.dtype)
+            scores = scores / (cells.square() @ window.mT).float().clamp_min(_MIN_SQUARED_NORM).sqrt()
+        return scores.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
 
     def _ascend(
         self, level: int, suffix: str, scores: Tensor | None, x: Tensor, features: AerialFeatures
@@ -391,7 +419,7 @@ class CCVPE(CrossViewModel):
         stage = self._stage(level, suffix)
         shares = features.shares.get(suffix)
         if shares is not None:
-            fused = self._fuse(suffix)
+            fused = self._fused[suffix]
             kernel = fused.kernels[level]
             if level == 0:
                 assert scores is not None

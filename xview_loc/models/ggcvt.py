@@ -6,7 +6,7 @@ Distances of the published model are 2 - 2 * similarity (smaller is better); sco
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -208,8 +208,10 @@ class GGCVT(CrossViewModel):
 
         The camera is over the centre of the view. See :meth:`match` for the other arguments and errors.
         """
+        return self._overhead(ground, self._views(ground.shape[0], meters_per_pixel, intrinsics))
+
+    def _overhead(self, ground: Tensor, views: list[_View]) -> list[Tensor]:
         _check_size("ground", ground, self.spec.ground_size)
-        views = self._views(ground, meters_per_pixel, intrinsics)
         encoded = self.GrdEnc(ground)
         overhead = [
             _sample(level, [view.samplers[i] for view in views])
@@ -239,16 +241,46 @@ class GGCVT(CrossViewModel):
         Levels are the negated published maps (larger is better), logits ten times the finest one.
         Raises ValueError where the heading is not known, an input is missing or a shape is wrong.
         """
+        views = self._views(ground.shape[0], meters_per_pixel, intrinsics)
+        kernels = self.frame(ground, (), heading_prior_deg, orientation=orientation, views=views)
+        return self.maps(kernels, features)
+
+    def tile_tensors(self, features: AerialFeatures) -> tuple[Tensor, ...]:
+        """See :meth:`CrossViewModel.tile_tensors`: none."""
+        return ()
+
+    def frame_inputs(
+        self, meters_per_pixel: Tensor | None = None, intrinsics: Tensor | None = None
+    ) -> dict[str, Any]:
+        """See :meth:`CrossViewModel.frame_inputs`: where the cells lie in the image."""
+        return {"views": self._views(1, meters_per_pixel, intrinsics)}
+
+    def frame(
+        self,
+        ground: Tensor,
+        tile: Sequence[Tensor],
+        heading_prior_deg: float | None = None,
+        *,
+        orientation: bool = False,
+        views: list[_View] | None = None,
+    ) -> tuple[Tensor, ...]:
+        """See :meth:`CrossViewModel.frame`: what is slid over the tile (B, C, k, k), coarse to fine."""
         name = self.spec.name
         if heading_prior_deg != 0:
             raise ValueError(f"{name} needs a known heading (heading_prior_deg=0), not {heading_prior_deg}")
         if orientation:
             raise ValueError(f"{name} has no orientation field")
-        overhead = self.encode_ground(ground, meters_per_pixel, intrinsics)
+        assert views is not None
+        overhead = self._overhead(ground, views)
+        crops = self.crop_sizes()
+        return tuple(unit(_centre_crop(view, crop)) for view, crop in zip(overhead, crops, strict=True))
+
+    def maps(self, outputs: Sequence[Tensor], features: AerialFeatures) -> HeatMaps:
+        """See :meth:`CrossViewModel.maps`: the correlation of each level."""
         maps = []
-        for level, view, crop in zip(features.levels, overhead, self.crop_sizes(), strict=True):
-            kernel = unit(_centre_crop(view, crop))
-            similarity = correlate(level.spectrum, kernel, view.shape[-1]) / level.divisor
+        for level, kernel, stride in zip(features.levels, outputs, _STRIDES, strict=True):
+            size = self.spec.aerial_size // stride
+            similarity = correlate(level.spectrum, kernel, size) / level.divisor
             maps.append((2 * similarity - 2)[:, None])
         return HeatMaps(maps, _SHARPNESS * maps[-1][:, 0], None, self.grid)
 
@@ -264,19 +296,19 @@ class GGCVT(CrossViewModel):
         return self.match(ground, features, heading_prior_deg, **extra).levels[:count]
 
     def _views(
-        self, ground: Tensor, meters_per_pixel: Tensor | None, intrinsics: Tensor | None
+        self, batch: int, meters_per_pixel: Tensor | None, intrinsics: Tensor | None
     ) -> list[_View]:
         given = meters_per_pixel if self._panorama else intrinsics
         name, shape = ("meters_per_pixel", ()) if self._panorama else ("intrinsics", (3, 3))
         if given is None:
             raise ValueError(f"{self.spec.name} needs {name} (B{''.join(f', {n}' for n in shape)})")
-        batch = ground.shape[0]
         if given.ndim != 1 + len(shape) or given.shape[1:] != shape or given.shape[0] not in (1, batch):
             raise ValueError(f"{name} must have shape {(batch, *shape)}, not {tuple(given.shape)}")
         if not bool(given.isfinite().all()) or (self._panorama and not bool((given > 0).all())):
             raise ValueError(f"{name} must be finite{' and positive' if self._panorama else ''}")
         cameras = given.detach().to("cpu", torch.float32).flatten(1) if shape else given[:, None]
-        views = [_view(tuple(values), self._config, ground.device) for values in cameras.tolist()]
+        device = next(self.parameters()).device
+        views = [_view(tuple(values), self._config, device) for values in cameras.tolist()]
         return views * (batch // len(views))
 
 
@@ -356,7 +388,11 @@ def _sample(features: Tensor, samplers: list[_Sampler]) -> Tensor:
     table = features.permute(0, 2, 3, 1).reshape(-1, channels)
     neighbours = torch.cat([sampler.neighbours + i * rows * cols for i, sampler in enumerate(samplers)])
     weights = torch.cat([sampler.weights for sampler in samplers]).to(features.dtype)
-    cells = F.embedding_bag(neighbours, table, per_sample_weights=weights, mode="sum")
+    if torch.compiler.is_exporting():
+        # ONNX has no counterpart of the faster operation below.
+        cells = torch.stack([table[neighbours[:, i]] * weights[:, i, None] for i in range(4)]).sum(0)
+    else:
+        cells = F.embedding_bag(neighbours, table, per_sample_weights=weights, mode="sum")
     size = math.isqrt(len(cells) // batch)
     return cells.reshape(batch, size, size, channels).permute(0, 3, 1, 2).contiguous()
 

@@ -48,6 +48,8 @@ from xview_loc.localizer import (
 from xview_loc.models import create_model
 from xview_loc.models.base import CrossViewModel
 from xview_loc.models.checkpoint import load_checkpoint, shipped_checkpoint
+from xview_loc.models.graph import RuntimeUnavailableError
+from xview_loc.models.runtimes import choose_backend
 from xview_loc.mounting import Mounting
 from xview_loc.nodes import messages, parameters
 from xview_loc.nodes.diagnostics import WARN
@@ -92,8 +94,7 @@ class LocalizerNode(VehicleNode):
         if not p["map"]:
             raise parameters.ParameterError("parameter map is empty: name an aerial map")
         self._open_map(required_tile_px(model.spec), model.spec.gsd, snap_m=model.reach_m / 2)
-        localizer = self._build_localizer(model)
-        localizer.warm_up()
+        localizer = self._first_localizer(model)
         self._swap = CheckpointSwap(Deployed(localizer, path, sha256), self._build_localizer)
         self._health.value("checkpoint", self._swap.active)
         self._needs_camera_info = model.spec.camera == "pinhole"
@@ -173,6 +174,22 @@ class LocalizerNode(VehicleNode):
         self._health.condition("untrained", WARN, text)
         return model, "", ""
 
+    def _first_localizer(self, model: CrossViewModel) -> Localizer:
+        """Warm; its backend serves the checkpoints after it as well."""
+        self._backend = choose_backend(self._p["backend"], torch.device(self._p["device"]))
+        try:
+            localizer = self._build_localizer(model)
+            localizer.warm_up()
+        except RuntimeUnavailableError as error:
+            if self._p["backend"] != "auto" or self._backend == "torch":
+                raise
+            self.get_logger().warning(f"torch instead of {self._backend}: {error}")
+            self._backend = "torch"
+            localizer = self._build_localizer(model)
+            localizer.warm_up()
+        self._health.value("backend", f"{self._backend} {self._p['precision']}")
+        return localizer
+
     def _build_localizer(self, model: CrossViewModel) -> Localizer:
         """With the open map and the parameters' settings."""
         p = self._p
@@ -187,6 +204,8 @@ class LocalizerNode(VehicleNode):
             min_valid_fraction=p["min_valid_fraction"],
             covariance_floor_m=None if floor < 0 else floor,
             device=p["device"],
+            backend=self._backend,
+            precision=p["precision"],
         )
 
     # Another checkpoint on the running vehicle

@@ -10,6 +10,8 @@ from typing import Any
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
 from rclpy.node import Node
 
+from xview_loc.models.runtimes import BACKENDS, PRECISIONS
+
 
 class ParameterError(ValueError):
     """A parameter has a value that cannot be used; one clear line."""
@@ -99,7 +101,19 @@ LOCALIZER: tuple[Parameter, ...] = (
         "Weights' file; empty: the model's shipped ones, or random ones to try the plumbing.",
     ),
     P("device", "cpu", "PyTorch device, such as cpu or cuda:0."),
-    P("torch_threads", 0, "Threads PyTorch may use; 0: its own default.", (0, 256)),
+    P(
+        "backend",
+        "auto",
+        "What executes the model for each image; auto: openvino where it is installed and works, else torch.",
+        choices=BACKENDS,
+    ),
+    P(
+        "precision",
+        "float32",
+        "What it computes in: bfloat16 not with onnxruntime, float16 on GPUs alone.",
+        choices=PRECISIONS,
+    ),
+    P("torch_threads", 0, "Threads the model may use; 0: PyTorch's own default.", (0, 256)),
     P(
         "heading_mode",
         "known",

@@ -1,0 +1,236 @@
+"""Other runtimes than PyTorch: the same poses, kept graphs, and clear words where something is missing."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from ros_harness import NodeProcess, bench, pick_domain
+
+from xview_loc.checkpoint_swap import CheckpointSwap, Deployed
+from xview_loc.imagery import AerialMap
+from xview_loc.localizer import Localizer, Observation, PoseEstimate, required_tile_px
+from xview_loc.models import create_model, graph, runtimes
+from xview_loc.models.checkpoint import CheckpointError, load_model, save_checkpoint
+from xview_loc.models.graph import GRAPHS_KEPT, FrameSettings, RuntimeUnavailableError, kept_graph
+from xview_loc.models.runtimes import OnnxRuntime, OpenVinoRuntime, choose_backend, make_runtime, parity
+from xview_loc.simulation.city import build_city
+from xview_loc.simulation.drive import DriveOptions, Frame, drive
+from xview_loc.tile_store import TileStore
+
+METRES_PER_DEGREE = 111_200.0
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Graphs of these tests alone."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Frame]]:
+    """A city's map and a drive through it."""
+    city = build_city(7, "source")
+    frames = list(drive(city, 12, seed=2, options=DriveOptions(rate_hz=0.2)))
+    return city.write_geotiff(tmp_path_factory.mktemp("city") / "city.tif"), frames
+
+
+def poses(world: tuple[Path, list[Frame]], name: str, prior: float | None = 0.0, **options: Any) -> Any:
+    tif, frames = world
+    with AerialMap.open(str(tif)) as aerial:
+        model = load_model(name).model
+        tiles = TileStore(aerial, required_tile_px(model.spec), model.spec.gsd)
+        localizer = Localizer(tiles, model, heading_prior_deg=prior, **options)
+        return [localizer.localize(observed(frame)) for frame in frames]
+
+
+def observed(frame: Frame) -> Observation:
+    assert frame.image is not None
+    return Observation(frame.image, frame.fix.lat, frame.fix.lon, heading=frame.heading)
+
+
+def largest_distance(ours: list[PoseEstimate], theirs: list[PoseEstimate]) -> float:
+    return max(
+        math.hypot(a.lat - b.lat, (a.lon - b.lon) * math.cos(math.radians(a.lat))) * METRES_PER_DEGREE
+        for a, b in zip(ours, theirs, strict=True)
+    )
+
+
+@pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
+@pytest.mark.parametrize(
+    ("name", "prior"), [("ccvpe-small", 0.0), ("ccvpe-small", None), ("ggcvt-small", 0.0)]
+)
+def test_every_runtime_finds_the_same_places(
+    world: Any, name: str, prior: float | None, backend: str
+) -> None:
+    expected = poses(world, name, prior)
+    ours = poses(world, name, prior, backend=backend)
+    assert largest_distance(ours, expected) < 0.01
+    for a, b in zip(ours, expected, strict=True):
+        assert a.confidence == pytest.approx(b.confidence, rel=1e-2)
+        assert a.heading == pytest.approx(b.heading, abs=1e-3)
+        np.testing.assert_allclose(a.covariance, b.covariance, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("backend", ["torch", "openvino"])
+def test_half_the_precision_moves_places_by_centimetres(world: Any, backend: str) -> None:
+    expected = poses(world, "ccvpe-small")
+    ours = poses(world, "ccvpe-small", backend=backend, precision="bfloat16")
+    moved = [largest_distance([a], [b]) for a, b in zip(ours, expected, strict=True)]
+    assert max(moved) > 0.0 and np.median(moved) < 0.25
+
+
+def test_graphs_are_kept_by_weights_and_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exported: list[Path] = []
+
+    def export(model: Any, settings: FrameSettings, path: Path) -> None:
+        exported.append(path)
+        path.write_bytes(b"a graph")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(graph, "_export_elsewhere", export)
+    model = load_model("ccvpe-small").model
+    first = kept_graph(model, FrameSettings())
+    assert kept_graph(load_model("ccvpe-small").model, FrameSettings()) == first
+    assert exported == [first]
+    kept_graph(model, FrameSettings(None, orientation=True))
+    for _ in range(GRAPHS_KEPT - 1):
+        with torch.no_grad():
+            next(model.parameters()).mul_(2.0)
+        kept_graph(model, FrameSettings())
+    assert len(set(exported)) == len(exported) == GRAPHS_KEPT + 1
+    assert set(first.parent.iterdir()) == set(exported[1:])
+
+
+def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model("ccvpe-small").model
+    with pytest.raises(RuntimeUnavailableError, match="float16 needs a GPU"):
+        make_runtime(model, "openvino", FrameSettings(), "float16")
+    with pytest.raises(RuntimeUnavailableError, match="bfloat16: use openvino or torch"):
+        make_runtime(model, "onnxruntime", FrameSettings(), "bfloat16")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "openvino", None)
+        with pytest.raises(RuntimeUnavailableError, match="pip install"):
+            make_runtime(model, "openvino", FrameSettings())
+    with pytest.raises(RuntimeUnavailableError, match="cannot run"):
+        make_runtime(model, "onnxruntime", FrameSettings(), device="cuda:0")
+    monkeypatch.setattr(graph, "EXPORT_TIMEOUT_S", 0.01)
+    with pytest.raises(RuntimeUnavailableError, match="took more than"):
+        make_runtime(model, "openvino", FrameSettings(72.0))
+
+
+def test_a_runtime_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = OpenVinoRuntime.__call__
+
+    def wrong(self: OpenVinoRuntime, *inputs: Any) -> Any:
+        logits, *rest = honest(self, *inputs)
+        return (logits * 1.01, *rest)
+
+    monkeypatch.setattr(OpenVinoRuntime, "__call__", wrong)
+    with pytest.raises(RuntimeUnavailableError, match=r"wrongly \(relative error 1.0e-02\): use torch"):
+        make_runtime(load_model("ccvpe-small").model, "openvino", FrameSettings())
+
+
+def test_auto_takes_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_backend("auto", torch.device("cpu")) == "openvino"
+    assert choose_backend("auto", torch.device("cuda")) == "torch"
+    assert choose_backend("onnxruntime", torch.device("cpu")) == "onnxruntime"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert choose_backend("auto", torch.device("cpu")) == "torch"
+
+
+def test_a_change_of_weights_reaches_the_runtime(world: Any, tmp_path: Path) -> None:
+    tif, frames = world
+    with AerialMap.open(str(tif)) as aerial:
+        shipped = load_model("ccvpe-small").model
+        tiles = TileStore(aerial, required_tile_px(shipped.spec), shipped.spec.gsd)
+        swap = CheckpointSwap(
+            Deployed(Localizer(tiles, shipped, backend="openvino")),
+            lambda model: Localizer(tiles, model, backend="openvino"),
+        )
+        before = swap.active.localizer.localize(observed(frames[0]))
+        torch.manual_seed(3)
+        other = create_model("ccvpe-small")
+        save_checkpoint(other, tmp_path / "other.safetensors")
+        swap.load(tmp_path / "other.safetensors").result()
+        after = swap.active.localizer.localize(observed(frames[0]))
+        alone = Localizer(tiles, other).localize(observed(frames[0]))
+        assert largest_distance([after], [alone]) < 0.01 < largest_distance([after], [before])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(runtimes, "kept_graph", fails)
+            save_checkpoint(create_model("ccvpe-small"), tmp_path / "third.safetensors")
+            with pytest.raises(CheckpointError, match=r"third.safetensors fails its trial: no exporter"):
+                swap.load(tmp_path / "third.safetensors").result()
+        assert largest_distance([swap.active.localizer.localize(observed(frames[0]))], [alone]) < 0.01
+        swap.close()
+
+
+def fails(*arguments: Any) -> None:
+    raise RuntimeUnavailableError("no exporter")
+
+
+def command(*words: str) -> subprocess.CompletedProcess[str]:
+    program = [sys.executable, "-m", "xview_loc.cli", *words]
+    return subprocess.run(program, capture_output=True, text=True, cwd=ROOT, timeout=250)
+
+
+def test_the_exported_file_says_what_it_is_and_computes_the_same(tmp_path: Path) -> None:
+    out = tmp_path / "frame.onnx"
+    done = command("export", "--model", "ccvpe-small", "--heading", "unknown", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.split("differ by")[1].split()[0]) < 1e-4
+    session = onnxruntime.InferenceSession(out)
+    metadata = session.get_modelmeta().custom_metadata_map
+    model = load_model("ccvpe-small").model
+    assert metadata["opset"] == "20" and metadata["weights"] == graph.weights_digest(model)
+    assert json.loads(metadata["spec"]) == json.loads(json.dumps(model.spec.to_json()))
+    assert [node.name for node in session.get_inputs()][:2] == ["ground", "tile_0"]
+    assert session.get_inputs()[0].shape == [1, 64, 256, 3]
+    # Logits, four levels, the orientation field.
+    assert [node.name for node in session.get_outputs()] == [f"output_{i}" for i in range(6)]
+    assert parity(OnnxRuntime(out), model, FrameSettings(None, orientation=True)) < 1e-4
+
+
+def test_exporting_wrongly_is_said_in_one_line(tmp_path: Path) -> None:
+    for words, said in (
+        (["--model", "ggcvt-small", "--heading", "unknown"], "ggcvt-small needs a known heading"),
+        (["--model", "ccvpe-vigor"], "no weights are shipped for ccvpe-vigor"),
+        (["--checkpoint", str(tmp_path / "none.safetensors")], "does not exist"),
+    ):
+        done = command("export", "--out", str(tmp_path / "frame.onnx"), *words)
+        assert done.returncode != 0 and said in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("backend", "says"), [("auto", "torch float32"), ("openvino", "cannot be exported")])
+def test_a_node_serves_without_the_runtime_that_auto_would_take(
+    world: Any, tmp_path: Path, backend: str, says: str
+) -> None:
+    domain = pick_domain()
+    # A stub cannot be exported.
+    parameters = {"map": str(world[0]), "model": "stub", "backend": backend}
+    node = NodeProcess(domain, tmp_path / "log", parameters)
+    try:
+        with bench(domain) as b:
+            if backend == "auto":
+                b.wait(lambda: b.value("backend") == says, 60.0, "the backend's name")
+                assert "torch instead of openvino: stub cannot be exported" in node.log
+            else:
+                b.wait_diagnosis("not_configured", says, timeout_s=60.0)
+    finally:
+        assert node.stop() == 0
+    assert "Traceback" not in node.log

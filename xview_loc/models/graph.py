@@ -1,0 +1,216 @@
+"""What a model does for every image, as an ONNX graph that other runtimes can execute.
+
+Exporting takes seconds and much memory, so it is done in a process of its own and kept on disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xview_loc import __version__
+from xview_loc.errors import UserError, reason
+from xview_loc.files import write_whole
+from xview_loc.models.base import CrossViewModel
+from xview_loc.models.checkpoint import load_checkpoint, save_checkpoint
+
+OPSET = 20
+EXPORT_TIMEOUT_S = 600.0
+GRAPHS_KEPT = 8
+
+
+class RuntimeUnavailableError(UserError):
+    """A model cannot be exported or executed so here; the message is one clear line."""
+
+
+@dataclass(frozen=True)
+class FrameSettings:
+    """What stays the same from image to image, built into a graph.
+
+    heading_prior_deg, orientation: as of :meth:`CrossViewModel.match`. inputs: name and values (nested
+    tuples, a batch of one) of each of the model's extra inputs.
+    """
+
+    heading_prior_deg: float | None = 0.0
+    orientation: bool = False
+    inputs: tuple[tuple[str, Any], ...] = ()
+
+    def extra(self) -> dict[str, Tensor]:
+        """The extra inputs of :meth:`CrossViewModel.match`."""
+        return {name: torch.tensor(values) for name, values in self.inputs}
+
+
+class FrameGraph(nn.Module):
+    """A model's :meth:`~CrossViewModel.frame` whose images and tile tensors have their channels last.
+
+    So they are in the memory of this package, and so convolutions take them on most processors.
+    """
+
+    def __init__(self, model: CrossViewModel, settings: FrameSettings) -> None:
+        super().__init__()
+        self._model = model
+        self._settings = settings
+        self._inputs = model.frame_inputs(**settings.extra())
+
+    def forward(self, ground: Tensor, *tile: Tensor) -> tuple[Tensor, ...]:
+        """``ground`` (1, h, w, 3); the tile's tensors (1, h, w, C)."""
+        image, *rest = (x.permute(0, 3, 1, 2) for x in (ground, *tile))
+        prior, orientation = self._settings.heading_prior_deg, self._settings.orientation
+        return self._model.frame(image, rest, prior, orientation=orientation, **self._inputs)
+
+
+def graph_inputs(ground: Tensor, tile: Sequence[Tensor]) -> list[Tensor]:
+    """What a :class:`FrameGraph` takes for an image and a tile, without a copy where channels are last."""
+    return [x.permute(0, 2, 3, 1).contiguous() for x in (ground, *tile)]
+
+
+def example(model: CrossViewModel, settings: FrameSettings) -> tuple[Tensor, Any]:
+    """A normalised image of noise (1, 3, h, w) and the precomputed features of a tile of noise."""
+    generator = torch.Generator().manual_seed(0)
+    side = model.spec.aerial_size
+    ground = torch.randn(1, 3, *model.spec.ground_size, generator=generator)
+    aerial = torch.randn(1, 3, side, side, generator=generator)
+    with torch.no_grad():
+        return ground, model.precompute(model.encode_aerial(aerial), orientation=settings.orientation)
+
+
+def export(model: CrossViewModel, settings: FrameSettings) -> bytes:
+    """The graph, in ONNX, with inputs ``ground`` and ``tile_0`` ... and outputs ``output_0`` ...
+
+    They are those of :class:`FrameGraph`. Its metadata names model, spec, settings and opset.
+    Raises RuntimeUnavailableError where the exporter is missing or cannot do it.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise RuntimeUnavailableError(f"{reason(error)}: pip install 'xview_loc[runtimes]'") from None
+    for name in ("torch.onnx", "onnxscript", "onnx_ir"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    ground, features = example(model, settings)
+    inputs = graph_inputs(ground, model.tile_tensors(features))
+    names = ["ground", *(f"tile_{i}" for i in range(len(inputs) - 1))]
+    with torch.no_grad():
+        program = torch.onnx.export(
+            FrameGraph(model, settings).eval(),
+            tuple(inputs),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=names,
+            verbose=False,
+            # Runtimes optimise for themselves; here it takes as long as the export.
+            optimize=False,
+        )
+    assert program is not None
+    graph = program.model_proto
+    for number, output in enumerate(graph.graph.output):
+        _rename_output(graph.graph, output.name, f"output_{number}")
+    metadata = {
+        "model": model.spec.name,
+        "spec": json.dumps(model.spec.to_json()),
+        "settings": json.dumps(asdict(settings)),
+        "weights": weights_digest(model),
+        "opset": str(OPSET),
+        "xview_loc": __version__,
+    }
+    for key, value in metadata.items():
+        graph.metadata_props.add(key=key, value=value)
+    return bytes(graph.SerializeToString())
+
+
+def _rename_output(graph: Any, old: str, new: str) -> None:
+    for node in graph.node:
+        for names in (node.input, node.output):
+            for i, name in enumerate(names):
+                if name == old:
+                    names[i] = new
+    for output in graph.output:
+        if output.name == old:
+            output.name = new
+
+
+def kept_graph(model: CrossViewModel, settings: FrameSettings) -> Path:
+    """The graph's file in ``~/.cache/xview_loc/graphs``, made in a process of its own if it is not there.
+
+    Raises RuntimeUnavailableError.
+    """
+    digest = hashlib.sha256()
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    digest.update(json.dumps([asdict(settings), torch.__version__, model.spec.to_json()]).encode())
+    digest.update(weights_digest(model).encode())
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xview_loc" / "graphs"
+    path = folder / f"{model.spec.name}-{digest.hexdigest()[:16]}.onnx"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            _export_elsewhere(model, settings, path)
+        path.touch()
+        by_use = sorted(folder.glob("*.onnx"), key=lambda p: p.stat().st_mtime, reverse=True)
+        for old in by_use[GRAPHS_KEPT:]:
+            old.unlink(missing_ok=True)
+    except OSError as error:
+        raise RuntimeUnavailableError(f"cannot keep graphs in {folder}: {reason(error)}") from None
+    return path
+
+
+def _export_elsewhere(model: CrossViewModel, settings: FrameSettings, path: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = Path(folder) / "model.safetensors"
+        save_checkpoint(model, checkpoint)
+        words = [str(checkpoint), str(path), json.dumps(asdict(settings))]
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", __name__, *words],
+                capture_output=True,
+                text=True,
+                timeout=EXPORT_TIMEOUT_S,
+            )
+        except subprocess.TimeoutExpired:
+            raise RuntimeUnavailableError(
+                f"exporting {model.spec.name} took more than {EXPORT_TIMEOUT_S:.0f} s"
+            ) from None
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+        raise RuntimeUnavailableError(f"{model.spec.name} cannot be exported: {last[0]}")
+
+
+def weights_digest(model: CrossViewModel) -> str:
+    """SHA-256 (hex) of a model's weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _tuples(values: Any) -> Any:
+    return tuple(map(_tuples, values)) if isinstance(values, list) else values
+
+
+def main(checkpoint: str, out: str, settings: str) -> int:
+    """Export the model of a checkpoint; the process that :func:`kept_graph` starts."""
+    given = json.loads(settings)
+    given["inputs"] = _tuples(given["inputs"])
+    try:
+        write_whole(Path(out), export(load_checkpoint(checkpoint).model, FrameSettings(**given)))
+    except (UserError, OSError) as error:
+        print(reason(error), file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
