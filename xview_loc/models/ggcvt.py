@@ -249,11 +249,9 @@ class GGCVT(CrossViewModel):
         """See :meth:`CrossViewModel.tile_tensors`: none."""
         return ()
 
-    def frame_inputs(
-        self, meters_per_pixel: Tensor | None = None, intrinsics: Tensor | None = None
-    ) -> dict[str, Any]:
+    def frame_inputs(self, **extra: Tensor) -> dict[str, Any]:
         """See :meth:`CrossViewModel.frame_inputs`: where the cells lie in the image."""
-        return {"views": self._views(1, meters_per_pixel, intrinsics)}
+        return {"views": self._views(1, extra.get("meters_per_pixel"), extra.get("intrinsics"))}
 
     def frame(
         self,
