@@ -13,7 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from model import median_ms, peak_rss_mb
+from run import median_ms, peak_rss_mb
 from rich.console import Console
 from rich.table import Table
 

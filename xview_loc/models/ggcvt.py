@@ -293,9 +293,7 @@ class GGCVT(CrossViewModel):
         """See :meth:`CrossViewModel.match_levels`; all levels are computed, the finest one costs little."""
         return self.match(ground, features, heading_prior_deg, **extra).levels[:count]
 
-    def _views(
-        self, batch: int, meters_per_pixel: Tensor | None, intrinsics: Tensor | None
-    ) -> list[_View]:
+    def _views(self, batch: int, meters_per_pixel: Tensor | None, intrinsics: Tensor | None) -> list[_View]:
         given = meters_per_pixel if self._panorama else intrinsics
         name, shape = ("meters_per_pixel", ()) if self._panorama else ("intrinsics", (3, 3))
         if given is None:
