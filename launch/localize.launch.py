@@ -12,6 +12,6 @@ def generate_launch_description() -> LaunchDescription:
     return describe(
         SHARE,
         "localizer",
-        ("image", "camera_info", "fix", "heading"),
+        ("image", "camera_info", "fix", "heading", "odom"),
         {"map": "Aerial map", "checkpoint": "Weights", "model": "Model's name"},
     )

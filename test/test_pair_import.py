@@ -27,6 +27,10 @@ from xview_loc.keyframes import KeyframeRule
 from xview_loc.models import create_model
 from xview_loc.pair_import import ImportOptions, import_bag
 from xview_loc.pairs import PairBag
+from xview_loc.simulation.city import build_city
+from xview_loc.simulation.drive import drive
+from xview_loc.simulation.messages import write_bag
+from xview_loc.simulation.render import PanoramaView
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL_BAG = ROOT.parent / "shared/data/tracks/robot_localization_test1.bag"
@@ -183,6 +187,18 @@ def test_unusable_recordings_say_why(tmp_path: Path) -> None:
     for path in (tmp_path / "x.bag", tmp_path / "nowhere"):
         with pytest.raises(BagError, match="cannot read"):
             import_bag(path, tmp_path / "out" / "d", None, OPTIONS)
+
+
+def test_of_several_topics_the_one_named_as_the_input_is_taken(tmp_path: Path) -> None:
+    """A simulated drive has the truth beside what the vehicle measured."""
+    frames = list(drive(build_city(7, "source", size_m=200.0), 10, view=PanoramaView(32, 128)))
+    write_bag(frames, tmp_path / "drive")
+    result = import_bag(tmp_path / "drive", tmp_path / "pairs", None, OPTIONS)
+    assert result is not None and result.pairs > 2
+    first, pair = frames[0], PairBag(tmp_path / "pairs")[0]
+    assert pair.heading is not None
+    assert (pair.lat, pair.lon, pair.heading) == pytest.approx((first.fix.lat, first.fix.lon, first.heading))
+    assert pair.lat != pytest.approx(first.truth.lat, abs=1e-8)
 
 
 @pytest.mark.skipif(not REAL_BAG.exists(), reason="the real recording is not beside the repository")

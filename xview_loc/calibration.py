@@ -102,7 +102,7 @@ def fit_calibration(frames: Sequence[CalibrationFrame]) -> Calibration:
     if not abs(share - COVERAGE) < 0.02:
         raise CalibrationError(
             f"no calibration makes the 95 % ellipse hold 95 % of the truths (it held {share:.0%}): "
-            "are these the true places?"
+            "are these the true places, and is the model trained?"
         )
     return found
 

@@ -65,7 +65,8 @@ _MAP_FAILURES = 3
 class ImportOptions:
     """How to make pairs of a recording.
 
-    topics: names for the inputs of :data:`TYPES`; one that is not named is the only topic of its type.
+    topics: names for the inputs of :data:`TYPES`; for one that is not named the topic that is called as the
+    input (``/fix``) is taken, else the only one of its type.
     use_heading: pairs have a heading. declination: where the heading's north lies east of true north,
     radians. The others mean what the pair_logger's parameters do.
     """
@@ -326,6 +327,8 @@ class _Importer:
                         topics.setdefault(c.topic, []).append(c)
                 if topics:
                     break  # the next types are second choice
+            if f"/{name}" in topics:  # what the nodes subscribe to by default
+                topics = {f"/{name}": topics[f"/{name}"]}
             if wanted and not topics:
                 raise BagError(f"{self._source} has no {name} topic {wanted} of a type that fits")
             if len(topics) > 1:

@@ -60,7 +60,9 @@ def import_(
     bags: Annotated[list[Path], typer.Argument(help="Recordings: rosbag2 directories, ROS 1 .bag files.")],
     out: Annotated[Path, typer.Option(help="Folder in which each gets a bag of pairs of its own.")],
     map_: Annotated[str, typer.Option("--map", help="Aerial map; without it pairs get no tiles.")] = "",
-    image: Annotated[str, typer.Option(help="Topic; default: the only one of its type.")] = "",
+    image: Annotated[
+        str, typer.Option(help="Topic; default: /image (/fix and so on), else the only one of its type.")
+    ] = "",
     fix: Annotated[str, typer.Option(help="Topic.")] = "",
     heading: Annotated[str, typer.Option(help="Topic; 'none' for pairs without a heading.")] = "",
     camera_info: Annotated[str, typer.Option(help="Topic.")] = "",

@@ -94,7 +94,8 @@ class PairDataset(PairSource):
         if spare < 0 or spare % 2 or not math.isclose(tile.gsd, spec.gsd, rel_tol=1e-6):
             raise DatasetError(
                 f"the tiles of {folder} have {tile.size_px} px at {tile.gsd:g} m/px, {spec.name} needs "
-                f"{spec.aerial_size} px at {spec.gsd:g} m/px: cut them anew with xview-loc pairs"
+                f"{spec.aerial_size} px at {spec.gsd:g} m/px: cut them anew with "
+                f"xview-loc pairs {folder} --map MAP --size {spec.aerial_size} --gsd {spec.gsd:g} --out NEW"
             )
         return spare // 2
 
