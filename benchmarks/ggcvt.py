@@ -13,9 +13,9 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from run import median_ms, peak_rss_mb
 from rich.console import Console
 from rich.table import Table
+from run import median_ms, peak_rss_mb
 
 
 def measure(name: str, formulation: str, threads: int, runs: int) -> dict[str, float | str]:
