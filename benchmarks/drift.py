@@ -1,7 +1,7 @@
 """How far each way of computing moves the pose from plain float32, over drives through simulated cities.
 
-python benchmarks/drift.py [--model ccvpe-small] [--checkpoint FILE] [--styles source target] [--cities 910 911]
-    [--frames 150] [--heading known] [--json FILE]
+python benchmarks/drift.py [--model ccvpe-small] [--checkpoint FILE] [--styles source target]
+    [--cities 910 911] [--frames 150] [--heading known] [--json FILE]
 
 ``plain`` is PyTorch in float32 with nothing precomputed. Errors are against the true places.
 """

@@ -102,7 +102,7 @@ def test_all_good(tif, tmp_path):
     assert report.level("map") == "ok" and "0.250 m/px" in report.text("map")
     assert "100% imagery" in report.text("map")
     assert report.level("checkpoint") == "ok" and "ccvpe-small" in report.text("checkpoint")
-    hertz = float(re.search(r"on cpu: ([\d.]+) Hz", report.text("rate"))[1])
+    hertz = float(re.search(r"with openvino on cpu: ([\d.]+) Hz", report.text("rate"))[1])
     assert hertz > 0
     for check in ("python", "packages", "torch", "map formats", "tile formats", "projections", "tile cache"):
         assert report.level(check) == "ok", report.text(check)

@@ -29,6 +29,7 @@ from xview_loc.errors import reason
 if TYPE_CHECKING:
     from xview_loc.imagery import AerialMap, AerialTile, MapOptions
     from xview_loc.models.base import CrossViewModel
+    from xview_loc.models.runtimes import Backend
 
 # What setup.py asks for, and what Python calls it.
 PACKAGES = {
@@ -118,6 +119,8 @@ def check_installation(
     yield _cache(options, needed="{z}" in source)
     net, finding = _weights(model or (None if checkpoint else "ccvpe-small"), checkpoint)
     yield finding
+    # An export of random weights would be made once and never used again.
+    trained = finding.level is Level.ok
     tile = None
     if source:
         tile, finding = _map(source, options, net)
@@ -125,8 +128,10 @@ def check_installation(
     if net is not None:
         import torch
 
+        from xview_loc.models.runtimes import choose_backend
+
         for device in ("cpu", "cuda:0") if torch.cuda.is_available() else ("cpu",):
-            yield _rate(net, tile, device)
+            yield from _rate(net, tile, device, choose_backend("auto", device) if trained else "torch")
 
 
 def _version(name: str) -> str:
@@ -296,7 +301,7 @@ def _weights(model: str | None, checkpoint: Path | None) -> tuple[CrossViewModel
             text = f"none come with {model}"
             return create_model(model), Finding(Level.warning, "checkpoint", text, advice)
         loaded = load_checkpoint(path, model)
-        _localizer(loaded.model, None, "cpu").warm_up()
+        _localizer(loaded.model, None, "cpu", "torch").warm_up()
     except CheckpointError as error:
         advice = "name the model it was made for with --model, or get the file again"
         return None, Finding(Level.failure, "checkpoint", str(error), advice)
@@ -367,7 +372,7 @@ def _read_map(
     return None, Finding(Level.warning, "map", text, "see what it covers: xview-loc map info")
 
 
-def _localizer(net: CrossViewModel, tile: AerialTile | None, device: str) -> Any:
+def _localizer(net: CrossViewModel, tile: AerialTile | None, device: str, backend: Backend) -> Any:
     """A localizer on the one tile; on noise where that is None."""
     import numpy as np
 
@@ -384,11 +389,22 @@ def _localizer(net: CrossViewModel, tile: AerialTile | None, device: str) -> Any
             return only
 
     tiles = TileStore(OneTile(), side, net.spec.gsd)
-    return Localizer(tiles, net, min_valid_fraction=0.0, device=device)
+    return Localizer(tiles, net, min_valid_fraction=0.0, device=device, backend=backend)
 
 
-def _rate(net: CrossViewModel, tile: AerialTile | None, device: str) -> Finding:
-    """What the localizer reaches while its tile is at hand, as it is for most frames of a drive."""
+def _rate(net: CrossViewModel, tile: AerialTile | None, device: str, backend: Backend) -> Iterator[Finding]:
+    """What the localizer reaches with this backend, with PyTorch where it cannot be had."""
+    from xview_loc.models.graph import RuntimeUnavailableError
+
+    try:
+        yield _rate_of(net, tile, device, backend)
+    except RuntimeUnavailableError as error:
+        yield Finding(Level.warning, "backend", f"not {backend}: {reason(error)}", "torch does its work")
+        yield _rate_of(net, tile, device, "torch")
+
+
+def _rate_of(net: CrossViewModel, tile: AerialTile | None, device: str, backend: Backend) -> Finding:
+    """While the tile is at hand, as it is for most frames of a drive."""
     import numpy as np
 
     from xview_loc.camera import CameraModel
@@ -401,7 +417,7 @@ def _rate(net: CrossViewModel, tile: AerialTile | None, device: str) -> Finding:
     frame = Observation(image, *place, heading=0.0, camera=camera)
     durations = []
     try:
-        localizer = _localizer(net, tile, device)
+        localizer = _localizer(net, tile, device, backend)
         localizer.localize(frame)
         for _ in range(TIMED_FRAMES):
             started = time.perf_counter()
@@ -411,5 +427,6 @@ def _rate(net: CrossViewModel, tile: AerialTile | None, device: str) -> Finding:
         return Finding(Level.failure, "rate", f"{net.spec.name} on {device}: {reason(error)}")
     median = statistics.median(durations)
     hertz, milliseconds = 1.0 / median, median * 1e3
-    text = f"{net.spec.name} on {device}: {hertz:.1f} Hz ({milliseconds:.0f} ms a frame, the tile at hand)"
+    name = f"{net.spec.name} with {backend} on {device}"
+    text = f"{name}: {hertz:.1f} Hz ({milliseconds:.0f} ms a frame, the tile at hand)"
     return Finding(Level.ok, "rate", text)

@@ -37,12 +37,12 @@ class Runtime(Protocol):
         ...
 
 
-def choose_backend(backend: Backend, device: torch.device) -> Backend:
+def choose_backend(backend: Backend, device: str | torch.device) -> Backend:
     """``auto``: OpenVINO where it is installed and the device is a CPU, else PyTorch."""
     if backend != "auto":
         return backend
     here = all(importlib.util.find_spec(name) is not None for name in ("openvino", "onnx", "onnxscript"))
-    return "openvino" if here and device.type == "cpu" else "torch"
+    return "openvino" if here and torch.device(device).type == "cpu" else "torch"
 
 
 def check_precision(backend: Backend, precision: Precision, device: torch.device) -> None:

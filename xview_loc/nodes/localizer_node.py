@@ -176,7 +176,7 @@ class LocalizerNode(VehicleNode):
 
     def _first_localizer(self, model: CrossViewModel) -> Localizer:
         """Warm; its backend serves the checkpoints after it as well."""
-        self._backend = choose_backend(self._p["backend"], torch.device(self._p["device"]))
+        self._backend = choose_backend(self._p["backend"], self._p["device"])
         try:
             localizer = self._build_localizer(model)
             localizer.warm_up()
