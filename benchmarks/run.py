@@ -190,6 +190,37 @@ def measure(name: str, known: bool, threads: int, runs: int) -> list[dict[str, A
     return rows
 
 
+def measure_parts(name: str, threads: int, runs: int) -> list[dict[str, Any]]:
+    """Time and arithmetic of a model's parts in PyTorch, float32, heading known."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    frame = Frame(name, True, threads)
+    model, extra = frame.make().to(memory_format=torch.channels_last), frame.settings.extra()
+    ground, aerial = (x.to(memory_format=torch.channels_last) for x in (frame.ground, frame.aerial))
+    with torch.inference_mode():
+        encoded = model.encode_aerial(aerial)
+        kept = model.precompute(encoded)
+        functions: dict[Any, Callable[[], Any]] = {
+            "encode_aerial": lambda: model.encode_aerial(aerial),
+            "precompute": lambda: model.precompute(encoded),
+            "encode_ground": lambda: model.encode_ground(ground, **extra),
+            "match, tile kept": lambda: model.match(ground, kept, 0.0, **extra),
+        }
+        if kept is encoded:
+            del functions["precompute"]
+        times = times_ms(functions, runs)
+        rows = []
+        for part, function in functions.items():
+            with FlopCounterMode(display=False) as counter:
+                function()
+            gflop, p50 = counter.get_total_flops() / 1e9, float(np.median(times[part]))
+            rows.append(
+                {"model": name, "part": part, "gflop": gflop, "p50_ms": p50, "gflops": 1e3 * gflop / p50}
+            )
+    return rows
+
+
 def peak_memory(name: str, known: bool, threads: int, backend: str, precision: str) -> float:
     """In a process of its own: of the frame on one kept tile."""
     import torch
@@ -222,6 +253,12 @@ def main() -> None:
     console = Console(width=130)
     floor = alone(floor_gflops, threads)
     console.print({f"matrix product, {name}, GFLOP/s": round(rate) for name, rate in floor.items()})
+    parts = [row for name in arguments.models for row in alone(measure_parts, name, threads, runs)]
+    table = Table("model", "part", "GFLOP", "p50 ms", "GFLOP/s", "of floor", title="torch float32, in parts")
+    for row in parts:
+        figures = (f"{row['gflop']:.2f}", f"{row['p50_ms']:.1f}", f"{row['gflops']:.0f}")
+        table.add_row(row["model"], row["part"], *figures, f"{row['gflops'] / floor['float32']:.0%}")
+    console.print(table)
     results = []
     for name in arguments.models:
         for heading in arguments.headings:
@@ -261,7 +298,7 @@ def main() -> None:
             console.print(table)
             results += rows
     if arguments.json:
-        report = {"threads": threads, "runs": runs, "floor_gflops": floor, "rows": results}
+        report = {"threads": threads, "runs": runs, "floor_gflops": floor, "parts": parts, "rows": results}
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
