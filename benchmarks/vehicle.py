@@ -21,37 +21,45 @@ from rcl_interfaces.srv import SetParameters
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.time import Time
-from sensor_msgs.msg import Image, NavSatFix, NavSatStatus
+from sensor_msgs.msg import CompressedImage, Image, NavSatFix, NavSatStatus
+from std_msgs.msg import Float64
 from std_srvs.srv import Trigger
 
+from xview_loc.camera import encode_jpeg
 from xview_loc.simulation.drive import Frame
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 class Vehicle(Node):
-    """Publishes frames and notes when their poses come back."""
+    """Publishes frames, their images as JPEG where ``compressed``, and notes when their poses come back."""
 
-    def __init__(self) -> None:
+    def __init__(self, compressed: bool = False) -> None:
         super().__init__("vehicle")
-        self.images = self.create_publisher(Image, "image", 5)
+        self._compressed = compressed
+        self.images = self.create_publisher(CompressedImage if compressed else Image, "image", 5)
         self.fixes = self.create_publisher(NavSatFix, "fix", 5)
         self.headings = self.create_publisher(QuaternionStamped, "heading", 5)
         # When each frame without a pose was sent (monotonic seconds), by its stamp.
         self.sent: dict[int, float] = {}
         self.latencies: list[float] = []
+        # What of them the model took.
+        self.inference_ms: list[float] = []
         # Each pose's stamp and when it came (monotonic seconds).
         self.arrivals: list[tuple[int, float]] = []
         self.diagnostics: dict[str, str] = {}
         self.reports = 0
         self.create_subscription(PoseWithCovarianceStamped, "/localizer/pose", self._on_pose, 50)
+        self.create_subscription(Float64, "/localizer/status/inference_ms", self._on_inference, 50)
         self.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, 50)
         self._executor = SingleThreadedExecutor()
         self._executor.add_node(self)
         self._set = self.create_client(SetParameters, "/localizer/set_parameters")
         self._reload = self.create_client(Trigger, "/localizer/reload")
 
-    def messages(self, frame: Frame, stamp_ns: int) -> tuple[QuaternionStamped, NavSatFix, Image]:
+    def messages(
+        self, frame: Frame, stamp_ns: int
+    ) -> tuple[QuaternionStamped, NavSatFix, Image | CompressedImage]:
         """Heading, fix and image of a frame."""
         assert frame.image is not None
         heading = QuaternionStamped()
@@ -61,9 +69,12 @@ class Vehicle(Node):
         fix.status.status = NavSatStatus.STATUS_FIX
         (fix.position_covariance[0], _), (_, fix.position_covariance[4]) = frame.fix.covariance
         fix.position_covariance_type = NavSatFix.COVARIANCE_TYPE_DIAGONAL_KNOWN
-        height, width, _ = frame.image.shape
-        image = Image(height=height, width=width, step=3 * width, encoding="rgb8")
-        image.data = array.array("B", frame.image.tobytes())
+        if self._compressed:
+            image = CompressedImage(format="jpeg", data=array.array("B", encode_jpeg(frame.image, 90)))
+        else:
+            height, width, _ = frame.image.shape
+            image = Image(height=height, width=width, step=3 * width, encoding="rgb8")
+            image.data = array.array("B", frame.image.tobytes())
         for message in (heading, fix, image):
             message.header.stamp = Time(nanoseconds=stamp_ns).to_msg()
         return heading, fix, image
@@ -118,6 +129,9 @@ class Vehicle(Node):
         if sent is not None:
             self.latencies.append((now - sent) * 1e3)
             self.arrivals.append((stamp_ns, now))
+
+    def _on_inference(self, milliseconds: Float64) -> None:
+        self.inference_ms.append(milliseconds.data)
 
     def _on_diagnostics(self, report: DiagnosticArray) -> None:
         for status in report.status:

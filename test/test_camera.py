@@ -67,13 +67,12 @@ def test_every_encoding_gives_the_same_colours(encoding: str, padding: int) -> N
 
 
 @pytest.mark.parametrize("wrap", [bytes, bytearray, memoryview, lambda d: array.array("B", d)])
-def test_any_buffer_is_taken_and_never_shared(wrap) -> None:
+def test_any_buffer_is_taken_without_a_copy(wrap) -> None:
     rgb = smooth_image(4, 6)
     data = wrap(rgb.tobytes())
     decoded = decode_image("rgb8", 4, 6, 18, data)
     np.testing.assert_array_equal(decoded, rgb)
-    decoded[:] = 0
-    np.testing.assert_array_equal(np.frombuffer(data, np.uint8), rgb.ravel())
+    assert np.shares_memory(decoded, np.frombuffer(data, np.uint8))
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def decode_image(encoding: str, height: int, width: int, step: int, data: Any) -
     """RGB of a raw image as ``sensor_msgs/Image`` carries it.
 
     ``step`` is the length of a row in bytes, padding included; ``data`` is anything with a buffer of
-    bytes. The result never shares memory with ``data``. Raises ImageError.
+    bytes. An rgb8 image is a view of it, not to be written to. Raises ImageError.
     """
     if encoding not in _ENCODINGS:
         raise ImageError(f"image encoding {encoding!r} is not supported; use one of {', '.join(ENCODINGS)}")
@@ -70,15 +70,12 @@ def decode_image(encoding: str, height: int, width: int, step: int, data: Any) -
             f"image data has {flat.size} bytes, but {height} rows of {step} bytes take {step * height}"
         )
     rows = flat[: step * height].reshape(height, step)[:, : width * channels]
-    if channels == 1:
-        pixels = np.ascontiguousarray(rows)
-    else:
-        pixels = np.ascontiguousarray(rows.reshape(height, width, channels))
+    pixels = rows if channels == 1 else rows.reshape(height, width, channels)
     if conversion is None:
-        return pixels.copy() if np.shares_memory(pixels, flat) else pixels
+        return pixels
     if encoding.startswith("bayer") and (height < 4 or width < 4):
         raise ImageError(f"a {width} x {height} image is too small for a Bayer pattern")
-    return cv2.cvtColor(pixels, conversion).astype(np.uint8, copy=False)
+    return cv2.cvtColor(np.ascontiguousarray(pixels), conversion).astype(np.uint8, copy=False)
 
 
 def decode_compressed(data: Any) -> Image:
@@ -285,31 +282,55 @@ def prepare_ground(
     shift = 0.0 if heading is None else (math.pi / 2.0 - heading - mount_yaw) / (2.0 * math.pi)
     # Turned at the larger of the two widths, where rounding to whole pixels costs less.
     if image.shape[1] > spec.ground_size[1]:
-        return normalise(_resize(_roll(image, shift), spec.ground_size))
+        return normalise(_resize(_roll(_average_rows(image, spec.ground_size[0]), shift), spec.ground_size))
     return normalise(_roll(_resize(image, spec.ground_size), shift))
 
 
 def normalise(image: Image) -> Tensor:
-    """Model input, float32 (1, 3, H, W) with ImageNet's mean and deviation taken out, of an RGB image."""
+    """Model input, float32 (1, 3, H, W) with ImageNet's mean and deviation taken out, of an RGB image.
+
+    Its channels lie last in memory, as the image's do.
+    """
+    values = np.asarray(cv2.LUT(image, _NORMALISED), np.float32)
+    return torch.from_numpy(values).permute(2, 0, 1)[None]
+
+
+def _normalised() -> NDArray[np.float32]:
+    """Of each value of each channel, (1, 256, 3) as OpenCV's tables are."""
     scale = (1.0 / (255.0 * IMAGENET_STD)).numpy()
     offset = (-IMAGENET_MEAN / IMAGENET_STD).numpy()
-    values = image.astype(np.float32)
-    values *= scale
-    values += offset
-    return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))[None]
+    return np.asarray(np.arange(256, dtype=np.float32)[None, :, None] * scale + offset, np.float32)
 
 
-def _roll(image: Image, turns: float) -> Image:
+_NORMALISED = _normalised()
+
+
+def _roll(image: NDArray[Any], turns: float) -> NDArray[Any]:
     """Columns moved to the right by a fraction of the width, around the back."""
     columns = round(turns * image.shape[1]) % image.shape[1]
     return np.roll(image, columns, axis=1) if columns else image
 
 
-def _resize(image: Image, size: tuple[int, int]) -> Image:
-    height, width = size
-    if image.shape[:2] == size:
+def _average_rows(image: Image, height: int) -> NDArray[Any]:
+    """Float32 (height, W, 3), averages of as many rows each; the image itself where that does not work out.
+
+    Up to five times faster than OpenCV's averaging over areas, which then has few rows left, and the same.
+    """
+    count = image.shape[0] // height
+    # More rows would overflow their sum.
+    if image.shape[0] % height or not 1 < count <= 257:
         return image
-    shrinks = image.shape[0] >= height and image.shape[1] >= width
-    # Averaging areas avoids aliasing, but is nearest-neighbour when enlarging.
-    how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-    return cv2.resize(image, (width, height), interpolation=how).astype(np.uint8, copy=False)
+    sums = np.add.reduce(image.reshape(height, count, -1), axis=1, dtype=np.uint16)
+    return np.asarray(sums.reshape(height, -1, 3) / np.float32(count), np.float32)
+
+
+def _resize(image: NDArray[Any], size: tuple[int, int]) -> Image:
+    height, width = size
+    if image.shape[:2] != size:
+        shrinks = image.shape[0] >= height and image.shape[1] >= width
+        if shrinks and image.dtype == np.uint8:
+            image = _average_rows(image, height)
+        # Averaging areas avoids aliasing, but is nearest-neighbour when enlarging.
+        how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+        image = np.asarray(cv2.resize(image, (width, height), interpolation=how))
+    return image if image.dtype == np.uint8 else np.rint(image).astype(np.uint8)

@@ -71,8 +71,10 @@ def _blend_heat(picture: NDArray[np.uint8], heat_map: HeatMap, scale: float) -> 
     placement = np.array([[zoom, 0.0, origin_col], [0.0, zoom, origin_row]])
     strength = cv2.warpAffine(strength.astype(np.float32), placement, (size, size), flags=cv2.INTER_LINEAR)
     colours = cv2.applyColorMap(np.rint(strength * 255.0).astype(np.uint8), cv2.COLORMAP_TURBO)[..., ::-1]
-    opacity = (HEAT_OPACITY * strength)[..., None]
-    return np.rint(picture * (1.0 - opacity) + colours * opacity).astype(np.uint8)
+    opacity = HEAT_OPACITY * strength
+    return np.asarray(
+        cv2.blendLinear(picture, np.ascontiguousarray(colours), 1.0 - opacity, opacity), np.uint8
+    )
 
 
 def _point(tile: AerialTile, east: float, north: float, scale: float) -> tuple[int, int]:

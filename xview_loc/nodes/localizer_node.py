@@ -26,14 +26,16 @@ from rcl_interfaces.msg import SetParametersResult
 from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
 from rclpy.parameter import Parameter
 from rclpy.qos import DurabilityPolicy, QoSProfile
+from rclpy.time import Time
 from sensor_msgs.msg import Image, NavSatFix
 from std_msgs.msg import Float64, Header
 from std_srvs.srv import Trigger
 
 from xview_loc import input_messages
+from xview_loc.bags import ros_types
 from xview_loc.camera import CameraError, ImageError
 from xview_loc.checkpoint_swap import CheckpointSwap, Deployed
-from xview_loc.errors import UserError
+from xview_loc.errors import UserError, reason
 from xview_loc.geodesy import LocalProjection, wrap_angle
 from xview_loc.imagery import MapError, NoImageryError
 from xview_loc.input_messages import RejectedInput
@@ -104,7 +106,7 @@ class LocalizerNode(VehicleNode):
         self._odometry = Velocities(MAX_ODOMETRY_GAP_S)
         self._filter = PositionFilter(self._odometry, self._filter_options()) if p["filter"] else None
         self._tile_key, self._tile_since = "", 0.0
-        self._heat_map_at = -math.inf
+        self._shown_at: dict[str, float] = {}
         self._tf: Any = self._make_tf_buffer() if p["camera_frame"] or p["antenna_frame"] else None
         self._broadcaster: Any = self._make_broadcaster() if p["publish_tf"] else None
         self._advertise()
@@ -386,7 +388,7 @@ class LocalizerNode(VehicleNode):
 
     def _look_up(self, frame: str) -> tuple[tuple[float, float], float]:
         try:
-            found = self._tf.lookup_transform(self._p["base_frame"], frame, rclpy.time.Time()).transform
+            found = self._tf.lookup_transform(self._p["base_frame"], frame, Time()).transform
         except Exception as error:  # tf2's exceptions share no base that is importable without it
             raise RejectedInput("extrinsics_missing", f"tf: {error}") from None
         q = found.rotation
@@ -422,7 +424,7 @@ class LocalizerNode(VehicleNode):
                 self._reject("internal_error", f"{type(error).__name__}: {error}")
 
     def _localize(self, job: Job) -> None:
-        image = input_messages.rgb_from_image(job.frame.image)
+        image = self._image(job)
         mounting = self._mounting()
         fix, heading = job.fix, job.heading
         if self._filter is not None:
@@ -434,7 +436,6 @@ class LocalizerNode(VehicleNode):
         if self._datum is None:
             self._datum = LocalProjection(fix.lat, fix.lon)
             self._show_datum()
-        started = time.monotonic_ns()
         self._prefetch(fix)
         observation = self._observation(job, fix, image, mounting)
         assert self._swap is not None
@@ -447,11 +448,19 @@ class LocalizerNode(VehicleNode):
             # Also where this image gave no pose: odometry has moved the belief on.
             self._publish_filtered(job)
         try:
-            self._answer(job, fix, mounting, estimate, started)
+            self._answer(job, fix, mounting, estimate)
         finally:
             # Also where the pose is withheld; last, so that none waits for it.
             if self._shadow is not None:
                 self._shadow.saw(observation, job.fix, heading, mounting)
+
+    def _image(self, job: Job) -> Any:
+        kind = "CompressedImage" if self._p["image_transport"] == "compressed" else "Image"
+        try:
+            message = ros_types.deserialize(f"sensor_msgs/msg/{kind}", job.frame.image)
+        except Exception as error:  # whatever damaged bytes lead to
+            raise RejectedInput("image_invalid", f"damaged message: {reason(error)}") from None
+        return input_messages.rgb_from_image(message)
 
     def _observation(self, job: Job, fix: GnssFix, image: Any, mounting: Mounting) -> Observation:
         heading = job.heading
@@ -472,9 +481,7 @@ class LocalizerNode(VehicleNode):
             stamp_ns=job.frame.stamp_ns,
         )
 
-    def _answer(
-        self, job: Job, fix: GnssFix, mounting: Mounting, estimate: PoseEstimate, started: int
-    ) -> None:
+    def _answer(self, job: Job, fix: GnssFix, mounting: Mounting, estimate: PoseEstimate) -> None:
         if estimate.confidence < self._p["min_confidence"]:
             raise RejectedInput(
                 "low_confidence",
@@ -484,10 +491,9 @@ class LocalizerNode(VehicleNode):
             self._health.count("frames_at_search_border")
             text = "the likeliest place lies on the edge of the search area; the true one may be outside"
             self._health.condition("search_border", WARN, text, for_s=3.0)
-        done = time.monotonic_ns()
         self._publish(job, fix, mounting, estimate)
         self._health.accepted()
-        self._publish_status(job, estimate, (done - started) / 1e6)
+        self._publish_status(job, estimate)
 
     def _publish(self, job: Job, fix: GnssFix, mounting: Mounting, estimate: PoseEstimate) -> None:
         yaw, variance = None, estimate.heading_variance
@@ -498,17 +504,25 @@ class LocalizerNode(VehicleNode):
             covariance = mounting.base_covariance(covariance, yaw, variance)
         pose = self._pose_message(job, lat, lon, covariance, yaw, variance)
         self._pose_pub.publish(pose)
-        base = Header(stamp=job.frame.image.header.stamp, frame_id=self._p["base_frame"])
+        base = self._header(job, self._p["base_frame"])
         self._fix_pub.publish(messages.fix_message(base, lat, lon, covariance, fix))
         if self._broadcaster is not None and yaw is not None:
             self._broadcast(pose)
-        now = time.monotonic()
-        rate = self._p["heat_map_rate"]
-        if self._datum is not None and rate > 0 and now - self._heat_map_at >= 1.0 / rate:
-            self._heat_map_at = now
+        if self._datum is not None and self._due("heat_map"):
             self._heat_pub.publish(messages.heat_map_message(pose.header, estimate.heat_map, self._datum))
-        if self._overlay_pub.get_subscription_count():
+        if self._overlay_pub.get_subscription_count() and self._due("overlay"):
             self._overlay_pub.publish(messages.image_message(base, draw_overlay(estimate, fix.lat, fix.lon)))
+
+    def _due(self, output: str) -> bool:
+        """Whether it is the turn of an output with a rate of its own."""
+        now, rate = time.monotonic(), self._p[f"{output}_rate"]
+        if rate <= 0 or now - self._shown_at.get(output, -math.inf) < 1.0 / rate:
+            return False
+        self._shown_at[output] = now
+        return True
+
+    def _header(self, job: Job, frame: str) -> Header:
+        return Header(stamp=Time(nanoseconds=job.frame.stamp_ns).to_msg(), frame_id=frame)
 
     def _pose_message(
         self,
@@ -525,7 +539,7 @@ class LocalizerNode(VehicleNode):
         cos, sin = math.cos(convergence), math.sin(convergence)
         turn = np.array([[cos, -sin], [sin, cos]])
         return messages.pose_message(
-            Header(stamp=job.frame.image.header.stamp, frame_id=self._p["map_frame"]),
+            self._header(job, self._p["map_frame"]),
             self._datum.forward(lat, lon),
             turn @ covariance @ turn.T,
             None if heading is None else wrap_angle(heading + convergence),
@@ -575,7 +589,7 @@ class LocalizerNode(VehicleNode):
         message.transform.rotation = pose.pose.pose.orientation
         self._broadcaster.sendTransform(message)
 
-    def _publish_status(self, job: Job, estimate: PoseEstimate, inference_ms: float) -> None:
+    def _publish_status(self, job: Job, estimate: PoseEstimate) -> None:
         now = time.monotonic()
         if estimate.tile.key != self._tile_key:
             self._tile_key, self._tile_since = estimate.tile.key, now
@@ -585,7 +599,8 @@ class LocalizerNode(VehicleNode):
             offset = LocalProjection(job.fix.lat, job.fix.lon).forward(estimate.lat, estimate.lon)
         values = {
             "latency_ms": (time.monotonic_ns() - job.frame.arrived_ns) / 1e6,
-            "inference_ms": inference_ms,
+            # The model alone, on the tile where that is new and on the image.
+            "inference_ms": estimate.timings_ms["encode"] + estimate.timings_ms["match"],
             "confidence": estimate.confidence,
             "tile_age_s": now - self._tile_since,
             "fix_offset_m": math.hypot(*offset),

@@ -128,7 +128,6 @@ class PairLoggerNode(VehicleNode):
 
     table = parameters.PAIR_LOGGER
     doing = "recording"
-    raw_images = True
     optional_inputs = frozenset({"camera_info", "odom"})
 
     def __init__(self) -> None:
@@ -350,7 +349,7 @@ class PairLoggerNode(VehicleNode):
             self._reject("internal_error", f"{type(error).__name__}: {error}")
 
     def _record(self, job: Job) -> None:
-        data: bytes = job.frame.image
+        data = job.frame.image
         # A CompressedImage stays as it came, bytes and all: only who reads the bag looks into it.
         raw = data if self._p["image_transport"] == "compressed" else None
         jpeg = b""

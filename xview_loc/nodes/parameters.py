@@ -194,6 +194,7 @@ LOCALIZER: tuple[Parameter, ...] = (
         "Broadcast map_frame -> base_frame on tf; leave it to a filter where there is one.",
     ),
     P("heat_map_rate", 1.0, "Largest rate of ~/heat_map in Hz; 0: never.", (0.0, 100.0)),
+    P("overlay_rate", 5.0, "Largest rate of ~/overlay in Hz; 0: never.", (0.0, 100.0)),
 )
 PAIR_LOGGER: tuple[Parameter, ...] = (
     *_MAP,

@@ -61,9 +61,12 @@ MOTION_M, MOTION_S = 10.0, 10.0
 
 @dataclass(frozen=True)
 class Frame:
-    """One image message (its CDR bytes where the node asks for them) and what was known when it arrived."""
+    """One image message's CDR bytes and what was known when it arrived.
 
-    image: Any
+    rclpy's message would be several copies of it, made in the executor's thread whether it is used or not.
+    """
+
+    image: bytes
     stamp_ns: int
     arrived_ns: int
     camera: CameraModel | None
@@ -94,13 +97,12 @@ class VehicleNode(LifecycleNode):
     """A lifecycle node that takes images, fixes, headings and camera_info.
 
     A node of this kind names its ``table`` of parameters and what it is ``doing``, and says in
-    :meth:`configure`, :meth:`make_worker` and :meth:`release` what else it needs. ``raw_images`` asks for
-    images as CDR bytes; without ``optional_inputs`` the node does its job as well.
+    :meth:`configure`, :meth:`make_worker` and :meth:`release` what else it needs. Without
+    ``optional_inputs`` the node does its job as well.
     """
 
     table: tuple[parameters.Parameter, ...]
     doing: str
-    raw_images = False
     optional_inputs: frozenset[str] = frozenset()
 
     def __init__(self, name: str) -> None:
@@ -262,7 +264,7 @@ class VehicleNode(LifecycleNode):
             # First: of messages that are here together, they are taken first, so that an image that a fix
             # completes finds them.
             *self.more_inputs(),
-            (image, "image", self._on_image, self.raw_images),
+            (image, "image", self._on_image, True),
             (NavSatFix, "fix", self._on_fix, False),
         ]
         if self.wants_heading():
@@ -382,11 +384,11 @@ class VehicleNode(LifecycleNode):
             return
         self._health.clear("camera_info")
 
-    def _on_image(self, message: Any) -> None:
+    def _on_image(self, message: bytes) -> None:
         self._health.count("image_received")
         self._last_image_at = time.monotonic()
         try:
-            stamp = self._image_stamp(message)
+            stamp = input_messages.cdr_stamp_ns(message)
         except RejectedInput as error:
             self._reject(error.reason, str(error))
             return
@@ -403,11 +405,6 @@ class VehicleNode(LifecycleNode):
         self._waiting.add(Frame(message, stamp, now, self._camera), stamp, now)
         self._wait_timer.reset()
         self._release()
-
-    def _image_stamp(self, message: Any) -> int:
-        if self.raw_images:
-            return input_messages.cdr_stamp_ns(message)
-        return input_messages.stamp_ns(message)
 
     def _refuse(self, topic: str, error: RejectedInput) -> None:
         self._health.count(f"{topic}_rejected/{error.reason}")
