@@ -286,7 +286,7 @@ def test_driven_backwards_in_time_the_places_are_the_same(world: World) -> None:
 def test_where_it_has_no_grounds_the_teacher_s_maximum_stays(world: World) -> None:
     count = len(world.teacher)
     alone = world.smoothed(drive=np.arange(count))
-    assert not alone.supported.any()
+    assert not alone.supported.any() and np.isnan(alone.wrong).all() and np.isnan(alone.std_m).all()
     np.testing.assert_array_equal(alone.position, world.teacher.position)
     # Odometry that has nothing to do with the motion.
     nonsense = np.random.default_rng(0).normal(size=(count, 2)) * 8.0

@@ -129,14 +129,14 @@ class BeliefGrid:
         to_pixel = cv2.getAffineTransform(cells.astype(np.float32), source.astype(np.float32))
         return self.resampled(np.asarray(means, np.float32), np.asarray(to_pixel, np.float64))
 
-    def resampled(self, image: Grid, to_pixel: Array) -> Grid:
-        """An image's values at the cells, linear between its pixels, 0 outside.
+    def resampled(self, image: Grid, to_pixel: Array, outside: float = 0.0) -> Grid:
+        """An image's values at the cells, linear between its pixels, ``outside`` where it ends.
 
         ``to_pixel`` (2, 3): the affine map from a cell's (column, row) to the image's.
         """
         flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
         size = self.probability.shape[::-1]
-        return np.asarray(cv2.warpAffine(image, to_pixel, size, flags=flags), np.float32)
+        return np.asarray(cv2.warpAffine(image, to_pixel, size, flags=flags, borderValue=outside), np.float32)
 
     @property
     def axes(self) -> tuple[Array, Array]:

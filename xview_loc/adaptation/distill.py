@@ -304,7 +304,7 @@ class Distillation:
         """
         sure = self.options.sure_m
         if sure is not None:
-            smoothed = smoothed.rows(smoothed.supported & (smoothed.std_m <= sure))
+            smoothed = smoothed.rows(smoothed.std_m <= sure)
         labels = smoothed.labels(labels.of(smoothed.index))
         batch = self.options.training.batch_size * self._fabric.world_size
         if math.floor(len(labels) * self.options.keep) < batch:

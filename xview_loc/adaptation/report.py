@@ -105,13 +105,14 @@ def _smoothing(distillation: Distillation, smoothed: Smoothed) -> dict[str, Any]
     """What the drives made of the teacher's labels."""
     maxima = distillation.teacher_labels().of(smoothed.index)
     moved = distance_m(maxima, replace(maxima, position=smoothed.position))
+    known = smoothed.supported
     return {
         "pairs": len(smoothed),
-        "fell_back": int((~smoothed.supported).sum()),
+        "fell_back": int((~known).sum()),
         "off_map": int((~smoothed.on_map).sum()),
-        "teacher_wrong": float(smoothed.wrong.mean()),
+        "teacher_wrong": float(smoothed.wrong[known].mean()) if known.any() else None,
         "moved_m": _spread(moved),
-        "std_m": _spread(smoothed.std_m),
+        "std_m": _spread(smoothed.std_m[known]) if known.any() else None,
     }
 
 
@@ -147,14 +148,7 @@ def _page(
         f"trained on {metrics['trained_on']} of them and judged on {metrics['held_out']} held-out ones."
     )
     if "smoothing" in metrics:
-        smoothing = metrics["smoothing"]
-        page.text(
-            f"Whole drives corrected {smoothing['pairs']} labels, which moved by "
-            f"{smoothing['moved_m']['median']:.1f} m in the median; of the teacher's maxima they hold "
-            f"{smoothing['teacher_wrong']:.0%} for wrong by more than five metres. {smoothing['fell_back']} "
-            "labels stayed the teacher's, as the rest of the drive gave no grounds to move them; "
-            f"{smoothing['off_map']} lay off the map and were left out."
-        )
+        _smoothing_text(page, metrics["smoothing"])
     for reason in verdict.reasons:
         page.text(reason)
     page.heading("Held-out pairs, without ground truth")
@@ -206,6 +200,21 @@ def _page(
     rows += [["data", metrics["data"]], ["parent", distillation.teacher.sha256]]
     page.table(["", "value"], rows)
     return page
+
+
+def _smoothing_text(page: Page, smoothing: Mapping[str, Any]) -> None:
+    corrected = smoothing["pairs"] - smoothing["fell_back"]
+    page.text(
+        f"Whole drives corrected {corrected} of {smoothing['pairs']} labels; they moved by "
+        f"{smoothing['moved_m']['median']:.1f} m in the median. {smoothing['fell_back']} labels stayed the "
+        "teacher's, as the rest of the drive gave no grounds to move them; "
+        f"{smoothing['off_map']} lay off the map and were left out."
+    )
+    if smoothing["teacher_wrong"] is not None:
+        page.text(
+            f"Of the teacher's maxima, {smoothing['teacher_wrong']:.0%} are held for wrong by more than five "
+            "metres where the drive says anything of them."
+        )
 
 
 def _error_curves(distillation: Distillation, adapted: Adapted) -> Figure:

@@ -39,7 +39,7 @@ _CENTRED_S = 60.0
 _LOOSE = 4.0
 # A pair's surroundings, so many pairs on either side, tell whether smoothing is of use there: heat maps are
 # likelier where the rest of the drive has them by this factor at least (logarithm, mean).
-_SURROUNDINGS, _SUPPORT = 10, 0.1
+_SURROUNDINGS, _SUPPORT = 20, 0.1
 
 Likelihood = Callable[[int, BeliefGrid], Grid]
 
@@ -52,7 +52,8 @@ class Smoothed(PairTable):
     covariance: float32 (N, 2, 2), ENU, m^2. wrong: float32 (N,), the probability that the teacher's maximum
     is more than five metres off. supported: (N,), False where the rest of the drive tells no better where
     heat maps are high than coarse fixes do: there the position is the teacher's maximum. on_map: (N,),
-    whether the position lies on the heat map.
+    whether the position lies on the heat map. Where it is the teacher's, covariance and ``wrong`` are
+    not-a-number: nothing is known of them.
     """
 
     position: NDArray[np.float32]
@@ -64,7 +65,7 @@ class Smoothed(PairTable):
 
     @property
     def std_m(self) -> Array:
-        """Standard deviation along an axis, (N,), metres."""
+        """Standard deviation along an axis, (N,), metres; not-a-number where nothing is known of it."""
         return np.sqrt(np.trace(self.covariance.astype(np.float64), axis1=1, axis2=2) / 2.0)
 
     def labels(self, teacher: PseudoLabels) -> PseudoLabels:
@@ -151,7 +152,8 @@ class _Drives:
             heat_map, fix = self._heat_map(k, others), self._fix(k, others)
             others.multiply(fix, fix_weight[k])
             alone = (fix * heat_map).sum(dtype=np.float64) / fix.sum(dtype=np.float64)
-            out.support[k] = math.log(others.multiply(heat_map, weight[k]) / alone)
+            # Off its tile a heat map tells nothing, so that this is one: no grounds either.
+            out.support[k] = math.log(others.multiply(heat_map, weight[k]) / max(alone, 1.0))
             out.place[k], out.covariance[k] = _summary(others)
             out.wrong[k] = 1.0 - others.probability[_within(others, self.maximum[k])].sum(dtype=np.float64)
             on_pair()
@@ -167,12 +169,13 @@ class _Drives:
         ).astype(np.float32)
         cell = (position - grid.origin) / grid.scale
         on_map = np.all((cell >= -0.5) & (cell <= self._heat_maps.side - 0.5), axis=1)
+        covariance = np.where(supported[:, None, None], beliefs.covariance, np.nan)
         return Smoothed(
             teacher.index,
             position,
             teacher.heading,
-            beliefs.covariance.astype(np.float32),
-            np.clip(beliefs.wrong, 0.0, 1.0).astype(np.float32),
+            covariance.astype(np.float32),
+            np.where(supported, beliefs.wrong.clip(0.0, 1.0), np.nan).astype(np.float32),
             np.asarray(supported),
             np.asarray(on_map),
         )
@@ -207,7 +210,8 @@ class _Drives:
         step = grid.cell_m / (gsd * pixels.scale)
         right, up = (grid.corner - self.fix[k]) / gsd
         row, col = (self._teacher.fix[k] + (-up, right) - pixels.origin) / pixels.scale
-        seen = grid.resampled(heat_map, np.array([[step, 0.0, col], [0.0, -step, row]]))
+        # Of places that its tile does not show it tells nothing.
+        seen = grid.resampled(heat_map, np.array([[step, 0.0, col], [0.0, -step, row]]), outside=1.0)
         return np.asarray((1.0 - _OUTLIER) * seen + _OUTLIER, np.float32)
 
     def _fix(self, k: int, grid: BeliefGrid) -> Grid:
