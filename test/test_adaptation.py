@@ -401,10 +401,10 @@ def test_headings_are_those_at_the_labels_places(teacher: Checkpoint, tmp_path: 
 
 @pytest.fixture(scope="module")
 def simulated_drive(tmp_path_factory: pytest.TempPathFactory) -> tuple[PairDataset, np.ndarray]:
-    """Pairs along a minute and a half in a city of the target style, and their true places."""
+    """Pairs along a good minute in a city of the target style, and their true places."""
     folder = tmp_path_factory.mktemp("drive")
-    city = build_city(821, "target")
-    frames = drive(city, 90, 0, options=DriveOptions(rate_hz=1.0), view=PanoramaView(64, 256))
+    city = build_city(821, "target", size_m=500.0)
+    frames = drive(city, 70, 0, options=DriveOptions(rate_hz=1.0), view=PanoramaView(64, 256))
     write_bag(frames, folder / "drive")
     topics = {"image": "/image", "fix": "/fix", "heading": "/heading", "odom": "/odom"}
     chosen = ImportOptions(topics=topics, tile_px=SPEC.aerial_size, tile_gsd=SPEC.gsd)
