@@ -55,27 +55,32 @@ SIGMA = 2.0
 Source = tuple[PairDataset, NDArray[np.float64]]
 
 
-def make_pairs(seed: int, folder: Path) -> None:
+def make_pairs(seed: int, folder: Path, count: int = FRAMES) -> None:
     """Drive through a city; make bags of pairs of the larger part (``pairs``) and of the other (``held``)."""
     if (folder / "held").exists():
         return
     city = build_city(seed, STYLE, size_m=CITY_M)
     folder.mkdir(parents=True, exist_ok=True)
-    tiles = city.write_geotiff(folder / "city.tif")
+    city.write_geotiff(folder / "city.tif")
     options = DriveOptions(rate_hz=1.0)
-    frames = list(drive(city, FRAMES, seed, options=options, view=PanoramaView(64, 256)))
+    frames = list(drive(city, count, seed, options=options, view=PanoramaView(64, 256)))
     sides = [
         [f for f in frames if f.truth.east < LINE_M - GAP_M],
         [f for f in frames if f.truth.east > LINE_M],
     ]
     sides.sort(key=len, reverse=True)
+    for name, part in zip(("pairs", "held"), sides, strict=True):
+        _write(part, folder / f"{name}-drive")
+        pair_drive(folder, name)
+
+
+def pair_drive(folder: Path, name: str) -> None:
+    """Make a bag of pairs of a recorded drive in the city of ``folder``."""
     topics = {"image": "/image", "fix": "/fix", "heading": "/heading", "odom": "/odom"}
     rule = KeyframeRule(distance_m=4.0)
-    with AerialMap.open(str(tiles)) as aerial:
-        for name, part in zip(("pairs", "held"), sides, strict=True):
-            _write(part, folder / f"{name}-drive")
-            pairs = ImportOptions(topics=topics, keyframes=rule, tile_px=TILE_PX, tile_gsd=TILE_GSD)
-            import_bag(folder / f"{name}-drive", folder / name, aerial, pairs, lambda share: None)
+    options = ImportOptions(topics=topics, keyframes=rule, tile_px=TILE_PX, tile_gsd=TILE_GSD)
+    with AerialMap.open(str(folder / "city.tif")) as aerial:
+        import_bag(folder / f"{name}-drive", folder / name, aerial, options, lambda share: None)
 
 
 def _write(frames: list[Frame], folder: Path) -> None:

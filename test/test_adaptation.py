@@ -7,6 +7,7 @@ import math
 import os
 import random
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from xview_loc.adaptation import ablation
 from xview_loc.adaptation.distill import AdaptationOptions, Distillation
+from xview_loc.adaptation.heat_map_store import store_heat_maps, stored_bytes
 from xview_loc.adaptation.indicators import Indicators, Views, look
 from xview_loc.adaptation.pseudo_labels import (
     AdaptationError,
@@ -28,6 +30,7 @@ from xview_loc.adaptation.pseudo_labels import (
     distance_m,
     label_pairs,
     reliable,
+    with_headings_at,
 )
 from xview_loc.adaptation.report import write_results
 from xview_loc.adaptation.verdict import judge
@@ -37,11 +40,17 @@ from xview_loc.datasets import SimulatedDataset
 from xview_loc.datasets.base import DatasetError, PairSample, PairSource, true_from_fix
 from xview_loc.datasets.pairs import PairDataset
 from xview_loc.geodesy import LocalProjection
-from xview_loc.imagery import AerialTile
+from xview_loc.heatmap import HeatMap
+from xview_loc.imagery import AerialMap, AerialTile
 from xview_loc.losses import DistillationLoss, pool_label
 from xview_loc.models import create_model
 from xview_loc.models.checkpoint import Checkpoint, load_checkpoint, load_model, save_checkpoint
+from xview_loc.pair_import import ImportOptions, import_bag
 from xview_loc.pairs import Pair, PairWriter
+from xview_loc.simulation.city import build_city
+from xview_loc.simulation.drive import DriveOptions, drive
+from xview_loc.simulation.messages import write_bag
+from xview_loc.simulation.render import PanoramaView
 from xview_loc.tracks import TrackError, read_timed_track
 from xview_loc.training import TrainingError, make_fabric
 
@@ -357,6 +366,102 @@ def test_pairs_that_failed_are_tried_again(
     assert np.array_equal(again.position, labels.position)
 
 
+def test_heat_maps_are_stored_coarse_and_calibrated(teacher: Checkpoint, tmp_path: Path) -> None:
+    write_pairs(tmp_path / "pairs", 6, damage=2)
+    source, index = PairDataset([tmp_path / "pairs"], SPEC), np.arange(1, 6)
+    store = store_heat_maps(FABRIC, teacher.model, source, index, tmp_path / "maps")
+    sample = source[4]
+    with torch.inference_mode():
+        features = teacher.model.encode_aerial(sample["aerial"][None])
+        logits = teacher.model.match(sample["ground"][None], features, 0.0).logits[0].numpy()
+    tile = AerialTile(np.zeros((160, 160, 3), np.uint8), 48.2, 16.37, SPEC.gsd)
+    fine = HeatMap.from_logits(logits, teacher.model.grid, tile, None, teacher.model.calibration)
+    coarse = fine.probability.reshape(80, 2, 80, 2).mean((1, 3)) * fine.searched
+    np.testing.assert_allclose(store[4], coarse, rtol=2e-3, atol=1e-6)
+    # Its first cell lies amid the tile's first four pixels.
+    assert (store.grid.origin, store.grid.scale, store.side) == ((0.5, 0.5), 2.0, 80)
+    for missing in (0, 2, 6):
+        with pytest.raises(KeyError):
+            store[missing]
+    # What is there is not done again.
+    shutil.rmtree(tmp_path / "pairs")
+    again = store_heat_maps(FABRIC, teacher.model, source, index, tmp_path / "maps")
+    assert np.array_equal(again[4], store[4])
+    assert store[4].size * 2 == stored_bytes(teacher.model)
+
+
+def test_headings_are_those_at_the_labels_places(teacher: Checkpoint, tmp_path: Path) -> None:
+    write_pairs(tmp_path / "pairs", 5, heading=None)
+    source = PairDataset([tmp_path / "pairs"], SPEC)
+    labels = label_pairs(FABRIC, teacher.model, source, tmp_path / "l.npz", heading_prior_deg=None, seed=3)
+    forgotten = replace(labels, heading=np.zeros(5, np.float32))
+    again = with_headings_at(FABRIC, teacher.model, source, forgotten, heading_prior_deg=None, seed=3)
+    assert again.heading == pytest.approx(labels.heading, abs=1e-6) and np.ptp(labels.heading) > 0.1
+
+
+@pytest.fixture(scope="module")
+def simulated_drive(tmp_path_factory: pytest.TempPathFactory) -> tuple[PairDataset, np.ndarray]:
+    """Pairs along a good minute in a city of the target style, and their true places."""
+    folder = tmp_path_factory.mktemp("drive")
+    city = build_city(821, "target", size_m=500.0)
+    frames = drive(city, 70, 0, options=DriveOptions(rate_hz=1.0), view=PanoramaView(64, 256))
+    write_bag(frames, folder / "drive")
+    topics = {"image": "/image", "fix": "/fix", "heading": "/heading", "odom": "/odom"}
+    chosen = ImportOptions(topics=topics, tile_px=SPEC.aerial_size, tile_gsd=SPEC.gsd)
+    with AerialMap.open(str(city.write_geotiff(folder / "city.tif"))) as aerial:
+        import_bag(folder / "drive", folder / "pairs", aerial, chosen, lambda share: None)
+    source = PairDataset([folder / "pairs"], SPEC)
+    track = source.track()
+    return source, true_from_fix(track, *read_timed_track(folder / "drive", "/truth/fix").at(track.stamp_ns))
+
+
+def test_the_drive_corrects_the_teacher(
+    teacher: Checkpoint, simulated_drive: tuple[PairDataset, np.ndarray], tmp_path: Path
+) -> None:
+    source, truth = simulated_drive
+    chosen = options(teacher.model, smooth=True, sure_m=3.0, learning_rate=0.0)
+    stages = []
+    run = Distillation(
+        FABRIC,
+        teacher,
+        source,
+        tmp_path,
+        chosen,
+        true_from_fix=truth,
+        on_progress=lambda s, *_: stages.append(s),
+    )
+    labels = run.teacher_labels()
+    smoothed = run.smoothed(labels)
+    better = smoothed.labels(labels)
+    before, after = run.true_errors_m(labels), run.true_errors_m(better)
+    assert after.mean() < 0.5 * before.mean()
+    adapted = run.run()
+    # Once smoothed, the heat maps are not needed any more, and nothing is done again.
+    assert stages.count("teacher heat maps") == len(set(range(0, len(labels), 16))) + 1
+    assert not list((tmp_path / "stages").glob("*.maps"))
+    sure = better.index[smoothed.of(better.index).std_m <= 3.0]
+    assert adapted.teacher.index.tolist() == sure.tolist()
+    assert np.array_equal(adapted.teacher.position, better.of(sure).position)
+    metrics = write_results(run, adapted, tmp_path)
+    assert metrics["smoothing"]["pairs"] == len(labels) and metrics["smoothing"]["fell_back"] == 0
+    errors = metrics["true_errors"]
+    assert errors["pseudo ground truth"]["mean"] < 0.5 * errors["teacher's maxima of the same pairs"]["mean"]
+    assert "Whole drives corrected" in (tmp_path / "report.html").read_text()
+
+
+def test_smoothing_says_what_it_cannot_do(
+    teacher: Checkpoint, city: SimulatedDataset, tmp_path: Path
+) -> None:
+    with pytest.raises(AdaptationError, match="is not of drives"):
+        Distillation(FABRIC, teacher, city, tmp_path, options(teacher.model, smooth=True))
+    # Heat maps of noise give no grounds: the teacher's maxima stay, and none of them is sure.
+    write_pairs(tmp_path / "pairs", 24)
+    source = PairDataset([tmp_path / "pairs"], SPEC)
+    run = Distillation(FABRIC, teacher, source, tmp_path, options(teacher.model, smooth=True, sure_m=0.1))
+    with pytest.raises(AdaptationError, match=r"0 labels are left, too few .*: 0.1 m is a strict limit"):
+        run.run()
+
+
 @pytest.mark.parametrize(
     ("name", "prior"), [("ggcvt-small", 0.0), ("ccvpe-small", 30.0), ("ccvpe-small", None)]
 )
@@ -617,6 +722,7 @@ def test_the_command_says_what_is_wrong(tmp_path: Path) -> None:
         (["adapt", pairs, "--out", out, "--truth", str(table)], "says nothing about the times"),
         (["adapt", pairs, "--out", out, "--checkpoint", str(other)], "other.safetensors"),
         (["adapt", str(tmp_path / "none"), "--out", out], "none"),
+        (["adapt", pairs, "--out", out, "--sure", "2"], "give --smooth"),
         (["ablate", pairs, "--out", out], "give --truth"),
         (["adapt", pairs, "--out", out, "--model", "ggcvt-vigor"], "no weights are shipped"),
     ):
@@ -648,9 +754,9 @@ def _rendered(cache: Path) -> Path:
 
 def test_a_dry_run_does_nothing(tmp_path: Path) -> None:
     write_pairs(tmp_path / "pairs", 24)
-    done = run_command(
-        "adapt", str(tmp_path / "pairs"), "--out", str(tmp_path / "out"), "--dry-run", cache=tmp_path
-    )
+    words = ["adapt", str(tmp_path / "pairs"), "--out", str(tmp_path / "out"), "--dry-run", "--smooth"]
+    done = run_command(*words, cache=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert "teacher heat maps: 22 pairs, about" in done.stdout and "smoothing: 22 pairs" in done.stdout
     assert "auxiliary student: 22 pairs, about" in done.stdout and "MB of disk" in done.stdout
     assert not (tmp_path / "out").exists()

@@ -43,7 +43,7 @@ class BeliefGrid:
     @property
     def mean(self) -> Array:
         """(x, y), metres."""
-        x, y = self._axes()
+        x, y = self.axes
         total = self.probability.sum(dtype=np.float64)
         columns, rows = self.probability.sum(0, dtype=np.float64), self.probability.sum(1, dtype=np.float64)
         return np.array([columns @ x, rows @ y]) / total
@@ -51,7 +51,7 @@ class BeliefGrid:
     @property
     def covariance(self) -> Array:
         """2x2 about the mean, m^2."""
-        x, y = self._axes()
+        x, y = self.axes
         mean_x, mean_y = self.mean
         p = self.probability.astype(np.float64)
         p /= p.sum()
@@ -61,8 +61,12 @@ class BeliefGrid:
         own = self.cell_m**2 / 12.0
         return np.array([[p.sum(0) @ dx**2 + own, cross], [cross, p.sum(1) @ dy**2 + own]])
 
-    def move(self, displacement: Array, variance: float) -> None:
-        """The thing moved by ``displacement`` (x, y) metres, give or take ``variance`` m^2 on each axis."""
+    def move(self, displacement: Array, variance: float, corner: Array | None = None) -> None:
+        """The thing moved by ``displacement`` (x, y) metres, give or take ``variance`` m^2 on each axis.
+
+        The cells move by whole ones so that the mean stays in the middle, or, where ``corner`` is given, so
+        that cell (0, 0) comes to the place nearest to it.
+        """
         self.corner = self.corner + displacement
         spread = variance / self.cell_m**2
         # A sampled Gaussian has the variance asked for only where it is wider than a cell; three taps always.
@@ -73,7 +77,17 @@ class BeliefGrid:
         self.probability = np.asarray(
             cv2.sepFilter2D(self.probability, -1, kernel, kernel, borderType=cv2.BORDER_CONSTANT), np.float32
         )
-        self._recentre()
+        if corner is None:
+            self._recentre()
+        else:
+            right, up = ((corner - self.corner) / self.cell_m).round().astype(int)
+            self._shift(int(right), int(up))
+
+    def blend(self, share: float) -> None:
+        """With this probability the thing is anywhere on the grid; the others add up to one before."""
+        self.probability = (1.0 - np.float32(share)) * self.probability + np.float32(
+            share / self.probability.size
+        )
 
     def multiply(self, likelihood: Grid, weight: float = 1.0) -> float:
         """Bayes' rule with a likelihood (n, n) to the power ``weight``; the mean likelihood beforehand."""
@@ -85,7 +99,7 @@ class BeliefGrid:
 
     def normal_likelihood(self, mean: Array, covariance: Array) -> Grid:
         """Of a measured place (x, y): 1 at it, falling as its normal distribution does."""
-        x, y = self._axes()
+        x, y = self.axes
         precision = np.linalg.inv(covariance)
         dx, dy = (x - mean[0])[None, :], (y - mean[1])[:, None]
         squared = precision[0, 0] * dx**2 + 2.0 * precision[0, 1] * dx * dy + precision[1, 1] * dy**2
@@ -112,15 +126,20 @@ class BeliefGrid:
         x, y = (self.corner + offset + cells * self.cell_m).T
         row, col = heat_map.from_latlon(*plane.inverse(x, y))
         source = (np.stack([col, row], 1) + 0.5) / step - 0.5
-        affine = cv2.getAffineTransform(cells.astype(np.float32), source.astype(np.float32))
-        return np.asarray(
-            cv2.warpAffine(
-                means, affine, self.probability.shape[::-1], flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-            ),
-            np.float32,
-        )
+        to_pixel = cv2.getAffineTransform(cells.astype(np.float32), source.astype(np.float32))
+        return self.resampled(np.asarray(means, np.float32), np.asarray(to_pixel, np.float64))
 
-    def _axes(self) -> tuple[Array, Array]:
+    def resampled(self, image: Grid, to_pixel: Array, outside: float = 0.0) -> Grid:
+        """An image's values at the cells, linear between its pixels, ``outside`` where it ends.
+
+        ``to_pixel`` (2, 3): the affine map from a cell's (column, row) to the image's.
+        """
+        flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+        size = self.probability.shape[::-1]
+        return np.asarray(cv2.warpAffine(image, to_pixel, size, flags=flags, borderValue=outside), np.float32)
+
+    @property
+    def axes(self) -> tuple[Array, Array]:
         """x of each column and y of each row, metres."""
         steps = np.arange(len(self.probability)) * self.cell_m
         return self.corner[0] + steps, self.corner[1] + steps
@@ -132,6 +151,12 @@ class BeliefGrid:
         if np.abs(away).max() < side / 16:
             return
         right, up = (math.trunc(x) for x in away)
+        self._shift(right, up)
+
+    def _shift(self, right: int, up: int) -> None:
+        """The same belief on cells that lie so many further right and up; it is zero on new ones."""
+        if right == up == 0:
+            return
         shift = np.array([[1, 0, -right], [0, 1, -up]], float)
         self.probability = np.asarray(
             cv2.warpAffine(self.probability, shift, self.probability.shape, flags=cv2.INTER_NEAREST),

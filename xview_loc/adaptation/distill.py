@@ -10,9 +10,10 @@ import copy
 import hashlib
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from lightning_fabric import Fabric
 from numpy.typing import NDArray
 from torch.utils.data import default_collate
 
+from xview_loc.adaptation.heat_map_store import store_heat_maps, stored_bytes
 from xview_loc.adaptation.indicators import LabelFreeValidation, Views, held_out_file, look
 from xview_loc.adaptation.pseudo_labels import (
     AdaptationError,
@@ -28,7 +30,9 @@ from xview_loc.adaptation.pseudo_labels import (
     PseudoLabels,
     label_pairs,
     reliable,
+    with_headings_at,
 )
+from xview_loc.adaptation.sequence import Smoothed, smooth
 from xview_loc.datasets.base import PairSource
 from xview_loc.losses import DistillationLoss
 from xview_loc.models.base import CrossViewModel
@@ -39,6 +43,8 @@ from xview_loc.training import BEST_FILE, Standing, TrainingOptions, check_headi
 Array = NDArray[np.float64]
 # Raise it when a stage's content changes its meaning.
 _FORMAT = 1
+# Both passes, a pair, on one processor core.
+_SMOOTHING_S = 0.005
 # (stage, pairs or steps done, of how many)
 OnProgress = Callable[[str, int, int], object]
 
@@ -49,6 +55,8 @@ class AdaptationOptions:
 
     levels: K', how many of the model's levels are supervised. keep: T, the share of labels that survive the
     outlier filter (1: no filter). sigma: of the pseudo ground truth's Gaussian, pixels of the finest map.
+    smooth: whether whole drives correct the labels (:mod:`xview_loc.adaptation.sequence`); sure_m: the
+    standard deviation along an axis, metres, up to which corrected labels are used (None: all).
     held_out: share of the pairs that training does not see; they pick the epoch and the verdict. training: of
     both students; its one heading prior holds for the teacher as well.
     """
@@ -58,6 +66,8 @@ class AdaptationOptions:
     training: TrainingOptions
     sigma: float = 4.0
     held_out: float = 0.1
+    smooth: bool = False
+    sure_m: float | None = None
 
     @classmethod
     def published(cls, model: CrossViewModel, **changes: Any) -> AdaptationOptions:
@@ -94,7 +104,8 @@ class Adapted:
     """What a whole adaptation leaves behind.
 
     teacher, auxiliary: labels of the training pairs, row by row of the same pairs; kept: (N,), which of them
-    the final student was trained on. before, after: teacher and student on the held-out pairs.
+    the final student was trained on. before, after: teacher and student on the held-out pairs. smoothed: what
+    the drives made of the teacher's labels, where they were asked.
     """
 
     teacher: PseudoLabels
@@ -104,6 +115,7 @@ class Adapted:
     student: Student
     before: Views
     after: Views
+    smoothed: Smoothed | None = None
 
 
 @dataclass(frozen=True)
@@ -154,6 +166,8 @@ class Distillation:
                 f"not {options.levels}"
             )
         self.track = source.track() if len(source) else None
+        if options.smooth and self.track is None:
+            raise AdaptationError(f"{source.name} is not of drives, which smoothing needs")
         self.training_index, self.held_out_index = self._split()
 
     def _split(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -177,6 +191,9 @@ class Distillation:
     def run(self) -> Adapted:
         """Teacher, auxiliary student, outlier filter, final student (Sections 3.1 and 3.2)."""
         labels = self.teacher_labels()
+        smoothed = self.smoothed(labels) if self.options.smooth else None
+        if smoothed is not None:
+            labels = self.corrected(labels, smoothed)
         loss = self.loss(self.options.levels)
         auxiliary_student = self.student(labels, loss, "auxiliary student")
         auxiliary = self.labels_of(auxiliary_student.load(), "auxiliary labels").of(labels.index)
@@ -186,7 +203,7 @@ class Distillation:
         if not kept.all():
             student = self.student(labels.rows(kept), loss, "student")
         before, after = self.views(self.teacher), self.views(student.load())
-        return Adapted(labels, auxiliary, kept, auxiliary_student, student, before, after)
+        return Adapted(labels, auxiliary, kept, auxiliary_student, student, before, after, smoothed)
 
     def plan(self) -> Plan:
         """What :meth:`run` does from the start; seconds are measured on one batch and one training step."""
@@ -211,12 +228,20 @@ class Distillation:
             PlannedStage("auxiliary student", trained, options.epochs * (trained * train_s + judge_s)),
             PlannedStage("auxiliary labels", count, count * label_s),
         ]
+        megabytes = 0.0
+        if self.options.smooth:
+            stages[1:1] = [
+                PlannedStage("teacher heat maps", trained, trained * label_s),
+                PlannedStage("smoothing", trained, trained * _SMOOTHING_S),
+            ]
+            megabytes = trained * stored_bytes(self._model) / 1e6
         if self.options.keep < 1:
             stages.append(PlannedStage("student", kept, options.epochs * (kept * train_s + judge_s)))
         stages.append(PlannedStage("indicators", len(self.held_out_index), 2 * judge_s))
         # Each student keeps its best weights, and its state (weights and Adam's two moments).
         weights = sum(value.nbytes for value in self._model.state_dict().values())
-        return Plan(stages, (4 * len(stages[1::2]) * weights + 2 * 50 * count) / 1e6)
+        students = 2 if self.options.keep < 1 else 1
+        return Plan(stages, megabytes + (4 * students * weights + 2 * 50 * count) / 1e6)
 
     def loss(self, levels: int, mode_based: bool = True) -> DistillationLoss:
         """Coarse-only supervision of the first ``levels`` levels, by maxima or by the teacher's heat maps."""
@@ -225,6 +250,69 @@ class Distillation:
     def teacher_labels(self) -> PseudoLabels:
         """The teacher's labels of the training pairs."""
         return self.labels_of(self.teacher, "teacher labels").of(self.training_index)
+
+    def smoothed(self, labels: PseudoLabels) -> Smoothed:
+        """What whole drives make of the teacher's labels."""
+        assert self.track is not None
+        prior, seed = self.options.heading_prior_deg, self.options.training.seed
+        content = _digest(labels.index.tobytes(), labels.position.tobytes())
+        inputs = [self.source.name, content, prior, seed if prior != 0 else 0]
+        path = self._path("smoothed", self.teacher.sha256, inputs).with_suffix(".npz")
+        found: Smoothed | None = self._fabric.broadcast(Smoothed.load(path))
+        if found is not None:
+            return found
+        workers = self.options.training.workers
+        folder = path.with_suffix(".maps")
+        store = store_heat_maps(
+            self._fabric,
+            self._model,
+            self.source,
+            labels.index,
+            folder,
+            heading_prior_deg=prior,
+            workers=workers,
+            seed=seed,
+            on_pairs=lambda done: self._on_progress("teacher heat maps", done, len(labels)),
+        )
+        if self._fabric.is_global_zero:
+            found = smooth(
+                self.track, labels, store, lambda done, of: self._on_progress("smoothing", done, of)
+            )
+        found = self._fabric.broadcast(found)
+        assert found is not None
+        if prior != 0:
+            moved = replace(labels, position=found.position)
+            turned = with_headings_at(
+                self._fabric,
+                self._model,
+                self.source,
+                moved,
+                heading_prior_deg=prior,
+                workers=workers,
+                seed=seed,
+            )
+            found = replace(found.of(turned.index), heading=turned.heading)
+        if self._fabric.is_global_zero:
+            found.save(path)
+            shutil.rmtree(folder)
+        return found
+
+    def corrected(self, labels: PseudoLabels, smoothed: Smoothed) -> PseudoLabels:
+        """Labels with the drives' poses, as far as these are on the map and sure enough.
+
+        Raises AdaptationError where too few are left.
+        """
+        sure = self.options.sure_m
+        if sure is not None:
+            smoothed = smoothed.rows(smoothed.std_m <= sure)
+        labels = smoothed.labels(labels.of(smoothed.index))
+        batch = self.options.training.batch_size * self._fabric.world_size
+        if math.floor(len(labels) * self.options.keep) < batch:
+            raise AdaptationError(
+                f"{len(labels)} labels are left, too few to fill a batch of {batch}"
+                + ("" if sure is None else f": {sure:g} m is a strict limit")
+            )
+        return labels
 
     def student(self, labels: PseudoLabels, loss: DistillationLoss, stage: str) -> Student:
         """A copy of the teacher, trained on labelled pairs; the label-free score picks its epoch."""

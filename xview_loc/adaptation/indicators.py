@@ -167,13 +167,7 @@ class Indicators:
 
 def _motion(labels: PseudoLabels, track: Track) -> Array:
     """Metres (N,) between the step from the previous estimate and the odometry's."""
-    latitude = np.radians(track.lat[1:])
-    # Short steps: the local metres per degree of the WGS-84 ellipsoid.
-    e2 = 6.69437999014e-3
-    curve = 1 - e2 * np.sin(latitude) ** 2
-    north = np.radians(np.diff(track.lat)) * 6378137.0 * (1 - e2) / curve**1.5
-    east = np.radians(np.diff(track.lon)) * 6378137.0 / np.sqrt(curve) * np.cos(latitude)
-    step = np.stack([east, north], 1) + np.diff(labels.from_fix, axis=0)
+    step = track.fix_steps[1:] + np.diff(labels.from_fix, axis=0)
     off = np.full(len(labels), math.nan)
     off[1:] = np.minimum(np.linalg.norm(step - track.moved[1:], axis=1), _MOST_M)
     return off

@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -29,13 +29,54 @@ _BLOCK = 1024
 _PEAK_RADIUS_M = 2.0
 
 
+Table = TypeVar("Table", bound="PairTable")
+
+
 class AdaptationError(UserError):
     """Adaptation cannot start or go on; the message is one clear line."""
 
 
 @dataclass(frozen=True, eq=False)
-class PseudoLabels:
-    """What a model makes of pairs; one row for each of ``index`` (N,), int64, ascending.
+class PairTable:
+    """What is known of pairs: arrays with one row for each of ``index`` (N,), int64, ascending."""
+
+    index: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def rows(self, chosen: NDArray[Any]) -> Self:
+        """Those that a mask or positions choose."""
+        return type(self)(*(getattr(self, f.name)[chosen] for f in fields(self)))
+
+    def of(self, index: NDArray[np.int64]) -> Self:
+        """Those of the given pairs, as far as they have any."""
+        return self.rows(np.isin(self.index, index))
+
+    def save(self, path: Path) -> None:
+        """Write as NPZ, complete or not at all."""
+        buffer = io.BytesIO()
+        np.savez(buffer, **{f.name: getattr(self, f.name) for f in fields(self)})
+        write_whole(path, buffer.getvalue())
+
+    @classmethod
+    def load(cls, path: Path) -> Self | None:
+        """Inverse of :meth:`save`; None where there is no such file, or none of this kind that is whole."""
+        try:
+            with np.load(path) as content:
+                return cls(*(content[f.name] for f in fields(cls)))
+        except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
+            return None
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """All rows of several, in their order."""
+        return cls(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(cls)))
+
+
+@dataclass(frozen=True, eq=False)
+class PseudoLabels(PairTable):
+    """What a model makes of pairs.
 
     Heat maps are those within three standard deviations of the coarse fix, where these are known.
 
@@ -47,7 +88,6 @@ class PseudoLabels:
     probability within two metres of the maximum. All but the index are float32.
     """
 
-    index: NDArray[np.int64]
     position: NDArray[np.float32]
     heading: NDArray[np.float32]
     fix: NDArray[np.float32]
@@ -56,17 +96,6 @@ class PseudoLabels:
     stray_sigmas: NDArray[np.float32]
     entropy: NDArray[np.float32]
     peak_mass: NDArray[np.float32]
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def rows(self, chosen: NDArray[Any]) -> PseudoLabels:
-        """Those that a mask or positions choose."""
-        return PseudoLabels(*(getattr(self, f.name)[chosen] for f in fields(self)))
-
-    def of(self, index: NDArray[np.int64]) -> PseudoLabels:
-        """Those of the given pairs, as far as they have any."""
-        return self.rows(np.isin(self.index, index))
 
     @property
     def from_fix(self) -> NDArray[np.float64]:
@@ -77,26 +106,6 @@ class PseudoLabels:
     def errors_m(self, true_from_fix: NDArray[np.float64]) -> NDArray[np.float64]:
         """Metres (N,) from the true places, given as metres (M, 2) from the coarse fixes of all pairs."""
         return np.asarray(np.linalg.norm(self.from_fix - true_from_fix[self.index], axis=1), np.float64)
-
-    def save(self, path: Path) -> None:
-        """Write as NPZ, complete or not at all."""
-        buffer = io.BytesIO()
-        np.savez(buffer, **{f.name: getattr(self, f.name) for f in fields(self)})
-        write_whole(path, buffer.getvalue())
-
-    @classmethod
-    def load(cls, path: Path) -> PseudoLabels | None:
-        """Inverse of :meth:`save`; None where there is no such file, or none of this kind that is whole."""
-        try:
-            with np.load(path) as content:
-                return cls(*(content[f.name] for f in fields(cls)))
-        except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
-            return None
-
-    @classmethod
-    def joined(cls, parts: Sequence[PseudoLabels]) -> PseudoLabels:
-        """All rows of several, in their order."""
-        return cls(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(cls)))
 
 
 def distance_m(a: PseudoLabels, b: PseudoLabels) -> NDArray[np.float64]:
@@ -183,6 +192,28 @@ class PairReader:
 
 
 @torch.inference_mode()
+def match_batch(
+    model: CrossViewModel,
+    batch: Batch,
+    heading_prior_deg: float | None,
+    features: Any = None,
+    turns: NDArray[np.int64] | None = None,
+) -> tuple[HeatMaps, Tensor]:
+    """Heat maps of the whole tiles, and the headings (B,), radians, by which the panoramas were turned.
+
+    See :func:`label_batch`.
+    """
+    if features is None:
+        features = model.encode_aerial(batch["aerial"])
+    ground = batch["ground"]
+    shown = {"ground": ground, "heading": torch.zeros(len(ground), device=ground.device)}
+    if turns is not None:
+        shown = turn_panoramas(shown, turns)
+    extra: dict[str, Any] = {name: batch[name] for name in model.extra_inputs}
+    return model.match(shown["ground"], features, heading_prior_deg, **extra), shown["heading"]
+
+
+@torch.inference_mode()
 def label_batch(
     model: CrossViewModel,
     batch: Batch,
@@ -195,17 +226,10 @@ def label_batch(
     ``features``: the encoded tiles where they are at hand. ``turns``: columns (B,) by which panoramas are
     turned before (see :func:`xview_loc.training.turn_panoramas`); the labels' headings are those before.
     """
-    if features is None:
-        features = model.encode_aerial(batch["aerial"])
-    ground = batch["ground"]
-    shown = {"ground": ground, "heading": torch.zeros(len(ground), device=ground.device)}
-    if turns is not None:
-        shown = turn_panoramas(shown, turns)
-    extra: dict[str, Any] = {name: batch[name] for name in model.extra_inputs}
-    free = model.match(shown["ground"], features, heading_prior_deg, **extra)
+    free, turned = match_batch(model, batch, heading_prior_deg, features, turns)
     maps = free.within(batch["fix"], search_radius(batch))
     stray = (free.peak() - batch["fix"]).norm(dim=1) * batch["meters_per_pixel"] / batch["fix_std"]
-    won = model.winning_heading(maps, -1, *maps.peak_cells()) - shown["heading"]
+    won = model.winning_heading(maps, -1, *maps.peak_cells()) - turned
     heading = torch.where(batch["heading_known"], model.spec.nominal_heading, won)
     return _labels(batch, maps, heading, stray), maps
 
@@ -269,7 +293,7 @@ def label_pairs(
         rows = []
         for batch in reader:
             batch = fabric.to_device(batch)
-            turns = _turns(batch, heading_prior_deg, seed)
+            turns = turns_of(batch, heading_prior_deg, seed)
             with fabric.autocast():
                 rows.append(label_batch(model, batch, heading_prior_deg, turns=turns)[0])
             seen = len(done) + start + sum(map(len, rows)) * fabric.world_size
@@ -292,7 +316,50 @@ def label_pairs(
     return labels
 
 
-def _turns(batch: Batch, heading_prior_deg: float | None, seed: int) -> NDArray[np.int64] | None:
+@dataclass(frozen=True, eq=False)
+class _Headings(PairTable):
+    heading: NDArray[np.float32]
+
+
+@torch.inference_mode()
+def with_headings_at(
+    fabric: Fabric,
+    model: CrossViewModel,
+    source: PairSource,
+    labels: PseudoLabels,
+    *,
+    heading_prior_deg: float | None,
+    batch_size: int = 16,
+    workers: int = 0,
+    seed: int = 0,
+) -> PseudoLabels:
+    """Labels with the headings that win at their positions, where they are not known.
+
+    See :func:`label_pairs`; without those that cannot be read any more.
+    """
+    model = fabric.to_device(model.eval())  # type: ignore[assignment]
+    share = labels.index[fabric.global_rank :: fabric.world_size]
+    rows = []
+    for batch in PairReader(source, share, heading_prior_deg, batch_size, workers):
+        batch = fabric.to_device(batch)
+        with fabric.autocast():
+            turns = turns_of(batch, heading_prior_deg, seed)
+            maps, turned = match_batch(model, batch, heading_prior_deg, turns=turns)
+        index = batch["index"].cpu().numpy()
+        place = torch.from_numpy(labels.of(index).position).to(turned.device)
+        cells = (place - place.new_tensor(maps.grid.origin)) / maps.grid.scale
+        row, col = cells.round().long().clamp(0, maps.logits.shape[1] - 1).T
+        won = model.winning_heading(maps, -1, row, col) - turned
+        heading = torch.where(batch["heading_known"], model.spec.nominal_heading, won)
+        rows.append(_Headings(index, heading.float().cpu().numpy()))
+    found = gathered(fabric, rows)
+    if found is None:
+        return labels.rows(np.zeros(0, np.int64))
+    return replace(labels.of(found.index), heading=found.heading)
+
+
+def turns_of(batch: Batch, heading_prior_deg: float | None, seed: int) -> NDArray[np.int64] | None:
+    """Columns (B,) by which panoramas whose heading the model is not to know are turned; None: not at all."""
     if heading_prior_deg == 0:
         return None
     width = batch["ground"].shape[3]
@@ -303,7 +370,7 @@ def _turns(batch: Batch, heading_prior_deg: float | None, seed: int) -> NDArray[
     return np.concatenate(draws)
 
 
-def gathered(fabric: Fabric, rows: list[PseudoLabels]) -> PseudoLabels | None:
+def gathered(fabric: Fabric, rows: list[Table]) -> Table | None:
     """The rows of all processes in the order of their pairs, None where there is none."""
     everyone = [rows]
     if fabric.world_size > 1:
@@ -312,5 +379,5 @@ def gathered(fabric: Fabric, rows: list[PseudoLabels]) -> PseudoLabels | None:
     parts = [part for process in everyone for part in process]
     if not parts:
         return None
-    labels = PseudoLabels.joined(parts)
-    return labels.rows(np.argsort(labels.index))
+    table = type(parts[0]).joined(parts)
+    return table.rows(np.argsort(table.index))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from xview_loc.adaptation.distill import Adapted, Distillation
 from xview_loc.adaptation.indicators import Indicators, base_turns
 from xview_loc.adaptation.pseudo_labels import distance_m, label_batch
+from xview_loc.adaptation.sequence import Smoothed
 from xview_loc.adaptation.verdict import Verdict, judge
 from xview_loc.datasets.base import PairSample
 from xview_loc.evaluation import Errors
@@ -83,6 +84,8 @@ def _metrics(
         },
         "verdict": asdict(verdict),
     }
+    if adapted.smoothed is not None:
+        metrics["smoothing"] = _smoothing(distillation, adapted.smoothed)
     if distillation.true_from_fix is not None:
         errors = {
             "teacher, held out": distillation.true_errors_m(adapted.before.plain),
@@ -90,9 +93,27 @@ def _metrics(
             "pseudo ground truth": distillation.true_errors_m(adapted.teacher),
             "pseudo ground truth, kept": distillation.true_errors_m(adapted.teacher.rows(adapted.kept)),
         }
+        if adapted.smoothed is not None:
+            maxima = distillation.teacher_labels().of(adapted.teacher.index)
+            errors["teacher's maxima of the same pairs"] = distillation.true_errors_m(maxima)
         metrics["true_errors"] = {name: finite(asdict(Errors.of(e))) for name, e in errors.items()}
         metrics["epoch_picks"] = _epoch_picks(metrics["epochs"]["student"])
     return metrics
+
+
+def _smoothing(distillation: Distillation, smoothed: Smoothed) -> dict[str, Any]:
+    """What the drives made of the teacher's labels."""
+    maxima = distillation.teacher_labels().of(smoothed.index)
+    moved = distance_m(maxima, replace(maxima, position=smoothed.position))
+    known = smoothed.supported
+    return {
+        "pairs": len(smoothed),
+        "fell_back": int((~known).sum()),
+        "off_map": int((~smoothed.on_map).sum()),
+        "teacher_wrong": float(smoothed.wrong[known].mean()) if known.any() else None,
+        "moved_m": _spread(moved),
+        "std_m": _spread(smoothed.std_m[known]) if known.any() else None,
+    }
 
 
 def _spread(distances: NDArray[np.float64]) -> dict[str, float]:
@@ -126,6 +147,8 @@ def _page(
         f"{metrics['pairs']} pairs, {metrics['unreadable']} of those to train on unreadable; the student was "
         f"trained on {metrics['trained_on']} of them and judged on {metrics['held_out']} held-out ones."
     )
+    if "smoothing" in metrics:
+        _smoothing_text(page, metrics["smoothing"])
     for reason in verdict.reasons:
         page.text(reason)
     page.heading("Held-out pairs, without ground truth")
@@ -177,6 +200,21 @@ def _page(
     rows += [["data", metrics["data"]], ["parent", distillation.teacher.sha256]]
     page.table(["", "value"], rows)
     return page
+
+
+def _smoothing_text(page: Page, smoothing: Mapping[str, Any]) -> None:
+    corrected = smoothing["pairs"] - smoothing["fell_back"]
+    page.text(
+        f"Whole drives corrected {corrected} of {smoothing['pairs']} labels; they moved by "
+        f"{smoothing['moved_m']['median']:.1f} m in the median. {smoothing['fell_back']} labels stayed the "
+        "teacher's, as the rest of the drive gave no grounds to move them; "
+        f"{smoothing['off_map']} lay off the map and were left out."
+    )
+    if smoothing["teacher_wrong"] is not None:
+        page.text(
+            f"Of the teacher's maxima, {smoothing['teacher_wrong']:.0%} are held for wrong by more than five "
+            "metres where the drive says anything of them."
+        )
 
 
 def _error_curves(distillation: Distillation, adapted: Adapted) -> Figure:

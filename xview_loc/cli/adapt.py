@@ -36,6 +36,10 @@ Heading = Annotated[str, typer.Option(help="known, unknown, or how many degrees 
 Keep = Annotated[float | None, typer.Option(min=0.01, max=1.0, help="T: share of labels kept; 1: no filter.")]
 Levels = Annotated[int | None, typer.Option(min=1, help="K': supervised levels, from the coarsest on.")]
 Sigma = Annotated[float, typer.Option(min=0.1, help="Of the pseudo ground truth, heat-map pixels.")]
+Smooth = Annotated[bool, typer.Option("--smooth", help="Let whole drives correct the teacher's labels.")]
+Sure = Annotated[
+    float | None, typer.Option(min=0.1, help="With --smooth: use labels sure to so many metres, an axis.")
+]
 Epochs = Annotated[int, typer.Option(min=1, help="Passes over the pairs, for each student.")]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Pairs per step and process.")]
 LearningRate = Annotated[float, typer.Option(min=0.0, help="Adam's.")]
@@ -58,6 +62,8 @@ def adapt(
     keep: Keep = None,
     levels: Levels = None,
     sigma: Sigma = 4.0,
+    smooth: Smooth = False,
+    sure: Sure = None,
     epochs: Epochs = 3,
     batch_size: BatchSize = None,
     learning_rate: LearningRate = 1e-4,
@@ -196,17 +202,23 @@ def _distillation(
     precision: str,
     accelerator: str,
     devices: int,
+    smooth: bool = False,
+    sure: float | None = None,
 ) -> Distillation:
     from xview_loc.adaptation.distill import AdaptationOptions, Distillation
     from xview_loc.models.checkpoint import load_model
     from xview_loc.training import make_fabric
 
+    if sure is not None and not smooth:
+        raise UsageError("--sure chooses among smoothed labels: give --smooth as well")
     teacher = load_model(model, checkpoint)
     given = {"keep": keep, "levels": levels, "batch_size": batch_size}
     options = AdaptationOptions.published(
         teacher.model,
         heading_priors_deg=(_prior(heading),),
         sigma=sigma,
+        smooth=smooth,
+        sure_m=sure,
         epochs=epochs,
         learning_rate=learning_rate,
         held_out=held_out,
@@ -270,6 +282,13 @@ def _show(metrics: dict[str, Any]) -> None:
     verdict = metrics["verdict"]
     if metrics["unreadable"]:
         console.print(f"{metrics['unreadable']} pairs could not be used and were left out", soft_wrap=True)
+    if "smoothing" in metrics:
+        smoothing = metrics["smoothing"]
+        console.print(
+            f"smoothed {smoothing['pairs']} labels: {smoothing['fell_back']} stayed the teacher's for want "
+            f"of grounds, {smoothing['off_map']} off the map were left out",
+            soft_wrap=True,
+        )
     for reason in verdict["reasons"]:
         console.print(reason, soft_wrap=True)
     if "true_errors" in metrics:

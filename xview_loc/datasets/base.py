@@ -78,6 +78,19 @@ class Track:
         moved[~np.isin(index - 1, index)] = np.nan
         return Track(self.drive[index], self.stamp_ns[index], self.lat[index], self.lon[index], moved)
 
+    @property
+    def fix_steps(self) -> NDArray[np.float64]:
+        """Metres (N, 2) east and north from the previous coarse fix; zero for the first."""
+        latitude = np.radians(self.lat[1:])
+        # Short steps: the local metres per degree of the WGS-84 ellipsoid.
+        e2 = 6.69437999014e-3
+        curve = 1 - e2 * np.sin(latitude) ** 2
+        north = np.radians(np.diff(self.lat)) * 6378137.0 * (1 - e2) / curve**1.5
+        east = np.radians(np.diff(self.lon)) * 6378137.0 / np.sqrt(curve) * np.cos(latitude)
+        steps = np.zeros((len(self.lat), 2))
+        steps[1:] = np.stack([east, north], 1)
+        return steps
+
 
 def true_from_fix(track: Track, lat: NDArray[np.float64], lon: NDArray[np.float64]) -> NDArray[np.float64]:
     """Metres (N, 2) east and north from each coarse fix of a track to the true place (degrees, (N,) each)."""
