@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -26,6 +27,7 @@ from xview_loc.adaptation.pseudo_labels import (
     AdaptationError,
     PseudoLabels,
     distance_m,
+    encode_tiles,
     label_pairs,
     reliable,
 )
@@ -107,6 +109,29 @@ def test_labels_are_the_model_s_own_maxima(
     again = PseudoLabels.load(tmp_path / "labels.npz")
     assert again is not None
     assert np.array_equal(again.position, labels.position)
+
+
+@pytest.mark.parametrize("name", ["ccvpe-small", "ggcvt-small"])
+def test_a_tile_that_comes_again_is_encoded_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, generator = load_model(name).model.eval(), torch.Generator().manual_seed(0)
+    spec = model.spec
+    rows = [0, 0, 1, 1, 1, 0]
+    aerial = torch.randn(2, 3, spec.aerial_size, spec.aerial_size, generator=generator)[rows]
+    ground = torch.randn(len(rows), 3, *spec.ground_size, generator=generator)
+    extra = {name: torch.full((len(rows),), spec.gsd) for name in model.extra_inputs}
+    encode, encoded = model.encode_aerial, []
+    monkeypatch.setattr(model, "encode_aerial", lambda tiles: encoded.append(len(tiles)) or encode(tiles))
+    with torch.inference_mode():
+        plain = model.match(ground, encode(aerial), 0.0, **extra).logits
+        with torch.autocast("cpu", torch.bfloat16):
+            encode_tiles(model, aerial)
+        # What half precision left behind is of no matter for what comes after it.
+        maps = model.match(ground, encode_tiles(model, aerial), 0.0, **extra).logits
+    assert encoded == [3, 3]
+    assert (maps - plain).abs().max() < 1e-4 * plain.abs().max()
+    # And the weights can be trained, in a copy as well.
+    student = copy.deepcopy(model).train()
+    student.match(ground, student.encode_aerial(aerial), 0.0, **extra).logits.square().mean().backward()
 
 
 def test_labels_are_near_the_fix(teacher: Checkpoint, city: SimulatedDataset, tmp_path: Path) -> None:
