@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Subset
 
 from xview_loc.adaptation import ablation
 from xview_loc.adaptation.distill import AdaptationOptions, Distillation
@@ -38,6 +39,7 @@ from xview_loc.camera import encode_jpeg
 from xview_loc.datasets import SimulatedDataset
 from xview_loc.datasets.base import DatasetError, PairSample, PairSource, true_from_fix
 from xview_loc.datasets.pairs import PairDataset
+from xview_loc.errors import UserError
 from xview_loc.geodesy import LocalProjection
 from xview_loc.imagery import AerialTile
 from xview_loc.losses import DistillationLoss, pool_label
@@ -332,6 +334,35 @@ def test_pairs_that_cannot_be_read_are_left_out(teacher: Checkpoint, tmp_path: P
     labels = label_pairs(FABRIC, teacher.model, PairDataset([tmp_path / "pairs"], SPEC), tmp_path / "l.npz")
     assert labels.index.tolist() == [0, 1, 3, 4, 5]
     assert labels.fix_std.tolist() == [10.0] * 5
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pairs_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+    """By whichever process comes first; where nothing can be kept, whenever they are asked for."""
+    write_pairs(tmp_path / "pairs", 6, damage=2)
+    source = PairDataset([tmp_path / "pairs"], SPEC)
+    other, full = copy.deepcopy(source), PairDataset([tmp_path / "pairs"], SPEC)
+    good = [0, 1, 3, 4, 5]
+
+    def read(dataset: PairDataset) -> list[PairSample]:
+        return list(DataLoader(Subset(dataset, good), batch_size=None, num_workers=workers))
+
+    first = read(source)
+    monkeypatch.setattr(os, "pwrite", lambda *arguments: exec("raise OSError(28, 'No space left on device')"))
+    read(full)
+    monkeypatch.undo()
+    for path in (tmp_path / "pairs").glob("*.mcap"):
+        path.unlink()
+    for dataset in (other, full):
+        dataset._bags[0]._open.clear()
+        with pytest.raises(UserError):
+            read(dataset)
+    for one, again in zip(first, read(source), strict=True):
+        assert one.keys() == again.keys()
+        assert all(torch.equal(one[key], again[key]) for key in one)  # type: ignore[literal-required]
+    with pytest.raises(UserError):
+        source._bags[0]._open.clear()
+        source[2]
 
 
 def test_unusable_pairs_say_so(teacher: Checkpoint, tmp_path: Path) -> None:
