@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Subset
 
 from xview_loc.adaptation import ablation
 from xview_loc.adaptation.distill import AdaptationOptions, Distillation
@@ -28,6 +30,7 @@ from xview_loc.adaptation.pseudo_labels import (
     AdaptationError,
     PseudoLabels,
     distance_m,
+    encode_tiles,
     label_pairs,
     reliable,
     with_headings_at,
@@ -39,6 +42,7 @@ from xview_loc.camera import encode_jpeg
 from xview_loc.datasets import SimulatedDataset
 from xview_loc.datasets.base import DatasetError, PairSample, PairSource, true_from_fix
 from xview_loc.datasets.pairs import PairDataset
+from xview_loc.errors import UserError
 from xview_loc.geodesy import LocalProjection
 from xview_loc.heatmap import HeatMap
 from xview_loc.imagery import AerialMap, AerialTile
@@ -116,6 +120,29 @@ def test_labels_are_the_model_s_own_maxima(
     again = PseudoLabels.load(tmp_path / "labels.npz")
     assert again is not None
     assert np.array_equal(again.position, labels.position)
+
+
+@pytest.mark.parametrize("name", ["ccvpe-small", "ggcvt-small"])
+def test_a_tile_that_comes_again_is_encoded_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, generator = load_model(name).model.eval(), torch.Generator().manual_seed(0)
+    spec = model.spec
+    rows = [0, 0, 1, 1, 1, 0]
+    aerial = torch.randn(2, 3, spec.aerial_size, spec.aerial_size, generator=generator)[rows]
+    ground = torch.randn(len(rows), 3, *spec.ground_size, generator=generator)
+    extra = {name: torch.full((len(rows),), spec.gsd) for name in model.extra_inputs}
+    encode, encoded = model.encode_aerial, []
+    monkeypatch.setattr(model, "encode_aerial", lambda tiles: encoded.append(len(tiles)) or encode(tiles))
+    with torch.inference_mode():
+        plain = model.match(ground, encode(aerial), 0.0, **extra).logits
+        with torch.autocast("cpu", torch.bfloat16):
+            encode_tiles(model, aerial)
+        # What half precision left behind is of no matter for what comes after it.
+        maps = model.match(ground, encode_tiles(model, aerial), 0.0, **extra).logits
+    assert encoded == [3, 3]
+    assert (maps - plain).abs().max() < 1e-4 * plain.abs().max()
+    # And the weights can be trained, in a copy as well.
+    student = copy.deepcopy(model).train()
+    student.match(ground, student.encode_aerial(aerial), 0.0, **extra).logits.square().mean().backward()
 
 
 def test_labels_are_near_the_fix(teacher: Checkpoint, city: SimulatedDataset, tmp_path: Path) -> None:
@@ -316,6 +343,35 @@ def test_pairs_that_cannot_be_read_are_left_out(teacher: Checkpoint, tmp_path: P
     labels = label_pairs(FABRIC, teacher.model, PairDataset([tmp_path / "pairs"], SPEC), tmp_path / "l.npz")
     assert labels.index.tolist() == [0, 1, 3, 4, 5]
     assert labels.fix_std.tolist() == [10.0] * 5
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pairs_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+    """By whichever process comes first; where nothing can be kept, whenever they are asked for."""
+    write_pairs(tmp_path / "pairs", 6, damage=2)
+    source = PairDataset([tmp_path / "pairs"], SPEC)
+    other, full = copy.deepcopy(source), PairDataset([tmp_path / "pairs"], SPEC)
+    good = [0, 1, 3, 4, 5]
+
+    def read(dataset: PairDataset) -> list[PairSample]:
+        return list(DataLoader(Subset(dataset, good), batch_size=None, num_workers=workers))
+
+    first = read(source)
+    monkeypatch.setattr(os, "pwrite", lambda *arguments: exec("raise OSError(28, 'No space left on device')"))
+    read(full)
+    monkeypatch.undo()
+    for path in (tmp_path / "pairs").glob("*.mcap"):
+        path.unlink()
+    for dataset in (other, full):
+        dataset._bags[0]._open.clear()
+        with pytest.raises(UserError):
+            read(dataset)
+    for one, again in zip(first, read(source), strict=True):
+        assert one.keys() == again.keys()
+        assert all(torch.equal(one[key], again[key]) for key in one)  # type: ignore[literal-required]
+    with pytest.raises(UserError):
+        source._bags[0]._open.clear()
+        source[2]
 
 
 def test_unusable_pairs_say_so(teacher: Checkpoint, tmp_path: Path) -> None:

@@ -264,7 +264,20 @@ def prepare_ground(
     camera: CameraModel | None,
     mount_yaw: float = 0.0,
 ) -> Tensor:
-    """The model's ground input, float32 (1, 3, h, w), normalised, from an RGB image.
+    """The model's ground input, float32 (1, 3, h, w): the normalised :func:`ground_image`, whose errors it
+    raises."""
+    return normalise(ground_image(image, spec, heading=heading, camera=camera, mount_yaw=mount_yaw))
+
+
+def ground_image(
+    image: Image,
+    spec: ModelSpec,
+    *,
+    heading: float | None,
+    camera: CameraModel | None,
+    mount_yaw: float = 0.0,
+) -> Image:
+    """What a model is to see of an RGB image, in its size (h, w, 3).
 
     Panorama models take an equirectangular image over 360 degrees whose columns run clockwise and whose
     centre column looks ``mount_yaw`` radians to the left of the vehicle's x axis. With the vehicle's
@@ -278,31 +291,25 @@ def prepare_ground(
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:
         raise ImageError(f"an RGB image of uint8 is needed, not {image.dtype} of shape {image.shape}")
     if spec.camera == "pinhole":
-        return normalise(_resize(camera.undistort(image) if camera else image, spec.ground_size))
+        return _resize(camera.undistort(image) if camera else image, spec.ground_size)
     shift = 0.0 if heading is None else (math.pi / 2.0 - heading - mount_yaw) / (2.0 * math.pi)
     # Turned at the larger of the two widths, where rounding to whole pixels costs less.
     if image.shape[1] > spec.ground_size[1]:
-        return normalise(_resize(_roll(_average_rows(image, spec.ground_size[0]), shift), spec.ground_size))
-    return normalise(_roll(_resize(image, spec.ground_size), shift))
+        return _resize(_roll(_average_rows(image, spec.ground_size[0]), shift), spec.ground_size)
+    return _roll(_resize(image, spec.ground_size), shift)
 
 
 def normalise(image: Image) -> Tensor:
     """Model input, float32 (1, 3, H, W) with ImageNet's mean and deviation taken out, of an RGB image.
 
-    Its channels lie last in memory, as the image's do.
+    In memory the channels are last.
     """
-    values = np.asarray(cv2.LUT(image, _NORMALISED), np.float32)
-    return torch.from_numpy(values).permute(2, 0, 1)[None]
-
-
-def _normalised() -> NDArray[np.float32]:
-    """Of each value of each channel, (1, 256, 3) as OpenCV's tables are."""
-    scale = (1.0 / (255.0 * IMAGENET_STD)).numpy()
-    offset = (-IMAGENET_MEAN / IMAGENET_STD).numpy()
-    return np.asarray(np.arange(256, dtype=np.float32)[None, :, None] * scale + offset, np.float32)
-
-
-_NORMALISED = _normalised()
+    height, width, _ = image.shape
+    # By whole rows: many times faster than three values at a time.
+    values = image.reshape(height, -1).astype(np.float32)
+    values *= np.tile((1.0 / (255.0 * IMAGENET_STD)).numpy(), width)
+    values += np.tile((-IMAGENET_MEAN / IMAGENET_STD).numpy(), width)
+    return torch.from_numpy(values.reshape(image.shape)).permute(2, 0, 1)[None]
 
 
 def _roll(image: NDArray[Any], turns: float) -> NDArray[Any]:

@@ -238,6 +238,8 @@ def train(
     per_epoch = len(data) // (options.batch_size * fabric.world_size)
     if per_epoch == 0:
         raise TrainingError(f"{len(data)} samples do not fill one batch of {options.batch_size}")
+    # Convolutions on the CPU, and in half precision on a GPU, are fastest with the channels last.
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     step = _Step(_training_mode(model, options), loss)
     optimizer = torch.optim.Adam(step.parameters(), lr=options.learning_rate)
     wrapped, wrapped_optimizer = fabric.setup(step, optimizer)
@@ -282,7 +284,13 @@ def train(
             fabric.world_size,
         )
         loader: Any = fabric.setup_dataloaders(
-            DataLoader(data, batch_sampler=batches, num_workers=options.workers),
+            DataLoader(
+                data,
+                batch_sampler=batches,
+                num_workers=options.workers,
+                # From where a GPU takes batches while it computes.
+                pin_memory=fabric.device.type == "cuda",
+            ),
             use_distributed_sampler=False,
         )
         for batch in clearly(loader):

@@ -18,8 +18,10 @@ from xview_loc.adaptation.pseudo_labels import (
     PairReader,
     PseudoLabels,
     distance_m,
+    encode_tiles,
     gathered,
     label_batch,
+    ready,
 )
 from xview_loc.datasets.base import PairSource, Track
 from xview_loc.models.base import CrossViewModel
@@ -63,7 +65,7 @@ def look(
 
     Raises AdaptationError where no pair can be used.
     """
-    model = fabric.to_device(model.eval())  # type: ignore[assignment]
+    model = ready(fabric, model)
     plain, shifted, turned = [], [], []
     share = index[fabric.global_rank :: fabric.world_size]
     reader = PairReader(source, share, heading_prior_deg, batch_size, workers)
@@ -71,7 +73,7 @@ def look(
     for batch in reader:
         batch = fabric.to_device(batch)
         turns = base_turns(batch, heading_prior_deg)
-        features = model.encode_aerial(batch["aerial"])
+        features = encode_tiles(model, batch["aerial"])
         plain.append(label_batch(model, batch, heading_prior_deg, features, turns)[0])
         if model.spec.camera == "panorama":
             further = further_turns(batch, heading_prior_deg)

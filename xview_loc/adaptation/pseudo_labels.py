@@ -191,6 +191,24 @@ class PairReader:
                 yield default_collate(good)
 
 
+def ready(fabric: Fabric, model: CrossViewModel) -> CrossViewModel:
+    """``model`` on the device, in evaluation mode, and with the layout in which inference is fastest."""
+    # Weights that are moved in inference mode cannot be trained afterwards.
+    with torch.inference_mode(False):
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        fabric.to_device(model.eval())
+    return model
+
+
+@torch.inference_mode()
+def encode_tiles(model: CrossViewModel, aerial: Tensor) -> Any:
+    """A model's features of tiles (B, 3, S, S); tiles in a row that are the same are encoded once."""
+    other = torch.ones(len(aerial), dtype=torch.bool, device=aerial.device)
+    other[1:] = (aerial[1:] != aerial[:-1]).flatten(1).any(1)
+    features = model.precompute(model.encode_aerial(aerial[other]))
+    return model.select(features, other.cumsum(0) - 1)
+
+
 @torch.inference_mode()
 def match_batch(
     model: CrossViewModel,
@@ -204,7 +222,7 @@ def match_batch(
     See :func:`label_batch`.
     """
     if features is None:
-        features = model.encode_aerial(batch["aerial"])
+        features = encode_tiles(model, batch["aerial"])
     ground = batch["ground"]
     shown = {"ground": ground, "heading": torch.zeros(len(ground), device=ground.device)}
     if turns is not None:
@@ -278,7 +296,7 @@ def label_pairs(
     Raises AdaptationError where no pair can be used.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    model = fabric.to_device(model.eval())  # type: ignore[assignment]
+    model = ready(fabric, model)
     files = [path, *sorted(path.parent.glob(f"{path.stem}.from-*.npz"))] if fabric.is_global_zero else []
     found = [PseudoLabels.load(file) for file in files]
     # The first process's, whether the others see its disk or not.

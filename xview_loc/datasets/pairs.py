@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from xview_loc.bags.recovery import BagError
 from xview_loc.bags.ros_types import deserialize
-from xview_loc.camera import ImageError, normalise, prepare_ground
+from xview_loc.camera import ImageError, ground_image, normalise
 from xview_loc.datasets.base import DatasetError, PairSample, PairSource, Track
+from xview_loc.datasets.records import RecordCache
 from xview_loc.imagery import AerialTile
 from xview_loc.keyframes import SPEED_AGE_NS
 from xview_loc.models.base import ModelSpec
@@ -25,10 +26,11 @@ from xview_loc.pairs import ODOMETRY, TOPICS, PairBag
 
 
 class PairDataset(PairSource):
-    """The pairs of one or more bags, for a model of ``spec``; decoded when asked for, wherever that is.
+    """The pairs of one or more bags, for a model of ``spec``; decoded when first asked for.
 
-    A worker of a data loader holds one pair and its tile at a time, and the bags' index. The stored tiles
-    must have the spec's ground sample distance and be as large; of larger ones the middle is taken.
+    What was decoded is kept on the disk in the model's size (:class:`RecordCache`): a worker of a data loader
+    holds one pair and its tile at a time, and the bags' index. The stored tiles must have the spec's ground
+    sample distance and be as large; of larger ones the middle is taken.
     Raises BagError where a bag cannot be read, DatasetError where its tiles do not fit.
     """
 
@@ -41,6 +43,17 @@ class PairDataset(PairSource):
         self.name = f"pairs:{digest[:16]}"
         self._camera_yaws = [float(bag.session().get("camera_yaw", 0.0)) for bag in self._bags]
         self._ends = list(accumulate(len(bag) for bag in self._bags))
+        side = spec.aerial_size
+        content = [
+            ("fix", np.float32, (2,)),
+            ("fix_std", np.float32),
+            ("meters_per_pixel", np.float32),
+            ("heading_known", np.bool_),
+            ("ground", np.uint8, (*spec.ground_size, 3)),
+            ("aerial", np.uint8, (side, side, 3)),
+        ]
+        self._dtype = np.dtype(content)
+        self._decoded = RecordCache(self._dtype)
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -49,6 +62,22 @@ class PairDataset(PairSource):
         """Raises IndexError, BagError for a damaged pair, DatasetError for one that does not fit."""
         if not 0 <= index < len(self):
             raise IndexError(index)
+        record = self._decoded.get(index)
+        if record is None:
+            record = self._decode(index)
+            self._decoded.put(index, record)
+        return {
+            "ground": normalise(record["ground"])[0],
+            "aerial": normalise(record["aerial"])[0],
+            "fix": torch.from_numpy(record["fix"]),
+            "fix_std": torch.tensor(record["fix_std"]),
+            "heading_known": torch.tensor(record["heading_known"]),
+            "meters_per_pixel": torch.tensor(record["meters_per_pixel"]),
+            "index": torch.tensor(index),
+        }
+
+    def _decode(self, index: int) -> np.void:
+        """The fields of a sample, its images as they are before normalisation."""
         number = bisect.bisect_right(self._ends, index)
         bag = self._bags[number]
         within = index - (self._ends[number - 1] if number else 0)
@@ -61,9 +90,8 @@ class PairDataset(PairSource):
         cut = self._margin(tile, bag.folder)
         row, col = (x - cut for x in tile.enu_to_pixel(*tile.projection.forward(pair.lat, pair.lon)))
         side = self._spec.aerial_size
-        aerial = np.ascontiguousarray(tile.image[cut : cut + side, cut : cut + side])
         try:
-            ground = prepare_ground(
+            ground = ground_image(
                 pair.image(),
                 self._spec,
                 heading=pair.heading if self._spec.camera == "panorama" else None,
@@ -72,15 +100,14 @@ class PairDataset(PairSource):
             )
         except ImageError as error:
             raise BagError(f"pair {within} of {bag.folder} is damaged: {error}") from None
-        return {
-            "ground": ground[0],
-            "aerial": normalise(aerial)[0],
-            "fix": torch.tensor([row, col], dtype=torch.float32),
-            "fix_std": torch.tensor(_std(pair.fix_covariance), dtype=torch.float32),
-            "heading_known": torch.tensor(pair.heading is not None),
-            "meters_per_pixel": torch.tensor(tile.gsd, dtype=torch.float32),
-            "index": torch.tensor(index),
-        }
+        record: np.void = np.zeros(1, self._dtype)[0]
+        record["ground"] = ground
+        record["aerial"] = tile.image[cut : cut + side, cut : cut + side]
+        record["fix"] = row, col
+        record["fix_std"] = _std(pair.fix_covariance)
+        record["heading_known"] = pair.heading is not None
+        record["meters_per_pixel"] = tile.gsd
+        return record
 
     def track(self) -> Track:
         """Along which drives the pairs were taken: each bag is one. Raises BagError for a damaged pair."""

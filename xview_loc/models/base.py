@@ -176,6 +176,10 @@ class CrossViewModel(nn.Module):
         """
         return features
 
+    def select(self, features: Any, rows: Tensor) -> Any:
+        """Those of the tiles ``rows`` (B,) of ``features``, in this order; a tile may come more than once."""
+        raise NotImplementedError
+
     def match(
         self,
         ground: Tensor,

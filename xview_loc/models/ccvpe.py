@@ -260,6 +260,14 @@ class CCVPE(CrossViewModel):
             self._fuse(suffix)
         return replace(features, shares={s: self._shares(s, count, features) for s, count in scores.items()})
 
+    def select(self, features: AerialFeatures, rows: Tensor) -> AerialFeatures:
+        """See :meth:`CrossViewModel.select`."""
+        return AerialFeatures(
+            features.descriptors[rows],
+            tuple(skip[rows] for skip in features.skips),
+            {suffix: tuple(s[rows] for s in shares) for suffix, shares in features.shares.items()},
+        )
+
     def _shares(self, suffix: str, scores: int, features: AerialFeatures) -> tuple[Tensor, ...]:
         x = _unit(features.descriptors)
         nothing = x.new_zeros(x.shape[0], scores, *x.shape[2:])
@@ -277,12 +285,14 @@ class CCVPE(CrossViewModel):
         known = self._fused.get(suffix)
         if known is None or known.versions != versions:
             size = self.spec.aerial_size
-            last = stages[-1].conv(stages[-1].nothing((size, size)))
-            self._fused[suffix] = _Fused(
-                versions,
-                tuple(stage.merged_kernel() for stage in stages),
-                last.contiguous(memory_format=torch.channels_last),
-            )
+            # As precise as the weights, since they outlast this call and its autocast.
+            with torch.autocast(stages[0].up.weight.device.type, enabled=False):
+                last = stages[-1].conv(stages[-1].nothing((size, size)))
+                self._fused[suffix] = _Fused(
+                    versions,
+                    tuple(stage.merged_kernel() for stage in stages),
+                    last.contiguous(memory_format=torch.channels_last),
+                )
 
     def _stage(self, level: int, suffix: str) -> _Stage:
         number = self._levels - level

@@ -198,6 +198,12 @@ class GGCVT(CrossViewModel):
             encoded.append(AerialLevel(torch.fft.rfft2(_wide(x)), energy.clamp_min(_MIN_ENERGY).sqrt()))
         return AerialFeatures(tuple(encoded))
 
+    def select(self, features: AerialFeatures, rows: Tensor) -> AerialFeatures:
+        """See :meth:`CrossViewModel.select`."""
+        return AerialFeatures(
+            tuple(AerialLevel(level.spectrum[rows], level.divisor[rows]) for level in features.levels)
+        )
+
     def encode_ground(
         self,
         ground: Tensor,
