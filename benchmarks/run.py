@@ -91,12 +91,16 @@ class Frame:
         from xview_loc.models.checkpoint import load_model, shipped_checkpoint
         from xview_loc.models.graph import FrameSettings
 
+        def seeded(name: str) -> Any:
+            torch.manual_seed(0)
+            return create_model(name)
+
         torch.set_num_threads(threads)
-        torch.manual_seed(0)
         self.name = name
         self.shipped = shipped_checkpoint(name) is not None
-        self.make = lambda: load_model(name).model if self.shipped else create_model(name)
+        self.make = lambda: load_model(name).model if self.shipped else seeded(name)
         spec = self.make().spec
+        torch.manual_seed(0)
         self.bins = spec.bins
         inputs = (("meters_per_pixel", (spec.gsd,)),) if "ggcvt" in name else ()
         self.settings = FrameSettings(0.0 if known else None, not known, inputs)

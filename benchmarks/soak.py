@@ -426,7 +426,8 @@ class Soak:
             if time.monotonic() > end or not self.alive():
                 return False
             self.rig.spin_until(self._due)
-            self._due = max(self._due + self._period, time.monotonic())
+            # A camera that comes late does not catch up: the vehicle would jump.
+            self._due = max(self._due, time.monotonic()) + self._period
             self.rig.publish(next(self._frames))
             if self.alive() and (not self.memory or time.monotonic() - self.memory[-1][0] >= 1.0):
                 self.memory.append((time.monotonic(), memory_mb(self._node.pid, "VmRSS")))

@@ -581,6 +581,11 @@ def test_the_filter_goes_on_without_fixes(aerial, tmp_path):
             assert b.wait_diagnosis("odom_frame", "wheels").level == b"\x01"
             odom.publish(rig.header(Odometry(child_frame_id="base_link"), rig.step(0.2)))
             b.wait(lambda: "odom_frame" not in b.text(), what="the right frame")
+            fast = Odometry(child_frame_id="base_link")
+            fast.twist.twist.linear.x, fast.twist.twist.linear.y = 300.0, 400.0
+            odom.publish(rig.header(fast, rig.step(0.2)))
+            assert b.wait_diagnosis("odometry says 500 m/s").level == b"\x01"
+            assert b.value("odom_rejected/odom_too_fast") == "1"
             # Without odometry for so long nothing is known of where it is.
             ns = rig.step(60.0)
             rig.send_heading(ns)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from xview_loc.camera import CameraModel, decode_compressed, decode_image
 from xview_loc.geodesy import true_yaw
-from xview_loc.input_sync import GnssFix, HeadingSample
+from xview_loc.input_sync import TOP_SPEED, GnssFix, HeadingSample
 from xview_loc.odometry import VelocitySample
 
 # A direction nothing is known about: the variance of the uniform distribution on the circle.
@@ -133,14 +133,18 @@ def heading_from_message(message: Any, declination: float, default_std: float) -
 
 
 def velocity_from_odometry(message: Any) -> VelocitySample:
-    """The twist of an Odometry (that of base_link, in its own axes); RejectedInput where it is no number.
+    """The twist of an Odometry (that of base_link, in its own axes).
 
-    The pose is not looked at: it drifts, and many sources leave it out.
+    The pose is not looked at: it drifts, and many sources leave it out. Raises RejectedInput where a velocity
+    is no number, or more than a vehicle's.
     """
     linear, angular = message.twist.twist.linear, message.twist.twist.angular
     sample = VelocitySample(stamp_ns(message), float(linear.x), float(linear.y), float(angular.z))
     if not all(math.isfinite(v) for v in (sample.forward, sample.left, sample.yaw_rate)):
         raise RejectedInput("odom_not_finite", "odometry has a velocity that is not a number")
+    speed = math.hypot(sample.forward, sample.left)
+    if speed > TOP_SPEED:
+        raise RejectedInput("odom_too_fast", f"odometry says {speed:.0f} m/s, more than {TOP_SPEED:.0f}")
     return sample
 
 
