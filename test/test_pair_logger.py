@@ -276,7 +276,8 @@ def test_quota_stops_the_recording_and_not_the_node(aerial: Path, tmp_path: Path
         finally:
             assert node.stop() == 0, node.log
     first, _ = bags(tmp_path)
-    assert 3 <= len(PairBag(first)) <= 10
+    # 120 kB each before they are compressed, in chunks whose number depends on the time.
+    assert 3 <= len(PairBag(first)) <= 2_000_000 // 120_000
     assert sum(p.stat().st_size for p in first.iterdir()) <= 2_000_000
 
 
