@@ -26,7 +26,7 @@ BACKENDS: tuple[Backend, ...] = ("auto", "torch", "openvino", "onnxruntime")
 Precision = Literal["float32", "bfloat16", "float16"]
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "float16")
 # Of a runtime's results on noise, against PyTorch's in float32, relative to the largest.
-TOLERANCES = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
+TOLERANCES = {"float32": 1e-3, "bfloat16": 0.3, "float16": 0.05}
 
 
 class Runtime(Protocol):
