@@ -14,7 +14,6 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from ros_harness import NodeProcess, bench, pick_domain
 
 from xview_loc.checkpoint_swap import CheckpointSwap, Deployed
 from xview_loc.imagery import AerialMap
@@ -220,6 +219,9 @@ def test_exporting_wrongly_is_said_in_one_line(tmp_path: Path) -> None:
 def test_a_node_serves_without_the_runtime_that_auto_would_take(
     world: Any, tmp_path: Path, backend: str, says: str
 ) -> None:
+    pytest.importorskip("rclpy", reason="ROS 2's Python packages are not installed")
+    from ros_harness import NodeProcess, bench, pick_domain
+
     domain = pick_domain()
     # A stub cannot be exported.
     parameters = {"map": str(world[0]), "model": "stub", "backend": backend}

@@ -25,8 +25,9 @@ Backend = Literal["auto", "torch", "openvino", "onnxruntime"]
 BACKENDS: tuple[Backend, ...] = ("auto", "torch", "openvino", "onnxruntime")
 Precision = Literal["float32", "bfloat16", "float16"]
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "float16")
-# Of a runtime's results on noise, against PyTorch's in float32, relative to the largest.
-TOLERANCES = {"float32": 1e-3, "bfloat16": 0.3, "float16": 0.05}
+# Of a runtime's results on noise, against PyTorch's in float32, relative to the largest. In bfloat16 the
+# scores of a model that has hardly learnt anything are off by up to 0.15.
+TOLERANCES = {"float32": 1e-3, "bfloat16": 0.3, "float16": 0.02}
 
 
 class Runtime(Protocol):
