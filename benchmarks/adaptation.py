@@ -39,6 +39,7 @@ from xview_loc.simulation.city import build_city
 from xview_loc.simulation.drive import DriveOptions, Frame, drive
 from xview_loc.simulation.messages import write_bag
 from xview_loc.simulation.render import PanoramaView
+from xview_loc.simulation.styles import Style
 from xview_loc.tracks import read_timed_track
 from xview_loc.training import make_fabric
 
@@ -55,11 +56,11 @@ SIGMA = 2.0
 Source = tuple[PairDataset, NDArray[np.float64]]
 
 
-def make_pairs(seed: int, folder: Path, count: int = FRAMES) -> None:
+def make_pairs(seed: int, folder: Path, count: int = FRAMES, style: Style | str = STYLE) -> None:
     """Drive through a city; make bags of pairs of the larger part (``pairs``) and of the other (``held``)."""
     if (folder / "held").exists():
         return
-    city = build_city(seed, STYLE, size_m=CITY_M)
+    city = build_city(seed, style, size_m=CITY_M)
     folder.mkdir(parents=True, exist_ok=True)
     city.write_geotiff(folder / "city.tif")
     options = DriveOptions(rate_hz=1.0)

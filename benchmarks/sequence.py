@@ -26,7 +26,7 @@ from typing import Any
 
 import cv2
 import numpy as np
-from adaptation import STYLE, make_pairs, open_pairs, pair_drive
+from adaptation import STYLE, Source, make_pairs, open_pairs, pair_drive
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
@@ -58,20 +58,14 @@ class Labelled:
     truth: NDArray[np.float64]
 
 
-def label(teacher: Checkpoint, folder: Path, name: str, prior: float | None) -> Labelled:
-    source, truth = open_pairs(folder, name, teacher.model.spec)
+def label(teacher: Checkpoint, pairs: Source, folder: Path, prior: float | None) -> Labelled:
+    """What it makes of pairs with their true places, kept in a folder."""
+    source, truth = pairs
     fabric = make_fabric("cpu")
-    stage = f"{teacher.model.spec.name}-{teacher.sha256[:12]}-{name}-{prior}"
-    labels = label_pairs(
-        fabric, teacher.model, source, folder / "smoothing" / f"{stage}.npz", heading_prior_deg=prior
-    )
+    stage = f"{teacher.model.spec.name}-{teacher.sha256[:12]}-{source.name.removeprefix('pairs:')}-{prior}"
+    labels = label_pairs(fabric, teacher.model, source, folder / f"{stage}.npz", heading_prior_deg=prior)
     store = store_heat_maps(
-        fabric,
-        teacher.model,
-        source,
-        labels.index,
-        folder / "smoothing" / f"{stage}.maps",
-        heading_prior_deg=prior,
+        fabric, teacher.model, source, labels.index, folder / f"{stage}.maps", heading_prior_deg=prior
     )
     return Labelled(source.track(), labels, store, truth)
 
@@ -193,9 +187,10 @@ def main() -> None:
         folder = arguments.work / f"{STYLE}-{city}"
         make_pairs(city, folder, arguments.frames)
         make_jumping_pairs(folder)
-        plain = label(teacher, folder, "pairs", prior)
+        spec, kept = teacher.model.spec, folder / "smoothing"
+        plain = label(teacher, open_pairs(folder, "pairs", spec), kept, prior)
         cases = {name: change(plain) for name, change in CASES.items()}
-        cases["jumps"] = label(teacher, folder, "jumps", prior)
+        cases["jumps"] = label(teacher, open_pairs(folder, "jumps", spec), kept, prior)
         for name, case in cases.items():
             results.append({"case": name, "city": city, **figures(case)[1]})
         if arguments.json:

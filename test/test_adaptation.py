@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import html
 import json
 import math
 import os
@@ -281,7 +282,7 @@ def test_without_learning_the_student_is_its_teacher(
         FABRIC, teacher, city, tmp_path, options(teacher.model, learning_rate=0.0, fixed_batch_norm=True)
     )
     adapted = run.run()
-    assert np.array_equal(adapted.teacher.position, adapted.auxiliary.position)
+    assert np.array_equal(adapted.labels.position, adapted.auxiliary.position)
     student = adapted.student.load().model.state_dict()
     for key, value in teacher.model.state_dict().items():
         assert torch.equal(value, student[key]), key
@@ -475,7 +476,7 @@ def test_the_drive_corrects_the_teacher(
     teacher: Checkpoint, simulated_drive: tuple[PairDataset, np.ndarray], tmp_path: Path
 ) -> None:
     source, truth = simulated_drive
-    chosen = options(teacher.model, smooth=True, sure_m=3.0, learning_rate=0.0)
+    chosen = options(teacher.model, smooth=True, learning_rate=0.0)
     stages = []
     run = Distillation(
         FABRIC,
@@ -495,14 +496,18 @@ def test_the_drive_corrects_the_teacher(
     # Once smoothed, the heat maps are not needed any more, and nothing is done again.
     assert stages.count("teacher heat maps") == len(set(range(0, len(labels), 16))) + 1
     assert not list((tmp_path / "stages").glob("*.maps"))
-    sure = better.index[smoothed.of(better.index).std_m <= 3.0]
-    assert adapted.teacher.index.tolist() == sure.tolist()
-    assert np.array_equal(adapted.teacher.position, better.of(sure).position)
+    assert np.array_equal(adapted.labels.position, better.position)
+    # All levels, and no filter.
+    assert adapted.recipe == (4, 1.0) and adapted.kept.all()
     metrics = write_results(run, adapted, tmp_path)
-    assert metrics["smoothing"]["pairs"] == len(labels) and metrics["smoothing"]["fell_back"] == 0
+    assert metrics["options"]["levels"] == 4 and metrics["unreadable"] == 0
+    assert metrics["smoothing"]["pairs"] == len(labels) and metrics["smoothing"]["without_grounds"] == 0
     errors = metrics["true_errors"]
     assert errors["pseudo ground truth"]["mean"] < 0.5 * errors["teacher's maxima of the same pairs"]["mean"]
-    assert "Whole drives corrected" in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert f"whole drives corrected {len(labels)} of {len(labels)} labels" in page
+    for picture in ("whose labels moved most", "The whole drive", "the label has moved"):
+        assert picture in page
 
 
 def test_smoothing_says_what_it_cannot_do(
@@ -510,12 +515,19 @@ def test_smoothing_says_what_it_cannot_do(
 ) -> None:
     with pytest.raises(AdaptationError, match="is not of drives"):
         Distillation(FABRIC, teacher, city, tmp_path, options(teacher.model, smooth=True))
-    # Heat maps of noise give no grounds: the teacher's maxima stay, and none of them is sure.
+    # Heat maps of noise give no grounds: the paper's recipe it is, and that is said.
     write_pairs(tmp_path / "pairs", 24)
     source = PairDataset([tmp_path / "pairs"], SPEC)
-    run = Distillation(FABRIC, teacher, source, tmp_path, options(teacher.model, smooth=True, sure_m=0.1))
-    with pytest.raises(AdaptationError, match=r"0 labels are left, too few .*: 0.1 m is a strict limit"):
-        run.run()
+    chosen = options(teacher.model, smooth=True)
+    run = Distillation(FABRIC, teacher, source, tmp_path / "smooth", chosen)
+    adapted = run.run()
+    metrics = write_results(run, adapted, tmp_path / "smooth")
+    assert not metrics["smoothing"]["used"] and adapted.recipe == (2, 0.8)
+    text = "fell back to the teacher's maxima and the paper's recipe: for "
+    assert text in html.unescape((tmp_path / "smooth" / "report.html").read_text())
+    plain = Distillation(FABRIC, teacher, source, tmp_path / "plain", options(teacher.model)).run()
+    assert np.array_equal(adapted.labels.position, plain.labels.position)
+    assert adapted.student.load().sha256 == plain.student.load().sha256
 
 
 @pytest.mark.parametrize(
@@ -532,7 +544,7 @@ def test_every_model_and_heading_is_adapted(
     source = SimulatedDataset("target", range(3, 4), 40, model.spec, reach_m=model.reach_m, cache_dir=cities)
     chosen = options(model, heading_priors_deg=(prior,), keep=0.6)
     adapted = Distillation(FABRIC, first, source, tmp_path, chosen).run()
-    assert 0 < adapted.kept.sum() < len(adapted.teacher)
+    assert 0 < adapted.kept.sum() < len(adapted.labels)
     assert math.isfinite(adapted.student.history[0]["loss"])
     changed = adapted.student.load().model.state_dict()
     assert any(not torch.equal(value, changed[key]) for key, value in model.state_dict().items())

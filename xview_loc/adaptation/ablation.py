@@ -41,7 +41,6 @@ def run_ablation(distillation: Distillation, measured: tuple[PairSource, Array] 
     ``measured``: pairs and the metres (N, 2) from their coarse fixes to their true places, on which errors
     are measured; by default the held-out pairs, whose truth must be known.
     """
-    options = distillation.options
     labels = distillation.teacher_labels()
 
     def errors(checkpoint: Checkpoint) -> Errors:
@@ -60,7 +59,7 @@ def run_ablation(distillation: Distillation, measured: tuple[PairSource, Array] 
         kept = labels.rows(reliable(labels, other, keep))
         return distillation.student(kept, loss, f"student K'={levels} T={keep:.0%}")
 
-    levels, keep = options.levels, options.keep
+    levels, keep = distillation.recipe(smoothed=False)
     rows = [Row("Teacher", None, None, errors(distillation.teacher))]
     for name, share, mode_based in (
         ("Student-M-OF", 1.0, False),

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from lightning_fabric import Fabric
@@ -49,36 +49,48 @@ _SMOOTHING_S = 0.005
 OnProgress = Callable[[str, int, int], object]
 
 
+class Recipe(NamedTuple):
+    """K', how many of the model's levels labels supervise, and T, the share of them that survives the outlier
+    filter (1: there is none)."""
+
+    levels: int
+    keep: float
+
+
 @dataclass(frozen=True)
 class AdaptationOptions:
     """How to adapt; :meth:`published` has the paper's settings.
 
-    levels: K', how many of the model's levels are supervised. keep: T, the share of labels that survive the
-    outlier filter (1: no filter). sigma: of the pseudo ground truth's Gaussian, pixels of the finest map.
-    smooth: whether whole drives correct the labels (:mod:`xview_loc.adaptation.sequence`); sure_m: the
-    standard deviation along an axis, metres, up to which corrected labels are used (None: all).
+    levels, keep: see :meth:`recipe`. sigma: of the pseudo ground truth's Gaussian, pixels of the finest map.
+    smooth: whether whole drives correct the labels (:mod:`xview_loc.adaptation.sequence`).
     held_out: share of the pairs that training does not see; they pick the epoch and the verdict. training: of
     both students; its one heading prior holds for the teacher as well.
     """
 
-    levels: int
-    keep: float
     training: TrainingOptions
+    levels: int | None = None
+    keep: float | None = None
     sigma: float = 4.0
     held_out: float = 0.1
     smooth: bool = False
-    sure_m: float | None = None
 
     @classmethod
     def published(cls, model: CrossViewModel, **changes: Any) -> AdaptationOptions:
         """The paper's for CCVPE or GGCVT; ``changes`` replace fields of these or of the training options."""
-        ccvpe = isinstance(model, CCVPE)
-        training: dict[str, Any] = {"epochs": 3, "batch_size": 8 if ccvpe else 4}
+        training: dict[str, Any] = {"epochs": 3, "batch_size": 8 if isinstance(model, CCVPE) else 4}
         training |= {
             name: changes.pop(name) for name in list(changes) if name in TrainingOptions.__annotations__
         }
-        settings = {"levels": 2 if ccvpe else 3, "keep": 0.8 if ccvpe else 0.7, **changes}
-        return cls(training=TrainingOptions(**training), **settings)
+        return cls(training=TrainingOptions(**training), **changes)
+
+    def recipe(self, model: CrossViewModel, smoothed: bool) -> Recipe:
+        """As chosen; otherwise the paper's for a teacher's maxima, and for ``smoothed`` labels, which are
+        nearly as good as true ones, all levels and no filter."""
+        ccvpe = isinstance(model, CCVPE)
+        usual = Recipe(2 if ccvpe else 3, 0.8 if ccvpe else 0.7)
+        if smoothed:
+            usual = Recipe(model.level_count, 1.0)
+        return Recipe(self.levels or usual.levels, self.keep or usual.keep)
 
     @property
     def heading_prior_deg(self) -> float | None:
@@ -103,18 +115,20 @@ class Student:
 class Adapted:
     """What a whole adaptation leaves behind.
 
-    teacher, auxiliary: labels of the training pairs, row by row of the same pairs; kept: (N,), which of them
-    the final student was trained on. before, after: teacher and student on the held-out pairs. smoothed: what
-    the drives made of the teacher's labels, where they were asked.
+    labels, auxiliary: pseudo ground truth and the auxiliary student's maxima, row by row of the same training
+    pairs; kept: (N,), which of them the final student was trained on. before, after: teacher and student on
+    the held-out pairs. smoothed: what the drives made of the teacher's labels, where they were asked;
+    recipe: how the students were trained.
     """
 
-    teacher: PseudoLabels
+    labels: PseudoLabels
     auxiliary: PseudoLabels
     kept: NDArray[np.bool_]
     auxiliary_student: Student
     student: Student
     before: Views
     after: Views
+    recipe: Recipe
     smoothed: Smoothed | None = None
 
 
@@ -160,10 +174,10 @@ class Distillation:
         self._on_progress = on_progress
         self._model = teacher.model.eval()
         check_heading(teacher.model.spec, options.training)
-        if not 1 <= options.levels <= teacher.model.level_count:
+        levels = self.recipe(options.smooth).levels
+        if not 1 <= levels <= teacher.model.level_count:
             raise AdaptationError(
-                f"{teacher.model.spec.name} has {teacher.model.level_count} levels to supervise, "
-                f"not {options.levels}"
+                f"{teacher.model.spec.name} has {teacher.model.level_count} levels to supervise, not {levels}"
             )
         self.track = source.track() if len(source) else None
         if options.smooth and self.track is None:
@@ -180,11 +194,11 @@ class Distillation:
             drives = [np.flatnonzero(self.track.drive == drive) for drive in np.unique(self.track.drive)]
             held = np.concatenate([d[len(d) - round(len(d) * share) :] for d in drives])
         held = np.sort(held).astype(np.int64)
-        batch = self.options.training.batch_size * self._fabric.world_size
-        if len(held) < 2 or math.floor((count - len(held)) * self.options.keep) < batch:
+        keep = self.recipe(self.options.smooth).keep
+        if len(held) < 2 or math.floor((count - len(held)) * keep) < self._batch:
             raise AdaptationError(
                 f"{count} pairs are too few: {len(held)} of them are held out, which must leave two, and "
-                f"{self.options.keep:.0%} of the others must fill a batch of {batch}"
+                f"{keep:.0%} of the others must fill a batch of {self._batch}"
             )
         return np.setdiff1d(np.arange(count), held), held
 
@@ -192,22 +206,29 @@ class Distillation:
         """Teacher, auxiliary student, outlier filter, final student (Sections 3.1 and 3.2)."""
         labels = self.teacher_labels()
         smoothed = self.smoothed(labels) if self.options.smooth else None
-        if smoothed is not None:
+        corrected = smoothed is not None and smoothed.has_grounds
+        if smoothed is not None and corrected:
             labels = self.corrected(labels, smoothed)
-        loss = self.loss(self.options.levels)
+        recipe = self.recipe(corrected)
+        loss = self.loss(recipe.levels)
         auxiliary_student = self.student(labels, loss, "auxiliary student")
         auxiliary = self.labels_of(auxiliary_student.load(), "auxiliary labels").of(labels.index)
         labels = labels.of(auxiliary.index)  # should a pair have become unreadable since
-        kept = reliable(labels, auxiliary, self.options.keep)
+        kept = reliable(labels, auxiliary, recipe.keep)
         student = auxiliary_student
         if not kept.all():
             student = self.student(labels.rows(kept), loss, "student")
         before, after = self.views(self.teacher), self.views(student.load())
-        return Adapted(labels, auxiliary, kept, auxiliary_student, student, before, after, smoothed)
+        return Adapted(labels, auxiliary, kept, auxiliary_student, student, before, after, recipe, smoothed)
+
+    def recipe(self, smoothed: bool) -> Recipe:
+        """See :meth:`AdaptationOptions.recipe`."""
+        return self.options.recipe(self._model, smoothed)
 
     def plan(self) -> Plan:
         """What :meth:`run` does from the start; seconds are measured on one batch and one training step."""
         options, prior = self.options.training, self.options.heading_prior_deg
+        recipe = self.recipe(self.options.smooth)
         index = self.training_index[: options.batch_size]
         start = time.perf_counter()
         views = look(self._fabric, self._model, self.source, index, heading_prior_deg=prior)
@@ -217,12 +238,12 @@ class Distillation:
         batch = self._fabric.to_device(default_collate([data[row] for row in range(len(data))]))
         student = self._fabric.to_device(copy.deepcopy(self._model).train())
         start = time.perf_counter()
-        value = self.loss(self.options.levels)(student, batch, prior)  # type: ignore[arg-type]
+        value = self.loss(recipe.levels)(student, batch, prior)  # type: ignore[arg-type]
         value.backward()
         train_s = (time.perf_counter() - start) / len(data) + label_s
         count, trained = len(self.source), len(self.training_index)
         judge_s = 3 * len(self.held_out_index) * label_s
-        kept = round(trained * self.options.keep)
+        kept = round(trained * recipe.keep)
         stages = [
             PlannedStage("teacher labels", count, count * label_s),
             PlannedStage("auxiliary student", trained, options.epochs * (trained * train_s + judge_s)),
@@ -235,12 +256,12 @@ class Distillation:
                 PlannedStage("smoothing", trained, trained * _SMOOTHING_S),
             ]
             megabytes = trained * stored_bytes(self._model) / 1e6
-        if self.options.keep < 1:
+        if recipe.keep < 1:
             stages.append(PlannedStage("student", kept, options.epochs * (kept * train_s + judge_s)))
         stages.append(PlannedStage("indicators", len(self.held_out_index), 2 * judge_s))
         # Each student keeps its best weights, and its state (weights and Adam's two moments).
         weights = sum(value.nbytes for value in self._model.state_dict().values())
-        students = 2 if self.options.keep < 1 else 1
+        students = 2 if recipe.keep < 1 else 1
         return Plan(stages, megabytes + (4 * students * weights + 2 * 50 * count) / 1e6)
 
     def loss(self, levels: int, mode_based: bool = True) -> DistillationLoss:
@@ -298,20 +319,13 @@ class Distillation:
         return found
 
     def corrected(self, labels: PseudoLabels, smoothed: Smoothed) -> PseudoLabels:
-        """Labels with the drives' poses, as far as these are on the map and sure enough.
+        """Labels with the drives' poses, where the drives had grounds for them and they are on the map.
 
         Raises AdaptationError where too few are left.
         """
-        sure = self.options.sure_m
-        if sure is not None:
-            smoothed = smoothed.rows(smoothed.std_m <= sure)
         labels = smoothed.labels(labels.of(smoothed.index))
-        batch = self.options.training.batch_size * self._fabric.world_size
-        if math.floor(len(labels) * self.options.keep) < batch:
-            raise AdaptationError(
-                f"{len(labels)} labels are left, too few to fill a batch of {batch}"
-                + ("" if sure is None else f": {sure:g} m is a strict limit")
-            )
+        if math.floor(len(labels) * self.recipe(True).keep) < self._batch:
+            raise AdaptationError(f"{len(labels)} labels are left, too few to fill a batch of {self._batch}")
         return labels
 
     def student(self, labels: PseudoLabels, loss: DistillationLoss, stage: str) -> Student:
@@ -395,6 +409,11 @@ class Distillation:
                 true = {"true_mean_m": float(errors.mean()), "true_median_m": float(np.median(errors))}
             entries.append({**entry, **true})
         return entries
+
+    @property
+    def _batch(self) -> int:
+        """Pairs per step of all processes."""
+        return self.options.training.batch_size * self._fabric.world_size
 
     def _path(self, kind: str, sha256: str, *inputs: Any) -> Path:
         """Of a stage that starts from these weights."""

@@ -68,9 +68,17 @@ class Smoothed(PairTable):
         """Standard deviation along an axis, (N,), metres; not-a-number where nothing is known of it."""
         return np.sqrt(np.trace(self.covariance.astype(np.float64), axis1=1, axis2=2) / 2.0)
 
+    @property
+    def has_grounds(self) -> bool:
+        """Whether the drives told more than the teacher's maxima for most pairs; otherwise something is wrong
+        with them."""
+        return 2 * int(self.supported.sum()) >= len(self)
+
     def labels(self, teacher: PseudoLabels) -> PseudoLabels:
-        """The teacher's labels of the same pairs with these poses, without those that are off the map."""
-        return replace(teacher, position=self.position, heading=self.heading).rows(self.on_map)
+        """The teacher's labels of the same pairs with these poses, where there are grounds for them and they
+        are on the map."""
+        chosen = self.supported & self.on_map
+        return replace(teacher, position=self.position, heading=self.heading).rows(chosen)
 
 
 def smooth(

@@ -37,9 +37,6 @@ Keep = Annotated[float | None, typer.Option(min=0.01, max=1.0, help="T: share of
 Levels = Annotated[int | None, typer.Option(min=1, help="K': supervised levels, from the coarsest on.")]
 Sigma = Annotated[float, typer.Option(min=0.1, help="Of the pseudo ground truth, heat-map pixels.")]
 Smooth = Annotated[bool, typer.Option("--smooth", help="Let whole drives correct the teacher's labels.")]
-Sure = Annotated[
-    float | None, typer.Option(min=0.1, help="With --smooth: use labels sure to so many metres, an axis.")
-]
 Epochs = Annotated[int, typer.Option(min=1, help="Passes over the pairs, for each student.")]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Pairs per step and process.")]
 LearningRate = Annotated[float, typer.Option(min=0.0, help="Adam's.")]
@@ -63,7 +60,6 @@ def adapt(
     levels: Levels = None,
     sigma: Sigma = 4.0,
     smooth: Smooth = False,
-    sure: Sure = None,
     epochs: Epochs = 3,
     batch_size: BatchSize = None,
     learning_rate: LearningRate = 1e-4,
@@ -78,7 +74,7 @@ def adapt(
     """Make a better student of a teacher and pairs without ground truth, and say whether to deploy it.
 
     Cut off, the same command goes on where it stopped. Defaults are the paper's: levels 2 and keep 0.8 for
-    CCVPE, 3 and 0.7 for GGCVT.
+    CCVPE, 3 and 0.7 for GGCVT; smoothed labels are not filtered, and supervise all levels.
     """
     shared = {name: value for name, value in locals().items() if name != "dry_run"}
     with _Bars() as bars:
@@ -203,14 +199,11 @@ def _distillation(
     accelerator: str,
     devices: int,
     smooth: bool = False,
-    sure: float | None = None,
 ) -> Distillation:
     from xview_loc.adaptation.distill import AdaptationOptions, Distillation
     from xview_loc.models.checkpoint import load_model
     from xview_loc.training import make_fabric
 
-    if sure is not None and not smooth:
-        raise UsageError("--sure chooses among smoothed labels: give --smooth as well")
     teacher = load_model(model, checkpoint)
     given = {"keep": keep, "levels": levels, "batch_size": batch_size}
     options = AdaptationOptions.published(
@@ -218,7 +211,6 @@ def _distillation(
         heading_priors_deg=(_prior(heading),),
         sigma=sigma,
         smooth=smooth,
-        sure_m=sure,
         epochs=epochs,
         learning_rate=learning_rate,
         held_out=held_out,
@@ -283,12 +275,9 @@ def _show(metrics: dict[str, Any]) -> None:
     if metrics["unreadable"]:
         console.print(f"{metrics['unreadable']} pairs could not be used and were left out", soft_wrap=True)
     if "smoothing" in metrics:
-        smoothing = metrics["smoothing"]
-        console.print(
-            f"smoothed {smoothing['pairs']} labels: {smoothing['fell_back']} stayed the teacher's for want "
-            f"of grounds, {smoothing['off_map']} off the map were left out",
-            soft_wrap=True,
-        )
+        from xview_loc.adaptation.report import smoothing_line
+
+        console.print(smoothing_line(metrics["smoothing"]), soft_wrap=True)
     for reason in verdict["reasons"]:
         console.print(reason, soft_wrap=True)
     if "true_errors" in metrics:
