@@ -133,13 +133,12 @@ def adapt_once(teacher: Checkpoint, folder: Path, seed: int, heading: str) -> di
     )
     labels = run.teacher_labels()
     start = time.perf_counter()
-    auxiliary = run.student(labels, run.loss(options.levels), "auxiliary student")
-    kept = reliable(
-        labels, run.labels_of(auxiliary.load(), "auxiliary labels").of(labels.index), options.keep
-    )
-    student = run.student(labels.rows(kept), run.loss(options.levels), "student")
+    levels, keep = run.recipe(smoothed=False)
+    auxiliary = run.student(labels, run.loss(levels), "auxiliary student")
+    kept = reliable(labels, run.labels_of(auxiliary.load(), "auxiliary labels").of(labels.index), keep)
+    student = run.student(labels.rows(kept), run.loss(levels), "student")
     seconds = time.perf_counter() - start
-    heat = run.student(labels, run.loss(options.levels, False), "heat-map student")
+    heat = run.student(labels, run.loss(levels, False), "heat-map student")
     models = (teacher, heat.load(), auxiliary.load(), student.load())
     errors = {
         name: run.labels_of(model, "test", held[0]).errors_m(held[1])

@@ -89,7 +89,8 @@ class Steps:
         order = np.random.default_rng(0).permutation(self.count)
         options = AdaptationOptions.published(self.now)
         self.size = options.training.batch_size
-        self.loss = DistillationLoss(options.levels, options.sigma)
+        recipe = options.recipe(self.now, smoothed=False)
+        self.loss = DistillationLoss(recipe.levels, options.sigma)
 
         def batch(chosen: Any) -> dict[str, torch.Tensor]:
             collated = default_collate([samples[index] for index in chosen])

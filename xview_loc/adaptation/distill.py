@@ -112,24 +112,32 @@ class Student:
 
 
 @dataclass(frozen=True, eq=False)
+class Auxiliary:
+    """The student that the outlier filter compares with, and its labels of the same pairs, row by row."""
+
+    student: Student
+    labels: PseudoLabels
+
+
+@dataclass(frozen=True, eq=False)
 class Adapted:
     """What a whole adaptation leaves behind.
 
-    labels, auxiliary: pseudo ground truth and the auxiliary student's maxima, row by row of the same training
-    pairs; kept: (N,), which of them the final student was trained on. before, after: teacher and student on
-    the held-out pairs. smoothed: what the drives made of the teacher's labels, where they were asked;
-    recipe: how the students were trained.
+    maxima: the teacher's, of the training pairs. labels: the pseudo ground truth made of them; kept: (N,),
+    which of it the student was trained on; auxiliary: None without an outlier filter. before, after: teacher
+    and student on the held-out pairs. recipe: how the students were trained. smoothed: what the drives made
+    of the maxima, where they were asked.
     """
 
+    maxima: PseudoLabels
     labels: PseudoLabels
-    auxiliary: PseudoLabels
     kept: NDArray[np.bool_]
-    auxiliary_student: Student
+    auxiliary: Auxiliary | None
     student: Student
     before: Views
     after: Views
     recipe: Recipe
-    smoothed: Smoothed | None = None
+    smoothed: Smoothed | None
 
 
 @dataclass(frozen=True)
@@ -204,22 +212,24 @@ class Distillation:
 
     def run(self) -> Adapted:
         """Teacher, auxiliary student, outlier filter, final student (Sections 3.1 and 3.2)."""
-        labels = self.teacher_labels()
-        smoothed = self.smoothed(labels) if self.options.smooth else None
+        labels = maxima = self.teacher_labels()
+        smoothed = self.smoothed(maxima) if self.options.smooth else None
         corrected = smoothed is not None and smoothed.has_grounds
         if smoothed is not None and corrected:
-            labels = self.corrected(labels, smoothed)
+            labels = self.corrected(maxima, smoothed)
         recipe = self.recipe(corrected)
         loss = self.loss(recipe.levels)
-        auxiliary_student = self.student(labels, loss, "auxiliary student")
-        auxiliary = self.labels_of(auxiliary_student.load(), "auxiliary labels").of(labels.index)
-        labels = labels.of(auxiliary.index)  # should a pair have become unreadable since
-        kept = reliable(labels, auxiliary, recipe.keep)
-        student = auxiliary_student
-        if not kept.all():
-            student = self.student(labels.rows(kept), loss, "student")
+        auxiliary = None
+        kept = np.ones(len(labels), bool)
+        if recipe.keep < 1:
+            auxiliary_student = self.student(labels, loss, "auxiliary student")
+            others = self.labels_of(auxiliary_student.load(), "auxiliary labels").of(labels.index)
+            labels = labels.of(others.index)  # should a pair have become unreadable since
+            kept = reliable(labels, others, recipe.keep)
+            auxiliary = Auxiliary(auxiliary_student, others)
+        student = self.student(labels.rows(kept), loss, "student")
         before, after = self.views(self.teacher), self.views(student.load())
-        return Adapted(labels, auxiliary, kept, auxiliary_student, student, before, after, recipe, smoothed)
+        return Adapted(maxima, labels, kept, auxiliary, student, before, after, recipe, smoothed)
 
     def recipe(self, smoothed: bool) -> Recipe:
         """See :meth:`AdaptationOptions.recipe`."""
@@ -244,20 +254,20 @@ class Distillation:
         count, trained = len(self.source), len(self.training_index)
         judge_s = 3 * len(self.held_out_index) * label_s
         kept = round(trained * recipe.keep)
-        stages = [
-            PlannedStage("teacher labels", count, count * label_s),
-            PlannedStage("auxiliary student", trained, options.epochs * (trained * train_s + judge_s)),
-            PlannedStage("auxiliary labels", count, count * label_s),
-        ]
+        stages = [PlannedStage("teacher labels", count, count * label_s)]
         megabytes = 0.0
         if self.options.smooth:
-            stages[1:1] = [
+            stages += [
                 PlannedStage("teacher heat maps", trained, trained * label_s),
                 PlannedStage("smoothing", trained, trained * _SMOOTHING_S),
             ]
             megabytes = trained * stored_bytes(self._model) / 1e6
         if recipe.keep < 1:
-            stages.append(PlannedStage("student", kept, options.epochs * (kept * train_s + judge_s)))
+            stages += [
+                PlannedStage("auxiliary student", trained, options.epochs * (trained * train_s + judge_s)),
+                PlannedStage("auxiliary labels", count, count * label_s),
+            ]
+        stages.append(PlannedStage("student", kept, options.epochs * (kept * train_s + judge_s)))
         stages.append(PlannedStage("indicators", len(self.held_out_index), 2 * judge_s))
         # Each student keeps its best weights, and its state (weights and Adam's two moments).
         weights = sum(value.nbytes for value in self._model.state_dict().values())

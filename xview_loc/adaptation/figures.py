@@ -45,15 +45,13 @@ def error_curves(distillation: Distillation, adapted: Adapted) -> Figure:
     return figure
 
 
-def distance_histogram(adapted: Adapted, keep: float) -> Figure:
-    """Distances between labels and the auxiliary student's maxima, and where the filter cuts."""
-    distances = distance_m(adapted.labels, adapted.auxiliary)
+def distance_histogram(distances: Array, keep: float) -> Figure:
+    """Of the distances between labels and the auxiliary student's maxima, m, and where the filter cuts."""
     figure = Figure(figsize=(6, 3.5))
     axes = figure.add_subplot()
     axes.hist(distances, bins=60)
-    if keep < 1:
-        axes.axvline(float(np.quantile(distances, keep)), color="tab:red", label=f"T = {keep:.0%}")
-        axes.legend()
+    axes.axvline(float(np.quantile(distances, keep)), color="tab:red", label=f"T = {keep:.0%}")
+    axes.legend()
     axes.set(xlabel="distance, m", ylabel="pairs", yscale="log")
     return figure
 

@@ -22,7 +22,7 @@ from xview_loc.adaptation.figures import (
     track_map,
 )
 from xview_loc.adaptation.indicators import Indicators
-from xview_loc.adaptation.pseudo_labels import distance_m
+from xview_loc.adaptation.pseudo_labels import PseudoLabels, distance_m
 from xview_loc.adaptation.sequence import Smoothed
 from xview_loc.adaptation.verdict import Verdict, judge
 from xview_loc.evaluation import Errors
@@ -69,27 +69,26 @@ def _metrics(
     """JSON values: what went in, what came out."""
     options = distillation.options
     settings = {**asdict(options), **adapted.recipe._asdict()}
-    labelled = adapted.smoothed or adapted.labels
     metrics: dict[str, Any] = {
         "model": distillation.teacher.model.spec.name,
         "data": distillation.source.name,
         "pairs": len(distillation.source),
-        "unreadable": len(distillation.training_index) - len(labelled),
+        "unreadable": len(distillation.training_index) - len(adapted.maxima),
         "trained_on": int(adapted.kept.sum()),
         "held_out": len(adapted.before.plain),
-        "teacher_to_auxiliary_m": _spread(distance_m(adapted.labels, adapted.auxiliary)),
-        "furthest_kept_m": float(distance_m(adapted.labels, adapted.auxiliary)[adapted.kept].max()),
         "teacher_to_student_held_out_m": _spread(distance_m(adapted.before.plain, adapted.after.plain)),
         "options": settings,
         "indicators": {"teacher": before.summary(), "student": after.summary()},
-        "epochs": {
-            "auxiliary_student": distillation.history(adapted.auxiliary_student),
-            "student": distillation.history(adapted.student),
-        },
+        "epochs": {"student": distillation.history(adapted.student)},
         "verdict": asdict(verdict),
     }
+    if adapted.auxiliary is not None:
+        distances = distance_m(adapted.labels, adapted.auxiliary.labels)
+        metrics["teacher_to_auxiliary_m"] = _spread(distances)
+        metrics["furthest_kept_m"] = float(distances[adapted.kept].max())
+        metrics["epochs"]["auxiliary_student"] = distillation.history(adapted.auxiliary.student)
     if adapted.smoothed is not None:
-        metrics["smoothing"] = _smoothing(distillation, adapted.smoothed)
+        metrics["smoothing"] = _smoothing(adapted.maxima.of(adapted.smoothed.index), adapted.smoothed)
     if distillation.true_from_fix is not None:
         errors = {
             "teacher, held out": distillation.true_errors_m(adapted.before.plain),
@@ -98,16 +97,15 @@ def _metrics(
             "pseudo ground truth, kept": distillation.true_errors_m(adapted.labels.rows(adapted.kept)),
         }
         if adapted.smoothed is not None:
-            maxima = distillation.teacher_labels().of(adapted.labels.index)
+            maxima = adapted.maxima.of(adapted.labels.index)
             errors["teacher's maxima of the same pairs"] = distillation.true_errors_m(maxima)
         metrics["true_errors"] = {name: finite(asdict(Errors.of(e))) for name, e in errors.items()}
         metrics["epoch_picks"] = _epoch_picks(metrics["epochs"]["student"])
     return metrics
 
 
-def _smoothing(distillation: Distillation, smoothed: Smoothed) -> dict[str, Any]:
+def _smoothing(maxima: PseudoLabels, smoothed: Smoothed) -> dict[str, Any]:
     """What the drives made of the teacher's labels."""
-    maxima = distillation.teacher_labels().of(smoothed.index)
     moved = distance_m(maxima, replace(maxima, position=smoothed.position))
     known = smoothed.supported
     return {
@@ -180,16 +178,18 @@ def _page(
         page.heading("What the drives made of the labels")
         _smoothing_text(page, metrics["smoothing"])
         if metrics["smoothing"]["used"]:
-            maxima = distillation.teacher_labels().of(adapted.smoothed.index)
+            maxima = adapted.maxima.of(adapted.smoothed.index)
             figures = smoothed_drive(distillation, maxima, adapted.smoothed)
             figures += moved_labels(distillation, maxima, adapted.smoothed, student)
             for figure, caption in figures:
                 page.figure(figure, caption)
-    page.heading("Outlier filter")
-    page.figure(
-        distance_histogram(adapted, adapted.recipe.keep),
-        "Distance between teacher and auxiliary student; pairs to the right of the line are left out",
-    )
+    if adapted.auxiliary is not None:
+        page.heading("Outlier filter")
+        distances = distance_m(adapted.labels, adapted.auxiliary.labels)
+        page.figure(
+            distance_histogram(distances, adapted.recipe.keep),
+            "Distance between teacher and auxiliary student; pairs to the right of the line are left out",
+        )
     if distillation.track is not None:
         page.heading("Along the drives")
         page.figure(
