@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from xview_loc.adaptation import ablation
+from xview_loc.adaptation import ablation, distill
 from xview_loc.adaptation.distill import AdaptationOptions, Distillation
+from xview_loc.adaptation.figures import smoothed_drive
 from xview_loc.adaptation.heat_map_store import store_heat_maps, stored_bytes
 from xview_loc.adaptation.indicators import Indicators, Views, look
 from xview_loc.adaptation.pseudo_labels import (
@@ -296,6 +297,29 @@ def test_no_filter_is_all_labels(teacher: Checkpoint, city: SimulatedDataset, tm
     assert adapted.kept.all() and adapted.auxiliary is None
 
 
+def test_rounds_end_where_the_student_is_no_better(
+    teacher: Checkpoint, city: SimulatedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    still = options(teacher.model, learning_rate=0.0, fixed_batch_norm=True, rounds=3)
+    adapted = Distillation(FABRIC, teacher, city, tmp_path, still).run()
+    assert [verdict.deploy for verdict in adapted.rounds] == [False]
+    first = Distillation(FABRIC, teacher, city, tmp_path, options(teacher.model)).run()
+    assert first.rounds == ()
+    # With the second round's student taken, and the third's refused.
+    verdicts = [replace(adapted.rounds[0], deploy=deploy) for deploy in (True, False)]
+    given = iter(verdicts)
+    monkeypatch.setattr(distill, "judge", lambda before, after: next(given))
+    run = Distillation(FABRIC, teacher, city, tmp_path, options(teacher.model, rounds=4))
+    adapted = run.run()
+    assert list(adapted.rounds) == verdicts
+    labels = run.labels_of(first.student.load(), "").of(run.training_index)
+    assert np.array_equal(adapted.maxima.position, labels.position)
+    assert adapted.student.load().sha256 != first.student.load().sha256
+    write_results(run, adapted, tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("its student is taken") == page.count("round before is kept") == 1
+
+
 def test_results_say_what_they_come_from(teacher: Checkpoint, city: SimulatedDataset, tmp_path: Path) -> None:
     run = Distillation(
         FABRIC, teacher, city, tmp_path, options(teacher.model), true_from_fix=city.true_from_fix()
@@ -496,7 +520,7 @@ def test_the_drive_corrects_the_teacher(
         on_progress=lambda s, *_: stages.append(s),
     )
     labels = run.teacher_labels()
-    smoothed = run.smoothed(labels)
+    smoothed = run.smoothed(labels, teacher)
     better = smoothed.labels(labels)
     before, after = run.true_errors_m(labels), run.true_errors_m(better)
     assert after.mean() < 0.5 * before.mean()
@@ -516,6 +540,8 @@ def test_the_drive_corrects_the_teacher(
     assert f"whole drives corrected {len(labels)} of {len(labels)} labels" in page
     for picture in ("whose labels moved most", "The whole drive", "the label has moved"):
         assert picture in page
+    few = np.arange(3)
+    assert len(smoothed_drive(run, labels.rows(few), smoothed.rows(few))) == 2
 
 
 def test_smoothing_says_what_it_cannot_do(

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch.utils.data import default_collate
 
 from xview_loc.adaptation.heat_map_store import store_heat_maps, stored_bytes
-from xview_loc.adaptation.indicators import LabelFreeValidation, Views, held_out_file, look
+from xview_loc.adaptation.indicators import Indicators, LabelFreeValidation, Views, held_out_file, look
 from xview_loc.adaptation.pseudo_labels import (
     AdaptationError,
     LabelledPairs,
@@ -33,6 +33,7 @@ from xview_loc.adaptation.pseudo_labels import (
     with_headings_at,
 )
 from xview_loc.adaptation.sequence import Smoothed, smooth
+from xview_loc.adaptation.verdict import Verdict, judge
 from xview_loc.datasets.base import PairSource
 from xview_loc.losses import DistillationLoss
 from xview_loc.models.base import CrossViewModel
@@ -62,7 +63,8 @@ class AdaptationOptions:
     """How to adapt; :meth:`published` has the paper's settings.
 
     levels, keep: see :meth:`recipe`. sigma: of the pseudo ground truth's Gaussian, pixels of the finest map.
-    smooth: whether whole drives correct the labels (:mod:`xview_loc.adaptation.sequence`).
+    smooth: whether whole drives correct the labels (:mod:`xview_loc.adaptation.sequence`). rounds: at most so
+    many times students are trained, each time on what the last ones make of the pairs.
     held_out: share of the pairs that training does not see; they pick the epoch and the verdict. training: of
     both students; its one heading prior holds for the teacher as well.
     """
@@ -73,6 +75,7 @@ class AdaptationOptions:
     sigma: float = 4.0
     held_out: float = 0.1
     smooth: bool = False
+    rounds: int = 1
 
     @classmethod
     def published(cls, model: CrossViewModel, **changes: Any) -> AdaptationOptions:
@@ -123,10 +126,11 @@ class Auxiliary:
 class Adapted:
     """What a whole adaptation leaves behind.
 
-    maxima: the teacher's, of the training pairs. labels: the pseudo ground truth made of them; kept: (N,),
-    which of it the student was trained on; auxiliary: None without an outlier filter. before, after: teacher
-    and student on the held-out pairs. recipe: how the students were trained. smoothed: what the drives made
-    of the maxima, where they were asked.
+    maxima: of the teacher, or of the student of the round before, of the training pairs. labels: the pseudo
+    ground truth made of them; kept: (N,), which of it the student was trained on; auxiliary: None without an
+    outlier filter. before, after: teacher and student on the held-out pairs. recipe: how the students were
+    trained. smoothed: what the drives made of the maxima, where they were asked. rounds: verdicts on the
+    student of each further round against the one before; all but the last are good.
     """
 
     maxima: PseudoLabels
@@ -138,6 +142,7 @@ class Adapted:
     after: Views
     recipe: Recipe
     smoothed: Smoothed | None
+    rounds: tuple[Verdict, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -211,9 +216,30 @@ class Distillation:
         return np.setdiff1d(np.arange(count), held), held
 
     def run(self) -> Adapted:
-        """Teacher, auxiliary student, outlier filter, final student (Sections 3.1 and 3.2)."""
-        labels = maxima = self.teacher_labels()
-        smoothed = self.smoothed(maxima) if self.options.smooth else None
+        """All rounds: in the first the teacher labels the pairs, in the others the student before.
+
+        A round whose student is not surely better than the one before, as far as can be told without labels,
+        is the last, and its student is not taken.
+        """
+        before = self.views(self.teacher)
+        adapted = self._round(self.teacher, before, 1)
+        verdicts: list[Verdict] = []
+        for number in range(2, self.options.rounds + 1):
+            again = self._round(adapted.student.load(), before, number)
+            pair = (Indicators.of(views, self.track) for views in (adapted.after, again.after))
+            verdicts.append(judge(*pair))
+            if not verdicts[-1].deploy:
+                break
+            adapted = again
+        return replace(adapted, rounds=tuple(verdicts))
+
+    def _round(self, labeller: Checkpoint, before: Views, number: int) -> Adapted:
+        """Labels, auxiliary student, outlier filter, student (Sections 3.1 and 3.2)."""
+        name = "" if number == 1 else f", round {number}"
+        maxima = self.labels_of(labeller, f"teacher labels{name}").of(self.training_index)
+        labels, smoothed = maxima, None
+        if self.options.smooth:
+            smoothed = self.smoothed(maxima, labeller, name)
         corrected = smoothed is not None and smoothed.has_grounds
         if smoothed is not None and corrected:
             labels = self.corrected(maxima, smoothed)
@@ -222,13 +248,13 @@ class Distillation:
         auxiliary = None
         kept = np.ones(len(labels), bool)
         if recipe.keep < 1:
-            auxiliary_student = self.student(labels, loss, "auxiliary student")
-            others = self.labels_of(auxiliary_student.load(), "auxiliary labels").of(labels.index)
+            auxiliary_student = self.student(labels, loss, f"auxiliary student{name}")
+            others = self.labels_of(auxiliary_student.load(), f"auxiliary labels{name}").of(labels.index)
             labels = labels.of(others.index)  # should a pair have become unreadable since
             kept = reliable(labels, others, recipe.keep)
             auxiliary = Auxiliary(auxiliary_student, others)
-        student = self.student(labels.rows(kept), loss, "student")
-        before, after = self.views(self.teacher), self.views(student.load())
+        student = self.student(labels.rows(kept), loss, f"student{name}")
+        after = self.views(student.load())
         return Adapted(maxima, labels, kept, auxiliary, student, before, after, recipe, smoothed)
 
     def recipe(self, smoothed: bool) -> Recipe:
@@ -268,11 +294,15 @@ class Distillation:
                 PlannedStage("auxiliary labels", count, count * label_s),
             ]
         stages.append(PlannedStage("student", kept, options.epochs * (kept * train_s + judge_s)))
+        first = list(stages)
+        for number in range(2, self.options.rounds + 1):
+            stages += [replace(stage, name=f"{stage.name}, round {number}") for stage in first]
         stages.append(PlannedStage("indicators", len(self.held_out_index), 2 * judge_s))
         # Each student keeps its best weights, and its state (weights and Adam's two moments).
         weights = sum(value.nbytes for value in self._model.state_dict().values())
         students = 2 if recipe.keep < 1 else 1
-        return Plan(stages, megabytes + (4 * students * weights + 2 * 50 * count) / 1e6)
+        kept_bytes = self.options.rounds * (4 * students * weights + 2 * 50 * count)
+        return Plan(stages, megabytes + kept_bytes / 1e6)
 
     def loss(self, levels: int, mode_based: bool = True) -> DistillationLoss:
         """Coarse-only supervision of the first ``levels`` levels, by maxima or by the teacher's heat maps."""
@@ -282,13 +312,13 @@ class Distillation:
         """The teacher's labels of the training pairs."""
         return self.labels_of(self.teacher, "teacher labels").of(self.training_index)
 
-    def smoothed(self, labels: PseudoLabels) -> Smoothed:
-        """What whole drives make of the teacher's labels."""
+    def smoothed(self, labels: PseudoLabels, labeller: Checkpoint, name: str = "") -> Smoothed:
+        """What whole drives make of a model's labels; ``name`` is added to the stages'."""
         assert self.track is not None
         prior, seed = self.options.heading_prior_deg, self.options.training.seed
         content = _digest(labels.index.tobytes(), labels.position.tobytes())
         inputs = [self.source.name, content, prior, seed if prior != 0 else 0]
-        path = self._path("smoothed", self.teacher.sha256, inputs).with_suffix(".npz")
+        path = self._path("smoothed", labeller.sha256, inputs).with_suffix(".npz")
         found: Smoothed | None = self._fabric.broadcast(Smoothed.load(path))
         if found is not None:
             return found
@@ -296,18 +326,18 @@ class Distillation:
         folder = path.with_suffix(".maps")
         store = store_heat_maps(
             self._fabric,
-            self._model,
+            labeller.model,
             self.source,
             labels.index,
             folder,
             heading_prior_deg=prior,
             workers=workers,
             seed=seed,
-            on_pairs=lambda done: self._on_progress("teacher heat maps", done, len(labels)),
+            on_pairs=lambda done: self._on_progress(f"teacher heat maps{name}", done, len(labels)),
         )
         if self._fabric.is_global_zero:
             found = smooth(
-                self.track, labels, store, lambda done, of: self._on_progress("smoothing", done, of)
+                self.track, labels, store, lambda done, of: self._on_progress(f"smoothing{name}", done, of)
             )
         found = self._fabric.broadcast(found)
         assert found is not None
@@ -315,7 +345,7 @@ class Distillation:
             moved = replace(labels, position=found.position)
             turned = with_headings_at(
                 self._fabric,
-                self._model,
+                labeller.model,
                 self.source,
                 moved,
                 heading_prior_deg=prior,

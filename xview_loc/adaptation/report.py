@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,8 @@ def _metrics(
         metrics["teacher_to_auxiliary_m"] = _spread(distances)
         metrics["furthest_kept_m"] = float(distances[adapted.kept].max())
         metrics["epochs"]["auxiliary_student"] = distillation.history(adapted.auxiliary.student)
+    if adapted.rounds:
+        metrics["rounds"] = [asdict(verdict) for verdict in adapted.rounds]
     if adapted.smoothed is not None:
         metrics["smoothing"] = _smoothing(adapted.maxima.of(adapted.smoothed.index), adapted.smoothed)
     if distillation.true_from_fix is not None:
@@ -150,8 +152,8 @@ def _page(
         f"{metrics['pairs']} pairs, {metrics['unreadable']} of those to train on unreadable; the student was "
         f"trained on {metrics['trained_on']} of them and judged on {metrics['held_out']} held-out ones."
     )
-    for reason in verdict.reasons:
-        page.text(reason)
+    for line in (*round_lines(metrics.get("rounds", ())), *verdict.reasons):
+        page.text(line)
     page.heading("Held-out pairs, without ground truth")
     teacher, pupil = metrics["indicators"]["teacher"], metrics["indicators"]["student"]
     rows = [
@@ -212,6 +214,15 @@ def _page(
     rows += [["data", metrics["data"]], ["parent", distillation.teacher.sha256]]
     page.table(["", "value"], rows)
     return page
+
+
+def round_lines(verdicts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What each further round came to, of the metrics' ``rounds``."""
+    return [
+        f"round {number}: {verdict['reasons'][0]}; "
+        + ("its student is taken" if verdict["deploy"] else "the student of the round before is kept")
+        for number, verdict in enumerate(verdicts, start=2)
+    ]
 
 
 def smoothing_line(smoothing: Mapping[str, Any]) -> str:

@@ -37,6 +37,9 @@ Keep = Annotated[float | None, typer.Option(min=0.01, max=1.0, help="T: share of
 Levels = Annotated[int | None, typer.Option(min=1, help="K': supervised levels, from the coarsest on.")]
 Sigma = Annotated[float, typer.Option(min=0.1, help="Of the pseudo ground truth, heat-map pixels.")]
 Smooth = Annotated[bool, typer.Option("--smooth", help="Let whole drives correct the teacher's labels.")]
+Rounds = Annotated[
+    int, typer.Option(min=1, help="At most so many: each one's student labels the pairs for the next.")
+]
 Epochs = Annotated[int, typer.Option(min=1, help="Passes over the pairs, for each student.")]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Pairs per step and process.")]
 LearningRate = Annotated[float, typer.Option(min=0.0, help="Adam's.")]
@@ -60,6 +63,7 @@ def adapt(
     levels: Levels = None,
     sigma: Sigma = 4.0,
     smooth: Smooth = False,
+    rounds: Rounds = 1,
     epochs: Epochs = 3,
     batch_size: BatchSize = None,
     learning_rate: LearningRate = 1e-4,
@@ -199,6 +203,7 @@ def _distillation(
     accelerator: str,
     devices: int,
     smooth: bool = False,
+    rounds: int = 1,
 ) -> Distillation:
     from xview_loc.adaptation.distill import AdaptationOptions, Distillation
     from xview_loc.models.checkpoint import load_model
@@ -211,6 +216,7 @@ def _distillation(
         heading_priors_deg=(_prior(heading),),
         sigma=sigma,
         smooth=smooth,
+        rounds=rounds,
         epochs=epochs,
         learning_rate=learning_rate,
         held_out=held_out,
@@ -271,15 +277,15 @@ def _true_places(
 
 
 def _show(metrics: dict[str, Any]) -> None:
+    from xview_loc.adaptation.report import round_lines, smoothing_line
+
     verdict = metrics["verdict"]
     if metrics["unreadable"]:
         console.print(f"{metrics['unreadable']} pairs could not be used and were left out", soft_wrap=True)
     if "smoothing" in metrics:
-        from xview_loc.adaptation.report import smoothing_line
-
         console.print(smoothing_line(metrics["smoothing"]), soft_wrap=True)
-    for reason in verdict["reasons"]:
-        console.print(reason, soft_wrap=True)
+    for line in (*round_lines(metrics.get("rounds", ())), *verdict["reasons"]):
+        console.print(line, soft_wrap=True)
     if "true_errors" in metrics:
         table = Table("metres", "pairs", "mean", "median", "95 %")
         for name, e in metrics["true_errors"].items():
