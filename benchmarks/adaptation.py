@@ -24,8 +24,9 @@ from rich.console import Console
 from rich.table import Table
 
 from xview_loc.adaptation.ablation import TABLE
-from xview_loc.adaptation.distill import AdaptationOptions, Distillation
+from xview_loc.adaptation.distill import Distillation
 from xview_loc.adaptation.indicators import Indicators
+from xview_loc.adaptation.options import AdaptationOptions
 from xview_loc.adaptation.pseudo_labels import reliable
 from xview_loc.adaptation.verdict import bootstrap_means, judge
 from xview_loc.datasets.base import true_from_fix

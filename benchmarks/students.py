@@ -32,7 +32,8 @@ from rich.console import Console
 from rich.table import Table
 from sequence import CASES, FAR_M, label, make_jumping_pairs
 
-from xview_loc.adaptation.distill import AdaptationOptions, Distillation
+from xview_loc.adaptation.distill import Distillation
+from xview_loc.adaptation.options import AdaptationOptions
 from xview_loc.adaptation.pseudo_labels import PseudoLabels, reliable
 from xview_loc.adaptation.sequence import smooth
 from xview_loc.bootstrap import bootstrap_means
@@ -149,6 +150,15 @@ def summary(results: dict[str, dict[str, Row]], console: Console) -> None:
                 end_section=number == len(rows),
             )
     console.print(table)
+    means = {cell: {n: np.mean(row["student"]) for n, row in rows.items()} for cell, rows in results.items()}
+    for name in dict.fromkeys(name for rows in results.values() for name in rows):
+        both = [m for m in means.values() if {name, "paper"} <= set(m)]
+        bounded = [m for m in both if "oracle" in m]
+        line = f"{name}: {len(both)} cells, mean {np.mean([m[name] for m in both]):.2f} m"
+        for other, cells in (("paper", both), ("oracle", bounded)):
+            gains, others = (sum(m["teacher"] - m[n] for m in cells) for n in (name, other))
+            line += f", {gains / others:.2f} times the gain of the {other}" if cells else ""
+        console.print(line)
 
 
 def _text(errors: list[float]) -> str:

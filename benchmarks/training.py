@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import default_collate
 
-from xview_loc.adaptation.distill import AdaptationOptions
+from xview_loc.adaptation.options import AdaptationOptions
 from xview_loc.adaptation.pseudo_labels import label_batch
 from xview_loc.camera import encode_jpeg
 from xview_loc.datasets.pairs import PairDataset

@@ -24,10 +24,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from xview_loc.adaptation import ablation, distill
-from xview_loc.adaptation.distill import AdaptationOptions, Distillation
+from xview_loc.adaptation.distill import Distillation
 from xview_loc.adaptation.figures import smoothed_drive
 from xview_loc.adaptation.heat_map_store import store_heat_maps, stored_bytes
 from xview_loc.adaptation.indicators import Indicators, Views, look
+from xview_loc.adaptation.options import AdaptationOptions
 from xview_loc.adaptation.pseudo_labels import (
     AdaptationError,
     PseudoLabels,

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from lightning_fabric import Fabric
@@ -24,6 +24,7 @@ from torch.utils.data import default_collate
 
 from xview_loc.adaptation.heat_map_store import store_heat_maps, stored_bytes
 from xview_loc.adaptation.indicators import Indicators, LabelFreeValidation, Views, held_out_file, look
+from xview_loc.adaptation.options import AdaptationOptions, Recipe
 from xview_loc.adaptation.pseudo_labels import (
     AdaptationError,
     LabelledPairs,
@@ -36,10 +37,8 @@ from xview_loc.adaptation.sequence import Smoothed, smooth
 from xview_loc.adaptation.verdict import Verdict, judge
 from xview_loc.datasets.base import PairSource
 from xview_loc.losses import DistillationLoss
-from xview_loc.models.base import CrossViewModel
-from xview_loc.models.ccvpe import CCVPE
 from xview_loc.models.checkpoint import Checkpoint, load_checkpoint
-from xview_loc.training import BEST_FILE, Standing, TrainingOptions, check_heading, comparable, train
+from xview_loc.training import BEST_FILE, Standing, check_heading, comparable, train
 
 Array = NDArray[np.float64]
 # Raise it when a stage's content changes its meaning.
@@ -48,58 +47,6 @@ _FORMAT = 1
 _SMOOTHING_S = 0.005
 # (stage, pairs or steps done, of how many)
 OnProgress = Callable[[str, int, int], object]
-
-
-class Recipe(NamedTuple):
-    """K', how many of the model's levels labels supervise, and T, the share of them that survives the outlier
-    filter (1: there is none)."""
-
-    levels: int
-    keep: float
-
-
-@dataclass(frozen=True)
-class AdaptationOptions:
-    """How to adapt; :meth:`published` has the paper's settings.
-
-    levels, keep: see :meth:`recipe`. sigma: of the pseudo ground truth's Gaussian, pixels of the finest map.
-    smooth: whether whole drives correct the labels (:mod:`xview_loc.adaptation.sequence`). rounds: at most so
-    many times students are trained, each time on what the last ones make of the pairs.
-    held_out: share of the pairs that training does not see; they pick the epoch and the verdict. training: of
-    both students; its one heading prior holds for the teacher as well.
-    """
-
-    training: TrainingOptions
-    levels: int | None = None
-    keep: float | None = None
-    sigma: float = 4.0
-    held_out: float = 0.1
-    smooth: bool = False
-    rounds: int = 1
-
-    @classmethod
-    def published(cls, model: CrossViewModel, **changes: Any) -> AdaptationOptions:
-        """The paper's for CCVPE or GGCVT; ``changes`` replace fields of these or of the training options."""
-        training: dict[str, Any] = {"epochs": 3, "batch_size": 8 if isinstance(model, CCVPE) else 4}
-        training |= {
-            name: changes.pop(name) for name in list(changes) if name in TrainingOptions.__annotations__
-        }
-        return cls(training=TrainingOptions(**training), **changes)
-
-    def recipe(self, model: CrossViewModel, smoothed: bool) -> Recipe:
-        """As chosen; otherwise the paper's for a teacher's maxima, and for ``smoothed`` labels, which are
-        nearly as good as true ones, all levels and no filter."""
-        ccvpe = isinstance(model, CCVPE)
-        usual = Recipe(2 if ccvpe else 3, 0.8 if ccvpe else 0.7)
-        if smoothed:
-            usual = Recipe(model.level_count, 1.0)
-        return Recipe(self.levels or usual.levels, self.keep or usual.keep)
-
-    @property
-    def heading_prior_deg(self) -> float | None:
-        """How far the heading may be off, for teacher and students; None: it is unknown."""
-        (prior,) = self.training.heading_priors_deg
-        return prior
 
 
 @dataclass(frozen=True)

@@ -205,7 +205,8 @@ def _distillation(
     smooth: bool = False,
     rounds: int = 1,
 ) -> Distillation:
-    from xview_loc.adaptation.distill import AdaptationOptions, Distillation
+    from xview_loc.adaptation.distill import Distillation
+    from xview_loc.adaptation.options import AdaptationOptions
     from xview_loc.models.checkpoint import load_model
     from xview_loc.training import make_fabric
 
