@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,6 @@ from xview_loc.adaptation import sequence
 from xview_loc.adaptation.motion import Steps, odometry_gain
 from xview_loc.adaptation.sequence import Likelihood, smooth
 from xview_loc.belief import BeliefGrid
-from xview_loc.models.base import Calibration
 from xview_loc.models.checkpoint import load_model
 
 Array = Any
@@ -67,12 +66,12 @@ def _fitted_to_fixes() -> Callable[..., Array]:
 
 
 PARTS: dict[str, Callable[[], Any]] = {
-    "all": lambda: _constant("_CELLS", sequence._CELLS),
+    "nothing": nullcontext,
     "pairs after it": lambda: _constant("smoothed_beliefs", _forwards),
     "outlier floor": lambda: _constant("_OUTLIER", 1e-6),
     "correlation of near maps": lambda: _constant("_DECORRELATION_M", 1e-6),
     "fixes": lambda: _constant("_LEAST_LIKELIHOOD", np.float32(1.0)),
-    "odometry may be all wrong": lambda: _constant("_LOST", 0.0),
+    "odometry may be all wrong": lambda: _constant("_LOST", 1e-12),
     "fit of odometry": lambda: _constant(
         "odometry_gain", lambda track, *_: np.ones(len(track.moved), complex)
     ),
@@ -96,34 +95,27 @@ def main() -> None:
     arguments = parser.parse_args()
     cv2.setNumThreads(1)
     teacher = load_model(arguments.model)
-    uncalibrated = replace(load_model(arguments.model), sha256="uncalibrated")
-    uncalibrated.model.calibration = Calibration()
     found: dict[tuple[str, str], list[Array]] = {}
     for city in arguments.cities:
         folder = arguments.work / f"{STYLE}-{city}"
         make_pairs(city, folder, arguments.frames)
         pairs = open_pairs(folder, "pairs", teacher.model.spec)
-        sources = {
-            checkpoint.sha256: label(checkpoint, pairs, folder / "smoothing", 0.0)
-            for checkpoint in (teacher, uncalibrated)
-        }
+        plain = label(teacher, pairs, folder / "smoothing", 0.0)
         for case in arguments.cases:
-            labelled = CASES[case](sources[teacher.sha256])
+            labelled = CASES[case](plain)
             for part, without in PARTS.items():
                 with without():
                     found.setdefault((part, case), []).append(_errors(labelled))
-            flat = CASES[case](sources[uncalibrated.sha256])
-            found.setdefault(("calibration", case), []).append(_errors(flat))
     table = Table(title="mean / > 10 m of the labels' errors, metres, mean over the cities")
     for column in ("without", *arguments.cases):
         table.add_column(column, no_wrap=True)
-    for part in (*PARTS, "calibration"):
+    for part in PARTS:
         cells = []
         for case in arguments.cases:
             errors = found[part, case]
             far = np.mean([(e > 10.0).mean() for e in errors])
             cells.append(f"{np.mean([e.mean() for e in errors]):.2f} / {far:.1%}")
-        table.add_row("nothing" if part == "all" else part, *cells)
+        table.add_row(part, *cells)
     Console(width=160).print(table)
 
 

@@ -449,7 +449,7 @@ def test_pairs_that_failed_are_tried_again(
     assert np.array_equal(again.position, labels.position)
 
 
-def test_heat_maps_are_stored_coarse_and_calibrated(teacher: Checkpoint, tmp_path: Path) -> None:
+def test_heat_maps_are_stored_coarse(teacher: Checkpoint, tmp_path: Path) -> None:
     write_pairs(tmp_path / "pairs", 6, damage=2)
     source, index = PairDataset([tmp_path / "pairs"], SPEC), np.arange(1, 6)
     store = store_heat_maps(FABRIC, teacher.model, source, index, tmp_path / "maps")
@@ -458,7 +458,7 @@ def test_heat_maps_are_stored_coarse_and_calibrated(teacher: Checkpoint, tmp_pat
         features = teacher.model.encode_aerial(sample["aerial"][None])
         logits = teacher.model.match(sample["ground"][None], features, 0.0).logits[0].numpy()
     tile = AerialTile(np.zeros((160, 160, 3), np.uint8), 48.2, 16.37, SPEC.gsd)
-    fine = HeatMap.from_logits(logits, teacher.model.grid, tile, None, teacher.model.calibration)
+    fine = HeatMap.from_logits(logits, teacher.model.grid, tile)
     coarse = fine.probability.reshape(80, 2, 80, 2).mean((1, 3)) * fine.searched
     np.testing.assert_allclose(store[4], coarse, rtol=2e-3, atol=1e-6)
     # Its first cell lies amid the tile's first four pixels.

@@ -200,7 +200,7 @@ def _draw_drive(axes: Axes, distillation: Distillation, labels: PseudoLabels, ti
         axes.imshow(tile.image, extent=tile.extent)
     fixes = _fixes(distillation.track)[labels.index]
     place = fixes + labels.from_fix
-    axes.plot(*fixes.T, ".", color="tab:blue", markersize=3)
+    axes.plot(*fixes.T, ".", color="tab:blue", markersize=4)
     if distillation.true_from_fix is not None:
         axes.plot(*(fixes + distillation.true_from_fix[labels.index]).T, "-", color="lime", linewidth=1.5)
     axes.plot(*place.T, "-", color="red", linewidth=0.4)

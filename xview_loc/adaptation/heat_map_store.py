@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from xview_loc.adaptation.pseudo_labels import PairReader, PairTable, gathered, match_batch, turns_of
 from xview_loc.datasets.base import PairSource
 from xview_loc.models.base import CrossViewModel, HeatMapGrid, HeatMaps
-from xview_loc.training import Batch
 
 # Side of what a heat map is averaged to, metres: of the order of the teacher's best errors, and 13 kB a pair.
 CELL_M = 1.0
@@ -33,7 +32,9 @@ class _Block(PairTable):
 
 
 class HeatMapStore:
-    """Likelihoods of pairs, calibrated as the model's heat maps are; ``store[index]`` is one pair's.
+    """Likelihoods of pairs, as the model has them; ``store[index]`` is one pair's.
+
+    Not flattened as a calibration has it, which makes one map's covariance honest: labels got worse.
 
     grid: where they lie on the tile; side: of them, n.
     """
@@ -87,7 +88,7 @@ def store_heat_maps(
                 turns = turns_of(batch, heading_prior_deg, seed)
                 with fabric.autocast():
                     maps, _ = match_batch(model, batch, heading_prior_deg, turns=turns)
-                rows.append(_Block(batch["index"].cpu().numpy(), _likelihood(model, batch, maps)))
+                rows.append(_Block(batch["index"].cpu().numpy(), _likelihood(model, maps)))
                 on_pairs(start + sum(map(len, rows)) * fabric.world_size)
             block = gathered(fabric, rows)
             if block is not None and fabric.is_global_zero:
@@ -110,10 +111,8 @@ def _pool(model: CrossViewModel) -> int:
     return max(1, round(CELL_M / (model.spec.gsd * model.grid.scale)))
 
 
-def _likelihood(model: CrossViewModel, batch: Batch, maps: HeatMaps) -> NDArray[np.float16]:
+def _likelihood(model: CrossViewModel, maps: HeatMaps) -> NDArray[np.float16]:
     logits = maps.logits.float()
-    contrast = logits.amax((1, 2)) - logits.mean((1, 2))
-    temperature = logits.new_tensor([model.calibration.temperature(x) for x in contrast.tolist()])
-    share = (logits / temperature[:, None, None]).flatten(1).softmax(1).view_as(logits)
+    share = logits.flatten(1).softmax(1).view_as(logits)
     cells: Any = F.avg_pool2d(share[:, None] * logits[0].numel(), _pool(model))[:, 0]
     return np.asarray(cells.clamp_max(torch.finfo(torch.float16).max).half().cpu().numpy(), np.float16)
