@@ -14,6 +14,7 @@ import argparse
 import json
 import shutil
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,6 @@ from xview_loc.simulation.city import build_city
 from xview_loc.simulation.drive import DriveOptions, Frame, drive
 from xview_loc.simulation.messages import write_bag
 from xview_loc.simulation.render import PanoramaView
-from xview_loc.simulation.styles import Style
 from xview_loc.tracks import read_timed_track
 from xview_loc.training import make_fabric
 
@@ -57,11 +57,11 @@ SIGMA = 2.0
 Source = tuple[PairDataset, NDArray[np.float64]]
 
 
-def make_pairs(seed: int, folder: Path, count: int = FRAMES, style: Style | str = STYLE) -> None:
+def make_pairs(seed: int, folder: Path, count: int = FRAMES) -> None:
     """Drive through a city; make bags of pairs of the larger part (``pairs``) and of the other (``held``)."""
     if (folder / "held").exists():
         return
-    city = build_city(seed, style, size_m=CITY_M)
+    city = build_city(seed, STYLE, size_m=CITY_M)
     folder.mkdir(parents=True, exist_ok=True)
     city.write_geotiff(folder / "city.tif")
     options = DriveOptions(rate_hz=1.0)
@@ -72,7 +72,7 @@ def make_pairs(seed: int, folder: Path, count: int = FRAMES, style: Style | str 
     ]
     sides.sort(key=len, reverse=True)
     for name, part in zip(("pairs", "held"), sides, strict=True):
-        _write(part, folder / f"{name}-drive")
+        write_drive(part, folder / f"{name}-drive")
         pair_drive(folder, name)
 
 
@@ -85,7 +85,8 @@ def pair_drive(folder: Path, name: str) -> None:
         import_bag(folder / f"{name}-drive", folder / name, aerial, options, lambda share: None)
 
 
-def _write(frames: list[Frame], folder: Path) -> None:
+def write_drive(frames: Iterable[Frame], folder: Path) -> None:
+    """A bag of a whole drive."""
     if folder.exists():
         shutil.rmtree(folder)  # cut off
     write_bag(frames, folder)

@@ -20,7 +20,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from adaptation import CITY_M, Source, open_pairs, pair_drive
+from adaptation import CITY_M, Source, open_pairs, pair_drive, write_drive
 from numpy.typing import NDArray
 from pyproj import Transformer
 from rich.console import Console
@@ -32,7 +32,6 @@ from xview_loc.models.base import ModelSpec
 from xview_loc.models.checkpoint import load_model
 from xview_loc.simulation.city import City, build_city
 from xview_loc.simulation.drive import DriveOptions, Fix, Frame, Truth
-from xview_loc.simulation.messages import write_bag
 from xview_loc.simulation.render import CameraPose, PanoramaView, render_panorama
 from xview_loc.simulation.styles import style_for
 
@@ -80,8 +79,8 @@ def straight_city(seed: int) -> City:
 
 
 def avenue(city: City, length: float) -> tuple[complex, complex, float]:
-    """(start, direction, half of the two carriageways' width) of ``length`` metres of a straight avenue,
-    whose middle is the nearest to the city's."""
+    """(start, direction, how far right of the centre line its outer lane is) of ``length`` metres of a
+    straight avenue, whose middle is the nearest to the city's."""
     best: tuple[float, complex, complex, float] | None = None
     for street in city.streets.streets:
         if street.lanes < 2:
@@ -130,7 +129,7 @@ def make_drive(seed: int, motion: Motion, scale: float, folder: Path) -> Path:
         city = straight_city(seed)
         folder.mkdir(parents=True, exist_ok=True)
         city.write_geotiff(folder / "city.tif")
-        write_bag(frames(city, motion, scale), folder / "pairs-drive")
+        write_drive(frames(city, motion, scale), folder / "pairs-drive")
         pair_drive(folder, "pairs")
     return folder
 

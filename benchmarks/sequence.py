@@ -34,7 +34,7 @@ from rosbags.highlevel import AnyReader
 
 from xview_loc.adaptation.heat_map_store import HeatMapStore, store_heat_maps
 from xview_loc.adaptation.pseudo_labels import PseudoLabels, label_pairs
-from xview_loc.adaptation.sequence import Smoothed, smooth
+from xview_loc.adaptation.sequence import smooth
 from xview_loc.bags.ros_types import serialize
 from xview_loc.bags.writer import BagWriter
 from xview_loc.datasets.base import Track
@@ -126,7 +126,7 @@ def make_jumping_pairs(folder: Path) -> None:
     pair_drive(folder, "jumps")
 
 
-def figures(case: Labelled) -> tuple[Smoothed, dict[str, Any]]:
+def figures(case: Labelled) -> dict[str, Any]:
     """Errors before and after, and how well the smoothing knows them."""
     start = time.thread_time()
     smoothed = smooth(case.track, case.labels, case.heat_maps)
@@ -138,7 +138,7 @@ def figures(case: Labelled) -> tuple[Smoothed, dict[str, Any]]:
     squared = np.einsum("ni,nij,nj->n", off, np.linalg.inv(smoothed.covariance[known]), off)
     wrong, said = before_m[known] > WRONG_M, smoothed.wrong[known] > 0.5
     sure = smoothed.std_m <= SURE_M
-    return smoothed, {
+    return {
         "pairs": len(case.labels),
         "teacher": _errors(before_m),
         "smoothed": _errors(after_m),
@@ -192,7 +192,7 @@ def main() -> None:
         cases = {name: change(plain) for name, change in CASES.items()}
         cases["jumps"] = label(teacher, open_pairs(folder, "jumps", spec), kept, prior)
         for name, case in cases.items():
-            results.append({"case": name, "city": city, **figures(case)[1]})
+            results.append({"case": name, "city": city, **figures(case)})
         if arguments.json:
             arguments.json.write_text(json.dumps(results, indent=1) + "\n")
     results.sort(key=lambda row: list(cases).index(row["case"]))

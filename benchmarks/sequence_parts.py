@@ -1,7 +1,7 @@
 """What each part of smoothing whole drives is good for: the labels' errors without it.
 
 python benchmarks/sequence_parts.py [--model ccvpe-small] [--cities 810 811 812] [--frames 1300]
-    [--cases plain "no odometry" "scale, drift" short] [--work DIR]
+    [--cases plain "no odometry" short] [--work DIR]
 
 Pairs, errors and cases as in ``benchmarks/sequence.py``, whose work folder it shares.
 """

@@ -26,7 +26,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from adaptation import CITY_M, SIGMA, Source, open_pairs, pair_drive
+from adaptation import CITY_M, SIGMA, Source, open_pairs, pair_drive, write_drive
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
@@ -40,7 +40,6 @@ from xview_loc.bootstrap import bootstrap_means
 from xview_loc.models.checkpoint import Checkpoint, load_model
 from xview_loc.simulation.city import build_city
 from xview_loc.simulation.drive import Area, DriveOptions, drive
-from xview_loc.simulation.messages import write_bag
 from xview_loc.simulation.render import PanoramaView
 from xview_loc.simulation.styles import STYLES, Style, vary
 from xview_loc.training import make_fabric
@@ -70,7 +69,7 @@ def make_cell(style: str, city_seed: int, folder: Path) -> None:
     options = DriveOptions(rate_hz=1.0)
     for name, (area, frames) in AREAS.items():
         seen = drive(city, frames, city_seed, options=options, view=PanoramaView(64, 256), area=area)
-        write_bag(seen, folder / f"{name}-drive")
+        write_drive(seen, folder / f"{name}-drive")
         pair_drive(folder, name)
 
 
@@ -118,8 +117,10 @@ class Cell:
         labels = self._maxima
         east, north = self._truth[labels.index].T / labels.meters_per_pixel
         position = (labels.fix + np.stack([-north, east], 1)).astype(np.float32)
-        side = self._teacher.model.spec.aerial_size
-        return replace(labels, position=position).rows(((position > -0.5) & (position < side - 0.5)).all(1))
+        model = self._teacher.model
+        cell = (position - model.grid.origin) / model.grid.scale
+        on_map = ((cell >= -0.5) & (cell <= model.map_size - 0.5)).all(1)
+        return replace(labels, position=position).rows(on_map)
 
     def _own(self, labels: PseudoLabels) -> PseudoLabels:
         """Those to train on; the others pick the epoch."""
@@ -153,6 +154,8 @@ def summary(results: dict[str, dict[str, Row]], console: Console) -> None:
     means = {cell: {n: np.mean(row["student"]) for n, row in rows.items()} for cell, rows in results.items()}
     for name in dict.fromkeys(name for rows in results.values() for name in rows):
         both = [m for m in means.values() if {name, "paper"} <= set(m)]
+        if not both:
+            continue
         bounded = [m for m in both if "oracle" in m]
         line = f"{name}: {len(both)} cells, mean {np.mean([m[name] for m in both]):.2f} m"
         for other, cells in (("paper", both), ("oracle", bounded)):

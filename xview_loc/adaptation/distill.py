@@ -35,6 +35,7 @@ from xview_loc.adaptation.pseudo_labels import (
 )
 from xview_loc.adaptation.sequence import Smoothed, smooth
 from xview_loc.adaptation.verdict import Verdict, judge
+from xview_loc.bootstrap import LEAST
 from xview_loc.datasets.base import PairSource
 from xview_loc.losses import DistillationLoss
 from xview_loc.models.checkpoint import Checkpoint, load_checkpoint
@@ -43,6 +44,8 @@ from xview_loc.training import BEST_FILE, Standing, check_heading, comparable, t
 Array = NDArray[np.float64]
 # Raise it when a stage's content changes its meaning.
 _FORMAT = 1
+# The same of smoothing: what smoothed labels are called depends on it, and no other stage.
+_SMOOTHING_FORMAT = 2
 # Both passes, a pair, on one processor core.
 _SMOOTHING_S = 0.005
 # (stage, pairs or steps done, of how many)
@@ -73,13 +76,15 @@ class Auxiliary:
 class Adapted:
     """What a whole adaptation leaves behind.
 
-    maxima: of the teacher, or of the student of the round before, of the training pairs. labels: the pseudo
-    ground truth made of them; kept: (N,), which of it the student was trained on; auxiliary: None without an
-    outlier filter. before, after: teacher and student on the held-out pairs. recipe: how the students were
-    trained. smoothed: what the drives made of the maxima, where they were asked. rounds: verdicts on the
-    student of each further round against the one before; all but the last are good.
+    labeller: the teacher, or the student of the round before; maxima: what it makes of the training pairs.
+    labels: the pseudo ground truth made of them; kept: (N,), which of it the student was trained on;
+    auxiliary: None without an outlier filter. before, after: teacher and student on the held-out pairs.
+    recipe: how the students were trained. smoothed: what the drives made of the maxima, where they were
+    asked. rounds: verdicts on the student of each further round against the one before; all but the last are
+    good.
     """
 
+    labeller: Checkpoint
     maxima: PseudoLabels
     labels: PseudoLabels
     kept: NDArray[np.bool_]
@@ -140,9 +145,9 @@ class Distillation:
                 f"{teacher.model.spec.name} has {teacher.model.level_count} levels to supervise, not {levels}"
             )
         self.track = source.track() if len(source) else None
+        self.training_index, self.held_out_index = self._split()
         if options.smooth and self.track is None:
             raise AdaptationError(f"{source.name} is not of drives, which smoothing needs")
-        self.training_index, self.held_out_index = self._split()
 
     def _split(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Pairs to train on and held-out ones: of drives the last stretch, else some at random."""
@@ -154,11 +159,16 @@ class Distillation:
             drives = [np.flatnonzero(self.track.drive == drive) for drive in np.unique(self.track.drive)]
             held = np.concatenate([d[len(d) - round(len(d) * share) :] for d in drives])
         held = np.sort(held).astype(np.int64)
-        keep = self.recipe(self.options.smooth).keep
+        # What is smoothed may fall back.
+        keep = min(self.recipe(smoothed).keep for smoothed in {False, self.options.smooth})
         if len(held) < 2 or math.floor((count - len(held)) * keep) < self._batch:
             raise AdaptationError(
                 f"{count} pairs are too few: {len(held)} of them are held out, which must leave two, and "
                 f"{keep:.0%} of the others must fill a batch of {self._batch}"
+            )
+        if self.options.rounds > 1 and len(held) < LEAST:
+            raise AdaptationError(
+                f"{len(held)} held-out pairs are too few to compare rounds on: {LEAST} are needed"
             )
         return np.setdiff1d(np.arange(count), held), held
 
@@ -168,11 +178,10 @@ class Distillation:
         A round whose student is not surely better than the one before, as far as can be told without labels,
         is the last, and its student is not taken.
         """
-        before = self.views(self.teacher)
-        adapted = self._round(self.teacher, before, 1)
+        adapted = self._round(self.teacher, 1)
         verdicts: list[Verdict] = []
         for number in range(2, self.options.rounds + 1):
-            again = self._round(adapted.student.load(), before, number)
+            again = self._round(adapted.student.load(), number, adapted.before)
             pair = (Indicators.of(views, self.track) for views in (adapted.after, again.after))
             verdicts.append(judge(*pair))
             if not verdicts[-1].deploy:
@@ -180,8 +189,11 @@ class Distillation:
             adapted = again
         return replace(adapted, rounds=tuple(verdicts))
 
-    def _round(self, labeller: Checkpoint, before: Views, number: int) -> Adapted:
-        """Labels, auxiliary student, outlier filter, student (Sections 3.1 and 3.2)."""
+    def _round(self, labeller: Checkpoint, number: int, before: Views | None = None) -> Adapted:
+        """Labels, auxiliary student, outlier filter, student (Sections 3.1 and 3.2).
+
+        ``before``: the teacher's views, where they are at hand.
+        """
         name = "" if number == 1 else f", round {number}"
         maxima = self.labels_of(labeller, f"teacher labels{name}").of(self.training_index)
         labels, smoothed = maxima, None
@@ -189,7 +201,7 @@ class Distillation:
             smoothed = self.smoothed(maxima, labeller, name)
         corrected = smoothed is not None and smoothed.has_grounds
         if smoothed is not None and corrected:
-            labels = self.corrected(maxima, smoothed)
+            labels = smoothed.labels(maxima.of(smoothed.index))
         recipe = self.recipe(corrected)
         loss = self.loss(recipe.levels)
         auxiliary = None
@@ -201,8 +213,10 @@ class Distillation:
             kept = reliable(labels, others, recipe.keep)
             auxiliary = Auxiliary(auxiliary_student, others)
         student = self.student(labels.rows(kept), loss, f"student{name}")
+        before = before or self.views(self.teacher)
         after = self.views(student.load())
-        return Adapted(maxima, labels, kept, auxiliary, student, before, after, recipe, smoothed)
+        result = labels, kept, auxiliary, student, before, after, recipe, smoothed
+        return Adapted(labeller, maxima, *result)
 
     def recipe(self, smoothed: bool) -> Recipe:
         """See :meth:`AdaptationOptions.recipe`."""
@@ -228,11 +242,13 @@ class Distillation:
         judge_s = 3 * len(self.held_out_index) * label_s
         kept = round(trained * recipe.keep)
         stages = [PlannedStage("teacher labels", count, count * label_s)]
+        # Where headings are unknown, those at the smoothed places are asked for.
+        smoothing_s = _SMOOTHING_S + (label_s if prior != 0 else 0.0)
         megabytes = 0.0
         if self.options.smooth:
             stages += [
                 PlannedStage("teacher heat maps", trained, trained * label_s),
-                PlannedStage("smoothing", trained, trained * _SMOOTHING_S),
+                PlannedStage("smoothing", trained, trained * smoothing_s),
             ]
             megabytes = trained * stored_bytes(self._model) / 1e6
         if recipe.keep < 1:
@@ -244,7 +260,9 @@ class Distillation:
         first = list(stages)
         for number in range(2, self.options.rounds + 1):
             stages += [replace(stage, name=f"{stage.name}, round {number}") for stage in first]
-        stages.append(PlannedStage("indicators", len(self.held_out_index), 2 * judge_s))
+        stages.append(
+            PlannedStage("indicators", len(self.held_out_index), (1 + self.options.rounds) * judge_s)
+        )
         # Each student keeps its best weights, and its state (weights and Adam's two moments).
         weights = sum(value.nbytes for value in self._model.state_dict().values())
         students = 2 if recipe.keep < 1 else 1
@@ -264,13 +282,15 @@ class Distillation:
         assert self.track is not None
         prior, seed = self.options.heading_prior_deg, self.options.training.seed
         content = _digest(labels.index.tobytes(), labels.position.tobytes())
-        inputs = [self.source.name, content, prior, seed if prior != 0 else 0]
+        inputs = [self.source.name, content, prior, seed if prior != 0 else 0, _SMOOTHING_FORMAT]
         path = self._path("smoothed", labeller.sha256, inputs).with_suffix(".npz")
+        folder = path.with_suffix(".maps")
         found: Smoothed | None = self._fabric.broadcast(Smoothed.load(path))
         if found is not None:
+            if self._fabric.is_global_zero:
+                shutil.rmtree(folder, ignore_errors=True)  # cut off before that was done
             return found
         workers = self.options.training.workers
-        folder = path.with_suffix(".maps")
         store = store_heat_maps(
             self._fabric,
             labeller.model,
@@ -304,16 +324,6 @@ class Distillation:
             found.save(path)
             shutil.rmtree(folder)
         return found
-
-    def corrected(self, labels: PseudoLabels, smoothed: Smoothed) -> PseudoLabels:
-        """Labels with the drives' poses, where the drives had grounds for them and they are on the map.
-
-        Raises AdaptationError where too few are left.
-        """
-        labels = smoothed.labels(labels.of(smoothed.index))
-        if math.floor(len(labels) * self.recipe(True).keep) < self._batch:
-            raise AdaptationError(f"{len(labels)} labels are left, too few to fill a batch of {self._batch}")
-        return labels
 
     def student(self, labels: PseudoLabels, loss: DistillationLoss, stage: str) -> Student:
         """A copy of the teacher, trained on labelled pairs; the label-free score picks its epoch."""

@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 
 from xview_loc.adaptation.distill import Adapted, Distillation
 from xview_loc.adaptation.indicators import base_turns
-from xview_loc.adaptation.pseudo_labels import PseudoLabels, distance_m, label_batch
+from xview_loc.adaptation.pseudo_labels import PseudoLabels, distance_m, label_batch, turns_of
 from xview_loc.adaptation.sequence import Smoothed
 from xview_loc.datasets.base import PairSample, Track
 from xview_loc.geodesy import LocalProjection
 from xview_loc.models.base import IMAGENET_MEAN, IMAGENET_STD, CrossViewModel
+from xview_loc.training import Batch
 
 Array = NDArray[np.float64]
 Captioned = tuple[Figure, str]
@@ -26,8 +27,8 @@ Captioned = tuple[Figure, str]
 _SHOWN = 4
 # Pairs of the stretch of a drive that is shown from near.
 _STRETCH = 40
-# A tile is laid under a drive where the last one's middle is further away, in shares of its side; and how
-# many pixels of a drive's tiles are drawn.
+# A tile is laid under a drive where the middle of every other one is further away, in shares of its side; and
+# how many pixels wide a drive's tiles are drawn in all.
 _TILE_SPACING, _MAP_PX = 0.4, 1500
 
 
@@ -78,43 +79,50 @@ def smoothed_drive(distillation: Distillation, maxima: PseudoLabels, smoothed: S
     track = distillation.track
     assert track is not None
     after = replace(maxima, position=smoothed.position)
-    drive = track.drive[maxima.index]
-    length = min(_STRETCH, len(maxima))
-    moved = np.convolve(distance_m(maxima, after), np.ones(length), "valid")
-    in_one_drive = drive[: len(moved)] == drive[length - 1 :]
-    start = int(np.where(in_one_drive, moved, -1.0).argmax())
-    stretch = np.arange(start, start + length)
-    stretch = stretch[drive[stretch] == drive[start]]
+    whole, stretch = most_moved(track.drive[maxima.index], distance_m(maxima, after))
     figures = []
     for rows, what in (
         (stretch, "The stretch of a drive whose labels moved most"),
-        (np.flatnonzero(drive == drive[start]), "The whole drive"),
+        (whole, "The whole drive"),
     ):
         figure = Figure(figsize=(12, 6.2), layout="compressed")
-        panels = (("teacher's maxima", maxima), ("smoothed", after))
+        panels = (("maxima", maxima.rows(rows)), ("smoothed", after.rows(rows[smoothed.usable[rows]])))
         tiles = _tiles(distillation, maxima.index[rows])
         for axes, (title, labels) in zip(
             figure.subplots(1, 2, sharex=True, sharey=True), panels, strict=True
         ):
             axes.set_title(title)
-            _draw_drive(axes, distillation, labels.rows(rows), tiles)
+            _draw_drive(axes, distillation, labels, tiles)
         known = distillation.true_from_fix is not None
-        figures.append(
-            (figure, f"{what}: labels red, coarse fixes blue" + (", truth green" if known else ""))
-        )
+        caption = f"{what}: labels red, coarse fixes blue" + (", truth green" if known else "")
+        figures.append((figure, caption))
     return figures
+
+
+def most_moved(drive: NDArray[np.int64], moved: Array) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Of pairs' drives and how far their labels moved, both (N,): the rows of the drive with the stretch that
+    moved most in all, and of that stretch."""
+    found: list[tuple[float, NDArray[np.int64], NDArray[np.int64]]] = []
+    for number in np.unique(drive):
+        rows = np.flatnonzero(drive == number)
+        length = min(_STRETCH, len(rows))
+        sums = np.convolve(moved[rows], np.ones(length), "valid")
+        start = int(sums.argmax())
+        found.append((float(sums[start]), rows, rows[start : start + length]))
+    return max(found, key=lambda entry: entry[0])[1:]
 
 
 def moved_pairs(distillation: Distillation, adapted: Adapted, student: CrossViewModel) -> list[Captioned]:
     """The held-out pairs whose estimate has moved most, with both models' heat maps."""
     before, after = adapted.before.plain, adapted.after.plain
-    moved = distance_m(before, after)
+    moved, prior = distance_m(before, after), distillation.options.heading_prior_deg
     figures = []
     for row in np.argsort(-moved)[:_SHOWN]:
         index = int(after.index[row])
         sample = distillation.source[index]
+        turns = base_turns(_batch(sample), prior)
         panels = [
-            _Panel(name, *_probability(model, sample, distillation), labels.position[row])
+            _Panel(name, *_probability(model, sample, prior, turns), labels.position[row])
             for name, model, labels in (
                 ("teacher", distillation.teacher.model, before),
                 ("student", student, after),
@@ -126,25 +134,28 @@ def moved_pairs(distillation: Distillation, adapted: Adapted, student: CrossView
 
 
 def moved_labels(
-    distillation: Distillation, maxima: PseudoLabels, smoothed: Smoothed, student: CrossViewModel
+    distillation: Distillation, adapted: Adapted, smoothed: Smoothed, student: CrossViewModel
 ) -> list[Captioned]:
     """The pairs whose label smoothing has moved most, with both models' heat maps."""
-    moved = np.where(smoothed.on_map, distance_m(maxima, replace(maxima, position=smoothed.position)), -1.0)
+    maxima = adapted.maxima.of(smoothed.index)
+    moved = np.where(smoothed.usable, distance_m(maxima, replace(maxima, position=smoothed.position)), -1.0)
+    prior, seed = distillation.options.heading_prior_deg, distillation.options.training.seed
     figures = []
     for row in np.argsort(-moved)[:_SHOWN]:
         index = int(smoothed.index[row])
         sample = distillation.source[index]
         pixels = float(sample["meters_per_pixel"])
         label = smoothed.position[row], smoothed.covariance[row].astype(np.float64) / pixels**2
+        turns = turns_of(_batch(sample), prior, seed)
         panels = [
-            _Panel(name, *_probability(model, sample, distillation), place, *label)
+            _Panel(name, *_probability(model, sample, prior, turns), place, *label)
             for name, model, place in (
-                ("teacher", distillation.teacher.model, maxima.position[row]),
+                ("model that labelled", adapted.labeller.model, maxima.position[row]),
                 ("student", student, None),
             )
         ]
         caption = (
-            f"Pair {index}: the label has moved {moved[row]:.1f} m; circle: the teacher's maximum, square "
+            f"Pair {index}: the label has moved {moved[row]:.1f} m; circle: the heat map's maximum, square "
             "and ellipse: the drive's label and its 95 %"
         )
         figures.append(_pair(distillation, sample, panels, caption))
@@ -190,7 +201,7 @@ def _tiles(distillation: Distillation, index: NDArray[np.int64]) -> list[_Tile]:
         west, north = fixes[k] + gsd * np.array([-0.5 - col, row + 0.5])
         every = max(1, int(size / gsd / _MAP_PX))
         extent = (west, west + side * gsd, north - side * gsd, north)
-        tiles.append(_Tile(image[::every, ::every], extent))
+        tiles.append(_Tile(image[::every, ::every].copy(), extent))
     return tiles
 
 
@@ -205,9 +216,7 @@ def _draw_drive(axes: Axes, distillation: Distillation, labels: PseudoLabels, ti
         axes.plot(*(fixes + distillation.true_from_fix[labels.index]).T, "-", color="lime", linewidth=1.5)
     axes.plot(*place.T, "-", color="red", linewidth=0.4)
     axes.plot(*place.T, ".", color="red", markersize=3)
-    low, high = np.concatenate([fixes, place]).min(0) - 10.0, np.concatenate([fixes, place]).max(0) + 10.0
     _metres(axes)
-    axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,13 +232,15 @@ class _Panel:
     covariance: Array | None = None
 
 
+def _batch(sample: PairSample) -> Batch:
+    return {name: value[None] for name, value in sample.items() if isinstance(value, torch.Tensor)}
+
+
 def _probability(
-    model: CrossViewModel, sample: PairSample, distillation: Distillation
+    model: CrossViewModel, sample: PairSample, prior: float | None, turns: NDArray[np.int64] | None
 ) -> tuple[NDArray[np.float32], tuple[float, float, float, float]]:
     """A pair's heat map and where it lies on the tile (left, right, bottom, top in pixels)."""
-    model, prior = model.eval().cpu(), distillation.options.heading_prior_deg
-    batch = {name: value[None] for name, value in sample.items() if isinstance(value, torch.Tensor)}
-    maps = label_batch(model, batch, prior, turns=base_turns(batch, prior))[1]
+    maps = label_batch(model.eval().cpu(), _batch(sample), prior, turns=turns)[1]
     share = torch.softmax(maps.logits[0].float().flatten(), 0).view_as(maps.logits[0])
     (row, col), scale, side = maps.grid.origin, maps.grid.scale, share.shape[0]
     first, last = -0.5 * scale, (side - 0.5) * scale

@@ -100,7 +100,7 @@ def _metrics(
         }
         if adapted.smoothed is not None:
             maxima = adapted.maxima.of(adapted.labels.index)
-            errors["teacher's maxima of the same pairs"] = distillation.true_errors_m(maxima)
+            errors["maxima of the same pairs"] = distillation.true_errors_m(maxima)
         metrics["true_errors"] = {name: finite(asdict(Errors.of(e))) for name, e in errors.items()}
         metrics["epoch_picks"] = _epoch_picks(metrics["epochs"]["student"])
     return metrics
@@ -115,7 +115,7 @@ def _smoothing(maxima: PseudoLabels, smoothed: Smoothed) -> dict[str, Any]:
         "used": smoothed.has_grounds,
         "without_grounds": int((~known).sum()),
         "off_map": int((known & ~smoothed.on_map).sum()),
-        "teacher_wrong": float(smoothed.wrong[known].mean()) if known.any() else None,
+        "maxima_wrong": float(smoothed.wrong[known].mean()) if known.any() else None,
         "moved_m": _spread(moved),
         "std_m": _spread(smoothed.std_m[known]) if known.any() else None,
     }
@@ -182,7 +182,7 @@ def _page(
         if metrics["smoothing"]["used"]:
             maxima = adapted.maxima.of(adapted.smoothed.index)
             figures = smoothed_drive(distillation, maxima, adapted.smoothed)
-            figures += moved_labels(distillation, maxima, adapted.smoothed, student)
+            figures += moved_labels(distillation, adapted, adapted.smoothed, student)
             for figure, caption in figures:
                 page.figure(figure, caption)
     if adapted.auxiliary is not None:
@@ -219,7 +219,7 @@ def _page(
 def round_lines(verdicts: Sequence[Mapping[str, Any]]) -> list[str]:
     """What each further round came to, of the metrics' ``rounds``."""
     return [
-        f"round {number}: {verdict['reasons'][0]}; "
+        f"round {number}: {'; '.join(verdict['reasons'])}; "
         + ("its student is taken" if verdict["deploy"] else "the student of the round before is kept")
         for number, verdict in enumerate(verdicts, start=2)
     ]
@@ -234,18 +234,15 @@ def smoothing_line(smoothing: Mapping[str, Any]) -> str:
             "rest of the drive gave no grounds to move the label (look at odometry, stamps and fixes)"
         )
     return (
-        f"whole drives corrected {pairs - without} of {pairs} labels; {without}, for which they gave no "
-        f"grounds, and {smoothing['off_map']} off their map were left out"
+        f"whole drives corrected {pairs - without - smoothing['off_map']} of {pairs} labels; {without}, for "
+        f"which they gave no grounds, and {smoothing['off_map']} off their map were left out"
     )
 
 
 def _smoothing_text(page: Page, smoothing: Mapping[str, Any]) -> None:
     page.text(smoothing_line(smoothing))
-    if not smoothing["used"]:
-        return
-    page.text(f"Labels moved by {smoothing['moved_m']['median']:.1f} m in the median.")
-    if smoothing["teacher_wrong"] is not None:
+    if smoothing["used"]:
         page.text(
-            f"Of the teacher's maxima, {smoothing['teacher_wrong']:.0%} are held for wrong by more than five "
-            "metres where the drive says anything of them."
+            f"Labels moved by {smoothing['moved_m']['median']:.1f} m in the median; "
+            f"{smoothing['maxima_wrong']:.0%} of the maxima are held for wrong by more than five metres."
         )

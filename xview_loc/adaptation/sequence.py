@@ -70,15 +70,17 @@ class Smoothed(PairTable):
 
     @property
     def has_grounds(self) -> bool:
-        """Whether the drives told more than the teacher's maxima for most pairs; otherwise something is wrong
-        with them."""
-        return 2 * int(self.supported.sum()) >= len(self)
+        """Whether most pairs have a label from their drive; otherwise something is wrong with the drives."""
+        return 2 * int(self.usable.sum()) >= len(self)
+
+    @property
+    def usable(self) -> NDArray[np.bool_]:
+        """Whether there are grounds for a pair's place, and it is on the map, (N,)."""
+        return self.supported & self.on_map
 
     def labels(self, teacher: PseudoLabels) -> PseudoLabels:
-        """The teacher's labels of the same pairs with these poses, where there are grounds for them and they
-        are on the map."""
-        chosen = self.supported & self.on_map
-        return replace(teacher, position=self.position, heading=self.heading).rows(chosen)
+        """The teacher's labels of the same pairs with these poses, where these are usable."""
+        return replace(teacher, position=self.position, heading=self.heading).rows(self.usable)
 
 
 def smooth(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from xview_loc.adaptation.distill import Distillation
+    from xview_loc.adaptation.distill import Distillation, Plan
     from xview_loc.datasets.base import PairSource
     from xview_loc.models.base import CrossViewModel
 
@@ -84,8 +84,9 @@ def adapt(
     with _Bars() as bars:
         distillation = _distillation(bars, **shared)
         if dry_run:
+            plan = distillation.plan()
             if bars.first:
-                _show_plan(distillation)
+                _show_plan(plan)
             return
         from xview_loc.adaptation.report import REPORT_FILE, STUDENT_FILE, write_results
 
@@ -296,8 +297,7 @@ def _show(metrics: dict[str, Any]) -> None:
     console.print("verdict: " + ("deploy" if verdict["deploy"] else "do not deploy"), style="bold")
 
 
-def _show_plan(distillation: Distillation) -> None:
-    plan = distillation.plan()
+def _show_plan(plan: Plan) -> None:
     for stage in plan.stages:
         console.print(
             f"{stage.name}: {stage.pairs} pairs, about {stage.seconds / 60:.1f} min", soft_wrap=True
