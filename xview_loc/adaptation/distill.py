@@ -215,8 +215,7 @@ class Distillation:
         student = self.student(labels.rows(kept), loss, f"student{name}")
         before = before or self.views(self.teacher)
         after = self.views(student.load())
-        result = labels, kept, auxiliary, student, before, after, recipe, smoothed
-        return Adapted(labeller, maxima, *result)
+        return Adapted(labeller, maxima, labels, kept, auxiliary, student, before, after, recipe, smoothed)
 
     def recipe(self, smoothed: bool) -> Recipe:
         """See :meth:`AdaptationOptions.recipe`."""
