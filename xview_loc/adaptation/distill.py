@@ -213,7 +213,7 @@ class Distillation:
             kept = reliable(labels, others, recipe.keep)
             auxiliary = Auxiliary(auxiliary_student, others)
         student = self.student(labels.rows(kept), loss, f"student{name}")
-        before = before or self.views(self.teacher)
+        before = self.views(self.teacher) if before is None else before
         after = self.views(student.load())
         return Adapted(labeller, maxima, labels, kept, auxiliary, student, before, after, recipe, smoothed)
 

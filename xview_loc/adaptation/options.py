@@ -49,11 +49,14 @@ class AdaptationOptions:
     def recipe(self, model: CrossViewModel, smoothed: bool) -> Recipe:
         """As chosen; otherwise the paper's for a teacher's maxima, and for ``smoothed`` labels, which are
         nearly as good as true ones, all levels and no filter."""
-        ccvpe = isinstance(model, CCVPE)
-        usual = Recipe(2 if ccvpe else 3, 0.8 if ccvpe else 0.7)
         if smoothed:
             usual = Recipe(model.level_count, 1.0)
-        return Recipe(self.levels or usual.levels, self.keep or usual.keep)
+        else:
+            usual = Recipe(2, 0.8) if isinstance(model, CCVPE) else Recipe(3, 0.7)
+        return Recipe(
+            usual.levels if self.levels is None else self.levels,
+            usual.keep if self.keep is None else self.keep,
+        )
 
     @property
     def heading_prior_deg(self) -> float | None:
