@@ -427,8 +427,9 @@ def test_unusable_pairs_say_so(teacher: Checkpoint, tmp_path: Path) -> None:
     run = Distillation(FABRIC, teacher, unaware, tmp_path, options(teacher.model))
     with pytest.raises(AdaptationError, match="pair 0 has no heading"):
         run.run()
-    with pytest.raises(AdaptationError, match="4 levels to supervise, not 5"):
-        Distillation(FABRIC, teacher, unaware, tmp_path, options(teacher.model, levels=5))
+    for levels in (0, 5):
+        with pytest.raises(AdaptationError, match=f"4 levels to supervise, not {levels}"):
+            Distillation(FABRIC, teacher, unaware, tmp_path, options(teacher.model, levels=levels))
 
 
 def test_pairs_that_failed_are_tried_again(
