@@ -7,10 +7,10 @@ STAMP := $(VENV)/.installed
 .PHONY: demo demo-adapt test lint clean
 
 demo: $(STAMP)
-	$(VENV)/bin/python -m xview_loc.nodes.demo
+	$(VENV)/bin/python -m xview_loc.demo.localize
 
 demo-adapt: $(STAMP)
-	$(VENV)/bin/python -m xview_loc.nodes.demo_adapt
+	$(VENV)/bin/python -m xview_loc.demo.adapt
 
 test: $(STAMP)
 	$(VENV)/bin/python -m pytest

@@ -23,14 +23,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from xview_loc.adaptation import ablation, distill
+from xview_loc.adaptation import ablation
+from xview_loc.adaptation import distillation as distill
 from xview_loc.adaptation import verdict as verdicts_module
-from xview_loc.adaptation.distill import Distillation
+from xview_loc.adaptation.distillation import Distillation
 from xview_loc.adaptation.figures import most_moved
 from xview_loc.adaptation.heat_map_store import store_heat_maps, stored_bytes
 from xview_loc.adaptation.indicators import Indicators, Views, look
-from xview_loc.adaptation.options import AdaptationOptions
-from xview_loc.adaptation.pseudo_labels import (
+from xview_loc.adaptation.labels import (
     AdaptationError,
     PseudoLabels,
     distance_m,
@@ -39,28 +39,30 @@ from xview_loc.adaptation.pseudo_labels import (
     reliable,
     with_headings_at,
 )
+from xview_loc.adaptation.options import AdaptationOptions
 from xview_loc.adaptation.report import write_results
 from xview_loc.adaptation.verdict import judge
 from xview_loc.bags.ros_types import header, message, quaternion, serialize
-from xview_loc.camera import encode_jpeg
 from xview_loc.datasets import SimulatedDataset
 from xview_loc.datasets.base import DatasetError, PairSample, PairSource, true_from_fix
 from xview_loc.datasets.pairs import PairDataset
 from xview_loc.errors import UserError
+from xview_loc.estimation.heat_map import HeatMap
 from xview_loc.geodesy import LocalProjection
-from xview_loc.heatmap import HeatMap
-from xview_loc.imagery import AerialMap, AerialTile
-from xview_loc.losses import DistillationLoss, pool_label
+from xview_loc.images import encode_jpeg
+from xview_loc.maps import open_map
+from xview_loc.maps.base import AerialTile
 from xview_loc.models import create_model
 from xview_loc.models.checkpoint import Checkpoint, load_checkpoint, load_model, save_checkpoint
-from xview_loc.pair_import import ImportOptions, import_bag
-from xview_loc.pairs import Pair, PairWriter
+from xview_loc.recordings.importer import ImportOptions, import_bag
+from xview_loc.recordings.pairs import Pair, PairWriter
+from xview_loc.recordings.tracks import TrackError, read_timed_track
 from xview_loc.simulation.city import build_city
-from xview_loc.simulation.drive import DriveOptions, drive
+from xview_loc.simulation.drives import DriveOptions, drive
 from xview_loc.simulation.messages import write_bag
-from xview_loc.simulation.render import PanoramaView
-from xview_loc.tracks import TrackError, read_timed_track
-from xview_loc.training import TrainingError, make_fabric
+from xview_loc.simulation.views import PanoramaView
+from xview_loc.training.losses import DistillationLoss, pool_label
+from xview_loc.training.trainer import TrainingError, make_fabric
 
 ROOT = Path(__file__).resolve().parent.parent
 SPEC = create_model("ccvpe-small").spec
@@ -501,7 +503,7 @@ def drive_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_bag(frames, folder / "drive")
     topics = {"image": "/image", "fix": "/fix", "heading": "/heading", "odom": "/odom"}
     chosen = ImportOptions(topics=topics, tile_px=SPEC.aerial_size, tile_gsd=SPEC.gsd)
-    with AerialMap.open(str(city.write_geotiff(folder / "city.tif"))) as aerial:
+    with open_map(str(city.write_geotiff(folder / "city.tif"))) as aerial:
         import_bag(folder / "drive", folder / "pairs", aerial, chosen, lambda share: None)
     return folder
 

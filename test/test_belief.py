@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xview_loc.belief import BeliefGrid, HeadingBelief
+from xview_loc.estimation.belief import BeliefGrid, HeadingBelief
+from xview_loc.estimation.heat_map import HeatMap
 from xview_loc.geodesy import LocalProjection
-from xview_loc.heatmap import HeatMap
-from xview_loc.imagery import AerialTile
+from xview_loc.maps.base import AerialTile
 from xview_loc.models.base import HeatMapGrid
 
 MEAN = np.array([13.2, -7.9])

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from xview_loc.calibration import (
+from xview_loc.cli import app
+from xview_loc.estimation.calibration import (
     CalibrationError,
     CalibrationFrame,
     coverage,
     fit_calibration,
     mahalanobis,
 )
-from xview_loc.cli import app
-from xview_loc.heatmap import HeatMap
-from xview_loc.imagery import AerialTile
+from xview_loc.estimation.heat_map import HeatMap
+from xview_loc.maps.base import AerialTile
 from xview_loc.models.base import Calibration, HeatMapGrid
 from xview_loc.models.checkpoint import load_checkpoint, load_model
 

@@ -9,16 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from xview_loc.camera import (
-    ENCODINGS,
-    CameraError,
-    CameraModel,
-    ImageError,
-    decode_compressed,
-    decode_image,
-    prepare_ground,
-)
+from xview_loc.camera import CameraError, CameraModel
+from xview_loc.images import ENCODINGS, ImageError, decode_compressed, decode_image
 from xview_loc.models.base import IMAGENET_MEAN, IMAGENET_STD, ModelSpec
+from xview_loc.models.inputs import prepare_ground
 
 PHOTOGRAPHS = Path(__file__).resolve().parents[1] / ".." / "shared" / "data" / "ground"
 PANORAMA = ModelSpec("stub", "panorama", (32, 64), 64, 0.5, 8)

@@ -16,13 +16,13 @@ import safetensors.torch
 import torch
 from map_fixtures import texture
 
-from xview_loc.checkpoint_swap import CheckpointSwap, Deployed
-from xview_loc.imagery import AerialTile
-from xview_loc.localizer import Localizer, Observation, required_tile_px
+from xview_loc.estimation.checkpoint_swap import CheckpointSwap, Deployed
+from xview_loc.estimation.localizer import Localizer, Observation, required_tile_px
+from xview_loc.maps.base import AerialTile
+from xview_loc.maps.store import TileStore
 from xview_loc.models import create_model
 from xview_loc.models.base import CrossViewModel
 from xview_loc.models.checkpoint import CheckpointError, load_model, save_checkpoint, shipped_checkpoint
-from xview_loc.tile_store import TileStore
 
 NAME = "ccvpe-small"
 LAT, LON = 48.2, 16.37

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from map_fixtures import TileServer, texture, write_geotiff
 
-from xview_loc.imagery import AerialMap, MapOptions
-from xview_loc.tile_store import TileStore
-from xview_loc.tracks import TrackError, read_track
+from xview_loc.maps import open_map
+from xview_loc.maps.base import MapOptions
+from xview_loc.maps.store import TileStore
+from xview_loc.recordings.tracks import TrackError, read_track
 
 LAT, LON = 48.2, 16.37
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,7 +54,7 @@ def test_prefetched_tiles_serve_the_drive_offline(tmp_path, by):
         done = run("map", "prefetch", url, *area, "--size", "256", "--gsd", "0.3", "--cache-dir", str(cache))
         assert done.returncode == 0, done.stderr
         assert "tiles" in done.stdout
-    with AerialMap.open(url, MapOptions(cache_dir=cache, offline=True)) as offline:
+    with open_map(url, MapOptions(cache_dir=cache, offline=True)) as offline:
         assert offline.tile(LAT + 1e-4, LON, 256, 0.3).valid_fraction == 1.0
 
 
@@ -70,7 +71,7 @@ def test_offline_needs_what_prefetch_got(tmp_path, server_is):
         done = run("map", "prefetch", url, "--bbox", box, "--cache-dir", str(cache), *model)
         assert done.returncode == 0, done.stderr
     options = MapOptions(cache_dir=cache, offline=True, max_zoom=20)
-    with AerialMap.open(url, options) as offline:
+    with open_map(url, options) as offline:
         store = TileStore(offline, size, gsd)
         for east in (-half, 0.0, half):
             for north in (-half, 0.0, half):

@@ -18,10 +18,10 @@ pytest.importorskip("rclpy", reason="ROS 2's Python packages are not installed")
 
 from ros_harness import environment, pick_domain
 
+from xview_loc.demo.adapt import AFTER, BEFORE, MODEL, Plan, Story, make_page
+from xview_loc.demo.live import Track
 from xview_loc.geodesy import LocalProjection
 from xview_loc.models.checkpoint import shipped_checkpoint
-from xview_loc.nodes.demo_adapt import AFTER, BEFORE, MODEL, Plan, Story, make_page
-from xview_loc.nodes.demo_live import Track
 
 DOMAIN = pick_domain()
 FRAMES, RECORDED = 24, 80
@@ -29,7 +29,7 @@ SMALL = ["--size", "600", "--frames", str(FRAMES), "--recorded", str(RECORDED), 
 
 
 def start(out: Path, *words: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "xview_loc.nodes.demo_adapt", "--out", str(out), *SMALL, *words]
+    command = [sys.executable, "-m", "xview_loc.demo.adapt", "--out", str(out), *SMALL, *words]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(DOMAIN)
     )

@@ -12,9 +12,9 @@ import pytest
 from rosbags.highlevel import AnyReader
 
 from xview_loc.simulation.city import build_city
-from xview_loc.simulation.drive import Frame, drive
+from xview_loc.simulation.drives import Frame, drive
 from xview_loc.simulation.messages import START_NS, TOPICS, write_bag
-from xview_loc.simulation.render import PanoramaView
+from xview_loc.simulation.views import PanoramaView
 
 ROOT = Path(__file__).resolve().parent.parent
 

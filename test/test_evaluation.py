@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 from xview_loc.cli import app
 from xview_loc.cli.console import UsageError
 from xview_loc.datasets import DatasetError, PoseDataset, Sample
+from xview_loc.estimation.localizer import LocalizationError, Observation
 from xview_loc.evaluation import (
     DriveErrors,
     Errors,
@@ -34,7 +35,6 @@ from xview_loc.evaluation import (
     localize_drive,
 )
 from xview_loc.geodesy import LocalProjection
-from xview_loc.localizer import LocalizationError, Observation
 from xview_loc.models import create_model
 from xview_loc.models.base import CrossViewModel, HeatMapGrid, HeatMaps, ModelSpec
 from xview_loc.models.ccvpe import CONFIGS

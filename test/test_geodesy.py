@@ -18,7 +18,7 @@ from xview_loc.geodesy import (
     wrap_longitude,
     yaw_from_azimuth,
 )
-from xview_loc.imagery import AerialTile
+from xview_loc.maps.base import AerialTile
 
 GEOD = Geod(ellps="WGS84")
 LATITUDES = st.floats(-84.0, 84.0)

@@ -9,10 +9,8 @@ import pytest
 import torch
 from pyproj import Geod
 
-from xview_loc.camera import CameraModel, ImageError
-from xview_loc.geodesy import LocalProjection, wrap_angle
-from xview_loc.imagery import AerialMap, AerialTile, NoImageryError
-from xview_loc.localizer import (
+from xview_loc.camera import CameraModel
+from xview_loc.estimation.localizer import (
     FixOutsideTileError,
     HeadingRequiredError,
     IntrinsicsRequiredError,
@@ -23,11 +21,14 @@ from xview_loc.localizer import (
     PoseEstimate,
     required_tile_px,
 )
+from xview_loc.estimation.overlay import ESTIMATE_COLOUR, draw_overlay
+from xview_loc.geodesy import LocalProjection, wrap_angle
+from xview_loc.images import ImageError
+from xview_loc.maps.base import AerialMap, AerialTile, NoImageryError
+from xview_loc.maps.store import TileStore
 from xview_loc.models import create_model
 from xview_loc.models.base import CrossViewModel, HeatMapGrid, HeatMaps, ModelSpec
-from xview_loc.mounting import Mounting, in_enu
-from xview_loc.overlay import ESTIMATE_COLOUR, draw_overlay
-from xview_loc.tile_store import TileStore
+from xview_loc.vehicle.mounting import Mounting, in_enu
 
 LAT, LON = 48.2, 16.37
 SIZE, GSD = 128, 0.5

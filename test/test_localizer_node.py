@@ -34,12 +34,12 @@ from sensor_msgs.msg import CameraInfo, CompressedImage, Image, Imu, NavSatFix
 from std_msgs.msg import Float64
 from stub_node import GSD, PEAK, SIZE, SeeingModel, StubModel
 
-from xview_loc import input_messages
 from xview_loc.geodesy import LocalProjection, snap_to_grid
-from xview_loc.imagery import AerialTile
+from xview_loc.maps.base import AerialTile
 from xview_loc.models.checkpoint import save_checkpoint
-from xview_loc.nodes import messages
+from xview_loc.nodes import outputs as messages
 from xview_loc.nodes.parameters import LOCALIZER, PAIR_LOGGER
+from xview_loc.vehicle import messages as input_messages
 
 ROOT = Path(__file__).parent.parent
 LAT, LON = 48.2, 16.37

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from xview_loc.losses import (
+from xview_loc.models import create_model
+from xview_loc.training.losses import (
     CCVPELoss,
     bin_weights,
     cross_entropy,
@@ -16,7 +17,6 @@ from xview_loc.losses import (
     loss_for,
     orientation_error,
 )
-from xview_loc.models import create_model
 
 
 def test_label_is_a_bump_at_the_place() -> None:

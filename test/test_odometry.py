@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xview_loc.odometry import Odometry, VelocitySample
+from xview_loc.vehicle.odometry import Odometry, VelocitySample
 
 NS = 1_000_000_000
 START = 1_700_000_000 * NS

@@ -22,15 +22,15 @@ from xview_loc.bags.recovery import BagError, bag_files
 from xview_loc.datasets import DatasetError
 from xview_loc.datasets.pairs import PairDataset
 from xview_loc.geodesy import LocalProjection
-from xview_loc.imagery import AerialMap
-from xview_loc.keyframes import KeyframeRule
+from xview_loc.maps import open_map
 from xview_loc.models import create_model
-from xview_loc.pair_import import ImportOptions, import_bag
-from xview_loc.pairs import PairBag
+from xview_loc.recordings.importer import ImportOptions, import_bag
+from xview_loc.recordings.pairs import PairBag
 from xview_loc.simulation.city import build_city
-from xview_loc.simulation.drive import drive
+from xview_loc.simulation.drives import drive
 from xview_loc.simulation.messages import write_bag
-from xview_loc.simulation.render import PanoramaView
+from xview_loc.simulation.views import PanoramaView
+from xview_loc.vehicle.keyframes import KeyframeRule
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL_BAG = ROOT.parent / "shared/data/tracks/robot_localization_test1.bag"
@@ -122,7 +122,7 @@ def record(path: Path, form: str, *, frames: int = 30, image: str = "raw", headi
 def test_recordings_of_every_kind(aerial_path: Path, tmp_path: Path, form: str, image: str) -> None:
     source = record(tmp_path / ("a.bag" if form == "ros1" else "a"), form, image=image)
     shares: list[float] = []
-    with AerialMap.open(str(aerial_path)) as aerial:
+    with open_map(str(aerial_path)) as aerial:
         result = import_bag(source, tmp_path / "out" / "a", aerial, OPTIONS, shares.append)
         assert result is not None and import_bag(source, tmp_path / "out" / "a", aerial, OPTIONS) is None
     # Every second frame, where the wheels say nothing; the damaged image is one of them.
@@ -152,7 +152,7 @@ def test_missing_tiles_are_filled_in_later(aerial_path: Path, tmp_path: Path) ->
     assert first is not None and first.without_tile == first.pairs == 14
     with pytest.raises(DatasetError, match="has no tile"):
         PairDataset([tmp_path / "bare" / "a"], SPEC)[0]
-    with AerialMap.open(str(aerial_path)) as aerial:
+    with open_map(str(aerial_path)) as aerial:
         second = import_bag(tmp_path / "bare" / "a", tmp_path / "full" / "a", aerial, OPTIONS)
     assert second is not None and (second.pairs, second.without_tile) == (14, 0)
     bare, full = PairBag(tmp_path / "bare" / "a"), PairBag(tmp_path / "full" / "a")
@@ -211,7 +211,7 @@ def test_a_real_recording_without_images(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def imported(aerial_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("imported")
-    with AerialMap.open(str(aerial_path)) as aerial:
+    with open_map(str(aerial_path)) as aerial:
         import_bag(record(folder / "raw", "mcap"), folder / "pairs", aerial, OPTIONS)
     return folder / "pairs"
 

@@ -25,7 +25,7 @@ from std_srvs.srv import Trigger
 
 from xview_loc.bags.recovery import recover_bag
 from xview_loc.geodesy import LocalProjection
-from xview_loc.pairs import PairBag
+from xview_loc.recordings.pairs import PairBag
 
 LAT, LON = 48.2, 16.37
 PLANE = LocalProjection(LAT, LON)

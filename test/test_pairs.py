@@ -19,9 +19,8 @@ from xview_loc.bags.ros_types import deserialize, header, message, quaternion, s
 from xview_loc.bags.writer import BagLimits
 from xview_loc.camera import CameraModel
 from xview_loc.geodesy import LocalProjection
-from xview_loc.imagery import AerialTile
-from xview_loc.keyframes import KeyframeRule, Keyframes
-from xview_loc.pairs import (
+from xview_loc.maps.base import AerialTile
+from xview_loc.recordings.pairs import (
     CONVENTIONS,
     TOPICS,
     Pair,
@@ -30,6 +29,7 @@ from xview_loc.pairs import (
     decode_tile,
     encode_tile,
 )
+from xview_loc.vehicle.keyframes import KeyframeRule, Keyframes
 
 LAT, LON = 48.2, 16.37
 PLANE = LocalProjection(LAT, LON)

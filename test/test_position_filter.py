@@ -10,14 +10,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from xview_loc.estimation.heat_map import HeatMap
+from xview_loc.estimation.position_filter import FilterOptions, PositionFilter
 from xview_loc.geodesy import LocalProjection
-from xview_loc.heatmap import HeatMap
-from xview_loc.imagery import AerialTile
-from xview_loc.input_sync import GnssFix, HeadingSample
+from xview_loc.maps.base import AerialTile
 from xview_loc.models.base import HeatMapGrid
-from xview_loc.mounting import Mounting
-from xview_loc.odometry import Odometry, VelocitySample
-from xview_loc.position_filter import FilterOptions, PositionFilter
+from xview_loc.vehicle.mounting import Mounting
+from xview_loc.vehicle.odometry import Odometry, VelocitySample
+from xview_loc.vehicle.synchronisation import GnssFix, HeadingSample
 
 NS = 1_000_000_000
 START = 1_700_000_000 * NS

@@ -18,7 +18,8 @@ from sensor_msgs.msg import CompressedImage, NavSatFix
 from stub_node import GSD, PEAK, SIZE
 
 from xview_loc.geodesy import snap_to_grid
-from xview_loc.imagery import AerialMap, MapOptions
+from xview_loc.maps import open_map
+from xview_loc.maps.base import MapOptions
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 VIENNA = DATA / "aerial" / "vienna_ortho_2023_30cm.tif"
@@ -103,7 +104,7 @@ def test_the_same_ground_from_every_map(maps, form, crs):
     """Tiles lie where the tiles of the original orthophoto lie, to a tenth of a pixel (3 cm)."""
     if (form, crs) == ("geotiff", "EPSG:31256"):
         # The original itself: against its pixels, read at projected positions.
-        with AerialMap.open(VIENNA) as aerial, rasterio.open(VIENNA) as source:
+        with open_map(VIENNA) as aerial, rasterio.open(VIENNA) as source:
             tile = aerial.tile(*drive()[4], 256, 0.3)
             rows, cols = np.mgrid[0:256, 0:256]
             lon, lat = plane(tile.lat, tile.lon)((cols - 127.5) * 0.3, (127.5 - rows) * 0.3, inverse=True)
@@ -119,8 +120,8 @@ def test_the_same_ground_from_every_map(maps, form, crs):
         pairs = [(tile.image, expected)]
     else:
         with (
-            AerialMap.open(VIENNA) as original,
-            AerialMap.open(maps[form, crs], MapOptions(cache_dir=None)) as other,
+            open_map(VIENNA) as original,
+            open_map(maps[form, crs], MapOptions(cache_dir=None)) as other,
         ):
             pairs = [
                 (original.tile(*p, 256, 0.3).image, other.tile(*p, 256, 0.3).image) for p in drive()[::3]

@@ -15,16 +15,16 @@ import onnxruntime
 import pytest
 import torch
 
-from xview_loc.checkpoint_swap import CheckpointSwap, Deployed
-from xview_loc.imagery import AerialMap
-from xview_loc.localizer import Localizer, Observation, PoseEstimate, required_tile_px
+from xview_loc.estimation.checkpoint_swap import CheckpointSwap, Deployed
+from xview_loc.estimation.localizer import Localizer, Observation, PoseEstimate, required_tile_px
+from xview_loc.maps import open_map
+from xview_loc.maps.store import TileStore
 from xview_loc.models import create_model, graph, runtimes
 from xview_loc.models.checkpoint import CheckpointError, load_model, save_checkpoint
 from xview_loc.models.graph import GRAPHS_KEPT, FrameSettings, RuntimeUnavailableError, kept_graph
 from xview_loc.models.runtimes import OnnxRuntime, OpenVinoRuntime, choose_backend, make_runtime, parity
 from xview_loc.simulation.city import build_city
-from xview_loc.simulation.drive import DriveOptions, Frame, drive
-from xview_loc.tile_store import TileStore
+from xview_loc.simulation.drives import DriveOptions, Frame, drive
 
 METRES_PER_DEGREE = 111_200.0
 ROOT = Path(__file__).parent.parent
@@ -50,7 +50,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Frame]]:
 
 def poses(world: tuple[Path, list[Frame]], name: str, prior: float | None = 0.0, **options: Any) -> Any:
     tif, frames = world
-    with AerialMap.open(str(tif)) as aerial:
+    with open_map(str(tif)) as aerial:
         model = load_model(name).model
         tiles = TileStore(aerial, required_tile_px(model.spec), model.spec.gsd)
         localizer = Localizer(tiles, model, heading_prior_deg=prior, **options)
@@ -154,7 +154,7 @@ def test_auto_takes_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_change_of_weights_reaches_the_runtime(world: Any, tmp_path: Path) -> None:
     tif, frames = world
-    with AerialMap.open(str(tif)) as aerial:
+    with open_map(str(tif)) as aerial:
         shipped = load_model("ccvpe-small").model
         tiles = TileStore(aerial, required_tile_px(shipped.spec), shipped.spec.gsd)
         swap = CheckpointSwap(

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from xview_loc.estimation.localizer import Observation
+from xview_loc.estimation.shadow import ShadowTrial
 from xview_loc.geodesy import LocalProjection
-from xview_loc.input_sync import GnssFix, HeadingSample
-from xview_loc.localizer import Observation
-from xview_loc.mounting import Mounting, in_enu
-from xview_loc.odometry import Odometry, VelocitySample
-from xview_loc.shadow import ShadowTrial
+from xview_loc.vehicle.mounting import Mounting, in_enu
+from xview_loc.vehicle.odometry import Odometry, VelocitySample
+from xview_loc.vehicle.synchronisation import GnssFix, HeadingSample
 
 NS = 1_000_000_000
 PLANE = LocalProjection(48.2, 16.37)

@@ -17,14 +17,14 @@ import pytest
 
 pytest.importorskip("rclpy", reason="ROS 2's Python packages are not installed")
 
-from xview_loc.checkpoint_swap import Deployed
+from xview_loc.estimation.checkpoint_swap import Deployed
+from xview_loc.estimation.localizer import Observation
 from xview_loc.geodesy import LocalProjection
-from xview_loc.input_sync import HeadingSample
-from xview_loc.localizer import Observation
-from xview_loc.mounting import Mounting
 from xview_loc.nodes.diagnostics import Health
 from xview_loc.nodes.shadow_runner import ShadowOptions, ShadowRunner
-from xview_loc.odometry import Odometry, VelocitySample
+from xview_loc.vehicle.mounting import Mounting
+from xview_loc.vehicle.odometry import Odometry, VelocitySample
+from xview_loc.vehicle.synchronisation import HeadingSample
 
 NS = 1_000_000_000
 PLANE = LocalProjection(48.2, 16.37)

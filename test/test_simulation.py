@@ -14,10 +14,11 @@ import rasterio
 from pyproj import Transformer
 
 from xview_loc.geodesy import LocalProjection
-from xview_loc.imagery import AerialMap
+from xview_loc.maps import open_map
 from xview_loc.simulation.city import City, build_city
-from xview_loc.simulation.drive import RouteError, drive
-from xview_loc.simulation.render import (
+from xview_loc.simulation.drives import RouteError, drive
+from xview_loc.simulation.styles import STYLES, blend, style_for
+from xview_loc.simulation.views import (
     CameraPose,
     PanoramaView,
     PinholeView,
@@ -25,7 +26,6 @@ from xview_loc.simulation.render import (
     render_panorama,
     render_pinhole,
 )
-from xview_loc.simulation.styles import STYLES, blend, style_for
 
 TRACK = Path(__file__).parents[1].parent / "shared/data/tracks/comma2k19"
 
@@ -143,7 +143,7 @@ def test_geotiff_is_where_the_city_is(tmp_path: Path, place: tuple[float, float]
     direct = cv2.remap(world.aerial, col.astype(np.float32), row.astype(np.float32), cv2.INTER_LINEAR)
     assert np.abs(read.astype(int) - direct).mean() < 5.0
     lat0, lon0 = world.to_latlon(20.0, -15.0)
-    tile = AerialMap.open(str(path)).tile(lat0, lon0, 128, world.gsd)
+    tile = open_map(str(path)).tile(lat0, lon0, 128, world.gsd)
     patch = world.patch(20.0, -15.0, 128)
     assert np.abs(tile.image.astype(int) - patch).mean() < 6.0
     assert world.to_enu(lat0, lon0) == pytest.approx((20.0, -15.0), abs=1e-6)

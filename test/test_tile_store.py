@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from xview_loc.geodesy import LocalProjection, snap_to_grid
-from xview_loc.imagery import AerialMap, AerialTile, MapUnavailableError
-from xview_loc.tile_store import TILES_AHEAD, TileStore
+from xview_loc.maps.base import AerialMap, AerialTile, MapUnavailableError
+from xview_loc.maps.store import TILES_AHEAD, TileStore
 
 LAT, LON = 48.2, 16.3
 WAIT_S = 10.0

@@ -15,21 +15,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from xview_loc.camera import normalise
 from xview_loc.datasets import DatasetError, PoseDataset, Sample, SimulatedDataset, open_dataset
-from xview_loc.losses import CCVPELoss, GGCVTLoss
 from xview_loc.models import create_model
 from xview_loc.models.base import CrossViewModel, HeatMaps
 from xview_loc.models.checkpoint import load_checkpoint
-from xview_loc.training import (
-    PoseValidation,
-    TrainingError,
-    TrainingOptions,
-    make_fabric,
-    random_turns,
-    train,
-    turn_panoramas,
-)
+from xview_loc.models.inputs import normalise
+from xview_loc.training.losses import CCVPELoss, GGCVTLoss
+from xview_loc.training.trainer import PoseValidation, TrainingError, TrainingOptions, make_fabric, train
+from xview_loc.training.turned_panoramas import random_turns, turn_panoramas
 
 ROOT = Path(__file__).resolve().parent.parent
 SPEC = create_model("ccvpe-small").spec

@@ -27,7 +27,7 @@ from xml.etree import ElementTree
 from xview_loc.errors import reason
 
 if TYPE_CHECKING:
-    from xview_loc.imagery import AerialMap, AerialTile, MapOptions
+    from xview_loc.maps.base import AerialMap, AerialTile, MapOptions
     from xview_loc.models.base import CrossViewModel
     from xview_loc.models.runtimes import Backend
 
@@ -289,7 +289,7 @@ def _cache(options: MapOptions, needed: bool) -> Finding:
 
 def _weights(model: str | None, checkpoint: Path | None) -> tuple[CrossViewModel | None, Finding]:
     """The model with its weights, None where they cannot be used."""
-    from xview_loc.localizer import LocalizationError
+    from xview_loc.estimation.localizer import LocalizationError
     from xview_loc.models import create_model
     from xview_loc.models.checkpoint import CheckpointError, load_checkpoint, shipped_checkpoint
 
@@ -316,11 +316,12 @@ def _weights(model: str | None, checkpoint: Path | None) -> tuple[CrossViewModel
 
 def _map(source: str, options: MapOptions, net: CrossViewModel | None) -> tuple[AerialTile | None, Finding]:
     """A tile of the map as the model needs it, None where none was read."""
-    from xview_loc.imagery import AerialMap, MapError
+    from xview_loc.maps import open_map
+    from xview_loc.maps.base import MapError
 
     try:
         # Without the cache: what was fetched once does not tell whether the server answers.
-        with AerialMap.open(source, replace(options, cache_dir=None)) as aerial:
+        with open_map(source, replace(options, cache_dir=None)) as aerial:
             return _read_map(aerial, options, net)
     except MapError as error:
         advice = "check the path"
@@ -333,10 +334,12 @@ def _map(source: str, options: MapOptions, net: CrossViewModel | None) -> tuple[
 def _read_map(
     aerial: AerialMap, options: MapOptions, net: CrossViewModel | None
 ) -> tuple[AerialTile | None, Finding]:
-    from xview_loc.imagery import NoImageryError
-    from xview_loc.localizer import required_tile_px
+    from xview_loc.estimation.localizer import required_tile_px
+    from xview_loc.maps.base import NoImageryError
+    from xview_loc.maps.pyramid import PyramidMap
+    from xview_loc.maps.sources import TileId
+    from xview_loc.maps.tile_server import HttpSource
     from xview_loc.models import create_model
-    from xview_loc.tile_pyramid import HttpSource, PyramidMap, TileId
 
     facts = aerial.info()
     if facts.bounds is None:
@@ -376,9 +379,9 @@ def _localizer(net: CrossViewModel, tile: AerialTile | None, device: str, backen
     """A localizer on the one tile; on noise where that is None."""
     import numpy as np
 
-    from xview_loc.imagery import AerialMap, AerialTile
-    from xview_loc.localizer import Localizer, required_tile_px
-    from xview_loc.tile_store import TileStore
+    from xview_loc.estimation.localizer import Localizer, required_tile_px
+    from xview_loc.maps.base import AerialMap, AerialTile
+    from xview_loc.maps.store import TileStore
 
     side = required_tile_px(net.spec)
     noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
@@ -408,7 +411,7 @@ def _rate_of(net: CrossViewModel, tile: AerialTile | None, device: str, backend:
     import numpy as np
 
     from xview_loc.camera import CameraModel
-    from xview_loc.localizer import LocalizationError, Observation
+    from xview_loc.estimation.localizer import LocalizationError, Observation
 
     height, width = net.spec.ground_size
     image = np.random.default_rng(1).integers(0, 256, (height, width, 3), np.uint8)

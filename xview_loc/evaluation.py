@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from xview_loc.calibration import coverage, mahalanobis
 from xview_loc.datasets.base import PoseDataset, clearly
 from xview_loc.errors import UserError
+from xview_loc.estimation.calibration import coverage, mahalanobis
+from xview_loc.estimation.heat_map import HeatMap, HeatMapError
+from xview_loc.estimation.localizer import LocalizationError, Localizer, Observation, PoseEstimate
 from xview_loc.geodesy import LocalProjection, wrap_angle
-from xview_loc.heatmap import HeatMap, HeatMapError
-from xview_loc.imagery import AerialTile
-from xview_loc.localizer import LocalizationError, Localizer, Observation, PoseEstimate
+from xview_loc.maps.base import AerialTile
 from xview_loc.models.base import CrossViewModel, HeatMaps
 
 Array = NDArray[np.float64]

@@ -12,8 +12,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from xview_loc.adaptation.distill import Distillation, Student
-from xview_loc.adaptation.pseudo_labels import reliable
+from xview_loc.adaptation.distillation import Distillation, Student
+from xview_loc.adaptation.labels import reliable
 from xview_loc.datasets.base import PairSource
 from xview_loc.evaluation import Errors
 from xview_loc.files import write_whole

@@ -11,14 +11,13 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse
 from numpy.typing import NDArray
 
-from xview_loc.adaptation.distill import Adapted, Distillation
+from xview_loc.adaptation.distillation import Adapted, Distillation
 from xview_loc.adaptation.indicators import base_turns
-from xview_loc.adaptation.pseudo_labels import PseudoLabels, distance_m, label_batch, turns_of
-from xview_loc.adaptation.sequence import Smoothed
-from xview_loc.datasets.base import PairSample, Track
+from xview_loc.adaptation.labels import PseudoLabels, distance_m, label_batch, turns_of
+from xview_loc.adaptation.smoothing import Smoothed
+from xview_loc.datasets.base import Batch, PairSample, Track
 from xview_loc.geodesy import LocalProjection
 from xview_loc.models.base import IMAGENET_MEAN, IMAGENET_STD, CrossViewModel
-from xview_loc.training import Batch
 
 Array = NDArray[np.float64]
 Captioned = tuple[Figure, str]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from lightning_fabric import Fabric
 from numpy.typing import NDArray
 
-from xview_loc.adaptation.pseudo_labels import PairReader, PairTable, gathered, match_batch, turns_of
+from xview_loc.adaptation.labels import PairReader, PairTable, gathered, match_batch, turns_of
 from xview_loc.datasets.base import PairSource
 from xview_loc.models.base import CrossViewModel, HeatMapGrid, HeatMaps
 

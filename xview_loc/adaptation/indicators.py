@@ -13,7 +13,7 @@ from lightning_fabric import Fabric
 from numpy.typing import NDArray
 from torch import Tensor
 
-from xview_loc.adaptation.pseudo_labels import (
+from xview_loc.adaptation.labels import (
     AdaptationError,
     PairReader,
     PseudoLabels,
@@ -23,9 +23,8 @@ from xview_loc.adaptation.pseudo_labels import (
     label_batch,
     ready,
 )
-from xview_loc.datasets.base import PairSource, Track
+from xview_loc.datasets.base import Batch, PairSource, Track
 from xview_loc.models.base import CrossViewModel
-from xview_loc.training import Batch
 
 Array = NDArray[np.float64]
 

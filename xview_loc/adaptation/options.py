@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from xview_loc.models.base import CrossViewModel
 from xview_loc.models.ccvpe import CCVPE
-from xview_loc.training import TrainingOptions
+from xview_loc.training.trainer import TrainingOptions
 
 
 class Recipe(NamedTuple):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from xview_loc.adaptation.distill import Adapted, Distillation
+from xview_loc.adaptation.distillation import Adapted, Distillation
 from xview_loc.adaptation.figures import (
     distance_histogram,
     error_curves,
@@ -22,8 +22,8 @@ from xview_loc.adaptation.figures import (
     track_map,
 )
 from xview_loc.adaptation.indicators import Indicators
-from xview_loc.adaptation.pseudo_labels import PseudoLabels, distance_m
-from xview_loc.adaptation.sequence import Smoothed
+from xview_loc.adaptation.labels import PseudoLabels, distance_m
+from xview_loc.adaptation.smoothing import Smoothed
 from xview_loc.adaptation.verdict import Verdict, judge
 from xview_loc.evaluation import Errors
 from xview_loc.files import write_whole

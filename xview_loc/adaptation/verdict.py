@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xview_loc.adaptation.indicators import Indicators
-from xview_loc.bootstrap import LEAST, SURE, bootstrap_means
-from xview_loc.localizer import SEARCH_SIGMAS
+from xview_loc.estimation.localizer import SEARCH_SIGMAS
+from xview_loc.statistics import LEAST, SURE, bootstrap_means
 
 Array = NDArray[np.float64]
 

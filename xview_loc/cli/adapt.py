@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from xview_loc.adaptation.distill import Distillation, Plan
+    from xview_loc.adaptation.distillation import Distillation, Plan
     from xview_loc.datasets.base import PairSource
     from xview_loc.models.base import CrossViewModel
 
@@ -206,10 +206,10 @@ def _distillation(
     smooth: bool = False,
     rounds: int = 1,
 ) -> Distillation:
-    from xview_loc.adaptation.distill import Distillation
+    from xview_loc.adaptation.distillation import Distillation
     from xview_loc.adaptation.options import AdaptationOptions
     from xview_loc.models.checkpoint import load_model
-    from xview_loc.training import make_fabric
+    from xview_loc.training.trainer import make_fabric
 
     teacher = load_model(model, checkpoint)
     given = {"keep": keep, "levels": levels, "batch_size": batch_size}
@@ -259,7 +259,7 @@ def _true_places(
 ) -> NDArray[np.float64] | None:
     """Metres (N, 2) east and north from the coarse fixes; None where the truth is not known."""
     from xview_loc.datasets.base import PoseDataset, true_from_fix
-    from xview_loc.tracks import read_timed_track
+    from xview_loc.recordings.tracks import read_timed_track
 
     if isinstance(source, PoseDataset):
         if truth is not None:

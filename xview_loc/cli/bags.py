@@ -76,9 +76,9 @@ def import_(
 ) -> None:
     """Make pairs of recordings, or give pairs without tiles theirs. What is done already is skipped."""
     from xview_loc.bags.recovery import BagError
-    from xview_loc.imagery import AerialMap
-    from xview_loc.keyframes import KeyframeRule
-    from xview_loc.pair_import import ImportOptions, import_bag
+    from xview_loc.maps import open_map
+    from xview_loc.recordings.importer import ImportOptions, import_bag
+    from xview_loc.vehicle.keyframes import KeyframeRule
 
     named = {"image": image, "fix": fix, "camera_info": camera_info, "odom": odom, "heading": heading}
     options = ImportOptions(
@@ -92,7 +92,7 @@ def import_(
     names = [bag.resolve().stem if bag.suffix == ".bag" else bag.resolve().name for bag in bags]
     if len(set(names)) < len(names):
         raise UsageError("two of the recordings have the same name: import them into different folders")
-    aerial = AerialMap.open(map_, map_options(header, api_key_env)) if map_ else None
+    aerial = open_map(map_, map_options(header, api_key_env)) if map_ else None
     failures: list[BagError] = []
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     try:
@@ -133,8 +133,8 @@ def info(
     picture: Annotated[Path | None, typer.Option(help="Default: BAG_pairs.png beside it.")] = None,
 ) -> None:
     """Print what a bag of pairs holds, and draw where the pairs are."""
-    from xview_loc.pair_statistics import draw_places, pair_statistics
-    from xview_loc.pairs import PairBag
+    from xview_loc.recordings.pairs import PairBag
+    from xview_loc.recordings.statistics import draw_places, pair_statistics
 
     pairs = PairBag(bag)
     facts, session = pair_statistics(pairs), pairs.session()

@@ -30,8 +30,8 @@ def calibrate(
 
     Use frames of the kind that the model was trained on, but not these themselves.
     """
-    from xview_loc.calibration import CalibrationFrame, fit_calibration
     from xview_loc.datasets.simulated import parse_cities
+    from xview_loc.estimation.calibration import CalibrationFrame, fit_calibration
     from xview_loc.evaluation import evaluate, localize_each
     from xview_loc.models.base import Calibration
     from xview_loc.models.checkpoint import load_model, save_checkpoint

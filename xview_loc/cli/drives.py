@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from xview_loc.cli.console import UsageError
 
 if TYPE_CHECKING:
-    from xview_loc.localizer import Localizer, Observation
+    from xview_loc.estimation.localizer import Localizer, Observation
     from xview_loc.models.base import CrossViewModel
 
 
@@ -24,13 +24,13 @@ def simulated_drive(
 
     Raises UsageError on an unknown style.
     """
-    from xview_loc.imagery import AerialMap
-    from xview_loc.localizer import Localizer, Observation, required_tile_px
+    from xview_loc.estimation.localizer import Localizer, Observation, required_tile_px
+    from xview_loc.maps import open_map
+    from xview_loc.maps.store import TileStore
     from xview_loc.simulation.city import build_city
-    from xview_loc.simulation.drive import DriveOptions, drive
-    from xview_loc.simulation.render import PanoramaView
+    from xview_loc.simulation.drives import DriveOptions, drive
     from xview_loc.simulation.styles import STYLES
-    from xview_loc.tile_store import TileStore
+    from xview_loc.simulation.views import PanoramaView
 
     if style not in STYLES:
         raise UsageError(f"unknown style {style!r}; choose from {', '.join(STYLES)}")
@@ -39,7 +39,7 @@ def simulated_drive(
     seen = drive(city, frames, options=DriveOptions(rate_hz=1.0), view=PanoramaView(*spec.ground_size))
     with (
         tempfile.TemporaryDirectory() as folder,
-        AerialMap.open(str(city.write_geotiff(Path(folder) / "city.tif"))) as aerial,
+        open_map(str(city.write_geotiff(Path(folder) / "city.tif"))) as aerial,
     ):
         tiles = TileStore(aerial, required_tile_px(spec), spec.gsd, snap_m=net.reach_m / 2)
         localizer = Localizer(tiles, net, heading_prior_deg=0.0 if heading_known else None)

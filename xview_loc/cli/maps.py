@@ -15,7 +15,8 @@ from xview_loc.cli.console import UsageError, console
 
 if TYPE_CHECKING:
     from xview_loc.geodesy import LocalProjection
-    from xview_loc.imagery import MapOptions
+    from xview_loc.maps import open_map
+    from xview_loc.maps.base import MapOptions
 
 app = typer.Typer(no_args_is_help=True, help="Aerial maps.")
 
@@ -30,9 +31,8 @@ KeyEnv = Annotated[str, typer.Option(help="Environment variable whose value repl
 @app.command()
 def info(source: Source, header: Headers = None, api_key_env: KeyEnv = "") -> None:
     """Print what a map covers, and how finely."""
-    from xview_loc.imagery import AerialMap
 
-    with AerialMap.open(source, map_options(header, api_key_env)) as aerial:
+    with open_map(source, map_options(header, api_key_env)) as aerial:
         facts = aerial.info()
     console.print(f"kind         {facts.kind}")
     console.print(f"projection   {facts.crs}")
@@ -61,9 +61,9 @@ def prefetch(
     api_key_env: KeyEnv = "",
 ) -> None:
     """Fill the disk cache with a tile server's imagery, to drive there without a network."""
-    from xview_loc.imagery import AerialMap
-    from xview_loc.tile_pyramid import HttpSource, PyramidMap
-    from xview_loc.tracks import read_track
+    from xview_loc.maps.pyramid import PyramidMap
+    from xview_loc.maps.tile_server import HttpSource
+    from xview_loc.recordings.tracks import read_track
 
     if bool(bbox) == (track is not None):
         raise UsageError("give either --bbox or --track")
@@ -75,7 +75,7 @@ def prefetch(
         # Tile centres snap to a grid of this step: half of it is how far a tile may lie off the vehicle.
         places = [place for lat, lon in drive for place in _around(lat, lon, radius + step / 2.0, step)]
     options = map_options(header, api_key_env, cache_dir, max_zoom)
-    with AerialMap.open(source, options) as aerial:
+    with open_map(source, options) as aerial:
         if not isinstance(aerial, PyramidMap) or not isinstance(aerial.source, HttpSource):
             raise UsageError(f"{source} is a file on this machine already: nothing to fetch")
         columns = (TextColumn("tiles"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -95,7 +95,7 @@ def map_options(
     max_zoom: int | None = None,
 ) -> MapOptions:
     """What the words of a command say about a map. Raises UsageError."""
-    from xview_loc.imagery import MapOptions, default_cache_dir
+    from xview_loc.maps.base import MapOptions, default_cache_dir
 
     pairs = [header.partition(":") for header in headers or []]
     if any(not colon for _, colon, _ in pairs):

@@ -37,10 +37,10 @@ def simulate(
     With --ros the drive starts when somebody subscribes to the image.
     """
     from xview_loc.simulation.city import build_city
-    from xview_loc.simulation.drive import DriveOptions, drive
+    from xview_loc.simulation.drives import DriveOptions, drive
     from xview_loc.simulation.messages import TOPICS, write_bag
-    from xview_loc.simulation.render import PanoramaView
     from xview_loc.simulation.styles import STYLES
+    from xview_loc.simulation.views import PanoramaView
 
     if style not in STYLES:
         raise UsageError(f"unknown style {style!r}; choose from {', '.join(STYLES)}")

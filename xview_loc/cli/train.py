@@ -18,7 +18,7 @@ from xview_loc import __version__
 from xview_loc.cli.console import UsageError, console
 
 if TYPE_CHECKING:
-    from xview_loc.training import Standing
+    from xview_loc.training.trainer import Standing
 
 
 class Heading(str, Enum):
@@ -60,11 +60,11 @@ def train(
     """Train a model; cut off, the same command goes on where it stopped."""
     import torch
 
-    from xview_loc import training
     from xview_loc.datasets import SimulatedDataset, open_dataset
-    from xview_loc.losses import CCVPELoss, loss_for
     from xview_loc.models import create_model
     from xview_loc.models.checkpoint import load_checkpoint
+    from xview_loc.training import trainer as training
+    from xview_loc.training.losses import CCVPELoss, loss_for
 
     torch.manual_seed(seed)
     try:

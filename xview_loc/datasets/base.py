@@ -15,6 +15,8 @@ from xview_loc.errors import UserError
 from xview_loc.geodesy import LocalProjection
 
 T = TypeVar("T")
+# Samples stacked field by field, by the names of PairSample and Sample.
+Batch = dict[str, Tensor]
 
 
 class DatasetError(UserError):

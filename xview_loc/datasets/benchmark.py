@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from xview_loc.camera import Image, ImageError, decode_compressed
 from xview_loc.datasets.base import DatasetError
+from xview_loc.images import Image, ImageError, decode_compressed
 
 # Shares of the target area that a model is adapted on, picked by and tested on.
 PARTS = {"adapt": (0.0, 0.7), "validation": (0.7, 0.8), "test": (0.8, 1.0)}

@@ -12,10 +12,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from xview_loc.camera import CameraError, CameraModel, Image, normalise, prepare_ground
+from xview_loc.camera import CameraError, CameraModel
 from xview_loc.datasets.base import DatasetError, PoseDataset, Sample
 from xview_loc.datasets.benchmark import PARTS, digest, part_of, read_image, read_lines
+from xview_loc.images import Image
 from xview_loc.models.base import ModelSpec
+from xview_loc.models.inputs import normalise, prepare_ground
 
 # Satellite maps: centred on the vehicle's GPS antenna, north up, this side in pixels and metres per pixel
 # (Web Mercator's zoom 18 delivered at scale 2; the benchmark takes one latitude for all).

@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 
 from xview_loc.bags.recovery import BagError
 from xview_loc.bags.ros_types import deserialize
-from xview_loc.camera import ImageError, ground_image, normalise
 from xview_loc.datasets.base import DatasetError, PairSample, PairSource, Track
 from xview_loc.datasets.records import RecordCache
-from xview_loc.imagery import AerialTile
-from xview_loc.keyframes import SPEED_AGE_NS
+from xview_loc.images import ImageError
+from xview_loc.maps.base import AerialTile
 from xview_loc.models.base import ModelSpec
-from xview_loc.pairs import ODOMETRY, TOPICS, PairBag
+from xview_loc.models.inputs import ground_image, normalise
+from xview_loc.recordings.pairs import ODOMETRY, TOPICS, PairBag
+from xview_loc.vehicle.keyframes import SPEED_AGE_NS
 
 
 class PairDataset(PairSource):

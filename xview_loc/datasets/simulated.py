@@ -14,15 +14,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from xview_loc.camera import normalise, prepare_ground
 from xview_loc.datasets.base import DatasetError, PoseDataset, Sample
 from xview_loc.geodesy import wrap_angle
-from xview_loc.imagery import default_cache_dir
+from xview_loc.maps.base import default_cache_dir
 from xview_loc.models.base import ModelSpec
+from xview_loc.models.inputs import normalise, prepare_ground
 from xview_loc.simulation.city import build_city
-from xview_loc.simulation.drive import DriveOptions, drive
-from xview_loc.simulation.render import PanoramaView
+from xview_loc.simulation.drives import DriveOptions, drive
 from xview_loc.simulation.styles import STYLES
+from xview_loc.simulation.views import PanoramaView
 
 # Raise it when the simulation changes what it draws.
 _VERSION = 1

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from xview_loc.camera import Image, normalise, prepare_ground
 from xview_loc.datasets.base import DatasetError, PoseDataset, Sample
 from xview_loc.datasets.benchmark import PARTS, digest, part_of, read_image, read_lines, turns
+from xview_loc.images import Image
 from xview_loc.models.base import ModelSpec
+from xview_loc.models.inputs import normalise, prepare_ground
 
 Labels = Literal["corrected", "original"]
 

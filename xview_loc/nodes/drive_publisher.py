@@ -10,7 +10,7 @@ import rclpy
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.node import Node
 
-from xview_loc.simulation.drive import Frame
+from xview_loc.simulation.drives import Frame
 from xview_loc.simulation.messages import TOPICS, frame_messages
 
 _POLL_S = 0.05

@@ -31,37 +31,39 @@ from sensor_msgs.msg import Image, NavSatFix
 from std_msgs.msg import Float64, Header
 from std_srvs.srv import Trigger
 
-from xview_loc import input_messages
 from xview_loc.bags import ros_types
-from xview_loc.camera import CameraError, ImageError
-from xview_loc.checkpoint_swap import CheckpointSwap, Deployed
+from xview_loc.camera import CameraError
 from xview_loc.errors import UserError, reason
-from xview_loc.geodesy import LocalProjection, wrap_angle
-from xview_loc.imagery import MapError, NoImageryError
-from xview_loc.input_messages import RejectedInput
-from xview_loc.input_sync import GnssFix
-from xview_loc.localizer import (
+from xview_loc.estimation.checkpoint_swap import CheckpointSwap, Deployed
+from xview_loc.estimation.localizer import (
     LocalizationError,
     Localizer,
     Observation,
     PoseEstimate,
     required_tile_px,
 )
+from xview_loc.estimation.overlay import draw_overlay
+from xview_loc.estimation.position_filter import FilterOptions, PositionFilter
+from xview_loc.estimation.shadow import FrameComparison
+from xview_loc.geodesy import LocalProjection, wrap_angle
+from xview_loc.images import ImageError
+from xview_loc.maps.base import MapError, NoImageryError
 from xview_loc.models import create_model
 from xview_loc.models.base import CrossViewModel
 from xview_loc.models.checkpoint import load_checkpoint, shipped_checkpoint
 from xview_loc.models.graph import RuntimeUnavailableError
 from xview_loc.models.runtimes import choose_backend
-from xview_loc.mounting import Mounting
-from xview_loc.nodes import messages, parameters
+from xview_loc.nodes import outputs as messages
+from xview_loc.nodes import parameters
 from xview_loc.nodes.diagnostics import WARN
 from xview_loc.nodes.frame_worker import FrameWorker
 from xview_loc.nodes.shadow_runner import FIGURES, ShadowOptions, ShadowRunner
 from xview_loc.nodes.vehicle_node import Job, VehicleNode, run
-from xview_loc.odometry import Odometry as Velocities
-from xview_loc.overlay import draw_overlay
-from xview_loc.position_filter import FilterOptions, PositionFilter
-from xview_loc.shadow import FrameComparison
+from xview_loc.vehicle import messages as input_messages
+from xview_loc.vehicle.messages import RejectedInput
+from xview_loc.vehicle.mounting import Mounting
+from xview_loc.vehicle.odometry import Odometry as Velocities
+from xview_loc.vehicle.synchronisation import GnssFix
 
 # Odometry with longer gaps says nothing about the motion in between.
 MAX_ODOMETRY_GAP_S = 1.0

@@ -25,16 +25,17 @@ from sensor_msgs.msg import CameraInfo, Image
 from std_srvs.srv import Trigger
 
 from xview_loc.bags.writer import BagFullError, BagLimits
-from xview_loc.camera import CameraError, ImageError, encode_jpeg
-from xview_loc.imagery import AerialTile, NoImageryError
-from xview_loc.input_messages import RejectedInput, cdr_stamp_ns, rgb_from_image
-from xview_loc.input_sync import GnssFix
-from xview_loc.keyframes import KeyframeRule, Keyframes, WheelSpeed
+from xview_loc.camera import CameraError
+from xview_loc.images import ImageError, encode_jpeg
+from xview_loc.maps.base import AerialTile, NoImageryError
+from xview_loc.maps.store import TileStore
 from xview_loc.nodes import parameters
 from xview_loc.nodes.diagnostics import ERROR, WARN
 from xview_loc.nodes.vehicle_node import Job, VehicleNode, run
-from xview_loc.pairs import Pair, PairWriter
-from xview_loc.tile_store import TileStore
+from xview_loc.recordings.pairs import Pair, PairWriter
+from xview_loc.vehicle.keyframes import KeyframeRule, Keyframes, WheelSpeed
+from xview_loc.vehicle.messages import RejectedInput, cdr_stamp_ns, rgb_from_image
+from xview_loc.vehicle.synchronisation import GnssFix
 
 # Keyframes that wait for a slow disk; at 10 a second this is several seconds of them.
 KEYFRAMES_WAITING = 64

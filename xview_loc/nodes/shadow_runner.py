@@ -9,14 +9,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from xview_loc.checkpoint_swap import CheckpointSwap, Deployed
 from xview_loc.errors import reason
-from xview_loc.input_sync import GnssFix, HeadingSample
-from xview_loc.localizer import Observation, PoseEstimate
-from xview_loc.mounting import Mounting
+from xview_loc.estimation.checkpoint_swap import CheckpointSwap, Deployed
+from xview_loc.estimation.localizer import Observation, PoseEstimate
+from xview_loc.estimation.shadow import FrameComparison, ShadowTrial
 from xview_loc.nodes.diagnostics import WARN, Health
-from xview_loc.odometry import Odometry
-from xview_loc.shadow import FrameComparison, ShadowTrial
+from xview_loc.vehicle.mounting import Mounting
+from xview_loc.vehicle.odometry import Odometry
+from xview_loc.vehicle.synchronisation import GnssFix, HeadingSample
 
 FIGURES = tuple(f.name for f in fields(FrameComparison))
 # Of the latest frame that could not be compared.

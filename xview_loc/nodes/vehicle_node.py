@@ -29,13 +29,17 @@ from rclpy.qos import (
 )
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image, Imu, NavSatFix
 
-from xview_loc import input_messages
 from xview_loc.camera import CameraModel
 from xview_loc.errors import UserError
 from xview_loc.geodesy import LocalProjection
-from xview_loc.imagery import AerialMap, MapOptions
-from xview_loc.input_messages import RejectedInput
-from xview_loc.input_sync import (
+from xview_loc.maps import open_map
+from xview_loc.maps.base import AerialMap, MapOptions
+from xview_loc.maps.store import TileStore
+from xview_loc.nodes import parameters
+from xview_loc.nodes.diagnostics import ERROR, WARN, Health
+from xview_loc.vehicle import messages as input_messages
+from xview_loc.vehicle.messages import RejectedInput
+from xview_loc.vehicle.synchronisation import (
     NS,
     RESTART_NS,
     GnssFix,
@@ -47,9 +51,6 @@ from xview_loc.input_sync import (
     blend_fix,
     blend_heading,
 )
-from xview_loc.nodes import parameters
-from xview_loc.nodes.diagnostics import ERROR, WARN, Health
-from xview_loc.tile_store import TileStore
 
 HEADING_TYPES = {"imu": Imu, "quaternion": QuaternionStamped, "pose": PoseStamped}
 RESTART_SHOWN_S = 10.0
@@ -232,7 +233,7 @@ class VehicleNode(LifecycleNode):
 
         ``snap_m``: spacing of their centres where the parameters leave it open; None: a quarter of a tile.
         """
-        self._map = AerialMap.open(self._p["map"], self._map_options())
+        self._map = open_map(self._p["map"], self._map_options())
         self._tiles = TileStore(self._map, size_px, gsd, self._p["snap_m"] or snap_m)
         return self._tiles
 

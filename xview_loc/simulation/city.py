@@ -23,7 +23,7 @@ from pyproj import CRS, Transformer
 from rasterio.transform import Affine
 
 from xview_loc.geodesy import LocalProjection
-from xview_loc.imagery import AerialTile
+from xview_loc.maps.base import AerialTile
 from xview_loc.simulation.streets import Street, StreetNetwork, make_streets
 from xview_loc.simulation.styles import Rgb, Style, style_for
 

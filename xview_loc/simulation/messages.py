@@ -10,7 +10,7 @@ import numpy as np
 
 from xview_loc.bags.ros_types import header, message, nav_sat_fix, quaternion, serialize
 from xview_loc.bags.writer import BagWriter
-from xview_loc.simulation.drive import Frame
+from xview_loc.simulation.drives import Frame
 
 # A bag of a simulated drive starts at this time (14 November 2023), so that it is the same every time; zero
 # stands for no time in ROS.

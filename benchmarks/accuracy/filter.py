@@ -1,0 +1,300 @@
+"""What the filter over time gains in simulated cities: ``benchmarks/accuracy/filter.py [--json FILE]``.
+
+Drives at 4 Hz, rendered once and localised in four scenarios: ``plain``; ``corrupted``, where 15 % of the
+images are wrong, half of them blind (black or noise), half ambiguous (the panorama of another place of the
+drive); ``outage``, the same and 60 s without a fix in the middle; ``no heading``, corrupted and with all
+headings searched. The filter is fed as the node feeds it. The first 5 s are left out of all figures.
+
+Single frames are localised at their own fixes in every scenario, in the outage as well, where a vehicle
+without the filter would have nothing. NEES is the mean squared Mahalanobis distance of the truth from the
+filtered pose, 2 for honest normal errors. ``lost`` counts frames without a filtered pose;
+``ms`` is the filter's own processor time per frame.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from xview_loc.estimation.calibration import coverage, mahalanobis
+from xview_loc.estimation.localizer import (
+    LocalizationError,
+    Localizer,
+    Observation,
+    PoseEstimate,
+    required_tile_px,
+)
+from xview_loc.estimation.position_filter import PositionFilter
+from xview_loc.evaluation import Errors, distance_m
+from xview_loc.geodesy import LocalProjection
+from xview_loc.images import Image
+from xview_loc.maps import open_map
+from xview_loc.maps.base import MapError
+from xview_loc.maps.store import TileStore
+from xview_loc.models.base import CrossViewModel
+from xview_loc.models.checkpoint import load_model
+from xview_loc.simulation.city import build_city
+from xview_loc.simulation.drives import DriveOptions, Frame, drive
+from xview_loc.simulation.views import PanoramaView
+from xview_loc.vehicle.mounting import Mounting
+from xview_loc.vehicle.odometry import Odometry, VelocitySample
+from xview_loc.vehicle.synchronisation import GnssFix, HeadingSample
+
+RATE_HZ = 4.0
+SKIPPED_S, OUTAGE_S = 5.0, 60.0
+CORRUPTED = 0.15
+# An ambiguous image shows a place at least so far away.
+ELSEWHERE_M = 30.0
+WITHIN_M = 5.0
+
+
+@dataclass(frozen=True)
+class Scenario:
+    name: str
+    corrupted: bool = True
+    outage: bool = False
+    heading_known: bool = True
+
+
+SCENARIOS = (
+    Scenario("plain", corrupted=False),
+    Scenario("corrupted"),
+    Scenario("outage", outage=True),
+    Scenario("no heading", heading_known=False),
+)
+
+
+@dataclass(frozen=True)
+class Series:
+    """One value for each frame: errors in metres and standard deviations, whether in the outage, ms."""
+
+    single_m: NDArray[np.float64]
+    filtered_m: NDArray[np.float64]
+    mahalanobis: NDArray[np.float64]
+    outage: NDArray[np.bool_]
+    filter_ms: NDArray[np.float64]
+
+    @classmethod
+    def joined(cls, parts: Iterable[Series]) -> Series:
+        drives = list(parts)
+        return cls(*(np.concatenate([getattr(d, f.name) for d in drives]) for f in fields(cls)))
+
+    def figures(self) -> dict[str, Any]:
+        single, filtered = Errors.of(self.single_m), Errors.of(self.filtered_m)
+        sigmas = self.mahalanobis[np.isfinite(self.mahalanobis)]
+        return {
+            "frames": len(self.filtered_m),
+            "single": asdict(single),
+            "filtered": asdict(filtered) | {"max": float(np.nanmax(self.filtered_m))},
+            "lost": int(np.isnan(self.filtered_m).sum()),
+            "ratio": filtered.mean / single.mean,
+            "coverage": {percent: coverage(sigmas, percent / 100) for percent in (50, 68, 95)},
+            "nees": float((sigmas**2).mean()),
+            "outage": self._outage() if self.outage.any() else None,
+            "filter_ms": float(self.filter_ms.mean()),
+        }
+
+    def _outage(self) -> dict[str, float]:
+        errors = self.filtered_m[self.outage]
+        return {
+            "mean": float(np.nanmean(errors)),
+            "max": float(np.nanmax(errors)),
+            "lost": int(np.isnan(errors).sum()),
+            "within_5_m": float((errors < WITHIN_M).mean()),
+        }
+
+
+class Drive:
+    """Rendered frames of one drive, good and corrupted, and what single frames say at their own fixes."""
+
+    def __init__(self, frames: list[Frame], tiles: TileStore, net: CrossViewModel, seed: int) -> None:
+        self._frames = frames
+        self._good = [frame.image for frame in frames if frame.image is not None]
+        self._corrupted = corrupted(frames, self._good, np.random.default_rng([seed, 6]))
+        self._localizers = {
+            known: Localizer(tiles, net, heading_prior_deg=0.0 if known else None) for known in (True, False)
+        }
+        self._at_fix: dict[tuple[int, bool, bool], PoseEstimate | None] = {}
+
+    def measure(self, scenario: Scenario) -> Series:
+        middle, half = len(self._frames) // 2, round(OUTAGE_S * RATE_HZ / 2)
+        odometry, mounting = Odometry(1.0), Mounting()
+        position = PositionFilter(odometry)
+        rows = []
+        for i, frame in enumerate(self._frames):
+            truth = frame.truth
+            outage = scenario.outage and middle - half <= i < middle + half
+            covariance = np.zeros((3, 3))
+            covariance[:2, :2] = frame.fix.covariance
+            fix = GnssFix(frame.stamp_ns, frame.fix.lat, frame.fix.lon, 0.0, covariance)
+            single = self._localize(i, fix, scenario, at_fix=True)
+            heading = HeadingSample(frame.stamp_ns, frame.heading, frame.heading_std)
+
+            started = time.thread_time()
+            odometry.add(VelocitySample(frame.stamp_ns, frame.speed, 0.0, frame.yaw_rate))
+            looked = position.move(
+                frame.stamp_ns,
+                None if outage else fix,
+                heading if scenario.heading_known else None,
+                mounting,
+            )
+            spent = time.thread_time() - started
+            estimate = single
+            if looked is not fix:
+                estimate = None if looked is None else self._localize(i, looked, scenario)
+            started = time.thread_time()
+            if estimate is not None:
+                position.observe(estimate, mounting, scenario.heading_known)
+            pose = position.pose
+            spent += time.thread_time() - started
+
+            alone = math.nan
+            if single is not None:
+                alone = distance_m(single.lat, single.lon, truth.lat, truth.lon)
+            error = sigmas = math.nan
+            if pose is not None:
+                offset = np.array(LocalProjection(truth.lat, truth.lon).forward(pose.lat, pose.lon))
+                error, sigmas = math.hypot(*offset), mahalanobis(offset, pose.covariance)
+            rows.append((alone, error, sigmas, outage, 1e3 * spent))
+        single_m, filtered_m, distances, outages, ms = np.array(rows)[round(SKIPPED_S * RATE_HZ) :].T
+        return Series(single_m, filtered_m, distances, outages.astype(bool), ms)
+
+    def _localize(
+        self, i: int, place: GnssFix, scenario: Scenario, at_fix: bool = False
+    ) -> PoseEstimate | None:
+        frame, image = self._frames[i], self._good[i]
+        if scenario.corrupted:
+            image = self._corrupted[i]
+        # Scenarios share what frames alone say.
+        key = (i, image is not self._good[i], scenario.heading_known)
+        if at_fix and key in self._at_fix:
+            return self._at_fix[key]
+        assert place.covariance is not None
+        heading = frame.heading if scenario.heading_known else None
+        observation = Observation(
+            image, place.lat, place.lon, place.covariance[:2, :2], heading, frame.heading_std
+        )
+        estimate: PoseEstimate | None = None
+        try:
+            estimate = self._localizers[scenario.heading_known].localize(observation)
+        except (LocalizationError, MapError) as error:
+            print(f"frame {i}, {scenario.name}: {error}", file=sys.stderr)
+        if at_fix:
+            self._at_fix[key] = estimate
+        return estimate
+
+
+def corrupted(frames: list[Frame], images: list[Image], rng: np.random.Generator) -> list[Image]:
+    """The images, of which some are replaced by black, noise, or a panorama of another place."""
+    places = np.array([(f.truth.east, f.truth.north) for f in frames])
+    out = list(images)
+    for i in np.flatnonzero(rng.random(len(images)) < CORRUPTED):
+        kind = rng.choice(["black", "noise", "ambiguous"], p=[0.25, 0.25, 0.5])
+        elsewhere = np.flatnonzero(np.hypot(*(places - places[i]).T) > ELSEWHERE_M)
+        if kind == "black":
+            out[i] = np.zeros_like(images[i])
+        elif kind == "noise":
+            out[i] = rng.integers(0, 256, images[i].shape, np.uint8)
+        else:
+            out[i] = images[int(rng.choice(elsewhere))]
+    return out
+
+
+def measure(net: CrossViewModel, style: str, number: int, seed: int, seconds: float) -> dict[str, Series]:
+    """All scenarios of one drive."""
+    city = build_city(number, style)
+    view = PanoramaView(*net.spec.ground_size)
+    options = DriveOptions(rate_hz=RATE_HZ)
+    frames = list(drive(city, round(seconds * RATE_HZ), seed, options=options, view=view))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        open_map(str(city.write_geotiff(Path(folder) / "city.tif"))) as aerial,
+    ):
+        tiles = TileStore(aerial, required_tile_px(net.spec), net.spec.gsd, snap_m=net.reach_m / 2)
+        rendered = Drive(frames, tiles, net, seed)
+        return {scenario.name: rendered.measure(scenario) for scenario in SCENARIOS}
+
+
+def table_of(style: str, rows: list[dict[str, Any]]) -> Table:
+    table = Table(title=f"{style}: metres; mean / median / 95 % (/ max)")
+    for column in ("scenario", "city", "single frame", "filtered", "ratio", "in 50/68/95 %, NEES"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("outage: mean / max, < 5 m", no_wrap=True)
+    table.add_column("lost", justify="right")
+    table.add_column("ms", justify="right")
+    for row in rows:
+        single, filtered, outage = row["single"], row["filtered"], row["outage"]
+        during = ""
+        if outage is not None:
+            during = f"{outage['mean']:.2f} / {outage['max']:.2f}, {outage['within_5_m']:.0%}"
+        table.add_row(
+            row["scenario"],
+            str(row["city"]) if row["seed"] is None else f"{row['city']}/{row['seed']}",
+            " / ".join(f"{single[name]:.2f}" for name in ("mean", "median", "p95")),
+            " / ".join(f"{filtered[name]:.2f}" for name in ("mean", "median", "p95", "max")),
+            f"{row['ratio']:.2f}",
+            f"{'/'.join(f'{100 * share:.0f}' for share in row['coverage'].values())}, {row['nees']:.1f}",
+            during,
+            str(row["lost"]),
+            f"{row['filter_ms']:.1f}",
+            end_section=row["seed"] is None,
+        )
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="ccvpe-small")
+    parser.add_argument("--checkpoint", type=Path, default=None)
+    parser.add_argument("--styles", nargs="+", default=("source", "target"))
+    parser.add_argument("--cities", type=int, nargs="+", default=(970, 971, 972, 973))
+    parser.add_argument("--seeds", type=int, nargs="+", default=(0,), help="of the drives in each city")
+    parser.add_argument("--seconds", type=float, default=150.0, help="length of a drive")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    arguments = parser.parse_args()
+    if arguments.seconds <= SKIPPED_S + OUTAGE_S:
+        parser.error(f"an outage of {OUTAGE_S:g} s needs a longer drive")
+
+    # The filter's times are this thread's, so that others on the machine do not count.
+    cv2.setNumThreads(1)
+    net = load_model(arguments.model, arguments.checkpoint).model
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    results: list[dict[str, Any]] = []
+    for style in arguments.styles:
+        drives: dict[tuple[int, int], dict[str, Series]] = {}
+        for city in arguments.cities:
+            for seed in arguments.seeds:
+                drives[city, seed] = measure(net, style, city, seed, arguments.seconds)
+                print(f"{style}, city {city}, drive {seed}: done", file=sys.stderr)
+        rows: list[dict[str, Any]] = []
+        for scenario in SCENARIOS:
+            name = scenario.name
+            for (city, seed), series in drives.items():
+                head = {"style": style, "scenario": name, "city": city, "seed": seed}
+                rows.append(head | series[name].figures())
+            every = Series.joined(series[name] for series in drives.values())
+            rows.append({"style": style, "scenario": name, "city": "all", "seed": None} | every.figures())
+        console.print(table_of(style, rows))
+        results += rows
+        if arguments.json:
+            arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""ROS messages <-> core types."""
+
+import math
+
+import numpy as np
+import pytest
+
+pytest.importorskip("rclpy", reason="ROS 2's Python packages are not installed")
+
+from builtin_interfaces.msg import Time
+from geometry_msgs.msg import PoseStamped, QuaternionStamped
+from sensor_msgs.msg import CameraInfo, Imu, NavSatFix
+from std_msgs.msg import Header
+
+from xview_loc.estimation.heat_map import HeatMap
+from xview_loc.geodesy import LocalProjection
+from xview_loc.maps.base import AerialTile
+from xview_loc.models.base import HeatMapGrid
+from xview_loc.nodes import outputs as messages
+from xview_loc.vehicle import messages as input_messages
+from xview_loc.vehicle.messages import RejectedInput
+
+HEADER = Header(stamp=Time(sec=12, nanosec=5), frame_id="map")
+
+
+def navsat(**changes) -> NavSatFix:
+    fix = NavSatFix(header=HEADER, latitude=48.2, longitude=16.37, altitude=170.0)
+    fix.status.status = 0
+    for name, value in changes.items():
+        setattr(fix, name, value)
+    return fix
+
+
+def reason(call, *arguments) -> str:
+    with pytest.raises(RejectedInput) as error:
+        call(*arguments)
+    return error.value.reason
+
+
+def test_good_fix():
+    fix = input_messages.fix_from_navsat(
+        navsat(position_covariance=[4.0, 0, 0, 0, 9.0, 0, 0, 0, 25.0], position_covariance_type=2), 0, 10.0
+    )
+    assert (fix.lat, fix.lon, fix.stamp_ns) == (48.2, 16.37, 12_000_000_005)
+    assert fix.covariance is not None and fix.covariance[1, 1] == 9.0
+
+
+def test_bad_fixes_are_refused_for_their_own_reason():
+    gate = input_messages.fix_from_navsat
+    no_fix = navsat()
+    no_fix.status.status = -1
+    assert reason(gate, no_fix, 0, 0.0) == "fix_status"
+    assert reason(gate, navsat(latitude=math.nan), 0, 0.0) == "fix_not_finite"
+    assert reason(gate, navsat(latitude=0.0, longitude=0.0), 0, 0.0) == "fix_zero"
+    assert reason(gate, navsat(latitude=91.0), 0, 0.0) == "fix_out_of_range"
+    wide = navsat(position_covariance=[400.0, 0, 0, 0, 1.0, 0, 0, 0, 1.0], position_covariance_type=2)
+    assert reason(gate, wide, 0, 10.0) == "fix_sigma"
+    assert reason(gate, navsat(header=Header()), 0, 0.0) == "no_stamp"
+
+
+@pytest.mark.parametrize("kind", ["imu", "quaternion", "pose"])
+def test_heading_of_every_source_is_corrected_for_declination(kind):
+    q = messages.quaternion_of(math.radians(100.0))
+    if kind == "imu":
+        message = Imu(header=HEADER, orientation=q)
+    elif kind == "quaternion":
+        message = QuaternionStamped(header=HEADER, quaternion=q)
+    else:
+        message = PoseStamped(header=HEADER)
+        message.pose.orientation = q
+    heading = input_messages.heading_from_message(message, math.radians(4.0), 0.05)
+    assert heading.yaw == pytest.approx(math.radians(96.0))
+    assert heading.std == 0.05
+
+
+def test_imu_without_orientation_is_refused():
+    no_orientation = Imu(header=HEADER)
+    no_orientation.orientation_covariance[0] = -1.0
+    assert reason(input_messages.heading_from_message, no_orientation, 0.0, 0.1) == "heading_unavailable"
+    zero = Imu(header=HEADER)
+    zero.orientation.w = 0.0
+    assert reason(input_messages.heading_from_message, zero, 0.0, 0.1) == "heading_not_unit"
+
+
+def test_uncalibrated_camera_info_is_refused():
+    assert reason(input_messages.camera_from_info, CameraInfo(width=640, height=480)) == "camera_info_invalid"
+
+
+def test_pose_marks_what_is_unknown():
+    pose = messages.pose_message(HEADER, (1.0, 2.0), np.diag([4.0, 9.0]), None, 0.0)
+    covariance = np.array(pose.pose.covariance).reshape(6, 6)
+    assert covariance[0, 0] == 4.0 and covariance[1, 1] == 9.0
+    assert (np.diag(covariance)[2:] == 1e6).all()
+    known = messages.pose_message(HEADER, (1.0, 2.0), np.eye(2), 0.5, 0.01)
+    assert known.pose.covariance[35] == 0.01
+    assert input_messages.yaw_of(known.pose.pose.orientation) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("datum", [(48.2, 16.37), (48.25, 16.9)])
+@pytest.mark.parametrize("rotation", [0.0, 0.7])
+def test_heat_map_cells_lie_where_their_pixels_do(datum, rotation):
+    tile = AerialTile(np.zeros((64, 64, 3), np.uint8), 48.2, 16.37, 0.5, rotation=rotation)
+    probability = np.zeros((16, 20), np.float32)
+    probability[3, 11] = 0.8
+    probability[10, 2] = 0.2
+    heat_map = HeatMap(probability, HeatMapGrid(2.0, (5.0, 9.0)), tile, None, probability.size, 1.0)
+    plane = LocalProjection(*datum)
+    grid = messages.heat_map_message(HEADER, heat_map, plane)
+    cells = np.array(grid.data).reshape(grid.info.height, grid.info.width)
+    row, col = np.unravel_index(cells.argmax(), cells.shape)
+    assert cells[row, col] == 100 and sorted(set(cells.ravel())) == [0, 25, 100]
+    # A cell's centre as RViz computes it, against the pixel's own way to the plane.
+    origin, yaw = grid.info.origin, input_messages.yaw_of(grid.info.origin.orientation)
+    right, up = (col + 0.5) * grid.info.resolution, (row + 0.5) * grid.info.resolution
+    x = origin.position.x + math.cos(yaw) * right - math.sin(yaw) * up
+    y = origin.position.y + math.sin(yaw) * right + math.cos(yaw) * up
+    assert (x, y) == pytest.approx(plane.forward(*heat_map.to_latlon(3, 11)), abs=1e-3)

@@ -1,0 +1,1 @@
+"""``make demo`` and ``make demo-adapt``: the nodes at work in the simulated city, shown on a page."""

@@ -1,0 +1,230 @@
+"""What the demos share: a simulated drive and the nodes as processes, and who listens to them over DDS."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import rclpy
+from diagnostic_msgs.msg import DiagnosticArray
+from nav_msgs.msg import OccupancyGrid
+from rclpy.executors import SingleThreadedExecutor
+from rclpy.node import Node
+from rclpy.qos import DurabilityPolicy, QoSProfile
+from rclpy.signals import SignalHandlerOptions
+from sensor_msgs.msg import NavSatFix
+
+from xview_loc.evaluation import distance_m
+from xview_loc.maps import open_map
+from xview_loc.vehicle.messages import stamp_ns
+
+START_TIMEOUT_S = 90.0
+LAST_FRAME_TIMEOUT_S = 1.5
+FASTDDS_PROFILE = Path(__file__).resolve().parents[2] / "config" / "fastdds.xml"
+
+Place = tuple[float, float]
+
+
+@dataclass
+class Track:
+    """Places (lat, lon) in degrees by stamp in nanoseconds: the truth, the coarse fixes and the estimates."""
+
+    truth: dict[int, Place] = field(default_factory=dict)
+    fix: dict[int, Place] = field(default_factory=dict)
+    estimate: dict[int, Place] = field(default_factory=dict)
+
+    def errors(self, of: dict[int, Place]) -> dict[int, float]:
+        """Distance from the truth in metres of the frames that were localised, by stamp."""
+        return {
+            stamp: distance_m(*of[stamp], *self.truth[stamp])
+            for stamp in sorted(self.estimate)
+            if stamp in self.truth and stamp in self.fix
+        }
+
+
+class Listener(Node):
+    """Collects what goes over DDS and prints the errors of each frame, or of one in ``tell_every``.
+
+    ``track`` may be replaced by an empty one for another drive. ``state`` and ``checkpoint``: the localizer's
+    lifecycle state, and what it says that it uses.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("demo")
+        self.track = Track()
+        self.tell_every = 1
+        self.state = self.checkpoint = ""
+        self.grid: OccupancyGrid | None = None
+        self.grid_stamp = 0
+        latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+        for topic, kind in (("/truth/fix", "truth"), ("/fix", "fix")):
+            self.create_subscription(NavSatFix, topic, partial(self._collect, kind), 50)
+        self.create_subscription(NavSatFix, "/localizer/fix", self._on_estimate, 50)
+        self.create_subscription(OccupancyGrid, "/localizer/heat_map", self._on_grid, latched)
+        self.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, 10)
+
+    def _collect(self, kind: str, message: NavSatFix) -> None:
+        getattr(self.track, kind)[stamp_ns(message)] = (message.latitude, message.longitude)
+
+    def _on_estimate(self, message: NavSatFix) -> None:
+        self._collect("estimate", message)
+        stamp, count = stamp_ns(message), len(self.track.estimate)
+        truth, fix = self.track.truth.get(stamp), self.track.fix.get(stamp)
+        if truth and fix and count % self.tell_every == 0:
+            coarse, own = (distance_m(*place, *truth) for place in (fix, self.track.estimate[stamp]))
+            print(f"frame {count:3d}: coarse fix {coarse:5.1f} m off, estimate {own:5.1f} m off", flush=True)
+
+    def _on_grid(self, grid: OccupancyGrid) -> None:
+        self.grid = grid
+        self.grid_stamp = stamp_ns(grid)
+
+    def _on_diagnostics(self, message: DiagnosticArray) -> None:
+        for status in message.status:
+            if status.name == "localizer":
+                values = {v.key: v.value for v in status.values}
+                self.state, self.checkpoint = values.get("state", ""), values.get("checkpoint", "")
+
+
+class Demo:
+    """The processes of a demo and the node that listens to them; leaving the context ends them all."""
+
+    def __init__(self, name: str) -> None:
+        """``name`` begins the line with which the demo ends where something fails."""
+        os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
+        if FASTDDS_PROFILE.exists():
+            os.environ.setdefault("FASTDDS_DEFAULT_PROFILES_FILE", str(FASTDDS_PROFILE))
+        rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
+        self.listener = Listener()
+        self._name = name
+        self._processes: list[subprocess.Popen] = []
+        self._executor = SingleThreadedExecutor()
+        self._executor.add_node(self.listener)
+        self._told_to_end = 0
+        self._handlers: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Demo:
+        # Noted, and obeyed where it cannot cut into anything: no process is left behind.
+        for told in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            self._handlers[told] = signal.signal(told, self._on_signal)
+        return self
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        self._told_to_end = number
+
+    def __exit__(self, *error: object) -> None:
+        running = [process for process in self._processes if process.poll() is None]
+        for process in running:
+            _signal(process, signal.SIGTERM)
+        for process in running:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(20)
+            _signal(process, signal.SIGKILL)  # and what it may have left behind
+        self._executor.shutdown()
+        self.listener.destroy_node()
+        rclpy.try_shutdown()
+        for told, handler in self._handlers.items():
+            signal.signal(told, handler)
+
+    def start(self, module: str, *words: Any, **options: Any) -> subprocess.Popen:
+        """Start one of this package's modules as a process of its own; ``options`` are Popen's."""
+        command = [sys.executable, "-m", module, *map(str, words)]
+        # In a group of its own, so that it ends with all that it starts.
+        process = subprocess.Popen(command, start_new_session=True, **options)
+        self._processes.append(process)
+        return process
+
+    def start_node(self, module: str, parameters: dict[str, Any]) -> subprocess.Popen:
+        """Start one of this package's nodes with these parameters."""
+        words = [word for name, value in parameters.items() for word in ("-p", f"{name}:={value}")]
+        return self.start(f"xview_loc.nodes.{module}", "--ros-args", *words)
+
+    def wait(self, condition: Callable[[], object], timeout_s: float) -> bool:
+        """Spin until ``condition`` holds; False when it took too long or a process failed.
+
+        SystemExit where the demo is told to end.
+        """
+        end = time.monotonic() + timeout_s
+        while not condition():
+            if self._told_to_end:
+                raise SystemExit(128 + self._told_to_end)
+            if time.monotonic() > end or any(p.poll() not in (None, 0) for p in self._processes):
+                return False
+            self._executor.spin_once(timeout_sec=0.1)
+        return True
+
+    def need(self, condition: Callable[[], object], timeout_s: float, problem: str) -> None:
+        """Wait for ``condition``; SystemExit that names the ``problem`` where that fails."""
+        if not self.wait(condition, timeout_s):
+            raise SystemExit(f"{self._name}: {problem}; see the messages above")
+
+    def finish(self, process: subprocess.Popen, timeout_s: float, problem: str) -> None:
+        """Wait until a process has ended, well or badly; SystemExit where that takes too long."""
+        self.need(lambda: process.poll() is not None, timeout_s, problem)
+        self._processes.remove(process)
+        _signal(process, signal.SIGKILL)  # what it may have left behind
+
+    def stop(self, process: subprocess.Popen, problem: str) -> None:
+        """Tell a process to end, and wait until it has; SystemExit where it takes too long."""
+        _signal(process, signal.SIGTERM)
+        self.finish(process, START_TIMEOUT_S, problem)
+
+    def start_drive(self, folder: Path, *words: Any) -> subprocess.Popen:
+        """Start ``xview-loc simulate --ros``; returns once its map, ``folder / "city.tif"``, is written.
+
+        It drives when somebody subscribes to the image.
+        """
+        self.wait(lambda: not self.listener.count_publishers("/image"), START_TIMEOUT_S)
+        drive = self.start("xview_loc.cli", "simulate", folder, "--ros", *words)
+        # The drive's topics appear once the map is written.
+        started = partial(self.listener.count_publishers, "/image")
+        self.need(started, START_TIMEOUT_S, "the simulated drive did not start")
+        return drive
+
+    def start_localizer(self, map_path: Path, model: str, parameters: dict[str, Any] | None = None) -> None:
+        """Start the localizer node and wait until it is active."""
+        datum_lat, datum_lon = map_middle(map_path)
+        common = {
+            "map": map_path,
+            "model": model,
+            "heading_source": "quaternion",
+            "qos_reliability": "reliable",
+            "datum_lat": datum_lat,
+            "datum_lon": datum_lon,
+        }
+        self.start_node("localizer_node", {**common, **(parameters or {})})
+        self.need(lambda: self.listener.state == "active", START_TIMEOUT_S, "the localizer did not start")
+
+    def follow(self, drive: subprocess.Popen, frames: int, seconds: float) -> Track:
+        """Collect a drive of so many frames and seconds to its end.
+
+        SystemExit where fewer than half of them were localised.
+        """
+        self.wait(lambda: drive.poll() is not None, START_TIMEOUT_S + seconds)
+        track = self.listener.track
+        self.wait(lambda: len(track.estimate) == frames, LAST_FRAME_TIMEOUT_S)
+        if len(track.estimate) < frames / 2:
+            raise SystemExit(f"{self._name}: only {len(track.estimate)} of {frames} frames were localised")
+        return track
+
+
+def _signal(process: subprocess.Popen, number: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+
+
+def map_middle(map_path: Path) -> Place:
+    """Latitude and longitude of a map's middle, degrees."""
+    with open_map(str(map_path)) as aerial:
+        bounds = aerial.info().bounds
+    assert bounds is not None
+    south, west, north, east = bounds
+    return (south + north) / 2, (west + east) / 2

@@ -1,0 +1,284 @@
+"""From a model's finest map to a position: probabilities, sub-pixel peak, winning mode, covariance.
+
+Rows and columns here are those of the heat map unless said otherwise; its grid and tile turn them into
+metres and degrees. All (row, col) name pixel centres.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from xview_loc.maps.base import AerialTile
+from xview_loc.models.base import Calibration, HeatMapGrid
+
+# Ripples finer than this (metres, standard deviation of a Gaussian) do not split a mode in two.
+MODE_SMOOTHING_M = 0.5
+
+
+UNCALIBRATED = Calibration()
+
+
+class HeatMapError(ValueError):
+    """A heat map has no position to give; the message is one clear line."""
+
+
+@dataclass(frozen=True)
+class SearchDisc:
+    """Where the coarse fix allows the camera to be: ``radius_m`` metres about a place in degrees."""
+
+    lat: float
+    lon: float
+    radius_m: float
+
+
+@dataclass(frozen=True, eq=False)
+class HeatMap:
+    """Where the camera is likely to be on an aerial tile.
+
+    probability: float32 (H, W), sums to 1, zero outside ``search``. grid: where the map lies on the tile.
+    search: the disc it was restricted to, or None; ``searched`` is how many pixels that leaves. contrast: how
+    far the largest logit in there lies above the mean of the whole map's.
+
+    The position is the sub-pixel maximum. The *winning mode* is every pixel from which always climbing to
+    the highest of the eight neighbours, on the map smoothed by ``MODE_SMOOTHING_M``, leads to the summit
+    that the maximum's pixel leads to; other summits and their slopes are other modes.
+    """
+
+    probability: NDArray[np.float32]
+    grid: HeatMapGrid
+    tile: AerialTile
+    search: SearchDisc | None
+    searched: int
+    contrast: float
+
+    @classmethod
+    def from_logits(
+        cls,
+        logits: NDArray[Any],
+        grid: HeatMapGrid,
+        tile: AerialTile,
+        search: SearchDisc | None = None,
+        calibration: Calibration = UNCALIBRATED,
+    ) -> HeatMap:
+        """Calibrated softmax of ``logits`` (H, W) over the pixels of the search disc, or over all of them.
+
+        Raises HeatMapError where a logit is not finite or no pixel lies in the disc.
+        """
+        values = np.array(logits, np.float32)
+        if not np.isfinite(values).all():
+            raise HeatMapError("the heat map has values that are not finite")
+        mean = float(values.mean(dtype=np.float64))
+        searched = values.size
+        if search is not None:
+            inside = _disc_mask(values.shape, grid, tile, search)
+            searched = int(np.count_nonzero(inside))
+            if not searched:
+                raise HeatMapError("the search disc does not touch the heat map")
+            values[~inside] = -np.inf
+        contrast = float(values.max()) - mean
+        values -= values.max()
+        values /= calibration.temperature(contrast)
+        np.exp(values, out=values)
+        values /= values.sum(dtype=np.float64)
+        return cls(values, grid, tile, search, searched, contrast)
+
+    @property
+    def metres_per_pixel(self) -> float:
+        """Of the heat map's own pixels."""
+        return self.grid.scale * self.tile.gsd
+
+    @cached_property
+    def peak_pixel(self) -> tuple[int, int]:
+        """(row, col) of the largest probability; the first one where several are equal."""
+        row, col = np.unravel_index(int(self.probability.argmax()), self.probability.shape)
+        return int(row), int(col)
+
+    @cached_property
+    def peak(self) -> tuple[float, float]:
+        """Sub-pixel (row, col) of the maximum: the summit of a parabola through its 3x3 neighbourhood.
+
+        The parabola is fitted to log-probabilities, so the peak of a Gaussian is found exactly. It stays
+        within half a pixel of the largest pixel. An axis along which the map or the search disc ends next to
+        that pixel is not refined.
+        """
+        row, col = self.peak_pixel
+        height, width = self.probability.shape
+        padded = np.zeros((3, 3))
+        rows = slice(max(row - 1, 0), min(row + 2, height))
+        cols = slice(max(col - 1, 0), min(col + 2, width))
+        padded[rows.start - row + 1 : rows.stop - row + 1, cols.start - col + 1 : cols.stop - col + 1] = (
+            self.probability[rows, cols]
+        )
+        down, right = _summit(padded)
+        return row + down, col + right
+
+    @cached_property
+    def mode(self) -> NDArray[np.bool_]:
+        """Which pixels belong to the winning mode, (H, W)."""
+        possible = self.probability > 0.0
+        # Only the search disc's bounding box has to be looked at.
+        rows, cols = _extent(possible, axis=0), _extent(possible, axis=1)
+        sigma = MODE_SMOOTHING_M / self.metres_per_pixel
+        smooth = np.asarray(
+            cv2.GaussianBlur(self.probability[rows, cols], (0, 0), sigma, borderType=cv2.BORDER_CONSTANT),
+            np.float32,
+        )
+        # Smoothing must not carry the mode out of the disc.
+        smooth[~possible[rows, cols]] = 0.0
+        summits = _summits(smooth)
+        row, col = self.peak_pixel
+        mode = np.zeros_like(possible)
+        mode[rows, cols] = summits == summits[row - rows.start, col - cols.start]
+        return mode & possible
+
+    @cached_property
+    def confidence(self) -> float:
+        """The winning mode's share of the probability, 0..1."""
+        return min(1.0, float(self.probability[self.mode].sum(dtype=np.float64)))
+
+    def covariance(self, floor_m: float = 0.0) -> NDArray[np.float64]:
+        """2x2 covariance in ENU axes, m^2: second moment of the heat map about its peak + floor^2 I.
+
+        Of the whole map, so that other modes than the winning one make it large, and not less than that of a
+        place somewhere in a pixel.
+        """
+        peak_row, peak_col = self.peak
+        # Moments in pixels, which to_enu turns into metres as it does every offset between two pixels.
+        weight = self.probability.astype(np.float64)
+        down, right = np.arange(weight.shape[0]) - peak_row, np.arange(weight.shape[1]) - peak_col
+        cross = down @ weight @ right
+        pixels = np.array([[weight.sum(1) @ down**2, cross], [cross, weight.sum(0) @ right**2]])
+        corner, one_down, one_right = (np.array(self.to_enu(*place)) for place in ((0, 0), (1, 0), (0, 1)))
+        to_metres = np.stack([one_down - corner, one_right - corner], 1)
+        moment = to_metres @ pixels @ to_metres.T / weight.sum()
+        return moment + (floor_m**2 + self.metres_per_pixel**2 / 12.0) * np.eye(2)
+
+    @property
+    def entropy(self) -> float:
+        """Shannon entropy in nats: 0 for a single pixel, log(pixels) for a flat map."""
+        values = self.probability[self.probability > 0.0].astype(np.float64)
+        return float(-(values * np.log(values)).sum())
+
+    @cached_property
+    def at_border(self) -> bool:
+        """Whether the maximum lies on the edge of the search disc or of the map.
+
+        The likeliest place may then be further out, and the estimate should not be trusted.
+        """
+        row, col = self.peak_pixel
+        height, width = self.probability.shape
+        if row in (0, height - 1) or col in (0, width - 1):
+            return True
+        if self.search is None:
+            return False
+        own_rows, own_cols = np.mgrid[row - 1 : row + 2, col - 1 : col + 2]
+        return bool(
+            (_distance(own_rows, own_cols, self.grid, self.tile, self.search) > self.search.radius_m).any()
+        )
+
+    def to_tile(self, row: Any, col: Any) -> tuple[Any, Any]:
+        """(row, col) on the aerial tile."""
+        return self.grid.origin[0] + self.grid.scale * row, self.grid.origin[1] + self.grid.scale * col
+
+    def to_enu(self, row: Any, col: Any) -> tuple[Any, Any]:
+        """(east, north) in metres from the tile's centre."""
+        return self.tile.pixel_to_enu(*self.to_tile(row, col))
+
+    def to_latlon(self, row: Any, col: Any) -> tuple[Any, Any]:
+        """(lat, lon) in degrees."""
+        return self.tile.pixel_to_latlon(*self.to_tile(row, col))
+
+    def from_latlon(self, lat: Any, lon: Any) -> tuple[Any, Any]:
+        """Inverse of :meth:`to_latlon`; places off the map as well."""
+        return _from_latlon(self.grid, self.tile, lat, lon)
+
+
+def room_around(shape: tuple[int, int], grid: HeatMapGrid, tile: AerialTile, lat: float, lon: float) -> float:
+    """Metres from a place to the nearest edge of a heat map of ``shape``; negative outside it."""
+    row, col = _from_latlon(grid, tile, lat, lon)
+    height, width = shape
+    pixels = min(row + 0.5, height - 0.5 - row, col + 0.5, width - 0.5 - col)
+    return float(pixels * grid.scale * tile.gsd)
+
+
+def _from_latlon(grid: HeatMapGrid, tile: AerialTile, lat: Any, lon: Any) -> tuple[Any, Any]:
+    row, col = tile.latlon_to_pixel(lat, lon)
+    return (row - grid.origin[0]) / grid.scale, (col - grid.origin[1]) / grid.scale
+
+
+def _distance(
+    rows: NDArray[Any], cols: NDArray[Any], grid: HeatMapGrid, tile: AerialTile, search: SearchDisc
+) -> NDArray[np.float64]:
+    """Metres of heat-map pixels from the disc's centre."""
+    row, col = _from_latlon(grid, tile, search.lat, search.lon)
+    # Of a whole map, np.hypot takes three times as long.
+    return np.asarray(np.sqrt((rows - row) ** 2 + (cols - col) ** 2) * (grid.scale * tile.gsd))
+
+
+def _disc_mask(
+    shape: tuple[int, ...], grid: HeatMapGrid, tile: AerialTile, search: SearchDisc
+) -> NDArray[np.bool_]:
+    rows, cols = np.ogrid[: shape[0], : shape[1]]
+    return _distance(rows, cols, grid, tile, search) <= search.radius_m
+
+
+def _summit(around: NDArray[np.float64]) -> tuple[float, float]:
+    """(row, col) offset, within +-0.5, of the summit of a log-parabola through 3x3 probabilities."""
+    with np.errstate(divide="ignore"):
+        log = np.log(around)
+    usable_rows = bool(np.isfinite(log[[0, 2], 1]).all())
+    usable_cols = bool(np.isfinite(log[1, [0, 2]]).all())
+    gradient = np.zeros(2)
+    curvature = -np.eye(2)
+    if usable_rows:
+        gradient[0] = (log[2, 1] - log[0, 1]) / 2.0
+        curvature[0, 0] = log[2, 1] - 2.0 * log[1, 1] + log[0, 1]
+    if usable_cols:
+        gradient[1] = (log[1, 2] - log[1, 0]) / 2.0
+        curvature[1, 1] = log[1, 2] - 2.0 * log[1, 1] + log[1, 0]
+    if usable_rows and usable_cols and np.isfinite(log).all():
+        curvature[0, 1] = curvature[1, 0] = (log[2, 2] - log[2, 0] - log[0, 2] + log[0, 0]) / 4.0
+    diagonal = curvature.diagonal()
+    if curvature[0, 0] < 0.0 and np.linalg.det(curvature) > 0.0:
+        offset = -np.linalg.solve(curvature, gradient)
+    else:
+        # Flat or saddle-shaped: each axis on its own, where it bends down at all.
+        offset = np.where(diagonal < 0.0, -gradient / np.where(diagonal < 0.0, diagonal, -1.0), 0.0)
+    down, right = np.clip(offset, -0.5, 0.5)
+    return float(down), float(right)
+
+
+def _extent(used: NDArray[np.bool_], axis: int) -> slice:
+    """From the first to the last row (axis 0) or column (axis 1) with a true element."""
+    indices = np.flatnonzero(used.any(axis=1 - axis))
+    return slice(int(indices[0]), int(indices[-1]) + 1)
+
+
+def _summits(heights: NDArray[np.float32]) -> NDArray[np.integer]:
+    """For each pixel the flat index of the summit that steepest ascent leads to."""
+    rows, cols = heights.shape
+    padded = np.full((rows + 2, cols + 2), -1.0, np.float32)
+    padded[1:-1, 1:-1] = heights
+    best = heights
+    step = np.zeros((rows, cols), np.int32)
+    for down in (-1, 0, 1):
+        for right in (-1, 0, 1):
+            stride = down * cols + right
+            if stride == 0:
+                continue
+            neighbour = padded[1 + down : 1 + down + rows, 1 + right : 1 + right + cols]
+            # Between equal heights only towards the lower index, so that no path circles on a plateau.
+            higher = neighbour > best if stride > 0 else neighbour >= best
+            best = np.maximum(best, neighbour)
+            step = np.where(higher, np.int32(stride), step)
+    target = np.arange(rows * cols) + step.ravel()
+    # Each round doubles the length of the path followed.
+    while not np.array_equal(further := target.take(target), target):
+        target = further
+    return target.reshape(rows, cols)

@@ -1,0 +1,253 @@
+"""Where the vehicle is over time: heat maps and fixes multiplied into a belief that odometry moves.
+
+A histogram filter: frames whose heat map has several summits, or the wrong one, are outvoted by the others,
+and where fixes stop, the belief goes on and says where to look next.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xview_loc.estimation.belief import BeliefGrid, HeadingBelief
+from xview_loc.estimation.calibration import mahalanobis
+from xview_loc.estimation.localizer import SEARCH_SIGMAS, UNKNOWN_HEADING_VARIANCE, PoseEstimate
+from xview_loc.geodesy import LocalProjection, wrap_angle
+from xview_loc.vehicle.mounting import Mounting, in_enu, moved
+from xview_loc.vehicle.odometry import Motion, Odometry
+from xview_loc.vehicle.synchronisation import NS, GnssFix, HeadingSample
+
+Array = NDArray[np.float64]
+
+# Without odometry the vehicle may have gone anywhere: variance per second on each axis, m^2 / s.
+_UNSEEN_MOTION = 8.0**2
+# Of a fix that comes without a covariance something must be assumed, m^2.
+_FIX_VARIANCE = 15.0**2
+# Around a place of its own it looks this much further than it is uncertain, m^2: or it would never find out
+# that it is wrong.
+_SEARCH_VARIANCE = 10.0**2
+_UNKNOWN_ALTITUDE = 1e6
+# A receiver's errors change so slowly that a fix is news only after so many seconds.
+_FIX_CORRELATION_S = 30.0
+# A fix so many standard deviations off is not believed ...
+_FIX_SIGMAS = 5.0
+# ... unless that goes on for so long while heat maps do not support the belief either: then the filter is
+# lost and starts from the fix. They support it where the true place is likelier than others by this factor
+# (logarithm, averaged over about so many images).
+_LOST_AFTER_S = 20.0
+_SUPPORT, _SUPPORT_IMAGES = math.log(2.0), 10
+# What a fix says of places far from it: not that they are impossible.
+_LEAST_LIKELIHOOD = np.float32(1e-4)
+# A heading's error stays the same over about so many metres.
+_HEADING_CORRELATION_M = 100.0
+# A belief spread wider than this (metres, standard deviation) is worth nothing, and would not fit its grid.
+_WIDEST_M = 25.0
+# Variance of a yaw: added per second with odometry and without, rad^2 / s; an image's, at least, rad^2.
+_YAW_DRIFT, _UNSEEN_TURN = math.radians(1.0) ** 2, math.radians(20.0) ** 2
+_LEAST_YAW_VARIANCE = math.radians(10.0) ** 2
+# How often an image's heading says nothing.
+_YAW_OUTLIER = 0.5
+# Below this variance a heading gives a step's direction, rad^2.
+_SURE_YAW = math.radians(15.0) ** 2
+
+
+@dataclass(frozen=True)
+class FilterOptions:
+    """What the filter believes of its inputs.
+
+    outlier: probability that a heat map shows nothing but a wrong place. drift_m: standard deviation of the
+    odometry's error after 100 m, metres. decorrelation_m: the heat maps of images nearer to each other than
+    this are wrong together, so that they count less.
+    """
+
+    outlier: float = 0.1
+    drift_m: float = 2.0
+    decorrelation_m: float = 10.0
+
+
+@dataclass(frozen=True, eq=False)
+class FilteredPose:
+    """Of base_link: degrees, 2x2 covariance in ENU axes, m^2; true-north ENU yaw, None if unknown; rad^2."""
+
+    lat: float
+    lon: float
+    covariance: Array
+    heading: float | None
+    heading_variance: float
+    stamp_ns: int
+
+
+class PositionFilter:
+    """The belief about base_link's position, moved on from image to image.
+
+    For each image :meth:`move`, and :meth:`observe` where it was localised; for use by one thread.
+    """
+
+    def __init__(self, odometry: Odometry, options: FilterOptions | None = None) -> None:
+        self._odometry = odometry
+        self._options = options or FilterOptions()
+        # A plane at the first fix, in which the belief lies; yaws are turned into its axes.
+        self._plane: LocalProjection | None = None
+        self._belief: BeliefGrid | None = None
+        self._altitude = 0.0
+        self._stamp_ns = 0
+        self._fix_ns = 0
+        self._trusted_ns = 0
+        # Metres since a heat map was multiplied in.
+        self._driven = math.inf
+        self._support = 0.0
+        self._yaw, self._yaw_variance = 0.0, UNKNOWN_HEADING_VARIANCE
+        # Where no heading is measured: what odometry and images say of it.
+        self._headings = HeadingBelief()
+
+    @property
+    def started(self) -> bool:
+        """Whether there is a belief."""
+        return self._belief is not None
+
+    @property
+    def pose(self) -> FilteredPose | None:
+        """The belief's mean and covariance at the last image's stamp; None where there is no belief."""
+        if self._belief is None or self._plane is None:
+            return None
+        lat, lon = (float(x) for x in self._plane.inverse(*self._belief.mean))
+        convergence = self._convergence()
+        cos, sin = math.cos(convergence), math.sin(convergence)
+        turn = np.array([[cos, sin], [-sin, cos]])
+        known = self._yaw_variance < UNKNOWN_HEADING_VARIANCE
+        return FilteredPose(
+            lat,
+            lon,
+            turn @ self._belief.covariance @ turn.T,
+            wrap_angle(self._yaw - convergence) if known else None,
+            min(self._yaw_variance, UNKNOWN_HEADING_VARIANCE),
+            self._stamp_ns,
+        )
+
+    def move(
+        self, stamp_ns: int, fix: GnssFix | None, heading: HeadingSample | None, mounting: Mounting
+    ) -> GnssFix | None:
+        """Move on to an image's stamp; where to look for it: the fix if it is believed, else a place of ours.
+
+        The place is the antenna's, as a fix is. None where there is neither. A stamp before the last one
+        means that time started again. A fix that contradicts the belief is not believed, unless that goes
+        on while heat maps do not support the belief either: then the belief starts anew from it.
+        """
+        if stamp_ns < self._stamp_ns:
+            self._belief = self._plane = None
+            self._headings = HeadingBelief()
+        if self._plane is None and fix is not None:
+            self._plane = LocalProjection(fix.lat, fix.lon)
+        if self._plane is None:
+            self._stamp_ns = stamp_ns
+            return None
+        motion = self._odometry.between(self._stamp_ns, stamp_ns)
+        seconds, self._stamp_ns = (stamp_ns - self._stamp_ns) / NS, stamp_ns
+        self._turn(motion, heading, seconds)
+        self._advance(motion, seconds)
+        if fix is not None:
+            self._altitude = fix.altitude
+            if self._believes(fix, mounting):
+                return fix
+        pose = self.pose
+        if pose is None:
+            return None
+        lat, lon = moved(pose.lat, pose.lon, mounting.antenna, pose.heading or 0.0)
+        covariance = np.diag([_SEARCH_VARIANCE, _SEARCH_VARIANCE, _UNKNOWN_ALTITUDE])
+        covariance[:2, :2] += pose.covariance
+        return GnssFix(stamp_ns, lat, lon, self._altitude, covariance)
+
+    def observe(self, estimate: PoseEstimate, mounting: Mounting, heading_measured: bool) -> None:
+        """What the image at the last stamp shows: its heat map, and its heading where none was measured."""
+        if self._belief is None or self._plane is None:
+            return
+        weight = min(1.0, self._driven / self._options.decorrelation_m)
+        if not heading_measured and estimate.heading is not None:
+            yaw = mounting.heading(estimate.heading) + self._convergence()
+            variance = max(estimate.heading_variance, _LEAST_YAW_VARIANCE)
+            self._headings.multiply(yaw, variance, _YAW_OUTLIER, weight)
+            self._yaw, self._yaw_variance = self._headings.mean, self._headings.variance
+        self._driven = 0.0
+        lever = in_enu(mounting.camera, self._yaw)
+        likelihood = self._belief.heat_map_likelihood(estimate.heat_map, self._plane, lever)
+        outlier = self._options.outlier
+        evidence = self._belief.multiply((1.0 - outlier) * likelihood + outlier, weight)
+        self._support += (math.log(evidence) - self._support) / _SUPPORT_IMAGES
+        if self._support > _SUPPORT:
+            self._trusted_ns = self._stamp_ns
+
+    def _convergence(self) -> float:
+        """What turns a true-north yaw at the belief into the plane's axes."""
+        if self._plane is None or self._belief is None:
+            return 0.0
+        return float(self._plane.convergence(*self._plane.inverse(*self._belief.mean)))
+
+    def _turn(self, motion: Motion | None, heading: HeadingSample | None, seconds: float) -> None:
+        if heading is not None:
+            self._yaw = heading.yaw + self._convergence()
+            self._yaw_variance = heading.std**2
+            self._headings = HeadingBelief()
+            self._headings.multiply(self._yaw, max(self._yaw_variance, _LEAST_YAW_VARIANCE), 0.0, 1.0)
+            return
+        turn, drift = (0.0, _UNSEEN_TURN) if motion is None else (motion.turn, _YAW_DRIFT)
+        self._headings.turn(turn, drift * seconds)
+        self._yaw, self._yaw_variance = self._headings.mean, self._headings.variance
+
+    def _advance(self, motion: Motion | None, seconds: float) -> None:
+        if self._belief is None:
+            return
+        if motion is None:
+            # In a long gap it may have driven straight on.
+            self._spread(np.zeros(2), _UNSEEN_MOTION * seconds * max(1.0, seconds))
+            self._driven = math.inf
+        else:
+            step = np.array(in_enu((motion.forward, motion.left), self._yaw - motion.turn))
+            # A heading's error is the same for a while, so it adds up along the way, whatever the image rate.
+            rate = self._options.drift_m**2 / 100.0
+            if self._yaw_variance < _SURE_YAW:
+                rate += _HEADING_CORRELATION_M * self._yaw_variance / 2.0
+                self._spread(step, rate * motion.length)
+            else:
+                # Hardly known where to: the mean step, and as much as if it were not seen.
+                mean = math.exp(-self._yaw_variance / 2.0)
+                speed = motion.length / max(seconds, 1e-3)
+                unseen = min(_UNSEEN_MOTION, speed**2) * seconds * (1.0 - mean**2)
+                self._spread(mean * step, rate * motion.length + unseen)
+            self._driven += motion.length
+
+    def _spread(self, step: Array, variance: float) -> None:
+        """Move the belief; forget it where it is worth nothing."""
+        assert self._belief is not None
+        if variance < _WIDEST_M**2:
+            self._belief.move(step, variance)
+        if variance >= _WIDEST_M**2 or self._belief.covariance.trace() / 2.0 > _WIDEST_M**2:
+            self._belief = None
+
+    def _believes(self, fix: GnssFix, mounting: Mounting) -> bool:
+        assert self._plane is not None
+        antenna = in_enu(mounting.antenna, self._yaw)
+        place = np.array(self._plane.forward(fix.lat, fix.lon)) - antenna
+        covariance = np.eye(2) * _FIX_VARIANCE if fix.covariance is None else fix.covariance[:2, :2]
+        if self._belief is not None:
+            offset = place - self._belief.mean
+            # At least a cell wide, or a precise fix would fall between the cells.
+            covariance = covariance + self._belief.cell_m**2 * np.eye(2)
+            far = mahalanobis(offset, covariance + self._belief.covariance) > _FIX_SIGMAS
+            if not far:
+                weight = min(1.0, (self._stamp_ns - self._fix_ns) / NS / _FIX_CORRELATION_S)
+                likelihood = self._belief.normal_likelihood(place, covariance)
+                self._belief.multiply(np.maximum(likelihood, _LEAST_LIKELIHOOD), weight)
+                self._fix_ns = self._trusted_ns = self._stamp_ns
+                # Where the search about it would not reach our own place, that is the better one to look at.
+                return mahalanobis(offset, covariance) <= SEARCH_SIGMAS
+            if (self._stamp_ns - self._trusted_ns) / NS <= _LOST_AFTER_S:
+                return False
+        if covariance.trace() / 2.0 > _WIDEST_M**2:
+            return True  # too coarse to begin with, and better than nothing to look at
+        self._belief = BeliefGrid.normal(place, covariance)
+        self._fix_ns = self._trusted_ns = self._stamp_ns
+        self._driven, self._support = math.inf, 0.0
+        return True

@@ -1,0 +1,36 @@
+"""Aerial maps behind one interface: :func:`open_map` opens rasters, tile archives and tile servers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from xview_loc.maps.base import AerialMap, MapOpenError, MapOptions, redact
+
+__all__ = ["open_map"]
+
+
+def open_map(source: str | Path, options: MapOptions | None = None) -> AerialMap:
+    """Open a raster that GDAL reads, an ``.mbtiles`` or ``.pmtiles`` file, or a ``.../{z}/{x}/{y}`` URL.
+
+    Raises:
+        MapOpenError: the source is missing, has no georeference, or is of an unsupported kind.
+    """
+    # Imported here: each kind of map loads libraries of its own.
+    from xview_loc.maps.pyramid import PyramidMap
+    from xview_loc.maps.raster import RasterMap
+    from xview_loc.maps.sources import MbtilesSource, PmtilesSource
+    from xview_loc.maps.tile_server import HttpSource
+
+    options = options or MapOptions()
+    source = os.fspath(source)
+    if "{z}" in source:
+        return PyramidMap(HttpSource(source, options), options)
+    suffix = Path(source).suffix.lower()
+    if suffix not in (".mbtiles", ".pmtiles"):
+        return RasterMap(source, options)
+    if "://" in source:
+        raise MapOpenError(f"{redact(source)}: {suffix} files are read from disk only, download it first")
+    if not Path(source).is_file():
+        raise MapOpenError(f"cannot open {source}: no such file")
+    return PyramidMap(MbtilesSource(source) if suffix == ".mbtiles" else PmtilesSource(source), options)

@@ -1,0 +1,233 @@
+"""Aerial maps: north-up, metric tiles cut from rasters and tile pyramids.
+
+``AerialMap.open`` takes any of them; ``tile`` cuts a square whose pixels are metric in the tile's own
+true-north plane, whatever the source's projection. Rasters are handled here, pyramids in ``tile_pyramid``.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from xview_loc.errors import UserError
+from xview_loc.geodesy import LocalProjection, wrap_angle
+
+SECRET = "***"
+
+
+class MapError(UserError):
+    """Something is wrong with the aerial map; the message is one clear line."""
+
+
+class MapOpenError(MapError):
+    """The map cannot be opened: not there, not an image with a position, or of an unsupported kind."""
+
+
+class NoImageryError(MapError):
+    """The map has no imagery at the place asked for."""
+
+
+class MapUnavailableError(MapError):
+    """Imagery may exist, but cannot be had now: the server fails, or a file is damaged."""
+
+
+def default_cache_dir() -> Path:
+    """Where downloaded map tiles are kept unless told otherwise (follows XDG_CACHE_HOME)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xview_loc" / "tiles"
+
+
+@dataclass(frozen=True)
+class MapOptions:
+    """How to reach a map; only tile servers use more than ``attribution`` and ``deadline_s``.
+
+    headers: sent with every request. api_key: replaces ``{key}`` in the URL. max_zoom: the deepest zoom
+    the server has imagery for (finer tiles are enlarged from it). cache_dir: None keeps nothing on disk.
+    cache_mb: the least recently used tiles beyond it are deleted. deadline_s: longest wait for one aerial
+    tile, everything included. offline: use the disk cache alone.
+    """
+
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    api_key: str | None = field(default=None, repr=False)
+    user_agent: str = "xview_loc"
+    max_zoom: int | None = None
+    cache_dir: Path | None = field(default_factory=default_cache_dir)
+    cache_mb: float = 2000.0
+    deadline_s: float = 10.0
+    offline: bool = False
+    attribution: str = ""
+
+
+@dataclass(frozen=True)
+class MapInfo:
+    """What ``xview-loc map info`` prints; bounds are (south, west, north, east) in degrees."""
+
+    kind: str
+    crs: str
+    bounds: tuple[float, float, float, float] | None
+    resolution_m: float | None
+    zooms: tuple[int, int] | None
+    attribution: str
+
+
+@dataclass(frozen=True, eq=False)
+class AerialTile:
+    """A square aerial image, metric in the true-north plane about its centre ``(lat, lon)``.
+
+    image: uint8 (H, W, 3), RGB. gsd: metres per pixel. valid_fraction: share of pixels with imagery;
+    valid: which ones, bool (H, W), or None where not known pixel by pixel. rotation: ENU direction
+    (radians) in which columns grow; 0 is north-up. Pixel (row, col) names the pixel's centre; the tile's
+    centre is at ((H - 1) / 2, (W - 1) / 2).
+    """
+
+    image: NDArray[np.uint8]
+    lat: float
+    lon: float
+    gsd: float
+    valid_fraction: float = 1.0
+    rotation: float = 0.0
+    valid: NDArray[np.bool_] | None = None
+
+    @property
+    def size_px(self) -> int:
+        """Side in pixels."""
+        return int(self.image.shape[0])
+
+    @cached_property
+    def projection(self) -> LocalProjection:
+        """The plane about the tile's centre."""
+        return LocalProjection(self.lat, self.lon)
+
+    @cached_property
+    def key(self) -> str:
+        """Names this cut of a map; equal for equal centre, size, sampling distance and rotation."""
+        return f"{self.lat:.9f},{self.lon:.9f},{self.size_px},{self.gsd:.9g},{self.rotation:.6f}"
+
+    def pixel_to_enu(self, row: Any, col: Any) -> tuple[Any, Any]:
+        """(east, north) in metres from the tile's centre."""
+        right = (col - (self.image.shape[1] - 1) / 2.0) * self.gsd
+        down = (row - (self.image.shape[0] - 1) / 2.0) * self.gsd
+        cos, sin = math.cos(self.rotation), math.sin(self.rotation)
+        return right * cos + down * sin, right * sin - down * cos
+
+    def enu_to_pixel(self, east: Any, north: Any) -> tuple[Any, Any]:
+        """(row, col) of metres from the tile's centre."""
+        cos, sin = math.cos(self.rotation), math.sin(self.rotation)
+        right, down = east * cos + north * sin, east * sin - north * cos
+        row = down / self.gsd + (self.image.shape[0] - 1) / 2.0
+        return row, right / self.gsd + (self.image.shape[1] - 1) / 2.0
+
+    def pixel_to_latlon(self, row: Any, col: Any) -> tuple[Any, Any]:
+        """(lat, lon) in degrees."""
+        return self.projection.inverse(*self.pixel_to_enu(row, col))
+
+    def latlon_to_pixel(self, lat: Any, lon: Any) -> tuple[Any, Any]:
+        """(row, col) of a place in degrees; it may lie outside the tile."""
+        return self.enu_to_pixel(*self.projection.forward(lat, lon))
+
+    def rotated(self, rotation: float, size_px: int) -> AerialTile:
+        """The same place turned so that columns grow in the ENU direction ``rotation`` (radians).
+
+        Corners that reach beyond this tile count as invalid, so cut the tile sqrt(2) times as large.
+        """
+        rotation = wrap_angle(rotation)
+        centre = (size_px - 1) / 2.0
+        own_row, own_col = (self.image.shape[0] - 1) / 2.0, (self.image.shape[1] - 1) / 2.0
+        turn = rotation - self.rotation
+        cos, sin = math.cos(turn), math.sin(turn)
+        # New (col, row) -> this tile's (col, row), both measured from the common centre; rows point down.
+        matrix = np.array(
+            [
+                [cos, sin, own_col - cos * centre - sin * centre],
+                [-sin, cos, own_row + sin * centre - cos * centre],
+            ]
+        )
+        shape = (size_px, size_px)
+        flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+        image = cv2.warpAffine(self.image, matrix, shape, flags=flags).astype(np.uint8, copy=False)
+        mask = (
+            np.full(self.image.shape[:2], 255, np.uint8) if self.valid is None else self.valid * np.uint8(255)
+        )
+        valid = cv2.warpAffine(mask, matrix, shape, flags=flags) > 127
+        fraction = float(valid.mean())
+        if self.valid is None:
+            fraction *= self.valid_fraction
+        return AerialTile(image, self.lat, self.lon, self.gsd, fraction, rotation, valid)
+
+
+class AerialMap:
+    """A source of aerial imagery. Methods may be called from several threads."""
+
+    attribution: str = ""
+
+    def tile(self, lat: float, lon: float, size_px: int, gsd: float) -> AerialTile:
+        """Cut the north-up square of ``size_px`` pixels of ``gsd`` metres about a place in degrees.
+
+        Pixels without imagery are black and lower ``valid_fraction``. Raises NoImageryError where not one
+        pixel has imagery, MapUnavailableError where imagery cannot be had now.
+        """
+        raise NotImplementedError
+
+    def info(self) -> MapInfo:
+        """What is known about the map as a whole."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Let go of files, connections and threads; the map cannot be used afterwards."""
+
+    def __enter__(self) -> AerialMap:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def redact(source: str, secrets: tuple[str, ...] = ()) -> str:
+    """``source`` without what may be a key: secrets, the query, credentials, long random-looking parts."""
+    for secret in secrets:
+        if secret:
+            source = source.replace(secret, SECRET)
+    if "://" not in source:
+        return source
+    parts = urlsplit(source)
+    host = parts.netloc.rpartition("@")[2]
+    path = "/".join(SECRET if _looks_secret(segment) else segment for segment in parts.path.split("/"))
+    return f"{parts.scheme}://{host}{path}" + (f"?{SECRET}" if parts.query else "")
+
+
+def _looks_secret(segment: str) -> bool:
+    return bool(re.fullmatch(r"(?=.*\d)(?=.*[A-Za-z])[\w-]{20,}", segment))
+
+
+class LogRedactor(logging.Filter):
+    """Keeps secrets of map URLs out of the log records of the libraries that fetch them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.secrets: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Rewrite the record where it holds a secret; every record passes."""
+        message = record.getMessage()
+        clean = message
+        for secret in self.secrets:
+            clean = clean.replace(secret, SECRET)
+        if clean != message:
+            record.msg, record.args = clean, None
+        return True
+
+
+LOG_REDACTOR = LogRedactor()
+for _name in ("httpx", "rasterio", "rasterio._env", "rasterio._err", "rasterio._io", "rasterio._base"):
+    logging.getLogger(_name).addFilter(LOG_REDACTOR)

@@ -1,0 +1,240 @@
+"""Aerial maps: north-up, metric tiles cut from rasters and tile pyramids.
+
+``AerialMap.open`` takes any of them; ``tile`` cuts a square whose pixels are metric in the tile's own
+true-north plane, whatever the source's projection. Rasters are handled here, pyramids in ``tile_pyramid``.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import cv2
+import numpy as np
+import rasterio
+from numpy.typing import NDArray
+from rasterio.crs import CRS
+from rasterio.enums import ColorInterp, Resampling
+from rasterio.errors import RasterioError
+from rasterio.transform import Affine
+from rasterio.vrt import WarpedVRT
+from rasterio.warp import transform, transform_bounds
+
+from xview_loc.geodesy import LocalProjection
+from xview_loc.maps.base import (
+    LOG_REDACTOR,
+    SECRET,
+    AerialMap,
+    AerialTile,
+    MapInfo,
+    MapOpenError,
+    MapOptions,
+    MapUnavailableError,
+    NoImageryError,
+    redact,
+)
+
+
+@dataclass(frozen=True)
+class _Bands:
+    """Which bands make up the picture: three (or one, grey) colour bands and perhaps alpha; 1-based."""
+
+    colour: tuple[int, ...]
+    alpha: int | None
+
+
+class RasterMap(AerialMap):
+    """A georeferenced raster in any projection, through GDAL's on-the-fly warping."""
+
+    def __init__(self, source: str, options: MapOptions) -> None:
+        self._source = source
+        self._name = redact(source)
+        if (query := urlsplit(source).query) and "://" in source:
+            LOG_REDACTOR.secrets.add(query)
+        self._env = {
+            "GDAL_HTTP_TIMEOUT": str(max(1, math.ceil(options.deadline_s))),
+            "GDAL_HTTP_MAX_RETRY": "0",
+            "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR" if "://" in source else "FALSE",
+        }
+        # GDAL datasets are not thread safe (sharing one aborts the process): each thread opens its own.
+        self._local = threading.local()
+        self._opened: list[Any] = []
+        self._lock = threading.Lock()
+        self._closed = False
+        with rasterio.Env(**self._env):
+            dataset = self._dataset(first=True)
+            self._bands = self._choose_bands(dataset)
+            self._scale = self._brightness_range(dataset)
+            self._info = self._describe(dataset, options)
+        self.attribution = self._info.attribution
+
+    def tile(self, lat: float, lon: float, size_px: int, gsd: float) -> AerialTile:
+        """See :meth:`AerialMap.tile`."""
+        place = LocalProjection(lat, lon)
+        half = size_px * gsd / 2.0
+        crs = CRS.from_proj4(
+            # A datum, not an ellipsoid alone: otherwise PROJ takes the source's datum for WGS 84.
+            f"+proj=tmerc +lat_0={place.lat!r} +lon_0={place.lon!r} +k=1 +x_0=0 +y_0=0 +datum=WGS84 +units=m"
+        )
+        ratio = gsd / self._info.resolution_m if self._info.resolution_m else 1.0
+        bands = self._bands
+        try:
+            with (
+                rasterio.Env(**self._env),
+                WarpedVRT(
+                    self._dataset(),
+                    crs=crs,
+                    transform=Affine(gsd, 0.0, -half, 0.0, -gsd, half),
+                    width=size_px,
+                    height=size_px,
+                    resampling=_resampling(ratio),
+                    tolerance=0.02,
+                    add_alpha=bands.alpha is None,
+                    UNIFIED_SRC_NODATA="YES",
+                ) as warped,
+            ):
+                alpha = bands.alpha or warped.count
+                data = warped.read(indexes=[*bands.colour, alpha])
+        except (RasterioError, OSError) as error:
+            if self._closed:
+                raise MapUnavailableError(f"{self._name}: the map is closed") from None
+            if not self._near(lat, lon, half):
+                raise NoImageryError(f"{self._name} does not cover {lat:.6f}, {lon:.6f}") from None
+            raise MapUnavailableError(f"cannot read {self._name}: {self._reason(error)}") from None
+        valid = data[-1] > (127 if data.dtype == np.uint8 else 0)
+        fraction = float(valid.mean())
+        if fraction == 0.0:
+            raise NoImageryError(f"{self._name} has no imagery at {lat:.6f}, {lon:.6f}")
+        image = self._to_rgb(data[:-1])
+        image[~valid] = 0
+        return AerialTile(image, place.lat, place.lon, gsd, fraction, valid=valid)
+
+    def info(self) -> MapInfo:
+        """See :meth:`AerialMap.info`."""
+        return self._info
+
+    def close(self) -> None:
+        """See :meth:`AerialMap.close`."""
+        with self._lock:
+            self._closed = True
+            for dataset in self._opened:
+                dataset.close()
+            self._opened.clear()
+
+    def _dataset(self, first: bool = False) -> Any:
+        dataset = getattr(self._local, "dataset", None)
+        if dataset is None:
+            try:
+                dataset = rasterio.open(self._source)
+                if ColorInterp.palette in dataset.colorinterp:
+                    # Colours can be interpolated, palette indices cannot.
+                    dataset = _expand_palette(dataset)
+            except (RasterioError, OSError, ValueError) as error:
+                kind = MapOpenError if first else MapUnavailableError
+                raise kind(f"cannot open {self._name}: {self._reason(error)}") from None
+            self._local.dataset = dataset
+            with self._lock:
+                self._opened.append(dataset)
+        return dataset
+
+    def _reason(self, error: Exception) -> str:
+        # What GDAL says may hold the URL, key and all.
+        text = (str(error) or type(error).__name__).replace(self._source, self._name)
+        if (query := urlsplit(self._source).query) and "://" in self._source:
+            text = text.replace(query, SECRET)
+        return " ".join(text.split())
+
+    def _choose_bands(self, dataset: Any) -> _Bands:
+        if dataset.crs is None:
+            raise MapOpenError(f"{self._name} has no coordinate reference system")
+        if dataset.transform.is_identity:
+            raise MapOpenError(f"{self._name} has no georeference (no position or pixel size)")
+        if unsupported := {t for t in dataset.dtypes if t not in ("uint8", "uint16")}:
+            raise MapOpenError(
+                f"{self._name} has pixels of type {', '.join(sorted(unsupported))};"
+                " 8 and 16 bit unsigned are supported"
+            )
+        roles = list(dataset.colorinterp)
+        alpha = roles.index(ColorInterp.alpha) + 1 if ColorInterp.alpha in roles else None
+        rgb = (ColorInterp.red, ColorInterp.green, ColorInterp.blue)
+        if all(role in roles for role in rgb):
+            return _Bands(tuple(roles.index(role) + 1 for role in rgb), alpha)
+        colour = [i + 1 for i in range(dataset.count) if i + 1 != alpha]
+        return _Bands(tuple(colour[:3] if len(colour) >= 3 else colour[:1]), alpha)
+
+    def _brightness_range(self, dataset: Any) -> tuple[float, float] | None:
+        """Pixel values that become black and white; None for 8-bit data, which stays as it is."""
+        if dataset.dtypes[0] == "uint8":
+            return None
+        # A few windows spread over the raster: its cost does not grow with the file.
+        samples = []
+        for i in range(4):
+            for j in range(4):
+                side = 256
+                row = int(i / 3 * max(0, dataset.height - side))
+                col = int(j / 3 * max(0, dataset.width - side))
+                window = rasterio.windows.Window(
+                    col, row, min(side, dataset.width), min(side, dataset.height)
+                )
+                data = dataset.read(indexes=list(self._bands.colour), window=window)
+                samples.append(data[:, dataset.dataset_mask(window=window) > 0].ravel())
+        values = np.concatenate(samples)
+        if values.size == 0:
+            return 0.0, 65535.0
+        low, high = np.percentile(values, [0.5, 99.5])
+        return float(low), max(float(high), float(low) + 1.0)
+
+    def _to_rgb(self, data: NDArray[Any]) -> NDArray[np.uint8]:
+        """(bands, H, W) of the source's type -> (H, W, 3) RGB."""
+        if self._scale is not None:
+            low, high = self._scale
+            data = np.clip((data.astype(np.float32) - low) * (255.0 / (high - low)) + 0.5, 0, 255)
+            data = data.astype(np.uint8)
+        if data.shape[0] == 1:
+            return cv2.cvtColor(data[0], cv2.COLOR_GRAY2RGB)
+        return np.ascontiguousarray(np.moveaxis(data, 0, -1))
+
+    def _describe(self, dataset: Any, options: MapOptions) -> MapInfo:
+        try:
+            west, south, east, north = transform_bounds(dataset.crs, "EPSG:4326", *dataset.bounds)
+        except RasterioError as error:
+            raise MapOpenError(f"{self._name}: {self._reason(error)}") from None
+        # Metres on the ground per source pixel at the middle, whatever unit the source's projection is in.
+        row, col = dataset.height // 2, dataset.width // 2
+        xs, ys = zip(dataset.xy(row, col), dataset.xy(row + 1, col + 1), strict=True)
+        lons, lats = transform(dataset.crs, "EPSG:4326", xs, ys)
+        resolution = math.hypot(*LocalProjection(lats[0], lons[0]).forward(lats[1], lons[1])) / math.sqrt(2.0)
+        tags = dataset.tags()
+        return MapInfo(
+            kind=f"raster ({dataset.driver}, {dataset.width} x {dataset.height} px, {dataset.count} bands)",
+            crs=dataset.crs.to_string(),
+            bounds=(south, west, north, east),
+            resolution_m=resolution,
+            zooms=None,
+            attribution=options.attribution or tags.get("TIFFTAG_COPYRIGHT", ""),
+        )
+
+    def _near(self, lat: float, lon: float, half_m: float) -> bool:
+        """Whether a tile about the place may touch the raster."""
+        assert self._info.bounds is not None
+        south, west, north, east = self._info.bounds
+        margin = half_m / 111_000.0
+        margin_lon = margin / max(0.01, math.cos(math.radians(lat)))
+        inside_lon = (lon - west + margin_lon) % 360.0 <= (east - west) % 360.0 + 2.0 * margin_lon
+        return south - margin <= lat <= north + margin and inside_lon
+
+
+def _resampling(ratio: float) -> Resampling:
+    """How to resample when an output pixel is ``ratio`` source pixels wide."""
+    if ratio < 1.0:
+        return Resampling.cubic
+    return Resampling.bilinear if ratio <= 1.5 else Resampling.average
+
+
+def _expand_palette(dataset: Any) -> Any:
+    path = dataset.name
+    dataset.close()
+    return rasterio.open(f"vrt://{path}?expand=rgba")

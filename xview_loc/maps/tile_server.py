@@ -1,0 +1,337 @@
+"""Web Mercator tile pyramids as aerial maps: tile servers (XYZ), MBTiles and PMTiles files.
+
+Our own fetcher instead of GDAL's: a total deadline, named causes, single missing tiles, a cache whose
+contents are verified. A pyramid becomes an ``AerialTile`` by pasting the tiles that cover the place
+together and resampling once through a coarse grid of exact projections.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import re
+import struct
+import tempfile
+import threading
+import time
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from pathlib import Path
+
+import httpx
+
+from xview_loc.images import check_encoded
+from xview_loc.maps.base import (
+    LOG_REDACTOR,
+    MapOpenError,
+    MapOptions,
+    MapUnavailableError,
+    redact,
+)
+from xview_loc.maps.sources import TileId, TileSource
+
+LOG = logging.getLogger(__name__)
+PARALLEL_REQUESTS = 8
+ATTEMPTS = 3
+FIRST_BACKOFF_S = 0.2
+SOCKET_TIMEOUT_S = 5.0
+MISSING_KEPT_S = 86_400.0
+MAX_TILE_BYTES = 16 << 20
+
+
+class HttpSource(TileSource):
+    """Tiles of a server, fetched in parallel and kept on disk.
+
+    404, 204 and 410 say that there is no imagery. Everything else that is not a whole image raises
+    MapUnavailableError; what may be a passing failure is tried again while the deadline lasts.
+    """
+
+    kind = "tile server (XYZ)"
+
+    def __init__(self, template: str, options: MapOptions) -> None:
+        for part in ("{x}", "{y}"):
+            if part not in template and not (part == "{y}" and "{-y}" in template):
+                raise MapOpenError(f"{redact(template)}: the tile URL lacks {part}")
+        if "{key}" in template and not options.api_key:
+            raise MapOpenError(f"{redact(template)}: the tile URL asks for a key and none is given")
+        if not template.startswith(("http://", "https://")):
+            raise MapOpenError(f"{redact(template)}: a tile URL starts with http:// or https://")
+        self._template = template
+        self._key = options.api_key or ""
+        self.name = redact(template)
+        self.attribution = options.attribution
+        if options.max_zoom is not None:
+            self.max_zoom = options.max_zoom
+        self._offline = options.offline
+        if self._key:
+            LOG_REDACTOR.secrets.add(self._key)
+        fixed_query = template.partition("?")[2]
+        # Any value of the query may be a key, however short its name.
+        LOG_REDACTOR.secrets.update(re.findall(r"=([^&{}]{4,})(?=&|$)", fixed_query))
+        self._cache: TileCache | None = None
+        if options.cache_dir is not None:
+            name = hashlib.sha256(template.encode()).hexdigest()[:16]
+            self._cache = TileCache(Path(options.cache_dir) / name, options.cache_mb)
+            self.side = self._cache.read_side() or self.side
+        elif options.offline:
+            raise MapOpenError(f"{self.name}: offline needs a cache directory")
+        try:
+            httpx.URL(self._url(TileId(0, 0, 0)))
+            self._client = httpx.Client(
+                headers={"User-Agent": options.user_agent, **options.headers},
+                follow_redirects=True,
+                limits=httpx.Limits(max_connections=PARALLEL_REQUESTS),
+            )
+        except (httpx.InvalidURL, ValueError, TypeError):
+            # Their text may hold the key.
+            raise MapOpenError(f"{self.name}: not a valid URL, or a header that cannot be sent") from None
+        self._pool = ThreadPoolExecutor(PARALLEL_REQUESTS, thread_name_prefix="map-tiles")
+        self._closing = threading.Event()
+
+    def get(self, tiles: Sequence[TileId], deadline: float) -> dict[TileId, bytes | None]:
+        """See :meth:`TileSource.get`."""
+        found: dict[TileId, bytes | None] = {}
+        absent = []
+        for tile in tiles:
+            cached = (
+                self._cache.read(tile, None if self._offline else MISSING_KEPT_S) if self._cache else None
+            )
+            if cached is None:
+                absent.append(tile)
+            else:
+                found[tile] = cached or None
+        if not absent:
+            return found
+        if self._offline:
+            raise MapUnavailableError(
+                f"{self._describe(absent[0])}: offline and not in the cache"
+                f" ({len(absent)} of {len(tiles)} tiles)"
+            )
+        try:
+            futures = {tile: self._pool.submit(self._fetch, tile, deadline) for tile in absent}
+        except RuntimeError:
+            raise MapUnavailableError(f"{self.name}: the map is closed") from None
+        try:
+            for tile, future in futures.items():
+                found[tile] = self._await(tile, future, deadline)
+        finally:
+            for future in futures.values():
+                future.cancel()
+        return found
+
+    def learn_side(self, side: int) -> None:
+        """See :meth:`TileSource.learn_side`; kept on disk: an offline drive asks for the same tiles."""
+        super().learn_side(side)
+        if self._cache:
+            self._cache.write_side(side)
+
+    def close(self) -> None:
+        """See :meth:`TileSource.close`."""
+        self._closing.set()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._client.close()
+
+    def _await(self, tile: TileId, future: Future[bytes | None], deadline: float) -> bytes | None:
+        try:
+            return future.result(timeout=max(0.0, deadline - time.monotonic()))
+        except FutureTimeoutError:
+            raise MapUnavailableError(f"{self._describe(tile)}: no answer before the deadline") from None
+        except CancelledError:
+            raise MapUnavailableError(f"{self.name}: the map is closed") from None
+
+    def _url(self, tile: TileId) -> str:
+        flipped = 2**tile.z - 1 - tile.y
+        url = self._template.replace("{z}", str(tile.z)).replace("{x}", str(tile.x))
+        url = url.replace("{y}", str(tile.y)).replace("{-y}", str(flipped))
+        return url.replace("{key}", self._key)
+
+    def _describe(self, tile: TileId) -> str:
+        template = redact(self._template, (self._key,) if self._key else ())
+        where = f"{tile.z}/{tile.x}/{tile.y}"
+        filled = template.replace("{z}/{x}/{y}", where)
+        return filled if filled != template else f"{template} (tile {where})"
+
+    def _fetch(self, tile: TileId, deadline: float) -> bytes | None:
+        problem = "no time left"
+        for attempt in range(ATTEMPTS):
+            remaining = deadline - time.monotonic()
+            if remaining <= 0.0 or self._closing.is_set():
+                break
+            passing = True
+            try:
+                status, data, length = self._request(self._url(tile), deadline)
+            except httpx.TimeoutException:
+                problem = "timed out"
+            except httpx.RemoteProtocolError:
+                problem = "the connection broke off (truncated answer)"
+            except httpx.HTTPError as error:
+                # Only the kind of the error: its text may hold the URL.
+                problem = f"cannot reach the server ({type(error).__name__})"
+            except RuntimeError:
+                if not self._closing.is_set():
+                    raise
+                problem = "the map is closed"
+            else:
+                if status in (204, 404, 410):
+                    self._keep(tile, b"")
+                    return None
+                if status == 200:
+                    fault = check_encoded(data)
+                    if fault is None:
+                        self._keep(tile, data)
+                        return data
+                    problem = f"the server sent {fault}" + (f" ({length} bytes)" if data else "")
+                else:
+                    problem = f"HTTP {status}" + (" (is the key right?)" if status in (401, 403) else "")
+                    passing = status in (408, 425, 429) or status >= 500
+            if not passing:
+                break
+            pause = min(FIRST_BACKOFF_S * 2**attempt, max(0.0, deadline - time.monotonic()))
+            if attempt + 1 < ATTEMPTS and self._closing.wait(pause):
+                break
+        raise MapUnavailableError(f"{self._describe(tile)}: {problem}")
+
+    def _request(self, url: str, deadline: float) -> tuple[int, bytes, int]:
+        timeout = max(0.05, min(SOCKET_TIMEOUT_S, deadline - time.monotonic()))
+        with self._client.stream("GET", url, timeout=timeout) as response:
+            chunks, length = [], 0
+            for chunk in response.iter_bytes():
+                chunks.append(chunk)
+                length += len(chunk)
+                if time.monotonic() > deadline:
+                    # Socket timeouts bound each read alone; a dripping server must not win.
+                    raise httpx.ReadTimeout("deadline")
+                if length > MAX_TILE_BYTES:
+                    raise httpx.DecodingError("too large")
+            return response.status_code, b"".join(chunks), length
+
+    def _keep(self, tile: TileId, data: bytes) -> None:
+        if self._cache is not None:
+            self._cache.write(tile, data)
+
+
+class TileCache:
+    """Encoded tiles on disk, each with a checksum; several processes may share it.
+
+    A file is a header (magic, CRC-32 of the rest, time of writing) and the image's bytes, none where the
+    server has no imagery. Files appear whole (rename) and are used only if the checksum holds. The least
+    recently used go when the size limit is passed.
+    """
+
+    HEADER = struct.Struct("<4sId")
+    MAGIC = b"XVT1"
+
+    def __init__(self, directory: Path, limit_mb: float) -> None:
+        self.directory = directory
+        self._limit = limit_mb * 1e6
+        self._size: float | None = None
+        self._lock = threading.Lock()
+        self._warned = False
+
+    def read(self, tile: TileId, missing_kept_s: float | None) -> bytes | None:
+        """The image, b"" where the server had none, or None if not (validly) cached.
+
+        That there was none is believed for ``missing_kept_s`` seconds (None: for ever).
+        """
+        path = self._path(tile)
+        try:
+            content = path.read_bytes()
+        except OSError:
+            return None
+        if len(content) < self.HEADER.size:
+            return None
+        magic, crc, written = self.HEADER.unpack_from(content)
+        data = content[self.HEADER.size :]
+        if magic != self.MAGIC or crc != self._crc(data, written):
+            return None
+        if not data and missing_kept_s is not None and abs(time.time() - written) > missing_kept_s:
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(path)  # the time of last use, for eviction
+        return data
+
+    def write(self, tile: TileId, data: bytes) -> None:
+        """Keep a tile; a full or read-only disk costs the cache, not the tile."""
+        path = self._path(tile)
+        now = time.time()
+        content = self.HEADER.pack(self.MAGIC, self._crc(data, now), now) + data
+        if self._replace(path, content):
+            self._account(len(content))
+
+    def read_side(self) -> int | None:
+        """The side of the tiles in pixels, if it was ever seen."""
+        try:
+            side = int((self.directory / "tile_side").read_text())
+        except (OSError, ValueError):
+            return None
+        return side if 16 <= side <= 4096 else None
+
+    def write_side(self, side: int) -> None:
+        """Keep the side of the tiles in pixels."""
+        self._replace(self.directory / "tile_side", str(side).encode())
+
+    def _replace(self, path: Path, content: bytes) -> bool:
+        """Write a file so that it is never seen half done; whether it worked."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
+            try:
+                with os.fdopen(handle, "wb") as file:
+                    file.write(content)
+                os.replace(temporary, path)
+            except BaseException:
+                os.unlink(temporary)
+                raise
+        except OSError as error:
+            if not self._warned:
+                self._warned = True
+                LOG.warning("cannot write the map cache %s: %s", self.directory, error.strerror)
+            return False
+        return True
+
+    def _crc(self, data: bytes, written: float) -> int:
+        return zlib.crc32(data, zlib.crc32(struct.pack("<d", written)))
+
+    def _path(self, tile: TileId) -> Path:
+        return self.directory / str(tile.z) / str(tile.x) / f"{tile.y}.tile"
+
+    def _account(self, added: int) -> None:
+        with self._lock:
+            if self._size is None:
+                self._size = float(sum(size for _, size, _ in self._files()))
+            else:
+                self._size += added
+            if self._size <= self._limit:
+                return
+            files = sorted(self._files())
+            size = float(sum(file_size for _, file_size, _ in files))
+            for _, file_size, path in files:
+                if size <= 0.9 * self._limit:
+                    break
+                try:
+                    path.unlink()
+                except FileNotFoundError:
+                    pass
+                except OSError:
+                    continue
+                size -= file_size
+            self._size = size
+
+    def _files(self) -> list[tuple[float, int, Path]]:
+        """(time of last use, bytes, path) of all files."""
+        files = []
+        for folder, _, names in os.walk(self.directory):
+            for name in names:
+                path = Path(folder, name)
+                if path.suffix not in (".tile", ".part"):
+                    continue
+                try:
+                    stat = path.stat()
+                except OSError:
+                    continue
+                files.append((stat.st_mtime, stat.st_size, path))
+        return files

@@ -1,0 +1,1 @@
+"""Recorded drives: bags of pairs written, imported, read and summarised; tracks."""

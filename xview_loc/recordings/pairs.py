@@ -1,0 +1,490 @@
+"""Target-area pairs: a ground image, what was known when it was taken, and the aerial tile around it.
+
+A bag of pairs is a rosbag2 directory of standard messages (docs/pair_format.md); this module is the one place
+that knows which topic means what.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import cv2
+import numpy as np
+from mcap.data_stream import ReadDataStream
+from mcap.reader import McapReader, make_reader
+from mcap.records import MessageIndex
+from numpy.typing import NDArray
+
+from xview_loc import __version__
+from xview_loc.bags.recovery import BagError, bag_files
+from xview_loc.bags.ros_types import (
+    COVARIANCE_KNOWN,
+    deserialize,
+    header,
+    message,
+    nav_sat_fix,
+    quaternion,
+    serialize,
+    stamp_ns,
+)
+from xview_loc.bags.writer import BagLimits, BagWriter
+from xview_loc.camera import CameraModel
+from xview_loc.errors import reason
+from xview_loc.images import Image, decode_compressed
+from xview_loc.maps.base import AerialTile
+from xview_loc.vehicle.messages import camera_from_info, yaw_of
+from xview_loc.vehicle.synchronisation import GnssFix, HeadingSample
+
+IMAGE, FIX, HEADING, CAMERA, TILE = (
+    f"/pair/{name}" for name in ("image", "fix", "heading", "camera_info", "tile")
+)
+TILE_IMAGE, TILE_GEOREFERENCE = "/tile/image", "/tile/georeference"
+ODOMETRY, SESSION = "/odom", "/session"
+TOPICS = {
+    IMAGE: "sensor_msgs/msg/CompressedImage",
+    FIX: "sensor_msgs/msg/NavSatFix",
+    HEADING: "sensor_msgs/msg/Imu",
+    CAMERA: "sensor_msgs/msg/CameraInfo",
+    TILE: "std_msgs/msg/Header",
+    TILE_IMAGE: "sensor_msgs/msg/CompressedImage",
+    TILE_GEOREFERENCE: "std_msgs/msg/String",
+    ODOMETRY: "nav_msgs/msg/Odometry",
+    SESSION: "std_msgs/msg/String",
+}
+CONVENTIONS = {
+    "pixel_origin": "pixel (row, col) names the pixel's centre; (0, 0) is the upper left one",
+    "tile": "north-up square in the transverse Mercator plane (k = 1, WGS-84) about its lat and lon, which "
+    "lie at pixel ((size - 1) / 2, (size - 1) / 2); gsd is metres per pixel",
+    "heading": "ENU yaw of the vehicle's x axis from true north's east, counter-clockwise, radians",
+    "panorama": "columns run clockwise; the centre column looks camera_yaw left of the vehicle's x axis",
+    "fix": "WGS-84 degrees of the GNSS antenna at the image's stamp, covariance in ENU m^2",
+}
+_FORMAT = 1
+_UNKNOWN = -1.0  # sensor_msgs/Imu: this quantity is not measured
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """One target-area pair without ground truth.
+
+    image_format, image_bytes: as ``sensor_msgs/CompressedImage`` has them. lat, lon: the coarse fix in
+    degrees, with its 2x2 or 3x3 ENU covariance in m^2 (None if unknown). heading: true-north ENU yaw of the
+    vehicle, radians, None if unknown. camera: None where no calibration was received. tile_id: names the
+    pair's aerial tile, "" where it has none.
+    """
+
+    stamp_ns: int
+    image_format: str
+    image_bytes: bytes
+    lat: float
+    lon: float
+    altitude: float = 0.0
+    fix_covariance: NDArray[np.float64] | None = None
+    heading: float | None = None
+    heading_std: float = 0.0
+    camera: CameraModel | None = None
+    tile_id: str = ""
+
+    @classmethod
+    def of(
+        cls,
+        stamp_ns: int,
+        image_format: str,
+        image_bytes: bytes,
+        fix: GnssFix,
+        heading: HeadingSample | None,
+        camera: CameraModel | None,
+    ) -> Pair:
+        """From a vehicle's inputs at the image's stamp."""
+        return cls(
+            stamp_ns=stamp_ns,
+            image_format=image_format,
+            image_bytes=image_bytes,
+            lat=fix.lat,
+            lon=fix.lon,
+            altitude=fix.altitude,
+            fix_covariance=fix.covariance,
+            heading=None if heading is None else heading.yaw,
+            heading_std=0.0 if heading is None else heading.std,
+            camera=camera,
+        )
+
+    def image(self) -> Image:
+        """The ground image, RGB. Raises ImageError where its bytes are damaged."""
+        return decode_compressed(self.image_bytes)
+
+
+def encode_tile(tile: AerialTile) -> bytes:
+    """PNG bytes of a tile, with an alpha channel where only a part of it has imagery."""
+    image = cv2.cvtColor(tile.image, cv2.COLOR_RGB2BGR)
+    if tile.valid is not None and not tile.valid.all():
+        image = np.dstack([image, np.where(tile.valid, 255, 0).astype(np.uint8)])
+    return bytes(cv2.imencode(".png", image)[1])
+
+
+def decode_tile(data: bytes, georeference: Mapping[str, Any]) -> AerialTile:
+    """Inverse of :func:`encode_tile`. Raises ValueError on damaged bytes."""
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if image is None or image.ndim != 3:
+        raise ValueError("the tile's image is damaged")
+    valid = image[..., 3] > 0 if image.shape[2] == 4 else None
+    rgb = np.ascontiguousarray(image[..., 2::-1]).astype(np.uint8, copy=False)
+    return AerialTile(
+        rgb,
+        float(georeference["lat"]),
+        float(georeference["lon"]),
+        float(georeference["gsd"]),
+        float(georeference["valid_fraction"]),
+        float(georeference["rotation"]),
+        valid,
+    )
+
+
+class PairWriter:
+    """Writes a new bag of pairs; any thread may call it. Errors are :class:`BagWriter`'s."""
+
+    def __init__(self, folder: Path, session: Mapping[str, Any], limits: BagLimits | None = None) -> None:
+        """``session`` is what is known of the recording: vehicle, map, licence ...; JSON values."""
+        self._bag = BagWriter(folder, TOPICS, limits)
+        self._session = {
+            "format": _FORMAT,
+            "software": f"xview_loc {__version__}",
+            "conventions": CONVENTIONS,
+            **session,
+        }
+        self._lock = threading.Lock()
+        self._file = ""
+        self._tiles: dict[str, int] = {}
+        self._last_stamp = 0
+        self.pairs = 0
+
+    @property
+    def bag(self) -> BagWriter:
+        """The bag that is written."""
+        return self._bag
+
+    def add(self, pair: Pair, tile: AerialTile | None, raw_image: bytes | None = None) -> None:
+        """Write a pair and, the first time in each file, its tile.
+
+        ``raw_image``: the CDR bytes of the image's message where it came as a CompressedImage; they are
+        written as they are.
+        """
+        stamp = pair.stamp_ns
+        head = header(stamp, "")
+        with self._lock:
+            if stamp <= self._last_stamp:
+                # Time started again. A pair is found by its stamp: within a file it must be the only one.
+                self._bag.split()
+            self._begin(stamp)
+            tile_stamp, tile_id = 0, ""
+            if tile is not None:
+                tile_id = tile.key
+                tile_stamp = self._tiles.get(tile_id, 0) or self._add_tile(tile, stamp)
+            self._write(FIX, stamp, nav_sat_fix(head, pair.lat, pair.lon, pair.altitude, _full(pair)))
+            self._write(HEADING, stamp, _imu(head, pair.heading, pair.heading_std))
+            if pair.camera is not None:
+                self._write(CAMERA, stamp, _camera_info(head, pair.camera))
+            # The tile's message has the stamp of the first pair in the file that stands on it.
+            self._write(TILE, stamp, header(tile_stamp, tile_id))
+            # Last: a pair counts where its image is there.
+            if raw_image is None:
+                data = np.frombuffer(pair.image_bytes, np.uint8)
+                image = message(TOPICS[IMAGE], header=head, format=pair.image_format, data=data)
+                raw_image = serialize(TOPICS[IMAGE], image)
+            self._bag.write(IMAGE, stamp, raw_image, may_split=False)
+            self._last_stamp = stamp
+            self.pairs += 1
+
+    def add_odometry(self, stamp: int, data: bytes) -> None:
+        """Write the CDR bytes of a ``nav_msgs/Odometry`` as they came."""
+        with self._lock:
+            self._begin(stamp)
+            self._bag.write(ODOMETRY, stamp, data, may_split=False)
+
+    def split(self) -> None:
+        """Go on in a new file."""
+        with self._lock:
+            self._bag.split()
+
+    def close(self) -> None:
+        """Complete the bag."""
+        with self._lock:
+            self._bag.close()
+
+    def _begin(self, stamp: int) -> None:
+        """Split where it is due: here, so that no pair is torn apart.
+
+        Each file of the bag stands for itself: it says what it is, and has the tiles of its pairs.
+        """
+        self._bag.split_if_due()
+        if self._bag.current_file != self._file:
+            self._file = self._bag.current_file
+            self._tiles = {}
+            self._write(SESSION, stamp, message("std_msgs/msg/String", data=json.dumps(self._session)))
+
+    def _add_tile(self, tile: AerialTile, stamp: int) -> int:
+        georeference = {
+            "id": tile.key,
+            "lat": tile.lat,
+            "lon": tile.lon,
+            "gsd": tile.gsd,
+            "size": tile.size_px,
+            "rotation": tile.rotation,
+            "valid_fraction": tile.valid_fraction,
+        }
+        data = np.frombuffer(encode_tile(tile), np.uint8)
+        image = message(TOPICS[TILE_IMAGE], header=header(stamp, tile.key), format="png", data=data)
+        self._write(TILE_IMAGE, stamp, image)
+        self._write(TILE_GEOREFERENCE, stamp, message("std_msgs/msg/String", data=json.dumps(georeference)))
+        self._tiles[tile.key] = stamp
+        return stamp
+
+    def _write(self, topic: str, stamp: int, value: Any) -> None:
+        self._bag.write(topic, stamp, serialize(TOPICS[topic], value), may_split=False)
+
+
+def _full(pair: Pair) -> NDArray[np.float64] | None:
+    if pair.fix_covariance is None:
+        return None
+    full = np.diag([0.0, 0.0, 1e6])
+    size = pair.fix_covariance.shape[0]
+    full[:size, :size] = pair.fix_covariance
+    return full
+
+
+def _imu(head: Any, heading: float | None, std: float) -> Any:
+    zero = message("geometry_msgs/msg/Vector3", x=0.0, y=0.0, z=0.0)
+    covariance = np.zeros(9)
+    if heading is None:
+        covariance[0] = _UNKNOWN
+    else:
+        covariance[[0, 4]], covariance[8] = 1e6, std**2
+    unmeasured = np.zeros(9)
+    unmeasured[0] = _UNKNOWN
+    return message(
+        TOPICS[HEADING],
+        header=head,
+        orientation=quaternion(heading or 0.0),
+        orientation_covariance=covariance,
+        angular_velocity=zero,
+        angular_velocity_covariance=unmeasured,
+        linear_acceleration=zero,
+        linear_acceleration_covariance=unmeasured,
+    )
+
+
+def _camera_info(head: Any, camera: CameraModel) -> Any:
+    projection = np.zeros((3, 4))
+    projection[:, :3] = camera.matrix
+    region = message(
+        "sensor_msgs/msg/RegionOfInterest", x_offset=0, y_offset=0, height=0, width=0, do_rectify=False
+    )
+    return message(
+        TOPICS[CAMERA],
+        header=head,
+        height=camera.height,
+        width=camera.width,
+        distortion_model=camera.distortion_model,
+        d=np.array(camera.distortion, float),
+        k=np.array(camera.k, float),
+        r=np.eye(3).reshape(9),
+        p=projection.reshape(12),
+        binning_x=0,
+        binning_y=0,
+        roi=region,
+    )
+
+
+class PairBag:
+    """A bag of pairs, read at random: ``bag[i]`` is the i-th pair by its stamp, whatever the bag's size.
+
+    Only the index is held in memory. Not for use by several threads; a copy in another process (a data
+    loader's worker) opens files of its own. Raises BagError where the bag cannot be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._paths = bag_files(folder)
+        self._open: dict[int, tuple[IO[bytes], McapReader]] = {}
+        self._process = os.getpid()
+        # (stamp, number of its file) of every pair.
+        self._index = sorted(
+            (stamp, number) for number in range(len(self._paths)) for stamp in self._stamps(number)
+        )
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, index: int) -> Pair:
+        """Raises IndexError, and BagError where the pair is damaged."""
+        stamp, number = self._index[index]
+        try:
+            found = {
+                topic: deserialize(TOPICS[topic], data)
+                for topic, data in self._messages(number, stamp, (IMAGE, FIX, HEADING, CAMERA, TILE))
+            }
+            return _pair(stamp, found)
+        except Exception as error:
+            raise BagError(f"pair {index} of {self.folder} is damaged: {reason(error)}") from None
+
+    def tile(self, index: int) -> AerialTile | None:
+        """The aerial tile of a pair, None where it was stored without one. Raises as ``bag[index]``."""
+        stamp, number = self._index[index]
+        try:
+            reference = deserialize(TOPICS[TILE], self._one(number, stamp, TILE))
+            if not reference.frame_id:
+                return None
+            at = stamp_ns(reference)
+            image = georeference = None
+            # Two tiles may have been stored with the same stamp's pair.
+            for topic, data in self._messages(number, at, (TILE_IMAGE, TILE_GEOREFERENCE)):
+                value = deserialize(TOPICS[topic], data)
+                if topic == TILE_IMAGE and value.header.frame_id == reference.frame_id:
+                    image = bytes(value.data)
+                elif topic == TILE_GEOREFERENCE:
+                    content = json.loads(value.data)
+                    georeference = content if content["id"] == reference.frame_id else georeference
+            if image is None or georeference is None:
+                raise ValueError("its tile is missing")
+            return decode_tile(image, georeference)
+        except Exception as error:
+            raise BagError(f"pair {index} of {self.folder} has no usable tile: {reason(error)}") from None
+
+    def session(self) -> dict[str, Any]:
+        """What the bag says about its recording."""
+        for number in range(len(self._paths)):
+            for _, _, found in self._reader(number).iter_messages(topics=[SESSION]):
+                content: dict[str, Any] = json.loads(deserialize(TOPICS[SESSION], found.data).data)
+                return content
+        raise BagError(f"{self.folder} is not a bag of pairs: it has no {SESSION}")
+
+    def raw_image(self, index: int) -> bytes:
+        """The CDR bytes of a pair's image message. Raises as ``bag[index]``."""
+        stamp, number = self._index[index]
+        try:
+            return self._one(number, stamp, IMAGE)
+        except Exception as error:
+            raise BagError(f"pair {index} of {self.folder} is damaged: {reason(error)}") from None
+
+    def odometry(self) -> Iterator[tuple[int, bytes]]:
+        """(stamp in nanoseconds, CDR bytes of a ``nav_msgs/Odometry``) along the drive.
+
+        Raises BagError where the bag is damaged.
+        """
+        for number, path in enumerate(self._paths):
+            try:
+                for _, _, found in self._reader(number).iter_messages(topics=[ODOMETRY]):
+                    yield found.log_time, found.data
+            except BagError:
+                raise
+            except Exception as error:
+                raise BagError(f"the odometry in {path} is damaged: {reason(error)}") from None
+
+    def poses(self) -> list[tuple[int, float, float, float | None]]:
+        """(stamp in nanoseconds, lat, lon in degrees, heading in radians or None) of every pair, in order.
+
+        Each file is read once from end to end. Raises BagError where the bag is damaged.
+        """
+        fixes: dict[tuple[int, int], Any] = {}
+        headings: dict[tuple[int, int], Any] = {}
+        for number, path in enumerate(self._paths):
+            try:
+                for _, channel, found in self._reader(number).iter_messages(topics=[FIX, HEADING]):
+                    kind = fixes if channel.topic == FIX else headings
+                    kind[found.log_time, number] = deserialize(TOPICS[channel.topic], found.data)
+            except BagError:
+                raise
+            except Exception as error:
+                raise BagError(f"{path} is damaged: {reason(error)}") from None
+        try:
+            return [
+                (key[0], fixes[key].latitude, fixes[key].longitude, _measured_yaw(headings[key]))
+                for key in self._index
+            ]
+        except KeyError:
+            raise BagError(f"{self.folder} is damaged: a pair has no fix or heading") from None
+
+    def digest(self) -> str:
+        """Names what is in the bag, wherever it lies: its pairs' stamps and its files' sizes."""
+        sizes = [path.stat().st_size for path in self._paths]
+        return hashlib.sha256(repr((self._index, sizes)).encode()).hexdigest()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}
+
+    def _reader(self, number: int) -> McapReader:
+        if self._process != os.getpid():
+            # After a fork, the parent's open files share their position with ours.
+            self._open, self._process = {}, os.getpid()
+        if number not in self._open:
+            path = self._paths[number]
+            try:
+                file = path.open("rb")
+                reader = make_reader(file, validate_crcs=True)
+                summary = reader.get_summary()
+            except Exception as error:
+                raise BagError(
+                    f"{path} cannot be read ({reason(error)}): run xview-loc bag recover {self.folder}"
+                ) from None
+            if summary is None:
+                raise BagError(f"{path} was not closed: run xview-loc bag recover {self.folder}")
+            self._open[number] = (file, reader)
+        return self._open[number][1]
+
+    def _stamps(self, number: int) -> Iterator[int]:
+        """Stamps of a file's images, from its index alone."""
+        reader = self._reader(number)
+        summary = reader.get_summary()
+        assert summary is not None
+        channels = {c.id for c in summary.channels.values() if c.topic == IMAGE}
+        file = self._open[number][0]
+        for chunk in summary.chunk_indexes:
+            for channel in channels & chunk.message_index_offsets.keys():
+                file.seek(chunk.message_index_offsets[channel] + 9)  # past the record's opcode and length
+                try:
+                    stamps = [stamp for stamp, _ in MessageIndex.read(ReadDataStream(file)).records]
+                except Exception as error:
+                    raise BagError(
+                        f"the index of {self._paths[number]} is damaged ({reason(error)}): "
+                        f"run xview-loc bag recover {self.folder}"
+                    ) from None
+                yield from stamps
+
+    def _one(self, number: int, stamp: int, topic: str) -> bytes:
+        return next(data for _, data in self._messages(number, stamp, (topic,)))
+
+    def _messages(self, number: int, stamp: int, topics: tuple[str, ...]) -> Iterator[tuple[str, bytes]]:
+        found = self._reader(number).iter_messages(topics=topics, starting_at=stamp, ending_at=stamp)
+        for _, channel, one in found:
+            yield channel.topic, one.data
+
+
+def _pair(stamp: int, found: Mapping[str, Any]) -> Pair:
+    fix, imu, image = found[FIX], found[HEADING], found[IMAGE]
+    known = fix.position_covariance_type == COVARIANCE_KNOWN
+    heading = _measured_yaw(imu)
+    return Pair(
+        stamp_ns=stamp,
+        image_format=image.format,
+        image_bytes=image.data.tobytes(),
+        lat=fix.latitude,
+        lon=fix.longitude,
+        altitude=fix.altitude,
+        fix_covariance=fix.position_covariance.reshape(3, 3) if known else None,
+        heading=heading,
+        heading_std=0.0 if heading is None else math.sqrt(imu.orientation_covariance[8]),
+        camera=camera_from_info(found[CAMERA]) if CAMERA in found else None,
+        tile_id=found[TILE].frame_id,
+    )
+
+
+def _measured_yaw(imu: Any) -> float | None:
+    return None if imu.orientation_covariance[0] == _UNKNOWN else yaw_of(imu.orientation)

@@ -1,0 +1,110 @@
+"""What a bag of pairs holds, in figures and as a picture."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from xview_loc.bags.recovery import BagError
+from xview_loc.geodesy import LocalProjection
+from xview_loc.recordings.pairs import PairBag
+
+
+@dataclass(frozen=True)
+class PairStatistics:
+    """What a bag of pairs holds; metres, seconds, degrees.
+
+    fix_sigma_m: median standard deviation that the fixes claim (larger axis), not-a-number without one.
+    """
+
+    pairs: int
+    tiles: int
+    without_tile: int
+    damaged: int
+    length_m: float
+    seconds: float
+    south: float
+    west: float
+    north: float
+    east: float
+    fix_sigma_m: float
+    places: list[tuple[float, float]]
+
+
+def pair_statistics(bag: PairBag) -> PairStatistics:
+    """Read through a bag of pairs. Raises BagError where it holds none that can be read."""
+    places: list[tuple[float, float]] = []
+    stamps: list[int] = []
+    sigmas: list[float] = []
+    tiles: set[str] = set()
+    without_tile = damaged = 0
+    length = 0.0
+    for index in range(len(bag)):
+        try:
+            pair = bag[index]
+        except BagError:
+            damaged += 1
+            continue
+        if places:
+            length += math.hypot(*LocalProjection(*places[-1]).forward(pair.lat, pair.lon))
+        places.append((pair.lat, pair.lon))
+        stamps.append(pair.stamp_ns)
+        without_tile += not pair.tile_id
+        tiles |= {pair.tile_id} - {""}
+        if pair.fix_covariance is not None:
+            sigmas.append(math.sqrt(max(pair.fix_covariance[0, 0], pair.fix_covariance[1, 1])))
+    if not places:
+        raise BagError(f"{bag.folder} holds no pairs that can be read")
+    lats, lons = zip(*places, strict=True)
+    return PairStatistics(
+        pairs=len(places),
+        tiles=len(tiles),
+        without_tile=without_tile,
+        damaged=damaged,
+        length_m=length,
+        seconds=(max(stamps) - min(stamps)) / 1e9,
+        south=min(lats),
+        west=min(lons),
+        north=max(lats),
+        east=max(lons),
+        fix_sigma_m=sorted(sigmas)[len(sigmas) // 2] if sigmas else math.nan,
+        places=places,
+    )
+
+
+def draw_places(bag: PairBag, statistics: PairStatistics) -> Figure:
+    """Where the pairs are, in metres about their middle, over the tiles that were stored with them."""
+    middle = LocalProjection(
+        (statistics.south + statistics.north) / 2, (statistics.west + statistics.east) / 2
+    )
+    figure = Figure(figsize=(8, 8))
+    axes = figure.add_subplot()
+    drawn: set[str] = set()
+    for index in range(len(bag)):
+        try:
+            name = bag[index].tile_id
+            tile = bag.tile(index) if name not in drawn else None
+        except BagError:
+            continue
+        if tile is None:
+            continue
+        drawn.add(name)
+        x, y = middle.forward(tile.lat, tile.lon)
+        half = tile.size_px * tile.gsd / 2
+        step = max(1, tile.size_px // 128)
+        axes.imshow(tile.image[::step, ::step], extent=(x - half, x + half, y - half, y + half))
+    east, north = middle.forward(*np.array(statistics.places).T)
+    axes.plot(east, north, ".-", color="tab:orange", markersize=3, linewidth=0.8)
+    margin = 40.0
+    axes.set(
+        xlabel="east, m",
+        ylabel="north, m",
+        xlim=(float(east.min()) - margin, float(east.max()) + margin),
+        ylim=(float(north.min()) - margin, float(north.max()) + margin),
+        title=f"{statistics.pairs} pairs along {statistics.length_m / 1000:.2f} km",
+    )
+    axes.set_aspect("equal")
+    return figure

@@ -1,0 +1,280 @@
+"""A vehicle drives through a simulated city: images, fixes, a compass, odometry and the truth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xview_loc.errors import UserError
+from xview_loc.geodesy import wrap_angle
+from xview_loc.simulation.city import Cars, City, Image, car_looks
+from xview_loc.simulation.views import CameraPose, PanoramaView, PinholeView, render_panorama, render_pinhole
+
+Array = NDArray[np.float64]
+
+# West, south, east and north border, metres from the city's centre.
+Area = tuple[float, float, float, float]
+
+_STEP_M = 0.5  # of the sampled route
+_MARGIN_M = 70.0  # the route keeps this far from the city's border, so that every tile is whole
+
+
+class RouteError(UserError, ValueError):
+    """There is no street to drive on; the message is one clear line."""
+
+
+@dataclass(frozen=True)
+class DriveOptions:
+    """How a drive goes; metres, seconds, radians.
+
+    The fix's error is a Gauss-Markov bias (standard deviation ``bias_open_m`` per axis under an open sky,
+    up to ``bias_canyon_m`` between tall buildings, correlation time ``bias_time_s``) plus white noise.
+    """
+
+    rate_hz: float = 5.0
+    top_speed: float = 12.0
+    lateral_acceleration: float = 2.2
+    acceleration: float = 1.5
+    bias_open_m: float = 4.0
+    bias_canyon_m: float = 18.0
+    bias_time_s: float = 40.0
+    fix_noise_m: float = 0.5
+    heading_bias: float = math.radians(1.5)
+    heading_noise: float = math.radians(1.0)
+    speed_scale: float = 0.01
+    speed_noise: float = 0.05
+    yaw_rate_noise: float = 0.005
+    tilt: float = math.radians(0.6)
+    height_noise_m: float = 0.04
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Where the vehicle really is: metres in the city's plane, degrees, true-north ENU yaw, m/s, rad/s."""
+
+    east: float
+    north: float
+    lat: float
+    lon: float
+    heading: float
+    speed: float
+    yaw_rate: float
+
+
+@dataclass(frozen=True)
+class Fix:
+    """A receiver's fix: degrees and the covariance (2, 2) it claims, ENU m^2."""
+
+    lat: float
+    lon: float
+    covariance: Array
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Everything a vehicle knows at one instant, and the truth.
+
+    ``heading`` is the measured ENU yaw from true north with standard deviation ``heading_std``; ``speed``
+    and ``yaw_rate`` are the wheel odometry's. ``image`` is None for a drive without a camera.
+    """
+
+    stamp_ns: int
+    image: Image | None
+    truth: Truth
+    fix: Fix
+    heading: float
+    heading_std: float
+    speed: float
+    yaw_rate: float
+
+
+def sky_blocked(city: City, east: float, north: float) -> float:
+    """Share (0..1) of the sky behind buildings: the mean over the compass of the skyline's elevation / 90."""
+    yaw = np.linspace(0, 2 * math.pi, 24, endpoint=False)[:, None]
+    radius = np.geomspace(3.0, 90.0, 24)
+    row, col = city.to_pixel(east + radius * np.cos(yaw), north + radius * np.sin(yaw))
+    top = city.height.shape[0] - 1
+    height = city.height[
+        np.clip(np.round(row), 0, top).astype(int), np.clip(np.round(col), 0, top).astype(int)
+    ]
+    return float(np.arctan(height / radius).max(axis=1).mean() / (math.pi / 2))
+
+
+def plan_route(city: City, length_m: float, rng: np.random.Generator, area: Area | None = None) -> Array:
+    """Points (n, 2), 0.5 m apart, along the right-hand lane of streets chosen at random at each crossing.
+
+    ``area``: only streets that lie in it as a whole. Raises RouteError where the city has no street there, or
+    none far enough from its border.
+    """
+    streets, reach = city.streets.streets, city.size_m / 2 - _MARGIN_M
+    usable = {i for i, s in enumerate(streets) if np.abs(s.points).max() < reach}
+    if not usable:
+        # A small city: any street whose middle is inside will do, and the route is cut at the border.
+        usable = {i for i, s in enumerate(streets) if np.abs(s.at(s.length / 2)).max() < reach}
+    if not usable:
+        raise RouteError(f"a city of {city.size_m:.0f} m has no street {_MARGIN_M:.0f} m inside its border")
+    if area is not None:
+        usable = {i for i in usable if _within(streets[i].points, area)}
+        if not usable:
+            raise RouteError(f"no street lies within {area} (west, south, east, north, metres)")
+    index = int(rng.choice(sorted(usable)))
+    node = streets[index].nodes[0]
+    pieces, total, visits = [], 0.0, dict.fromkeys(usable, 0)
+    while total < length_m:
+        street = streets[index]
+        forward = street.nodes[0] == node
+        s = np.arange(0.0, street.length, _STEP_M)
+        # The rightmost lane; to the left of the centre line is negative when driven backwards.
+        lateral = -(street.lanes - 0.5) * street.lane_m
+        pieces.append(street.at(s, lateral) if forward else street.at(s, -lateral)[::-1])
+        visits[index] += 1
+        total += street.length
+        node = street.nodes[1] if forward else street.nodes[0]
+        onward = [i for i in city.streets.at_node[node] if i in usable and i != index]
+        if onward:
+            weight = np.array([0.2 ** visits[i] for i in onward])
+            index = int(rng.choice(onward, p=weight / weight.sum()))
+        # Otherwise it turns round and drives back.
+    points = np.concatenate(pieces)
+    points = points[(np.abs(points) < reach + _MARGIN_M / 2).all(axis=1)]
+    for width in (13, 9):  # round off the corners
+        points = np.stack([_smooth(points[:, k], width) for k in (0, 1)], axis=1)
+    s = np.concatenate([[0.0], np.cumsum(np.hypot(*np.diff(points, axis=0).T))])
+    even = np.arange(0.0, min(float(s[-1]), length_m), _STEP_M)
+    return np.stack([np.interp(even, s, points[:, k]) for k in (0, 1)], axis=1)
+
+
+def _within(points: Array, area: Area) -> bool:
+    west, south, east, north = area
+    return bool((points >= (west, south)).all() and (points <= (east, north)).all())
+
+
+def _smooth(values: Array, width: int) -> Array:
+    padded = np.pad(values, width // 2, mode="edge")
+    return np.convolve(padded, np.ones(width) / width, mode="valid")
+
+
+def _speed_profile(route: Array, options: DriveOptions) -> tuple[Array, Array]:
+    """(speed, yaw) at each point of the route."""
+    step = np.gradient(route, axis=0)
+    yaw = np.unwrap(np.arctan2(step[:, 1], step[:, 0]))
+    curvature = np.abs(np.gradient(_smooth(yaw, 7))) / _STEP_M
+    speed = np.minimum(options.top_speed, np.sqrt(options.lateral_acceleration / np.maximum(curvature, 1e-3)))
+    speed = np.maximum(speed, 1.5)
+    gain = 2 * options.acceleration * _STEP_M
+    for i in range(1, len(speed)):
+        speed[i] = min(speed[i], math.sqrt(speed[i - 1] ** 2 + gain))
+    for i in range(len(speed) - 2, -1, -1):
+        speed[i] = min(speed[i], math.sqrt(speed[i + 1] ** 2 + gain))
+    return speed, yaw
+
+
+def _traffic(city: City, east: float, north: float, time_s: float, seed: int) -> Cars:
+    """Cars that move along the streets around a place; each street's flow is fixed by the seed."""
+    centres, axes, picks = [], [], []
+    for index, street in enumerate(city.streets.streets):
+        if np.hypot(*(street.points - (east, north)).T).min() > 80.0:
+            continue
+        rng = np.random.default_rng([seed, index])
+        for _ in range(rng.poisson(city.style.traffic * street.length / 45.0)):
+            sign = 1.0 if rng.random() < 0.5 else -1.0
+            s = (rng.uniform(0, street.length) + sign * rng.uniform(4.0, 11.0) * time_s) % street.length
+            lane = int(rng.integers(0, street.lanes)) + 0.5
+            centres.append(street.at(s, -sign * lane * street.lane_m)[0])
+            axes.append(street.tangent(s)[0] * sign)
+            picks.append(rng.integers(0, 1 << 30))
+    count = len(centres)
+    looks = [car_looks(1, np.random.default_rng(int(pick))) for pick in picks]
+    colour = np.concatenate([c for c, _ in looks]) if count else np.zeros((0, 3), np.float32)
+    scale = np.concatenate([s for _, s in looks]) if count else np.zeros(0, np.float32)
+    place = np.array(centres).reshape(-1, 2)
+    # No car drives into the vehicle.
+    clear = np.hypot(*(place - (east, north)).T) > 5.5
+    return Cars(place[clear], np.array(axes).reshape(-1, 2)[clear], colour[clear], scale[clear])
+
+
+def drive(
+    city: City,
+    frames: int,
+    seed: int = 0,
+    *,
+    options: DriveOptions | None = None,
+    view: PanoramaView | PinholeView | None = PanoramaView(),  # noqa: B008 - frozen
+    area: Area | None = None,
+) -> Iterator[Frame]:
+    """Drive ``frames`` frames along random streets; the same arguments give the same frames.
+
+    ``view`` is the camera, or None for a drive without images. ``area`` keeps the drive to the streets in it.
+    Raises RouteError where there is none.
+    """
+    options = options or DriveOptions()
+    rng = np.random.default_rng([seed, city.seed, 4])
+    camera_rng = np.random.default_rng([seed, city.seed, 5])
+    period = 1.0 / options.rate_hz
+    route = plan_route(city, frames * period * options.top_speed + 10.0, rng, area)
+    speeds, yaws = _speed_profile(route, options)
+    # Time at each point of the route, so that frames are evenly spaced in time.
+    times = np.concatenate([[0.0], np.cumsum(_STEP_M / np.maximum(0.5 * (speeds[1:] + speeds[:-1]), 0.5))])
+    s_of_time = np.arange(len(route)) * _STEP_M
+    keep = math.exp(-period / options.bias_time_s)
+    innovation = math.sqrt(1.0 - keep * keep)
+    bias = rng.normal(size=2)
+    heading_bias = rng.normal() * options.heading_bias
+    speed_scale = 1.0 + rng.normal() * options.speed_scale
+    wander, tilt = float(rng.normal()) * 0.2, rng.normal(size=2) * options.tilt
+    blocked = sky_blocked(city, *route[0])
+    previous_yaw: float | None = None
+    for k in range(frames):
+        time_s = k * period
+        position = np.interp(min(time_s, times[-1]), times, s_of_time) / _STEP_M
+        i = min(int(position), len(route) - 2)
+        f = position - i
+        yaw = float((1 - f) * yaws[i] + f * yaws[i + 1])
+        wander = 0.97 * wander + 0.05 * rng.normal()
+        tilt = 0.9 * tilt + math.sqrt(1 - 0.81) * options.tilt * rng.normal(size=2)
+        place = (1 - f) * route[i] + f * route[i + 1]
+        east = float(place[0] - wander * math.sin(yaw))
+        north = float(place[1] + wander * math.cos(yaw))
+        speed = float((1 - f) * speeds[i] + f * speeds[i + 1])
+        yaw_rate = 0.0 if previous_yaw is None else (yaw - previous_yaw) / period
+        previous_yaw = yaw
+        lat, lon = (float(v) for v in city.to_latlon(east, north))
+        # `yaw` is in the plane's axes; true north turns by the convergence.
+        heading = wrap_angle(yaw - city.projection.convergence(lat, lon))
+        truth = Truth(east, north, lat, lon, heading, speed, yaw_rate)
+
+        bias = keep * bias + innovation * rng.normal(size=2)
+        blocked = 0.9 * blocked + 0.1 * sky_blocked(city, east, north)
+        canyon = min(1.0, blocked / 0.45)
+        sigma = options.bias_open_m + canyon * (options.bias_canyon_m - options.bias_open_m)
+        error = sigma * bias + options.fix_noise_m * rng.normal(size=2)
+        fix_lat, fix_lon = (float(v) for v in city.to_latlon(east + error[0], north + error[1]))
+        variance = sigma**2 + options.fix_noise_m**2
+        measured = wrap_angle(heading + heading_bias + options.heading_noise * rng.normal())
+        odometry = (
+            speed * speed_scale + options.speed_noise * rng.normal(),
+            yaw_rate + options.yaw_rate_noise * rng.normal(),
+        )
+        height = city.style.camera_height_m + options.height_noise_m * rng.normal()
+        image = None
+        if view is not None:
+            pose = CameraPose(east, north, yaw, height, float(tilt[0]), float(tilt[1]))
+            traffic = _traffic(city, east, north, time_s, seed)
+            if isinstance(view, PanoramaView):
+                image = render_panorama(city, pose, view, traffic=traffic, rng=camera_rng)
+            else:
+                image = render_pinhole(city, pose, view, traffic=traffic, rng=camera_rng)
+        yield Frame(
+            stamp_ns=round(time_s * 1e9),
+            image=image,
+            truth=truth,
+            fix=Fix(fix_lat, fix_lon, np.eye(2) * variance),
+            heading=measured,
+            heading_std=math.hypot(options.heading_bias, options.heading_noise),
+            speed=odometry[0],
+            yaw_rate=odometry[1],
+        )

@@ -1,0 +1,1 @@
+"""Training: the authors' losses, the resumable trainer and turned panoramas."""

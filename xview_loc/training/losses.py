@@ -1,0 +1,227 @@
+"""Training losses on a model's heat maps, as the models' authors define them.
+
+Positions are (row, col) pixel-centre coordinates of a square map; headings are angles of the ground image's
+centre column, radians, counter-clockwise from north (see :class:`xview_loc.models.base.HeatMaps`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xview_loc.estimation.localizer import MIN_SEARCH_M, SEARCH_SIGMAS
+from xview_loc.models.base import CrossViewModel, HeatMaps
+from xview_loc.models.ccvpe import CCVPE
+from xview_loc.models.ggcvt import ranking_loss
+
+TEMPERATURE = 0.1
+# Cells whose label is larger than this count as positives.
+POSITIVE = 1e-2
+
+
+def gaussian_label(position: Tensor, size: int, sigma: float) -> Tensor:
+    """Gaussian bumps (B, size, size) of peak 1 at ``position`` (B, 2), (row, col); ``sigma`` in pixels."""
+    axis = torch.arange(size, device=position.device, dtype=position.dtype)
+    rows, cols = (torch.exp(-0.5 * ((axis - position[:, i, None]) / sigma) ** 2) for i in (0, 1))
+    return rows[:, :, None] * cols[:, None, :]
+
+
+def bin_weights(heading: Tensor, count: int) -> Tensor:
+    """Share (B, count) of each of ``count`` heading bins in ``heading`` (B,), linear between the nearest two.
+
+    The bins count clockwise from north, as CCVPE's do: bin i is the heading -2 pi i / count.
+    """
+    place = (heading % (2 * math.pi)) * (count / (2 * math.pi))
+    index = place.floor()
+    ratio = place - index
+    near = (count - index.long()) % count
+    far = (count - index.long() - 1) % count
+    weights = torch.zeros(len(heading), count, device=heading.device, dtype=heading.dtype)
+    weights.scatter_add_(1, near[:, None], (1 - ratio)[:, None])
+    weights.scatter_add_(1, far[:, None], ratio[:, None])
+    return weights
+
+
+def pool_label(label: Tensor, side: int) -> Tensor:
+    """Max-pool the finest map's ``label`` (B, n, n) to a coarser level (B, side, side).
+
+    A cell takes the label's pixels that it covers. Both maps have the same centre, which is what CCVPE's
+    levels and GGCVT's search windows have in common.
+    """
+    stride = round(label.shape[1] / side)
+    # GGCVT's coarse windows reach a little further; on an odd difference cells are centred on a pixel.
+    spare = stride * side - label.shape[1]
+    odd = spare % 2
+    label = F.pad(label[:, None], ((spare + odd) // 2,) * 4)
+    return F.max_pool2d(label, stride + odd, stride)[:, 0]
+
+
+def info_nce(scores: Tensor, label: Tensor, bins: Tensor, positive: float = POSITIVE) -> Tensor:
+    """CCVPE's InfoNCE of one level (T-PAMI 2023, section on the losses).
+
+    scores: (B, n, h, w), the level's heat map. label: (B, H, W), of the finest map's size, not negative; it
+    is max-pooled to the level. bins: (B, n), share of each heading bin (ones where there is one). Cells whose
+    label is larger than ``positive`` count, each with its label's weight.
+    """
+    target = bins[:, :, None, None] * pool_label(label, scores.shape[2])[:, None]
+    target = torch.where(target > positive, target, 0.0)
+    log_share = F.log_softmax(scores.float().flatten(1) / TEMPERATURE, dim=1)
+    return -(log_share * target.flatten(1)).sum() / target.sum().clamp_min(1e-12)
+
+
+def cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
+    """Mean cross-entropy of the finest map (B, H, W) against ``label`` (B, H, W), normalised here."""
+    log_share = F.log_softmax(logits.float().flatten(1), dim=1)
+    return -(log_share * _normalised(label).flatten(1)).sum(1).mean()
+
+
+def orientation_error(field: Tensor, heading: Tensor, label: Tensor) -> Tensor:
+    """Squared error of the (cos, sin) ``field`` (B, 2, H, W), weighted by the normalised ``label``."""
+    target = torch.stack([heading.cos(), heading.sin()], 1)[:, :, None, None]
+    error = (field.float() - target).square().sum(1)
+    return (error * _normalised(label)).sum((1, 2)).mean()
+
+
+def _normalised(label: Tensor) -> Tensor:
+    return label / label.sum((1, 2), keepdim=True).clamp_min(1e-12)
+
+
+class HeatMapLoss(Protocol):
+    """A loss on what a model makes of a batch (fields of :class:`xview_loc.datasets.base.Sample`)."""
+
+    def __call__(
+        self, model: CrossViewModel, batch: Mapping[str, Tensor], heading_prior_deg: float | None
+    ) -> Tensor:
+        """The scalar loss of one batch; runs as much of the model as it needs."""
+        ...
+
+    def to_json(self) -> dict[str, Any]:
+        """Name and settings, for a checkpoint's metadata."""
+        ...
+
+
+@dataclass(frozen=True)
+class CCVPELoss:
+    """CCVPE's supervised loss: cross-entropy of the finest map, InfoNCE of every level, orientation.
+
+    ``sigma`` is the label's standard deviation in tile pixels (the authors' 4 are 0.56 m on VIGOR's tiles);
+    the weights are the authors'.
+    """
+
+    sigma: float = 4.0
+    level_weight: float = 1e4
+    orientation_weight: float = 10.0
+
+    def __call__(
+        self, model: CrossViewModel, batch: Mapping[str, Tensor], heading_prior_deg: float | None
+    ) -> Tensor:
+        """See :class:`HeatMapLoss`; the orientation counts where the heading is not known."""
+        assert isinstance(model, CCVPE)
+        features = model.encode_aerial(batch["aerial"])
+        maps = model.match(batch["ground"], features, heading_prior_deg, orientation=heading_prior_deg != 0)
+        return self.of_maps(model, maps, batch, heading_prior_deg)
+
+    def of_maps(
+        self, model: CCVPE, maps: HeatMaps, batch: Mapping[str, Tensor], heading_prior_deg: float | None
+    ) -> Tensor:
+        """The loss of heat maps that the model made of a batch."""
+        label = gaussian_label(batch["position"], model.spec.aerial_size, self.sigma)
+        bins = bin_weights(batch["heading"], model.spec.bins)[:, model.prior_bins(heading_prior_deg)]
+        levels = [info_nce(scores, label, bins) for scores in maps.levels]
+        total = cross_entropy(maps.logits, label) + self.level_weight * torch.stack(levels).mean()
+        if maps.orientation is not None:
+            error = orientation_error(maps.orientation, batch["heading"], label)
+            total = total + self.orientation_weight * error
+        return total
+
+    def to_json(self) -> dict[str, Any]:
+        """Name and settings, for a checkpoint's metadata."""
+        return {"name": "ccvpe", **asdict(self)}
+
+
+@dataclass(frozen=True)
+class GGCVTLoss:
+    """GGCVT's supervised loss (:func:`xview_loc.models.ggcvt.ranking_loss`)."""
+
+    def __call__(
+        self, model: CrossViewModel, batch: Mapping[str, Tensor], heading_prior_deg: float | None
+    ) -> Tensor:
+        """See :class:`HeatMapLoss`."""
+        extra: dict[str, Any] = {name: batch[name] for name in model.extra_inputs}
+        maps = model.match(batch["ground"], model.encode_aerial(batch["aerial"]), heading_prior_deg, **extra)
+        return ranking_loss(maps, batch["position"], model.spec.aerial_size)
+
+    def to_json(self) -> dict[str, Any]:
+        """The name, for a checkpoint's metadata."""
+        return {"name": "ggcvt"}
+
+
+def search_radius(batch: Mapping[str, Tensor]) -> Tensor:
+    """Tile pixels (B,) from the coarse fix within which a camera is looked for, as the localizer does: three
+    standard deviations of the fix; not-a-number where these are not known."""
+    return (SEARCH_SIGMAS * batch["fix_std"]).clamp_min(MIN_SEARCH_M) / batch["meters_per_pixel"]
+
+
+@dataclass(frozen=True)
+class DistillationLoss:
+    """Coarse-only supervision by pseudo ground truth (ECCV 2024, Sections 3.1 and 3.2).
+
+    The mean, over the first ``levels`` levels, of the InfoNCE against the pseudo ground truth X: a Gaussian
+    of ``sigma`` pixels of the finest map about the batch's ``position``, or, where a ``teacher`` is given,
+    the heat map that it makes of the batch. CCVPE's labels are lifted to the heading bins by the batch's
+    ``heading``.
+    """
+
+    levels: int
+    sigma: float = 4.0
+    teacher: CrossViewModel | None = None
+    weight: ClassVar[float] = 1e4  # of the published recipe
+
+    def __call__(
+        self, model: CrossViewModel, batch: Mapping[str, Tensor], heading_prior_deg: float | None
+    ) -> Tensor:
+        """See :class:`HeatMapLoss`."""
+        extra: dict[str, Any] = {name: batch[name] for name in model.extra_inputs}
+        features = model.encode_aerial(batch["aerial"])
+        # The bins of wrong headings are negatives too, whatever prior the model is told when it localises.
+        prior = None if isinstance(model, CCVPE) else heading_prior_deg
+        maps = model.match_levels(batch["ground"], features, prior, self.levels, **extra)
+        label = self._label(model, batch, heading_prior_deg)
+        if isinstance(model, CCVPE):
+            bins = bin_weights(batch["heading"], model.spec.bins)
+        else:
+            bins = torch.ones_like(batch["heading"])[:, None]
+        values = [info_nce(scores, label, bins, positive=0.0) for scores in maps]
+        return self.weight * torch.stack(values).mean()
+
+    def to_json(self) -> dict[str, Any]:
+        """Name and settings, for a checkpoint's metadata."""
+        label = {"sigma": self.sigma} if self.teacher is None else {"sigma": None}
+        return {"name": "distillation", "levels": self.levels, "mode_based": self.teacher is None, **label}
+
+    def _label(
+        self, model: CrossViewModel, batch: Mapping[str, Tensor], heading_prior_deg: float | None
+    ) -> Tensor:
+        if self.teacher is None:
+            grid = model.grid
+            cell = (batch["position"] - batch["position"].new_tensor(grid.origin)) / grid.scale
+            return gaussian_label(cell, model.map_size, self.sigma)
+        teacher = self.teacher.eval().to(batch["ground"].device)
+        extra: dict[str, Any] = {name: batch[name] for name in teacher.extra_inputs}
+        with torch.no_grad():
+            features = teacher.encode_aerial(batch["aerial"])
+            maps = teacher.match(batch["ground"], features, heading_prior_deg, **extra)
+            logits = maps.within(batch["fix"], search_radius(batch)).logits
+            share: Tensor = logits.float().flatten(1).softmax(1).view_as(logits)
+        return share
+
+
+def loss_for(model: CrossViewModel) -> HeatMapLoss:
+    """The authors' loss of a model."""
+    return CCVPELoss() if isinstance(model, CCVPE) else GGCVTLoss()

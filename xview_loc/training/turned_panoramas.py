@@ -1,0 +1,30 @@
+"""Supervised training of a cross-view model on a dataset with true poses, with the authors' losses."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from xview_loc.datasets.base import Batch
+
+
+def turn_panoramas(batch: Batch, columns: NDArray[np.int64]) -> Batch:
+    """The batch with each panorama turned left by so many columns (B,), and its heading with it."""
+    ground = batch["ground"]
+    turned = torch.stack([g.roll(int(c), 2) for g, c in zip(ground, columns, strict=True)])
+    angle = torch.as_tensor(columns, dtype=torch.float32, device=ground.device)
+    heading = batch["heading"] + angle * (2 * math.pi / ground.shape[3])
+    return {**batch, "ground": turned, "heading": heading}
+
+
+def random_turns(
+    rng: np.random.Generator, count: int, width: int, heading_prior_deg: float | None
+) -> NDArray[np.int64]:
+    """Columns (count,) by which to turn panoramas of ``width`` columns: uniform within the prior."""
+    if heading_prior_deg is None:
+        return rng.integers(0, width, count)
+    most = math.floor(min(heading_prior_deg, 180.0) / 360 * width)
+    return rng.integers(-most, most + 1, count)

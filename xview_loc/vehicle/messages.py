@@ -1,0 +1,159 @@
+"""What vehicles publish -> core types, gated. Takes rclpy's messages and those of bags; needs no ROS."""
+
+from __future__ import annotations
+
+import math
+import struct
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xview_loc.camera import CameraModel
+from xview_loc.geodesy import true_yaw
+from xview_loc.images import decode_compressed, decode_image
+from xview_loc.vehicle.odometry import VelocitySample
+from xview_loc.vehicle.synchronisation import TOP_SPEED, GnssFix, HeadingSample
+
+# A direction nothing is known about: the variance of the uniform distribution on the circle.
+_UNIFORM_STD = math.pi / math.sqrt(3.0)
+_LEAST_FIX_VARIANCE = 0.01**2
+_COVARIANCE_UNKNOWN = 0  # sensor_msgs/NavSatFix.COVARIANCE_TYPE_UNKNOWN
+
+
+class RejectedInput(Exception):  # noqa: N818 - it says what happened to the message
+    """A message that must not be used; ``reason`` is a short key for counting."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+def stamp_ns(message: Any) -> int:
+    """The header's stamp in nanoseconds; RejectedInput where it was never set."""
+    stamp = message.header.stamp
+    ns = int(stamp.sec) * 1_000_000_000 + int(stamp.nanosec)
+    return _checked_stamp(ns)
+
+
+def cdr_stamp_ns(data: bytes) -> int:
+    """The stamp of a serialized message that begins with a header; RejectedInput where it was never set."""
+    if len(data) < 12:
+        raise RejectedInput("too_short", "the message is too short to hold a stamp")
+    # Byte 1 of the encapsulation says in which order the others come.
+    seconds, nanoseconds = struct.unpack_from("<iI" if data[1] & 1 else ">iI", data, 4)
+    ns = int(seconds) * 1_000_000_000 + int(nanoseconds)
+    return _checked_stamp(ns)
+
+
+def _checked_stamp(ns: int) -> int:
+    if ns <= 0:
+        what = "zero" if ns == 0 else "negative"
+        raise RejectedInput("no_stamp", f"the message's stamp is {what}")
+    return ns
+
+
+def rgb_from_image(message: Any) -> NDArray[np.uint8]:
+    """Decode an Image or a CompressedImage to RGB; raises the camera module's ValueErrors."""
+    if hasattr(message, "format"):
+        return decode_compressed(bytes(message.data))
+    return decode_image(message.encoding, message.height, message.width, message.step, message.data)
+
+
+def camera_from_info(message: Any) -> CameraModel:
+    """The camera's intrinsics; RejectedInput where they are not calibrated or not finite."""
+    try:
+        return CameraModel(
+            width=int(message.width),
+            height=int(message.height),
+            k=tuple(float(value) for value in _field(message, "k")),
+            distortion=tuple(float(value) for value in _field(message, "d")),
+            distortion_model=message.distortion_model,
+        )
+    except ValueError as error:
+        raise RejectedInput("camera_info_invalid", f"camera_info: {error}") from None
+
+
+def fix_from_navsat(message: Any, min_status: int, max_sigma_m: float) -> GnssFix:
+    """The fix, gated: RejectedInput on no fix, a status below ``min_status``, NaN, or a sigma too large.
+
+    ``max_sigma_m`` limits the horizontal standard deviation (the larger axis); 0 does not limit it.
+    """
+    if message.status.status < min_status:
+        raise RejectedInput("fix_status", f"fix status {message.status.status} is below {min_status}")
+    lat, lon = message.latitude, message.longitude
+    if not (math.isfinite(lat) and math.isfinite(lon)):
+        raise RejectedInput("fix_not_finite", "fix has a latitude or longitude that is not a number")
+    if abs(lat) > 90.0 or abs(lon) > 360.0:
+        raise RejectedInput("fix_out_of_range", f"fix {lat}, {lon} is not a place on Earth")
+    if lat == 0.0 and lon == 0.0:
+        raise RejectedInput("fix_zero", "fix is 0, 0: the receiver has no position yet")
+    covariance = None
+    if message.position_covariance_type != _COVARIANCE_UNKNOWN:
+        covariance = np.array(message.position_covariance, float).reshape(3, 3)
+        horizontal = covariance[:2, :2]
+        if not np.isfinite(horizontal).all():
+            raise RejectedInput("fix_covariance", "fix has a covariance that is not finite")
+        least, largest = (float(v) for v in np.linalg.eigvalsh(horizontal))
+        if least < -1e-6 * abs(largest):
+            raise RejectedInput("fix_covariance", "fix has a covariance that is not positive definite")
+        if not horizontal.any():
+            covariance = None
+        else:
+            # No receiver is surer than a centimetre, in any direction.
+            horizontal += max(0.0, _LEAST_FIX_VARIANCE - least) * np.eye(2)
+            sigma = math.sqrt(largest)
+            if 0 < max_sigma_m < sigma:
+                raise RejectedInput("fix_sigma", f"fix sigma {sigma:.1f} m is above {max_sigma_m:g} m")
+    altitude = message.altitude if math.isfinite(message.altitude) else 0.0
+    return GnssFix(stamp_ns(message), lat, lon, altitude, covariance)
+
+
+def heading_from_message(message: Any, declination: float, default_std: float) -> HeadingSample:
+    """Heading of an Imu, QuaternionStamped or PoseStamped; RejectedInput where it holds none.
+
+    ``declination`` (radians, positive east) is what the source's north lies east of true north;
+    ``default_std`` (radians) holds where the message has no covariance.
+    """
+    std = default_std
+    if hasattr(message, "orientation_covariance"):
+        covariance = message.orientation_covariance
+        if covariance[0] == -1.0:
+            raise RejectedInput("heading_unavailable", "the Imu says that it has no orientation")
+        if math.isfinite(covariance[8]) and covariance[8] > 0.0:
+            std = min(math.sqrt(covariance[8]), _UNIFORM_STD)
+        q = message.orientation
+    elif hasattr(message, "pose"):
+        q = message.pose.orientation
+    else:
+        q = message.quaternion
+    norm = math.sqrt(q.x * q.x + q.y * q.y + q.z * q.z + q.w * q.w)
+    if not abs(norm - 1.0) < 0.1:  # NaN as well
+        raise RejectedInput("heading_not_unit", f"heading quaternion has norm {norm:.3g}, not 1")
+    return HeadingSample(stamp_ns(message), true_yaw(yaw_of(q), declination), std)
+
+
+def velocity_from_odometry(message: Any) -> VelocitySample:
+    """The twist of an Odometry (that of base_link, in its own axes).
+
+    The pose is not looked at: it drifts, and many sources leave it out. Raises RejectedInput where a velocity
+    is no number, or more than a vehicle's.
+    """
+    linear, angular = message.twist.twist.linear, message.twist.twist.angular
+    sample = VelocitySample(stamp_ns(message), float(linear.x), float(linear.y), float(angular.z))
+    if not all(math.isfinite(v) for v in (sample.forward, sample.left, sample.yaw_rate)):
+        raise RejectedInput("odom_not_finite", "odometry has a velocity that is not a number")
+    speed = math.hypot(sample.forward, sample.left)
+    if speed > TOP_SPEED:
+        raise RejectedInput("odom_too_fast", f"odometry says {speed:.0f} m/s, more than {TOP_SPEED:.0f}")
+    return sample
+
+
+def yaw_of(q: Any) -> float:
+    """Yaw (radians) of a quaternion of any length but zero."""
+    return math.atan2(2.0 * (q.w * q.z + q.x * q.y), q.w * q.w + q.x * q.x - q.y * q.y - q.z * q.z)
+
+
+def _field(message: Any, name: str) -> Any:
+    """A field that ROS 1 spells with a capital."""
+    return getattr(message, name) if hasattr(message, name) else getattr(message, name.upper())

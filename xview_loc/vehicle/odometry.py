@@ -1,0 +1,98 @@
+"""How a vehicle moved between two instants, by the velocities that its odometry measured. No ROS in here."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+
+from xview_loc.vehicle.synchronisation import NS, RESTART_NS
+
+# For so long velocities are remembered.
+_KEEP_NS = 120 * NS
+
+
+@dataclass(frozen=True)
+class VelocitySample:
+    """Of base_link, in its own axes: m/s forward and to the left, rad/s counter-clockwise."""
+
+    stamp_ns: int
+    forward: float
+    left: float
+    yaw_rate: float
+
+
+@dataclass(frozen=True)
+class Motion:
+    """From one instant to another: metres forward and left in the axes at the start, radians, metres."""
+
+    forward: float
+    left: float
+    turn: float
+    length: float
+
+
+class Odometry:
+    """The velocities of the last two minutes, in the order of their stamps. Thread-safe."""
+
+    def __init__(self, max_gap_s: float) -> None:
+        """``max_gap_s``: further apart than this, two samples say nothing about the time between them."""
+        self._max_gap_s = max_gap_s
+        self._samples: deque[VelocitySample] = deque()
+        self._lock = threading.Lock()
+
+    def add(self, sample: VelocitySample) -> bool:
+        """Keep a sample; False where it is not newer than the last one.
+
+        One that is half a second older means that time started again: the others are forgotten.
+        """
+        with self._lock:
+            if self._samples and sample.stamp_ns <= self._samples[-1].stamp_ns:
+                if sample.stamp_ns > self._samples[-1].stamp_ns - RESTART_NS:
+                    return False
+                self._samples.clear()
+            self._samples.append(sample)
+            while self._samples[0].stamp_ns < sample.stamp_ns - _KEEP_NS:
+                self._samples.popleft()
+        return True
+
+    def between(self, start_ns: int, end_ns: int) -> Motion | None:
+        """The motion from ``start_ns`` to ``end_ns``; None where samples are missing.
+
+        Velocities change linearly between samples and are held before the first and after the last.
+        """
+        samples: list[VelocitySample] = []
+        with self._lock:
+            for sample in reversed(self._samples):
+                samples.append(sample)
+                if sample.stamp_ns <= start_ns:
+                    break
+        samples.reverse()
+        if not samples or end_ns < start_ns:
+            return None
+        stamps = np.array([s.stamp_ns for s in samples])
+        # Those between the two instants, and the ones next to them.
+        first = max(0, int(np.searchsorted(stamps, start_ns, "right")) - 1)
+        last = min(len(stamps), int(np.searchsorted(stamps, end_ns)) + 1)
+        time = (stamps[first:last] - start_ns) / NS
+        length = (end_ns - start_ns) / NS
+        ends = max(time[0], length - time[-1])
+        if ends > self._max_gap_s or (np.diff(time) > self._max_gap_s).any():
+            return None
+        at = np.concatenate([[0.0], time[(time > 0.0) & (time < length)], [length]])
+        forward, left, rate = (
+            np.interp(at, time, [getattr(s, name) for s in samples[first:last]])
+            for name in ("forward", "left", "yaw_rate")
+        )
+        step = np.diff(at)
+        forward, left, rate = ((v[1:] + v[:-1]) / 2 * step for v in (forward, left, rate))
+        yaw = np.cumsum(rate) - rate / 2
+        cos, sin = np.cos(yaw), np.sin(yaw)
+        return Motion(
+            forward=float(cos @ forward - sin @ left),
+            left=float(sin @ forward + cos @ left),
+            turn=float(rate.sum()),
+            length=float(np.hypot(forward, left).sum()),
+        )
