@@ -611,7 +611,9 @@ def test_every_model_and_heading_is_adapted(
     save_checkpoint(model, tmp_path / "teacher.safetensors")
     first = load_checkpoint(tmp_path / "teacher.safetensors")
     cities = city.folder
-    source = SimulatedDataset("target", range(3, 4), 40, model.spec, reach_m=model.reach_m, cache_dir=cities)
+    source = SimulatedDataset(
+        "target", range(3, 4), 40, model.spec, half_extent_m=model.half_extent_m, cache_dir=cities
+    )
     chosen = options(model, heading_priors_deg=(prior,), keep=0.6)
     adapted = Distillation(FABRIC, first, source, tmp_path, chosen).run()
     assert 0 < adapted.kept.sum() < len(adapted.labels)

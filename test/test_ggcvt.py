@@ -164,7 +164,7 @@ def test_loss_of_equal_scores_and_of_a_clear_peak() -> None:
         level[0, 0, at[0], at[1]] = 2.0
     true = torch.tensor([[grid.origin[0] + 2 * row, grid.origin[1] + 2 * col]])
     assert float(ranking_loss(maps, true, model.spec.aerial_size)) < 0.01
-    reach = model.reach_m / model.spec.gsd
+    reach = model.half_extent_m / model.spec.gsd
     ranking_loss(maps, centre + torch.tensor([[reach, -reach]]), model.spec.aerial_size)
     with pytest.raises(ValueError, match="search window"):
         ranking_loss(maps, centre + torch.tensor([[reach + 2, 0.0]]), model.spec.aerial_size)

@@ -44,7 +44,7 @@ def localize(
     """Each frame's pose; the fixes' search discs are off, so that nothing hides a maximum that jumps."""
     net = load_model(model, checkpoint).model
     with open_map(str(tif)) as aerial:
-        tiles = TileStore(aerial, required_tile_px(net.spec), net.spec.gsd, snap_m=net.reach_m / 2)
+        tiles = TileStore(aerial, required_tile_px(net.spec), net.spec.gsd, snap_m=net.half_extent_m / 2)
         localizer = Localizer(
             tiles,
             net,

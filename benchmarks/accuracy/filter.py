@@ -224,7 +224,7 @@ def measure(net: CrossViewModel, style: str, number: int, seed: int, seconds: fl
         tempfile.TemporaryDirectory() as folder,
         open_map(str(city.write_geotiff(Path(folder) / "city.tif"))) as aerial,
     ):
-        tiles = TileStore(aerial, required_tile_px(net.spec), net.spec.gsd, snap_m=net.reach_m / 2)
+        tiles = TileStore(aerial, required_tile_px(net.spec), net.spec.gsd, snap_m=net.half_extent_m / 2)
         rendered = Drive(frames, tiles, net, seed)
         return {scenario.name: rendered.measure(scenario) for scenario in SCENARIOS}
 

@@ -250,7 +250,7 @@ def _source(data: list[str], model: CrossViewModel) -> PairSource:
 
     folders = [Path(text) for text in data]
     if len(data) == 1 and ":" in data[0] and not folders[0].exists():
-        return open_dataset(data[0], model.spec, reach_m=model.reach_m)
+        return open_dataset(data[0], model.spec, half_extent_m=model.half_extent_m)
     return PairDataset(folders, model.spec)
 
 

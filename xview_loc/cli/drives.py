@@ -41,7 +41,7 @@ def simulated_drive(
         tempfile.TemporaryDirectory() as folder,
         open_map(str(city.write_geotiff(Path(folder) / "city.tif"))) as aerial,
     ):
-        tiles = TileStore(aerial, required_tile_px(spec), spec.gsd, snap_m=net.reach_m / 2)
+        tiles = TileStore(aerial, required_tile_px(spec), spec.gsd, snap_m=net.half_extent_m / 2)
         localizer = Localizer(tiles, net, heading_prior_deg=0.0 if heading_known else None)
         yield (
             localizer,

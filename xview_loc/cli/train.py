@@ -75,7 +75,7 @@ def train(
     if isinstance(loss, CCVPELoss):
         loss = replace(loss, sigma=sigma)
     sets = [
-        open_dataset(text, net.spec, reach_m=net.reach_m, cache_dir=cache_dir, augment=augment)
+        open_dataset(text, net.spec, half_extent_m=net.half_extent_m, cache_dir=cache_dir, augment=augment)
         for text, augment in ((data, True), (validation, False))
     ]
     priors = {"known": (0.0,), "unknown": (None,), "both": (0.0, None)}[heading.value]

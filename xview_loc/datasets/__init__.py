@@ -30,16 +30,16 @@ def open_dataset(
     text: str,
     spec: ModelSpec,
     *,
-    reach_m: float = math.inf,
+    half_extent_m: float = math.inf,
     cache_dir: Path | None = None,
     augment: bool = False,
     heading_known: bool = True,
 ) -> PoseDataset:
-    """The dataset that ``text`` names, for a model of ``spec`` that finds cameras up to ``reach_m`` from a
+    """The dataset that ``text`` names, for a model of ``spec`` that finds cameras up to ``half_extent_m`` from a
     tile's centre; DatasetError on what is not one.
 
     ``simulated:STYLE:CITIES:FRAMES``: cities ``3`` or ``0-23`` of a style, so many frames in each;
-    ``reach_m``, ``cache_dir`` and ``augment`` are :class:`SimulatedDataset`'s.
+    ``half_extent_m``, ``cache_dir`` and ``augment`` are :class:`SimulatedDataset`'s.
     ``vigor:ROOT:SPLIT``: a split of :class:`VigorDataset`, ``vigor:ROOT:SPLIT:original`` with the original
     labels; unless ``heading_known``, panoramas are turned at random.
     ``kitti:ROOT:SPLIT``: a split of :class:`KittiDataset`; unless ``heading_known``, tiles are turned by up
@@ -47,7 +47,9 @@ def open_dataset(
     """
     kind, _, rest = text.partition(":")
     if kind == "simulated":
-        return SimulatedDataset.parse(rest, spec, reach_m=reach_m, cache_dir=cache_dir, augment=augment)
+        return SimulatedDataset.parse(
+            rest, spec, half_extent_m=half_extent_m, cache_dir=cache_dir, augment=augment
+        )
     labels: Labels = "original" if kind == "vigor" and rest.endswith(":original") else "corrected"
     root, colon, split = rest.removesuffix(":original").rpartition(":")
     if kind == "vigor" and colon:

@@ -49,7 +49,7 @@ def parse_cities(text: str) -> range:
 class SimulatedDataset(PoseDataset):
     """Panoramas along drives through ``cities`` (seeds) of a style, ``frames`` in each.
 
-    The camera is anywhere on its tile but near the border, within ``reach_m`` of its centre along rows and
+    The camera is anywhere on its tile but near the border, within ``half_extent_m`` of its centre along rows and
     columns, and the panorama is turned north with a heading
     that is off by 2 degrees (standard deviation). ``augment`` draws both anew in every epoch.
     Cities are rendered by :meth:`prepare`, or when first needed, into ``cache_dir``.
@@ -63,7 +63,7 @@ class SimulatedDataset(PoseDataset):
         frames: int,
         spec: ModelSpec,
         *,
-        reach_m: float = math.inf,
+        half_extent_m: float = math.inf,
         cache_dir: Path | None = None,
         augment: bool = False,
     ) -> None:
@@ -78,7 +78,7 @@ class SimulatedDataset(PoseDataset):
         self._spec = spec
         self.folder = (cache_dir or default_cache_dir().parent / "simulated").expanduser()
         self._augment = augment
-        self._reach = min(spec.aerial_size * spec.gsd / 2 - _BORDER_M, reach_m)
+        self._reach = min(spec.aerial_size * spec.gsd / 2 - _BORDER_M, half_extent_m)
         self._open: dict[int, _Rendered] = {}
 
     @classmethod
@@ -87,7 +87,7 @@ class SimulatedDataset(PoseDataset):
         text: str,
         spec: ModelSpec,
         *,
-        reach_m: float = math.inf,
+        half_extent_m: float = math.inf,
         cache_dir: Path | None = None,
         augment: bool = False,
     ) -> SimulatedDataset:
@@ -101,7 +101,7 @@ class SimulatedDataset(PoseDataset):
             parse_cities(cities),
             int(frames),
             spec,
-            reach_m=reach_m,
+            half_extent_m=half_extent_m,
             cache_dir=cache_dir,
             augment=augment,
         )

@@ -84,15 +84,17 @@ def draw_errors(coarse: Mapping[int, float], own: Mapping[int, float]) -> Figure
     return figure
 
 
-def draw_distribution(errors: Mapping[str, Array], colours: Mapping[str, str], reach_m: float) -> Figure:
-    """Share of the frames that lie within so many metres of the truth, up to ``reach_m``."""
+def draw_distribution(
+    errors: Mapping[str, Array], colours: Mapping[str, str], half_extent_m: float
+) -> Figure:
+    """Share of the frames that lie within so many metres of the truth, up to ``half_extent_m``."""
     figure = Figure(figsize=(9, 4))
     axes = figure.add_subplot()
     for name, values in errors.items():
         share = np.arange(1, len(values) + 1) / len(values)
         axes.step(np.sort(values), share, where="post", color=colours[name], label=name)
     axes.set(xlabel="distance from the truth, m", ylabel="share of the frames")
-    axes.set(xlim=(0, reach_m), ylim=(0, 1))
+    axes.set(xlim=(0, half_extent_m), ylim=(0, 1))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     return figure

@@ -160,7 +160,7 @@ class CrossViewModel(nn.Module):
         return self.spec.aerial_size
 
     @property
-    def reach_m(self) -> float:
+    def half_extent_m(self) -> float:
         """How far from the tile's centre, along rows or columns, a camera can be found, metres."""
         return self.spec.aerial_size / 2 * self.spec.gsd
 

@@ -163,8 +163,8 @@ class GGCVT(CrossViewModel):
         return sizes
 
     @property
-    def reach_m(self) -> float:
-        """See :attr:`CrossViewModel.reach_m`: half the search window."""
+    def half_extent_m(self) -> float:
+        """See :attr:`CrossViewModel.half_extent_m`: half the search window."""
         return (self.map_size - 1) / 2 * _STRIDES[-1] * self.spec.gsd
 
     @property

@@ -91,13 +91,13 @@ class LocalizerNode(VehicleNode):
 
     def configure(self) -> None:
         """Open map and model, create the outputs."""
-        p = self._p
+        p = self._params
         if p["torch_threads"]:
             torch.set_num_threads(p["torch_threads"])
         model, path, sha256 = self._load_model()
         if not p["map"]:
             raise parameters.ParameterError("parameter map is empty: name an aerial map")
-        self._open_map(required_tile_px(model.spec), model.spec.gsd, snap_m=model.reach_m / 2)
+        self._open_map(required_tile_px(model.spec), model.spec.gsd, snap_m=model.half_extent_m / 2)
         localizer = self._first_localizer(model)
         self._swap = CheckpointSwap(Deployed(localizer, path, sha256), self._build_localizer)
         self._health.value("checkpoint", self._swap.active)
@@ -116,7 +116,7 @@ class LocalizerNode(VehicleNode):
             self._swap,
             self._odometry,
             # As tile centres are apart by default: their middles move as much as the places.
-            model.reach_m / 2,
+            model.half_extent_m / 2,
             self._shadow_options,
             self._health,
             self.get_logger(),
@@ -132,7 +132,7 @@ class LocalizerNode(VehicleNode):
 
     def wants_heading(self) -> bool:
         """Unless it is to be searched."""
-        return bool(self._p["heading_mode"] != "unknown")
+        return bool(self._params["heading_mode"] != "unknown")
 
     def needs_fix(self) -> bool:
         """Until the filter knows where the vehicle is."""
@@ -141,12 +141,12 @@ class LocalizerNode(VehicleNode):
     def more_inputs(self) -> list[tuple[Any, str, Callable[[Any], None], bool]]:
         """Odometry where something asks for it."""
         inputs = super().more_inputs()
-        asked = self._p["filter"] or self.get_parameter("shadow_checkpoint").value
+        asked = self._params["filter"] or self.get_parameter("shadow_checkpoint").value
         return [*inputs, (Odometry, "odom", self._on_odom, False)] if asked else inputs
 
     def _listen_to_odometry(self, for_candidate: bool) -> None:
         """Where a candidate comes or goes while the node is active."""
-        asked = self._p["filter"] or for_candidate
+        asked = self._params["filter"] or for_candidate
         if self._inputs and asked != ("odom" in self._inputs):
             if asked:
                 self._listen(Odometry, "odom", self._on_odom)
@@ -166,8 +166,8 @@ class LocalizerNode(VehicleNode):
 
     def _load_model(self) -> tuple[CrossViewModel, str, str]:
         """The parameters' model with its checkpoint's path and SHA-256, "" for random weights."""
-        name = self._p["model"]
-        path = self._p["checkpoint"] or shipped_checkpoint(name)
+        name = self._params["model"]
+        path = self._params["checkpoint"] or shipped_checkpoint(name)
         if path:
             checkpoint = load_checkpoint(path, name or None)
             self._health.clear("untrained")
@@ -180,23 +180,23 @@ class LocalizerNode(VehicleNode):
 
     def _first_localizer(self, model: CrossViewModel) -> Localizer:
         """Warm; its backend serves the checkpoints after it as well."""
-        self._backend = choose_backend(self._p["backend"], self._p["device"])
+        self._backend = choose_backend(self._params["backend"], self._params["device"])
         try:
             localizer = self._build_localizer(model)
             localizer.warm_up()
         except RuntimeUnavailableError as error:
-            if self._p["backend"] != "auto" or self._backend == "torch":
+            if self._params["backend"] != "auto" or self._backend == "torch":
                 raise
             self.get_logger().warning(f"torch instead of {self._backend}: {error}")
             self._backend = "torch"
             localizer = self._build_localizer(model)
             localizer.warm_up()
-        self._health.value("backend", f"{self._backend} {self._p['precision']}")
+        self._health.value("backend", f"{self._backend} {self._params['precision']}")
         return localizer
 
     def _build_localizer(self, model: CrossViewModel) -> Localizer:
         """With the open map and the parameters' settings."""
-        p = self._p
+        p = self._params
         assert self._tiles is not None
         prior = {"known": 0.0, "prior": p["heading_prior_deg"], "unknown": None}[p["heading_mode"]]
         radius, floor = p["search_radius_m"], p["covariance_floor_m"]
@@ -366,7 +366,7 @@ class LocalizerNode(VehicleNode):
         except RejectedInput as error:
             self._refuse("odom", error)
             return
-        frame, base = message.child_frame_id, self._p["base_frame"]
+        frame, base = message.child_frame_id, self._params["base_frame"]
         if frame and frame != base:
             text = f"odom's velocities are those of {frame}; they are taken as those of {base}"
             if self._health.condition("odom_frame", WARN, text):
@@ -379,7 +379,7 @@ class LocalizerNode(VehicleNode):
             self._health.count("odom_rejected/stamp_not_newer")
 
     def _mounting(self) -> Mounting:
-        p = self._p
+        p = self._params
         antenna, camera = (p["antenna_x"], p["antenna_y"]), (p["camera_x"], p["camera_y"])
         yaw = math.radians(p["camera_yaw_deg"])
         if p["antenna_frame"]:
@@ -390,7 +390,7 @@ class LocalizerNode(VehicleNode):
 
     def _look_up(self, frame: str) -> tuple[tuple[float, float], float]:
         try:
-            found = self._tf.lookup_transform(self._p["base_frame"], frame, Time()).transform
+            found = self._tf.lookup_transform(self._params["base_frame"], frame, Time()).transform
         except Exception as error:  # tf2's exceptions share no base that is importable without it
             raise RejectedInput("extrinsics_missing", f"tf: {error}") from None
         q = found.rotation
@@ -457,7 +457,7 @@ class LocalizerNode(VehicleNode):
                 self._shadow.saw(observation, job.fix, heading, mounting)
 
     def _image(self, job: Job) -> Any:
-        kind = "CompressedImage" if self._p["image_transport"] == "compressed" else "Image"
+        kind = "CompressedImage" if self._params["image_transport"] == "compressed" else "Image"
         try:
             message = ros_types.deserialize(f"sensor_msgs/msg/{kind}", job.frame.image)
         except Exception as error:  # whatever damaged bytes lead to
@@ -484,10 +484,10 @@ class LocalizerNode(VehicleNode):
         )
 
     def _answer(self, job: Job, fix: GnssFix, mounting: Mounting, estimate: PoseEstimate) -> None:
-        if estimate.confidence < self._p["min_confidence"]:
+        if estimate.confidence < self._params["min_confidence"]:
             raise RejectedInput(
                 "low_confidence",
-                f"confidence {estimate.confidence:.3f} is below {self._p['min_confidence']:g}",
+                f"confidence {estimate.confidence:.3f} is below {self._params['min_confidence']:g}",
             )
         if estimate.at_search_border:
             self._health.count("frames_at_search_border")
@@ -506,7 +506,7 @@ class LocalizerNode(VehicleNode):
             covariance = mounting.base_covariance(covariance, yaw, variance)
         pose = self._pose_message(job, lat, lon, covariance, yaw, variance)
         self._pose_pub.publish(pose)
-        base = self._header(job, self._p["base_frame"])
+        base = self._header(job, self._params["base_frame"])
         self._fix_pub.publish(messages.fix_message(base, lat, lon, covariance, fix))
         if self._broadcaster is not None and yaw is not None:
             self._broadcast(pose)
@@ -517,7 +517,7 @@ class LocalizerNode(VehicleNode):
 
     def _due(self, output: str) -> bool:
         """Whether it is the turn of an output with a rate of its own."""
-        now, rate = time.monotonic(), self._p[f"{output}_rate"]
+        now, rate = time.monotonic(), self._params[f"{output}_rate"]
         if rate <= 0 or now - self._shown_at.get(output, -math.inf) < 1.0 / rate:
             return False
         self._shown_at[output] = now
@@ -541,7 +541,7 @@ class LocalizerNode(VehicleNode):
         cos, sin = math.cos(convergence), math.sin(convergence)
         turn = np.array([[cos, -sin], [sin, cos]])
         return messages.pose_message(
-            self._header(job, self._p["map_frame"]),
+            self._header(job, self._params["map_frame"]),
             self._datum.forward(lat, lon),
             turn @ covariance @ turn.T,
             None if heading is None else wrap_angle(heading + convergence),
@@ -563,7 +563,7 @@ class LocalizerNode(VehicleNode):
     # The filter over time
 
     def _filter_options(self) -> FilterOptions:
-        p = self._p
+        p = self._params
         return FilterOptions(p["filter_outlier"], p["filter_drift_m"], p["filter_decorrelation_m"])
 
     def _say_why_not_the_fix(self, job: Job) -> None:
@@ -585,7 +585,7 @@ class LocalizerNode(VehicleNode):
     def _broadcast(self, pose: PoseWithCovarianceStamped) -> None:
         from geometry_msgs.msg import TransformStamped
 
-        message = TransformStamped(header=pose.header, child_frame_id=self._p["base_frame"])
+        message = TransformStamped(header=pose.header, child_frame_id=self._params["base_frame"])
         message.transform.translation.x = pose.pose.pose.position.x
         message.transform.translation.y = pose.pose.pose.position.y
         message.transform.rotation = pose.pose.pose.orientation

@@ -143,7 +143,7 @@ class PairLoggerNode(VehicleNode):
 
     def configure(self) -> None:
         """Open the map. One that is out of reach is no reason not to record: tiles can be filled in later."""
-        p = self._p
+        p = self._params
         self._map_failed_at = -math.inf
         self._attribution = ""
         if p["map"]:
@@ -161,20 +161,20 @@ class PairLoggerNode(VehicleNode):
 
     def make_worker(self) -> _Recorder:
         """Every keyframe counts: they wait for each other."""
-        if self._p["record_on_start"]:
+        if self._params["record_on_start"]:
             self._begin()
         return _Recorder(self._record_safely)
 
     def wants_heading(self) -> bool:
         """As the parameter says."""
-        return bool(self._p["use_heading"])
+        return bool(self._params["use_heading"])
 
     def more_inputs(self) -> list[tuple[Any, str, Callable[[Any], None], bool]]:
         """camera_info where somebody publishes it, odometry where it is asked for."""
         inputs: list[tuple[Any, str, Callable[[Any], None], bool]] = [
             (CameraInfo, "camera_info", self._on_camera_info, False)
         ]
-        if self._p["use_odometry"]:
+        if self._params["use_odometry"]:
             inputs.append((Odometry, "odom", self._on_odom, True))
         return inputs
 
@@ -206,7 +206,7 @@ class PairLoggerNode(VehicleNode):
 
     def _begin(self) -> Path:
         """Begin a bag; its folder. Raises OSError."""
-        p = self._p
+        p = self._params
         parent = Path(p["directory"]).expanduser()
         name = time.strftime("pairs_%Y_%m_%d-%H_%M_%S")
         folder = parent / name
@@ -352,10 +352,10 @@ class PairLoggerNode(VehicleNode):
     def _record(self, job: Job) -> None:
         data = job.frame.image
         # A CompressedImage stays as it came, bytes and all: only who reads the bag looks into it.
-        raw = data if self._p["image_transport"] == "compressed" else None
+        raw = data if self._params["image_transport"] == "compressed" else None
         jpeg = b""
         if raw is None:
-            jpeg = encode_jpeg(rgb_from_image(deserialize_message(data, Image)), self._p["jpeg_quality"])
+            jpeg = encode_jpeg(rgb_from_image(deserialize_message(data, Image)), self._params["jpeg_quality"])
         frame = job.frame
         assert job.fix is not None  # this node needs fixes
         pair = Pair.of(frame.stamp_ns, "jpeg", jpeg, job.fix, job.heading, frame.camera)

@@ -111,7 +111,7 @@ class VehicleNode(LifecycleNode):
         parameters.declare(self, self.table)
         self._health = Health(self.doing)
         self._state = "unconfigured"
-        self._p: dict[str, Any] = {}
+        self._params: dict[str, Any] = {}
         self._inputs: dict[str, Any] = {}
         self._worker: Worker | None = None
         self._map: AerialMap | None = None
@@ -217,7 +217,7 @@ class VehicleNode(LifecycleNode):
     # Set-up
 
     def _configure(self) -> None:
-        p = self._p = parameters.read(self, self.table)
+        p = self._params = parameters.read(self, self.table)
         self._fixes: History[GnssFix] = History("fix", blend_fix, p["max_fix_age_s"])
         self._headings: History[HeadingSample] = History("heading", blend_heading, p["max_heading_age_s"])
         self._jumps = JumpGate(p["fix_max_jump_m"])
@@ -233,12 +233,12 @@ class VehicleNode(LifecycleNode):
 
         ``snap_m``: spacing of their centres where the parameters leave it open; None: a quarter of a tile.
         """
-        self._map = open_map(self._p["map"], self._map_options())
-        self._tiles = TileStore(self._map, size_px, gsd, self._p["snap_m"] or snap_m)
+        self._map = open_map(self._params["map"], self._map_options())
+        self._tiles = TileStore(self._map, size_px, gsd, self._params["snap_m"] or snap_m)
         return self._tiles
 
     def _map_options(self) -> MapOptions:
-        p = self._p
+        p = self._params
         headers = {}
         for line in filter(None, p["map_headers"]):
             name, colon, value = line.partition(":")
@@ -259,7 +259,7 @@ class VehicleNode(LifecycleNode):
         )
 
     def _subscribe(self) -> None:
-        p = self._p
+        p = self._params
         image = CompressedImage if p["image_transport"] == "compressed" else Image
         wanted: list[tuple[Any, str, Callable[[Any], None], bool]] = [
             # First: of messages that are here together, they are taken first, so that an image that a fix
@@ -276,7 +276,7 @@ class VehicleNode(LifecycleNode):
 
     def _listen(self, kind: Any, name: str, call: Callable[[Any], None], raw: bool = False) -> None:
         """Subscribe an input as the parameters say."""
-        p = self._p
+        p = self._params
         qos = QoSProfile(
             history=HistoryPolicy.KEEP_LAST,
             depth=p["qos_depth"],
@@ -333,7 +333,7 @@ class VehicleNode(LifecycleNode):
         self._health.count("fix_received")
         try:
             fix = input_messages.fix_from_navsat(
-                message, self._p["fix_min_status"], self._p["fix_max_sigma_m"]
+                message, self._params["fix_min_status"], self._params["fix_max_sigma_m"]
             )
         except RejectedInput as error:
             self._refuse("fix", error)
@@ -359,7 +359,7 @@ class VehicleNode(LifecycleNode):
 
     def _on_heading(self, message: Any) -> None:
         self._health.count("heading_received")
-        p = self._p
+        p = self._params
         try:
             heading = input_messages.heading_from_message(
                 message, math.radians(p["magnetic_declination_deg"]), math.radians(p["heading_std_deg"])
@@ -399,7 +399,7 @@ class VehicleNode(LifecycleNode):
             return
         self._last_image_ns = stamp
         delay = (self.get_clock().now().nanoseconds - stamp) / NS
-        if abs(delay) > self._p["max_image_delay_s"]:
+        if abs(delay) > self._params["max_image_delay_s"]:
             text = f"image stamps differ {delay:.1f} s from the node's clock (clocks, or use_sim_time)"
             self._health.condition("image_delay", WARN, text, for_s=3.0)
         now = time.monotonic_ns()
