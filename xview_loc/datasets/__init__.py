@@ -35,8 +35,9 @@ def open_dataset(
     augment: bool = False,
     heading_known: bool = True,
 ) -> PoseDataset:
-    """The dataset that ``text`` names, for a model of ``spec`` that finds cameras up to ``half_extent_m`` from a
-    tile's centre; DatasetError on what is not one.
+    """Open the dataset that ``text`` names for a model of ``spec``; DatasetError if ``text`` names none.
+
+    ``half_extent_m``: half the side of the square that the model searches.
 
     ``simulated:STYLE:CITIES:FRAMES``: cities ``3`` or ``0-23`` of a style, so many frames in each;
     ``half_extent_m``, ``cache_dir`` and ``augment`` are :class:`SimulatedDataset`'s.

@@ -49,9 +49,9 @@ def parse_cities(text: str) -> range:
 class SimulatedDataset(PoseDataset):
     """Panoramas along drives through ``cities`` (seeds) of a style, ``frames`` in each.
 
-    The camera is anywhere on its tile but near the border, within ``half_extent_m`` of its centre along rows and
-    columns, and the panorama is turned north with a heading
-    that is off by 2 degrees (standard deviation). ``augment`` draws both anew in every epoch.
+    The camera is anywhere on its tile but near the border, within ``half_extent_m`` of its centre along
+    rows and columns, and the panorama is turned north with a heading that is off by 2 degrees (standard
+    deviation). ``augment`` draws both anew in every epoch.
     Cities are rendered by :meth:`prepare`, or when first needed, into ``cache_dir``.
     Raises DatasetError for a model that does not take panoramas, and on an unknown style.
     """
