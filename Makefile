@@ -1,10 +1,14 @@
-# make demo: install into .venv and run the main job.   make test: install and run the tests.
-# make demo-adapt: the whole loop, from localising in a new city to the adapted weights on the running node.
+# All targets install into .venv first.
+# make demo: localise a simulated drive.   make demo-adapt: record, adapt, and swap the weights on the running node.
+# make test: the tests, in minutes.   make test-slow: those that take longer.   make lint: ruff and mypy.
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: demo demo-adapt test lint clean
+.PHONY: demo demo-adapt test test-slow lint clean
+
+# A file's tests share their fixtures, so a file stays with one worker; each worker takes about 1 GB.
+PYTEST := $(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 demo: $(STAMP)
 	$(VENV)/bin/python -m xview_loc.demo.localize
@@ -13,7 +17,10 @@ demo-adapt: $(STAMP)
 	$(VENV)/bin/python -m xview_loc.demo.adapt
 
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest
+	$(PYTEST) -m "not slow"
+
+test-slow: $(STAMP)
+	$(PYTEST) -m slow
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
