@@ -18,6 +18,7 @@ from xview_loc.maps.base import (
     MapError,
     MapOpenError,
     MapOptions,
+    MapUnavailableError,
     NoImageryError,
     redact,
 )
@@ -275,3 +276,28 @@ def test_threads_share_a_raster(tmp_path):
         for thread in threads:
             thread.join()
     assert not wrong
+
+
+def test_closing_while_a_thread_reads(tmp_path):
+    """A dataset closed under a reader would abort the process."""
+    path = write_geotiff(tmp_path / "a.tif", texture(400, 400), LAT, LON, 0.2, "EPSG:31256")
+    aerial = open_map(path)
+    reading, results = threading.Semaphore(0), []
+
+    def work():
+        try:
+            while True:
+                reading.release()
+                aerial.tile(LAT, LON, 200, 0.15)
+        except MapUnavailableError as error:
+            results.append(str(error))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for _ in range(12):
+        assert reading.acquire(timeout=60.0)
+    aerial.close()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 4 and all("closed" in result for result in results)

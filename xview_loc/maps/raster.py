@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -29,6 +31,7 @@ from xview_loc.maps.base import (
     SECRET,
     AerialMap,
     AerialTile,
+    MapError,
     MapInfo,
     MapOpenError,
     MapOptions,
@@ -59,13 +62,14 @@ class RasterMap(AerialMap):
             "GDAL_HTTP_MAX_RETRY": "0",
             "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR" if "://" in source else "FALSE",
         }
-        # GDAL datasets are not thread safe (sharing one aborts the process): each thread opens its own.
-        self._local = threading.local()
-        self._opened: list[Any] = []
+        # A GDAL dataset must not be used by two threads at a time (the process would abort), so each read
+        # takes an idle one, or opens another.
+        self._idle: list[Any] = []
         self._lock = threading.Lock()
         self._closed = False
         with rasterio.Env(**self._env):
-            dataset = self._dataset(first=True)
+            dataset = self._open(MapOpenError)
+            self._idle.append(dataset)
             self._bands = self._choose_bands(dataset)
             self._scale = self._brightness_range(dataset)
             self._info = self._describe(dataset, options)
@@ -84,8 +88,9 @@ class RasterMap(AerialMap):
         try:
             with (
                 rasterio.Env(**self._env),
+                self._dataset() as dataset,
                 WarpedVRT(
-                    self._dataset(),
+                    dataset,
                     crs=crs,
                     transform=Affine(gsd, 0.0, -half, 0.0, -gsd, half),
                     width=size_px,
@@ -99,8 +104,6 @@ class RasterMap(AerialMap):
                 alpha = bands.alpha or warped.count
                 data = warped.read(indexes=[*bands.colour, alpha])
         except (RasterioError, OSError) as error:
-            if self._closed:
-                raise MapUnavailableError(f"{self._name}: the map is closed") from None
             if not self._near(lat, lon, half):
                 raise NoImageryError(f"{self._name} does not cover {lat:.6f}, {lon:.6f}") from None
             raise MapUnavailableError(f"cannot read {self._name}: {self._reason(error)}") from None
@@ -117,28 +120,38 @@ class RasterMap(AerialMap):
         return self._info
 
     def close(self) -> None:
-        """See :meth:`AerialMap.close`."""
+        """See :meth:`AerialMap.close`; a read in another thread is not waited for."""
         with self._lock:
             self._closed = True
-            for dataset in self._opened:
-                dataset.close()
-            self._opened.clear()
+            idle, self._idle = self._idle, []
+        for dataset in idle:
+            dataset.close()
 
-    def _dataset(self, first: bool = False) -> Any:
-        dataset = getattr(self._local, "dataset", None)
+    @contextmanager
+    def _dataset(self) -> Iterator[Any]:
+        with self._lock:
+            if self._closed:
+                raise MapUnavailableError(f"{self._name}: the map is closed")
+            dataset = self._idle.pop() if self._idle else None
         if dataset is None:
-            try:
-                dataset = rasterio.open(self._source)
-                if ColorInterp.palette in dataset.colorinterp:
-                    # Colours can be interpolated, palette indices cannot.
-                    dataset = _expand_palette(dataset)
-            except (RasterioError, OSError, ValueError) as error:
-                kind = MapOpenError if first else MapUnavailableError
-                raise kind(f"cannot open {self._name}: {self._reason(error)}") from None
-            self._local.dataset = dataset
+            dataset = self._open(MapUnavailableError)
+        try:
+            yield dataset
+        finally:
             with self._lock:
-                self._opened.append(dataset)
-        return dataset
+                closed = self._closed
+                if not closed:
+                    self._idle.append(dataset)
+            if closed:
+                dataset.close()
+
+    def _open(self, error_type: type[MapError]) -> Any:
+        try:
+            dataset = rasterio.open(self._source)
+            # Colours can be interpolated, palette indices cannot.
+            return _expand_palette(dataset) if ColorInterp.palette in dataset.colorinterp else dataset
+        except (RasterioError, OSError, ValueError) as error:
+            raise error_type(f"cannot open {self._name}: {self._reason(error)}") from None
 
     def _reason(self, error: Exception) -> str:
         # What GDAL says may hold the URL, key and all.

@@ -11,8 +11,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +25,7 @@ from std_srvs.srv import Trigger
 from xview_loc.bags.writer import BagFullError, BagLimits
 from xview_loc.camera import CameraError
 from xview_loc.images import ImageError, encode_jpeg
-from xview_loc.maps.base import AerialTile, NoImageryError
-from xview_loc.maps.store import TileStore
+from xview_loc.maps.base import AerialTile
 from xview_loc.nodes import parameters
 from xview_loc.nodes.diagnostics import ERROR, WARN
 from xview_loc.nodes.vehicle_node import Job, VehicleNode, run
@@ -40,8 +37,7 @@ from xview_loc.vehicle.synchronisation import GnssFix
 # Keyframes that wait for a slow disk; at 10 a second this is several seconds of them.
 KEYFRAMES_WAITING = 64
 ODOMETRY_WAITING = 4096
-# A map out of reach is asked again after so long; the pairs in between are stored without tiles.
-MAP_RETRY_S = 5.0
+# How long a pair waits for its tile; without one it can be filled in later.
 TILE_WAIT_S = 0.3
 # Odometry of another clock (uptime) is of no use beside images.
 ODOMETRY_CLOCK_NS = 60 * 1_000_000_000
@@ -91,39 +87,6 @@ class _Recorder:
             self._work(job)
 
 
-class _TileCutter:
-    """Tiles of a map that may be slow: a pair does not wait for its tile longer than ``TILE_WAIT_S``."""
-
-    def __init__(self, tiles: TileStore) -> None:
-        self._tiles = tiles
-        self._pool = ThreadPoolExecutor(1, "tile")
-        self._cutting: Future[AerialTile] | None = None
-
-    def around(self, lat: float, lon: float) -> AerialTile | None:
-        """The tile; None where it is not here in time (a later pair may find it).
-
-        Raises what the map does, in time or at the next call.
-        """
-        if self._cutting is not None:
-            if not self._cutting.done():
-                return None
-            late, self._cutting = self._cutting, None
-            late.result()
-        self._cutting = self._pool.submit(self._tiles.around, lat, lon)
-        try:
-            tile = self._cutting.result(TILE_WAIT_S)
-        except FutureTimeout:
-            return None
-        finally:
-            if self._cutting.done():
-                self._cutting = None
-        return tile
-
-    def close(self) -> None:
-        """Wait for nothing."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-
-
 class PairLoggerNode(VehicleNode):
     """See config/pair_logger.yaml for the parameters and docs/pair_format.md for what it writes."""
 
@@ -132,7 +95,6 @@ class PairLoggerNode(VehicleNode):
     optional_inputs = frozenset({"camera_info", "odom"})
 
     def __init__(self) -> None:
-        self._cutter: _TileCutter | None = None
         self._writer: PairWriter | None = None
         self._written = threading.Lock()
         super().__init__("pair_logger")
@@ -144,12 +106,10 @@ class PairLoggerNode(VehicleNode):
     def configure(self) -> None:
         """Open the map. One that is out of reach is no reason not to record: tiles can be filled in later."""
         p = self._params
-        self._map_failed_at = -math.inf
         self._attribution = ""
         if p["map"]:
             tiles = self._open_map(p["tile_px"], p["tile_gsd"])
             self._attribution = tiles.map.attribution
-            self._cutter = _TileCutter(tiles)
         else:
             self._health.condition("no_map", WARN, "no map is named: pairs are stored without tiles")
         rule = KeyframeRule(
@@ -183,10 +143,7 @@ class PairLoggerNode(VehicleNode):
         self._end()
 
     def release(self) -> None:
-        """End the cutting of tiles."""
-        if self._cutter is not None:
-            self._cutter.close()
-            self._cutter = None
+        """Nothing but the map is opened, and the base class closes it."""
 
     def before_report(self) -> None:
         """Pairs, megabytes and rate."""
@@ -367,23 +324,17 @@ class PairLoggerNode(VehicleNode):
                     self._health.count("pairs_without_tile")
 
     def _tile(self, fix: GnssFix) -> AerialTile | None:
-        if self._cutter is None or time.monotonic() - self._map_failed_at < MAP_RETRY_S:
+        if self._tiles is None:
             return None
         try:
             self._prefetch(fix)
-            tile = self._cutter.around(fix.lat, fix.lon)
+            tile = self._tiles.around(fix.lat, fix.lon, TILE_WAIT_S)
         except Exception as error:  # whatever it is, the pair counts
-            if not isinstance(error, NoImageryError):
-                self._map_failed_at = time.monotonic()
             text = f"pairs are stored without tiles: {error}"
             if self._health.condition("map", WARN, text):
                 self.get_logger().warning(text)
             return None
-        if tile is None:
-            text = f"pairs are stored without tiles: the map has not answered within {TILE_WAIT_S:g} s"
-            self._health.condition("map", WARN, text, for_s=MAP_RETRY_S)
-        else:
-            self._health.clear("map")
+        self._health.clear("map")
         return tile
 
     def _write(self, write: Callable[[PairWriter], None]) -> bool:
