@@ -146,6 +146,8 @@ def test_a_hanging_map_is_waited_for_once(world, clock):
     aerial.go.clear()
     with pytest.raises(MapUnavailableError, match=r"not answered within 0\.001 s"):
         store.around(*moved(20.0, 0.0), wait_s=SOON)
+    for _ in range(2):
+        assert aerial.entered.acquire(timeout=WAIT_S)
     # These would block for a minute each.
     for place in [moved(20.0, 0.0), moved(40.0, 0.0)]:
         with pytest.raises(MapUnavailableError, match=r"not answered within 0\.001 s"):
@@ -215,6 +217,8 @@ def test_closing_does_not_wait_for_a_hanging_map(world):
     store.prefetch(LAT, LON, (10.0, 0.0))
     with pytest.raises(MapUnavailableError):
         store.around(LAT, LON, wait_s=SOON)
+    for _ in range(2):
+        assert aerial.entered.acquire(timeout=WAIT_S)
     store.close()
     store.close()
     assert not aerial.go.is_set()
