@@ -160,8 +160,11 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path: Path) -> None:
     ("text", "message"),
     [
         (f"P_rect_03: {PROJECTION}\n", "calib_cam_to_cam.txt has no line P_rect_02"),
-        (f"P_rect_03: {PROJECTION}\nP_rect_02: 1 2 3\n", "calib_cam_to_cam.txt line 2 is no camera matrix"),
-        (f"P_rect_02: {PROJECTION.replace('7.215377e+02', '0', 1)}\n", "line 1 is no camera matrix"),
+        (
+            f"P_rect_03: {PROJECTION}\nP_rect_02: 1 2 3\n",
+            "calib_cam_to_cam.txt line 2 is not a camera matrix",
+        ),
+        (f"P_rect_02: {PROJECTION.replace('7.215377e+02', '0', 1)}\n", "line 1 is not a camera matrix"),
     ],
 )
 def test_a_damaged_calibration_is_named(tmp_path: Path, text: str, message: str) -> None:

@@ -272,8 +272,8 @@ def test_the_best_epoch_is_kept(tmp_path: Path) -> None:
             return model.weight  # type: ignore[attr-defined]
 
     fabric = make_fabric("cpu")
-    standing = train(
+    progress = train(
         fabric, model, Dots(), VALIDATION, tmp_path, Falls(), options(epochs=2, learning_rate=5e-4)
     )
-    assert standing.history[0]["known_mean_m"] == 0.0 and standing.history[1]["known_mean_m"] > 1.0
-    assert standing.best_score == 0.0
+    assert progress.history[0]["known_mean_m"] == 0.0 and progress.history[1]["known_mean_m"] > 1.0
+    assert progress.best_score == 0.0

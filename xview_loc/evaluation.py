@@ -1,4 +1,4 @@
-"""How far estimates lie from the truth: on drives, and on datasets with true poses."""
+"""Errors of estimates, on drives and on datasets with true poses."""
 
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class DriveErrors:
-    """One localised drive: distances from the truth in metres, one for each frame.
+    """Errors of one localised drive, one value for each frame.
 
-    ``estimate`` is not-a-number where the localizer refused the frame, and so is ``mahalanobis``: the
-    truth's distance in standard deviations of the estimate's covariance.
+    fix, estimate: distances from the truth, metres.
+    mahalanobis: the truth's distance in standard deviations of the estimate's covariance.
+    ``estimate`` and ``mahalanobis`` are NaN for frames that the localizer refused.
     """
 
     fix: Array
@@ -41,12 +42,12 @@ class DriveErrors:
 
     @classmethod
     def joined(cls, drives: Iterable[DriveErrors]) -> DriveErrors:
-        """All frames of several drives."""
+        """Join the frames of several drives."""
         parts = list(drives)
         return cls(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(cls)))
 
     def coverage(self, probability: float) -> float:
-        """Share of the estimates whose covariance's ellipse of that probability holds the truth."""
+        """Return the share of estimates whose covariance ellipse of ``probability`` contains the truth."""
         return coverage(self.mahalanobis[np.isfinite(self.mahalanobis)], probability)
 
     @property
@@ -66,7 +67,7 @@ class Errors:
 
     @classmethod
     def of(cls, distances: Array) -> Errors:
-        """Over the finite ones; all not-a-number where there is none."""
+        """Summarise the finite distances; NaN if there are none."""
         finite = distances[np.isfinite(distances)]
         if not len(finite):
             return cls(0, math.nan, math.nan, math.nan)
@@ -75,14 +76,14 @@ class Errors:
 
 
 def distance_m(lat: float, lon: float, true_lat: float, true_lon: float) -> float:
-    """Metres between two places a few kilometres apart at most, degrees."""
+    """Return the metres between two positions (degrees) at most a few kilometres apart."""
     return math.hypot(*LocalProjection(true_lat, true_lon).forward(lat, lon))
 
 
 def localize_each(
     localizer: Localizer, frames: Iterable[tuple[Observation, tuple[float, float]]]
 ) -> Iterator[tuple[PoseEstimate, tuple[float, float]]]:
-    """The pose of each observation, with its true place; without those that the localizer refuses."""
+    """Yield the pose and the true (lat, lon) of each observation that the localizer does not refuse."""
     for observation, truth in frames:
         with suppress(LocalizationError):
             yield localizer.localize(observation), truth
@@ -91,9 +92,9 @@ def localize_each(
 def localize_drive(
     localizer: Localizer, frames: Iterable[tuple[Observation, tuple[float, float]]]
 ) -> DriveErrors:
-    """Localise each observation by itself and compare with its true (lat, lon).
+    """Localise each observation by itself and compare it with its true (lat, lon).
 
-    A frame that the localizer refuses stays in the figures as not-a-number.
+    Frames that the localizer refuses are kept as NaN.
     """
     fix, estimate, sigmas = [], [], []
     for observation, (lat, lon) in frames:
@@ -111,21 +112,22 @@ def localize_drive(
 
 
 class EvaluationError(UserError):
-    """A model whose output cannot be judged; the message is one clear line."""
+    """A model or dataset that cannot be evaluated; the message is one clear line."""
 
 
 @dataclass(frozen=True)
 class PoseErrors:
-    """A model's errors on N samples of a dataset, one value for each sample, in its order.
+    """A model's errors on the samples of a dataset, one value for each sample, in the dataset's order.
 
-    distance_m: of the finest map's largest pixel from the truth. longitudinal_m, lateral_m: the same error,
-    signed, ahead and to the right of the true heading, for tiles turned to the heading (else not-a-number).
-    heading_deg: signed error, counter-clockwise as seen from above, of the orientation field at that pixel
-    (not-a-number for a model without a field, or where the heading was given).
-    probability: of the map's pixel at the truth; nll: negative logarithm of that pixel's density, in nats
-    for a density per square metre. Outside the map they are 0 and infinity.
-    mahalanobis: of the truth from the sub-pixel peak under the localizer's covariance.
-    encode_ms, match_ms: time for the aerial tile and for the rest, per sample of its batch.
+    distance_m: distance of the finest map's maximum from the truth.
+    longitudinal_m, lateral_m: the same error, signed, ahead and to the right of the true heading; NaN unless
+    tiles are turned to the heading.
+    heading_deg: signed error of the orientation field at the maximum, counter-clockwise seen from above; NaN
+    for a model without a field or with a given heading.
+    probability: probability of the map's pixel at the truth; 0 outside the map.
+    nll: negative logarithm of that pixel's density, in nats, per square metre; infinity outside the map.
+    mahalanobis: Mahalanobis distance of the truth from the sub-pixel peak, by the localizer's covariance.
+    encode_ms, match_ms: time for the aerial tile and for the rest: the batch's, divided by its size.
     """
 
     distance_m: Array
@@ -139,15 +141,15 @@ class PoseErrors:
     match_ms: Array
 
     def within(self, metres: float) -> float:
-        """Share of the samples that are less than ``metres`` off."""
+        """Return the share of samples with an error below ``metres``."""
         return float((self.distance_m < metres).mean())
 
     def coverage(self, probability: float) -> float:
-        """Share of the samples whose truth lies in the covariance's ellipse of that probability."""
+        """Return the share of samples whose covariance ellipse of ``probability`` contains the truth."""
         return coverage(self.mahalanobis, probability)
 
     def summary(self) -> dict[str, float]:
-        """Figures over all samples; longitudinal, lateral and heading ones only where there are any."""
+        """Return figures over all samples; longitudinal, lateral and heading errors only if there are any."""
         figures: dict[str, float] = {"samples": len(self.distance_m)}
         for name in ("distance_m", "longitudinal_m", "lateral_m", "heading_deg"):
             errors = Errors.of(np.abs(getattr(self, name)))
@@ -175,15 +177,15 @@ def evaluate(
     on_batch: Callable[[int], object] = lambda samples: None,
     on_heat_map: Callable[[HeatMap, tuple[float, float]], object] = lambda heat_map, truth: None,
 ) -> PoseErrors:
-    """Match the samples of ``dataset``, with no search disc, and compare with its true pose.
+    """Match the samples of ``dataset``, without a search disc, and compare with their true poses.
 
-    ``heading_prior_deg`` is what :meth:`CrossViewModel.match` takes; a model with an orientation field is
-    asked for it unless the prior is 0. The model stays on its device; with ``batch_size`` 1 the times are
-    latencies. ``every`` n-th sample alone is
-    matched. ``on_batch`` is called with each batch's number of samples, ``on_heat_map`` with
-    each sample's heat map and the true (lat, lon) on its tile, wherever that tile is said to lie.
-    Raises DatasetError for a sample that cannot be had, EvaluationError for heat maps that are not finite
-    and for an empty dataset.
+    heading_prior_deg: see :meth:`CrossViewModel.match`; the orientation field is computed unless it is 0.
+    batch_size: samples matched together; with 1 the times are latencies. workers: processes that load data.
+    every: matches only every n-th sample.
+    on_batch: called with each batch's number of samples.
+    on_heat_map: called with each sample's heat map and true (lat, lon); its tile is put at an arbitrary
+    place. Raises DatasetError if a sample cannot be read, EvaluationError if heat maps are not finite or the
+    dataset is empty.
     """
     if not len(dataset):
         raise EvaluationError(f"{dataset.name} has no samples")
@@ -205,7 +207,7 @@ def evaluate(
         times = {"encode_ms": (encoded - start) / count, "match_ms": (matched - encoded) / count}
         for i in range(count):
             try:
-                heat_map, truth, row = _judge(model, maps, loaded, i)
+                heat_map, truth, row = _errors(model, maps, loaded, i)
             except HeatMapError as error:
                 raise EvaluationError(f"{model.spec.name} on sample {len(rows)}: {error}") from None
             on_heat_map(heat_map, truth)
@@ -214,12 +216,12 @@ def evaluate(
     return PoseErrors(**{f.name: np.array([row[f.name] for row in rows]) for f in fields(PoseErrors)})
 
 
-def _judge(
+def _errors(
     model: CrossViewModel, maps: HeatMaps, batch: dict[str, Tensor], i: int
 ) -> tuple[HeatMap, tuple[float, float], dict[str, float]]:
-    """Heat map, true (lat, lon), and all but the times of sample ``i`` of a batch."""
+    """Return heat map, true (lat, lon) and errors (without times) of sample ``i`` of a batch."""
     size, gsd = model.spec.aerial_size, float(batch["meters_per_pixel"][i])
-    # Where on earth the tile lies does not matter, nor what it shows.
+    # The tile's position on earth and its image do not matter.
     tile = AerialTile(np.broadcast_to(np.uint8(0), (size, size, 3)), 0.0, 0.0, gsd)
     logits = maps.logits[i].float().cpu().numpy()
     heat_map = HeatMap.from_logits(logits, maps.grid, tile, calibration=model.calibration)
@@ -234,10 +236,10 @@ def _judge(
     if maps.orientation is not None:
         at_row, at_col = (round(x) for x in heat_map.to_tile(*heat_map.peak_pixel))
         cos, sin = maps.orientation[i, :, at_row, at_col].tolist()
-        counted = -1.0 if model.spec.aerial_up == "left" else 1.0
-        heading = math.degrees(wrap_angle(counted * (math.atan2(sin, cos) - true_heading)))
+        sense = -1.0 if model.spec.aerial_up == "left" else 1.0
+        heading = math.degrees(wrap_angle(sense * (math.atan2(sin, cos) - true_heading)))
     tempered = logits / model.calibration.temperature(heat_map.contrast)
-    probability, log_probability = _at(tempered, (truth - maps.grid.origin) / maps.grid.scale)
+    probability, log_probability = _probability_at(tempered, (truth - maps.grid.origin) / maps.grid.scale)
     offset = np.subtract(tile.pixel_to_enu(*truth), heat_map.to_enu(*heat_map.peak))
     covariance = heat_map.covariance(model.calibration.floor_m)
     row = {
@@ -252,19 +254,19 @@ def _judge(
     return heat_map, tile.pixel_to_latlon(*truth), row
 
 
-def _at(logits: NDArray[np.floating[Any]], place: Array) -> tuple[float, float]:
-    """Probability of the pixel at ``place`` (row, col) of the map, and its logarithm."""
-    row, col = (round(float(x)) for x in place)
+def _probability_at(logits: NDArray[np.floating[Any]], position: Array) -> tuple[float, float]:
+    """Return the probability of the pixel at ``position`` (row, col) of the map, and its logarithm."""
+    row, col = (round(float(x)) for x in position)
     height, width = logits.shape
     if not (0 <= row < height and 0 <= col < width):
         return 0.0, -math.inf
-    # From the logits: a small probability would underflow.
+    # From the logits, since a small probability would underflow.
     log_probability = torch.from_numpy(logits).double().flatten().log_softmax(0)[row * width + col]
     return math.exp(log_probability), float(log_probability)
 
 
 def _now(device: torch.device) -> float:
-    """Milliseconds, once the device has done all it was given."""
+    """Return the time in milliseconds, after waiting for the device's pending work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() * 1e3

@@ -1,4 +1,4 @@
-"""Self-contained HTML pages: text, tables and matplotlib pictures in one file that opens anywhere."""
+"""Self-contained HTML pages with text, tables and matplotlib figures."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ img { max-width: 100% } figure { margin: 1rem 0 } figcaption { color: #57606a; f
 
 
 def finite(values: Any) -> Any:
-    """Values, lists and dictionaries of them with None for what is not finite, which JSON does not have."""
+    """Replace numbers that are not finite, which JSON lacks, by None in nested dictionaries and lists."""
     if isinstance(values, dict):
         return {name: finite(value) for name, value in values.items()}
     if isinstance(values, list):
@@ -43,26 +43,26 @@ class Page:
         self._parts: list[str] = [f"<h1>{html.escape(title)}</h1>"]
 
     def heading(self, text: str) -> None:
-        """A section's heading."""
+        """Add a section's heading."""
         self._parts.append(f"<h2>{html.escape(text)}</h2>")
 
     def text(self, text: str) -> None:
-        """A paragraph."""
+        """Add a paragraph."""
         self._parts.append(f"<p>{html.escape(text)}</p>")
 
     def link(self, text: str, target: str) -> None:
-        """A paragraph that leads to another file, named from where the page will be."""
+        """Add a paragraph with a link to another file, relative to the page."""
         self._parts.append(f'<p><a href="{html.escape(quote(target))}">{html.escape(text)}</a></p>')
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A table; the first column is its rows' names."""
+        """Add a table; the first column holds the names of the rows."""
         lines = ["<table>"]
         for tag, cells in [("th", header), *(("td", row) for row in rows)]:
             lines.append("<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>")
         self._parts.append("".join([*lines, "</table>"]))
 
     def figure(self, figure: Figure, caption: str) -> None:
-        """A picture with its caption."""
+        """Add a figure with its caption."""
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=100, bbox_inches="tight")
         data = base64.b64encode(buffer.getvalue()).decode()

@@ -39,7 +39,7 @@ from xview_loc.datasets.base import PairSource
 from xview_loc.models.checkpoint import Checkpoint, load_checkpoint
 from xview_loc.statistics import LEAST
 from xview_loc.training.losses import DistillationLoss
-from xview_loc.training.trainer import BEST_FILE, Standing, check_heading, comparable, train
+from xview_loc.training.trainer import BEST_FILE, TrainingProgress, check_heading, comparable, train
 
 Array = NDArray[np.float64]
 # Raise it when a stage's content changes its meaning.
@@ -341,11 +341,10 @@ class Distillation:
             options.workers,
         )
 
-        def on_step(standing: Standing) -> None:
-            done = standing.epoch * standing.steps_per_epoch + standing.step_in_epoch
-            self._on_progress(stage, done, options.epochs * standing.steps_per_epoch)
+        def on_step(progress: TrainingProgress) -> None:
+            self._on_progress(stage, progress.steps, options.epochs * progress.steps_per_epoch)
 
-        standing = train(
+        progress = train(
             self._fabric,
             copy.deepcopy(self._model),
             data,
@@ -356,8 +355,8 @@ class Distillation:
             metadata={"parent": self.teacher.sha256},
             on_step=on_step,
         )
-        on_step(standing)
-        return Student(folder / BEST_FILE, standing.history)
+        on_step(progress)
+        return Student(folder / BEST_FILE, progress.history)
 
     def labels_of(self, checkpoint: Checkpoint, stage: str, source: PairSource | None = None) -> PseudoLabels:
         """A model's labels of all pairs, or of those of another source."""

@@ -1,4 +1,4 @@
-"""``xview-loc calibrate``: make a checkpoint's probabilities and covariances honest."""
+"""``xview-loc calibrate``: fit a checkpoint's calibration, so that its covariances are honest."""
 
 from __future__ import annotations
 
@@ -8,45 +8,53 @@ from typing import Annotated
 import typer
 from rich.progress import track
 
-from xview_loc.cli.console import UsageError, console
+from xview_loc.cli.console import console
 from xview_loc.cli.drives import simulated_drive
-from xview_loc.cli.evaluate import Benchmark, Heading, open_benchmark
+from xview_loc.cli.evaluate import (
+    Dataset,
+    Frames,
+    Heading,
+    KnownHeading,
+    ModelName,
+    Root,
+    Split,
+    Style,
+    Weights,
+    load,
+    open_benchmark,
+)
 
 
 def calibrate(
-    out: Annotated[Path, typer.Option(help="Where the calibrated checkpoint goes.")],
-    model: Annotated[str, typer.Option(help="Model's name.")] = "ccvpe-small",
-    checkpoint: Annotated[Path | None, typer.Option(help="Weights; default: the shipped ones.")] = None,
-    style: Annotated[str, typer.Option(help="Style of the cities.")] = "source",
-    cities: Annotated[str, typer.Option(help="Seeds of cities that it was not trained on.")] = "950-957",
-    frames: Annotated[int, typer.Option(min=1, help="Frames of each drive, one a second.")] = 150,
-    heading: Annotated[Heading, typer.Option(help="Is the heading known?")] = Heading.known,
-    dataset: Annotated[Benchmark | None, typer.Option(help="A benchmark instead of drives.")] = None,
-    root: Annotated[Path | None, typer.Option(help="The benchmark's folder.")] = None,
-    split: Annotated[str, typer.Option(help="The benchmark's split.")] = "test",
-    samples: Annotated[int, typer.Option(min=200, help="Of the benchmark, evenly chosen.")] = 1500,
+    out: Annotated[Path, typer.Option(help="File of the calibrated checkpoint.")],
+    model: ModelName = "ccvpe-small",
+    checkpoint: Weights = None,
+    style: Style = "source",
+    cities: Annotated[str, typer.Option(help="Seeds of cities that were not trained on.")] = "950-957",
+    frames: Frames = 150,
+    heading: KnownHeading = Heading.known,
+    dataset: Dataset = None,
+    root: Root = None,
+    split: Split = "test",
+    samples: Annotated[int, typer.Option(min=200, help="Samples of the benchmark, evenly spaced.")] = 1500,
 ) -> None:
-    """Fit temperature and floor on frames with known places; the weights stay as they are.
+    """Fit temperature and floor on frames with true positions; the weights do not change.
 
-    Use frames of the kind that the model was trained on, but not these themselves.
+    Use frames like those that the model was trained on, but not the same ones.
     """
     from xview_loc.datasets.simulated import parse_cities
     from xview_loc.estimation.calibration import CalibrationFrame, fit_calibration
     from xview_loc.evaluation import evaluate, localize_each
     from xview_loc.models.base import Calibration
-    from xview_loc.models.checkpoint import load_model, save_checkpoint
+    from xview_loc.models.checkpoint import save_checkpoint
 
-    loaded = load_model(model, checkpoint)
+    loaded = load(model, checkpoint, heading)
     net = loaded.model
-    if net.spec.bins == 0 and heading is Heading.unknown:
-        raise UsageError(f"{net.spec.name} needs a known heading")
     net.calibration = Calibration(None, 0.0)
     known = heading is Heading.known
     kept: list[CalibrationFrame] = []
     if dataset is not None:
-        if root is None:
-            raise UsageError(f"--dataset {dataset.value} needs --root, the folder that holds it")
-        data, prior = open_benchmark(net, f"{dataset.value}:{root}:{split}", heading)
+        data, prior = open_benchmark(net, dataset, root, split, heading)
         evaluate(
             net,
             data,

@@ -1,4 +1,4 @@
-"""Simulated drives for commands that localise them."""
+"""Simulated drives for the commands that localise them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 def simulated_drive(
     net: CrossViewModel, style: str, seed: int, frames: int, heading_known: bool
 ) -> Iterator[tuple[Localizer, Iterator[tuple[Observation, tuple[float, float]]]]]:
-    """A localizer on the map of city ``seed`` and a drive's observations, one a second, with their true
-    (lat, lon).
+    """Open a localizer on the map of city ``seed`` and drive through the city.
 
+    Yields the localizer and the drive's observations, one a second, each with its true (lat, lon).
     Raises UsageError on an unknown style.
     """
     from xview_loc.estimation.localizer import Localizer, Observation, required_tile_px

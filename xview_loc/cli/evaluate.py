@@ -1,4 +1,4 @@
-"""``xview-loc evaluate``: a model's errors on simulated drives, or on a published benchmark."""
+"""``xview-loc evaluate``: errors of a model on simulated drives or on a published benchmark."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from xview_loc.errors import reason
 
 if TYPE_CHECKING:
     from xview_loc.datasets.base import PoseDataset
-    from xview_loc.evaluation import DriveErrors, PoseErrors
+    from xview_loc.evaluation import PoseErrors
     from xview_loc.models.base import CrossViewModel
+    from xview_loc.models.checkpoint import Checkpoint
 
 
 class Heading(str, Enum):
-    """Is the heading known?"""
+    """Knowledge of the heading."""
 
     known = "known"
     unknown = "unknown"
@@ -37,10 +38,21 @@ class Benchmark(str, Enum):
 
 
 class LabelSet(str, Enum):
-    """Which of VIGOR's labels?"""
+    """A set of VIGOR's labels."""
 
     corrected = "corrected"
     original = "original"
+
+
+# Options shared with other commands.
+ModelName = Annotated[str, typer.Option(help="Name of the model.")]
+Weights = Annotated[Path | None, typer.Option(help="Checkpoint file; default: the shipped weights.")]
+Style = Annotated[str, typer.Option(help="Style of the simulated cities.")]
+Frames = Annotated[int, typer.Option(min=1, help="Frames of each drive, one a second.")]
+KnownHeading = Annotated[Heading, typer.Option(help="Is the heading known?")]
+Dataset = Annotated[Benchmark | None, typer.Option(help="Benchmark to use instead of simulated drives.")]
+Root = Annotated[Path | None, typer.Option(help="Folder of the benchmark.")]
+Split = Annotated[str, typer.Option(help="Split of the benchmark.")]
 
 
 class _Errors(NamedTuple):
@@ -50,8 +62,8 @@ class _Errors(NamedTuple):
     median: float
 
 
-# Which errors the published table has, and its figures: teacher and student on the last 20 % of the target
-# area (Xia et al., ECCV 2024, table 1).
+# Published errors, metres: teacher and student on the last 20 % of the target area (Xia et al., ECCV 2024,
+# table 1).
 _MEASURES = {Benchmark.vigor: ("distance",), Benchmark.kitti: ("longitudinal", "lateral")}
 _PUBLISHED = {
     (Benchmark.vigor, Heading.known): {
@@ -74,45 +86,48 @@ _PUBLISHED = {
 
 
 def evaluate(
-    model: Annotated[str, typer.Option(help="Model's name.")] = "ccvpe-small",
-    checkpoint: Annotated[Path | None, typer.Option(help="Weights; default: the shipped ones.")] = None,
-    style: Annotated[str, typer.Option(help="Style of the cities.")] = "source",
+    model: ModelName = "ccvpe-small",
+    checkpoint: Weights = None,
+    style: Style = "source",
     cities: Annotated[str, typer.Option(help="Seeds of the cities, such as 7 or 900-903.")] = "900-903",
-    frames: Annotated[int, typer.Option(min=1, help="Frames of each drive, one a second.")] = 150,
-    heading: Annotated[Heading, typer.Option(help="Is the heading known?")] = Heading.known,
-    dataset: Annotated[Benchmark | None, typer.Option(help="A benchmark instead of drives.")] = None,
-    root: Annotated[Path | None, typer.Option(help="The benchmark's folder.")] = None,
-    split: Annotated[str, typer.Option(help="The benchmark's split.")] = "test",
-    labels: Annotated[LabelSet, typer.Option(help="VIGOR's labels.")] = LabelSet.corrected,
-    batch_size: Annotated[int, typer.Option(min=1, help="Of a benchmark's samples.")] = 1,
+    frames: Frames = 150,
+    heading: KnownHeading = Heading.known,
+    dataset: Dataset = None,
+    root: Root = None,
+    split: Split = "test",
+    labels: Annotated[LabelSet, typer.Option(help="Labels of VIGOR.")] = LabelSet.corrected,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples of a benchmark matched together.")] = 1,
     workers: Annotated[int, typer.Option(min=0, help="Processes that load a benchmark.")] = 0,
-    device: Annotated[str, typer.Option(help="Of a benchmark's run: cpu or cuda.")] = "cpu",
-    out: Annotated[Path | None, typer.Option(help="Write the errors, frame by frame, as JSON.")] = None,
+    device: Annotated[str, typer.Option(help="Device for a benchmark: cpu or cuda.")] = "cpu",
+    out: Annotated[Path | None, typer.Option(help="Write the errors of every frame as JSON.")] = None,
 ) -> None:
     """Localise every frame by itself and print the errors.
 
-    The frames are those of drives through simulated cities, or with --dataset and --root those of VIGOR or
-    KITTI, beside the published figures.
+    Frames are from drives through simulated cities or, with --dataset and --root, from VIGOR or KITTI, whose
+    published figures are printed too.
     """
-    from xview_loc.models.checkpoint import load_model
+    from xview_loc.evaluation import evaluate as evaluate_model
     from xview_loc.report import finite
 
-    net = load_model(model, checkpoint).model
-    if net.spec.bins == 0 and heading is Heading.unknown:
-        raise UsageError(f"{net.spec.name} needs a known heading")
+    net = load(model, checkpoint, heading).model
     if dataset is None:
         content = _on_drives(net, style, cities, frames, heading)
-    elif root is None:
-        raise UsageError(f"--dataset {dataset.value} needs --root, the folder that holds it")
     else:
         try:
             net.to(device)
-        except (RuntimeError, AssertionError) as error:  # the latter without CUDA
+        except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch without CUDA
             raise UsageError(f"no device {device!r}: {reason(error)}") from None
-        name = f"{dataset.value}:{root}:{split}"
-        if dataset is Benchmark.vigor and labels is LabelSet.original:
-            name += ":original"
-        errors = _on_benchmark(net, name, heading, batch_size, workers)
+        data, prior = open_benchmark(net, dataset, root, split, heading, labels)
+        with Progress(console=console, transient=True) as progress:
+            bar = progress.add_task("samples", total=len(data))
+            errors = evaluate_model(
+                net,
+                data,
+                prior,
+                batch_size=batch_size,
+                workers=workers,
+                on_batch=lambda count: progress.advance(bar, count),
+            )
         _print_benchmark(errors, net.spec.name, dataset, split, heading)
         content = {"dataset": dataset.value, "split": split}
         content |= {"labels": labels.value} if dataset is Benchmark.vigor else {}
@@ -123,32 +138,35 @@ def evaluate(
         out.write_text(json.dumps(finite(figures), allow_nan=False))
 
 
-def _on_benchmark(
-    net: CrossViewModel, name: str, heading: Heading, batch_size: int, workers: int
-) -> PoseErrors:
-    from xview_loc.evaluation import evaluate
+def load(model: str, checkpoint: Path | None, heading: Heading) -> Checkpoint:
+    """Load a model. Raises UsageError if it needs a known heading and that is unknown."""
+    from xview_loc.models.checkpoint import load_model
 
-    data, prior = open_benchmark(net, name, heading)
-    with Progress(console=console, transient=True) as progress:
-        bar = progress.add_task("samples", total=len(data))
-        return evaluate(
-            net,
-            data,
-            prior,
-            batch_size=batch_size,
-            workers=workers,
-            on_batch=lambda count: progress.advance(bar, count),
-        )
+    loaded = load_model(model, checkpoint)
+    if loaded.model.spec.bins == 0 and heading is Heading.unknown:
+        raise UsageError(f"{loaded.model.spec.name} needs a known heading")
+    return loaded
 
 
-def open_benchmark(net: CrossViewModel, name: str, heading: Heading) -> tuple[PoseDataset, float | None]:
-    """A benchmark for a model, and the heading prior (degrees) that it is matched with."""
+def open_benchmark(
+    net: CrossViewModel,
+    dataset: Benchmark,
+    root: Path | None,
+    split: str,
+    heading: Heading,
+    labels: LabelSet = LabelSet.corrected,
+) -> tuple[PoseDataset, float | None]:
+    """Open a benchmark for a model; returns it and the heading prior (degrees) to match with."""
     from xview_loc.datasets import open_dataset
 
+    if root is None:
+        raise UsageError(f"--dataset {dataset.value} needs --root, the benchmark's folder")
+    original = ":original" if dataset is Benchmark.vigor and labels is LabelSet.original else ""
     known = heading is Heading.known
-    # On a tile turned to the heading all bins are scored, as the published models do.
+    # On tiles turned to the heading, all bins are scored, as the published models do.
     trusted = known and (net.spec.aerial_up == "north" or net.spec.bins == 0)
-    return open_dataset(name, net.spec, heading_known=known), 0.0 if trusted else None
+    data = open_dataset(f"{dataset.value}:{root}:{split}{original}", net.spec, heading_known=known)
+    return data, 0.0 if trusted else None
 
 
 def _print_benchmark(errors: PoseErrors, name: str, dataset: Benchmark, split: str, heading: Heading) -> None:
@@ -171,7 +189,7 @@ def _print_benchmark(errors: PoseErrors, name: str, dataset: Benchmark, split: s
         "in the 50 / 68 / 95 % ellipse": " / ".join(
             f"{errors.coverage(percent / 100):.1%}" for percent in (50, 68, 95)
         ),
-        "negative log-likelihood": f"{figures['nll_mean']:.2f} nats, of a density per square metre",
+        "negative log-likelihood": f"{figures['nll_mean']:.2f} nats, density per square metre",
         "encode / match, median": f"{figures['encode_ms_p50']:.0f} / {figures['match_ms_p50']:.0f} ms",
     }
     if "heading_deg_mean" in figures:
@@ -182,14 +200,14 @@ def _print_benchmark(errors: PoseErrors, name: str, dataset: Benchmark, split: s
 
 
 def _on_drives(net: CrossViewModel, style: str, cities: str, frames: int, heading: Heading) -> dict[str, Any]:
-    """Print the errors on simulated drives; returns what goes into the file."""
+    """Print the errors on simulated drives and return them for the JSON file."""
     from xview_loc.datasets.simulated import parse_cities
-    from xview_loc.evaluation import DriveErrors, Errors
+    from xview_loc.evaluation import DriveErrors, Errors, localize_drive
 
-    drives = [
-        _drive(net, style, seed, frames, heading is Heading.known)
-        for seed in track(parse_cities(cities), "cities", console=console, transient=True)
-    ]
+    drives = []
+    for seed in track(parse_cities(cities), "cities", console=console, transient=True):
+        with simulated_drive(net, style, seed, frames, heading is Heading.known) as (localizer, observations):
+            drives.append(localize_drive(localizer, observations))
     drive = DriveErrors.joined(drives)
     table = Table(title=f"{net.spec.name}, {style} style, heading {heading.value}, metres")
     for column in ("", "frames", "mean", "median", "95 %"):
@@ -206,10 +224,3 @@ def _on_drives(net: CrossViewModel, style: str, cities: str, frames: int, headin
     content |= {"fix_m": drive.fix.tolist(), "estimate_m": drive.estimate.tolist()}
     content |= {"mahalanobis": drive.mahalanobis.tolist()}
     return content
-
-
-def _drive(net: CrossViewModel, style: str, seed: int, frames: int, known: bool) -> DriveErrors:
-    from xview_loc.evaluation import localize_drive
-
-    with simulated_drive(net, style, seed, frames, known) as (localizer, observations):
-        return localize_drive(localizer, observations)

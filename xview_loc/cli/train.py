@@ -18,11 +18,11 @@ from xview_loc import __version__
 from xview_loc.cli.console import UsageError, console
 
 if TYPE_CHECKING:
-    from xview_loc.training.trainer import Standing
+    from xview_loc.training.trainer import TrainingProgress
 
 
 class Heading(str, Enum):
-    """Is the panoramas' heading known to the model?"""
+    """Knowledge of the panoramas' heading."""
 
     known = "known"
     unknown = "unknown"
@@ -30,34 +30,36 @@ class Heading(str, Enum):
 
 
 class Schedule(str, Enum):
-    """How the learning rate goes on after the warm-up."""
+    """Learning rate after the warm-up."""
 
     constant = "constant"
     cosine = "cosine"
 
 
 def train(
-    data: Annotated[str, typer.Option(help="Training data, simulated:STYLE:CITIES:FRAMES.")],
-    validation: Annotated[str, typer.Option(help="Data that picks the best checkpoint.")],
-    out: Annotated[Path, typer.Option(help="Folder of the run; an unfinished run there is resumed.")],
-    model: Annotated[str, typer.Option(help="Model's name.")] = "ccvpe-small",
+    data: Annotated[str, typer.Option(help="Training data, such as simulated:STYLE:CITIES:FRAMES.")],
+    validation: Annotated[str, typer.Option(help="Validation data, to pick the best checkpoint.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run; an unfinished run is resumed.")],
+    model: Annotated[str, typer.Option(help="Name of the model.")] = "ccvpe-small",
     start: Annotated[Path | None, typer.Option(help="Checkpoint to start from.")] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the data.")] = 10,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples per step and process.")] = 8,
-    learning_rate: Annotated[float, typer.Option(min=0.0, help="Adam's.")] = 1e-4,
-    schedule: Annotated[Schedule, typer.Option(help="Of the learning rate.")] = Schedule.constant,
+    learning_rate: Annotated[float, typer.Option(min=0.0, help="Learning rate of Adam.")] = 1e-4,
+    schedule: Annotated[Schedule, typer.Option(help="Schedule of the learning rate.")] = Schedule.constant,
     warmup: Annotated[int, typer.Option(min=0, help="Steps until the full learning rate.")] = 0,
     heading: Annotated[Heading, typer.Option(help="Is the panoramas' heading known?")] = Heading.known,
-    sigma: Annotated[float, typer.Option(min=0.1, help="Of CCVPE's label, tile pixels.")] = 4.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the weights and the order.")] = 0,
+    sigma: Annotated[
+        float, typer.Option(min=0.1, help="Standard deviation of CCVPE's label, tile pixels.")
+    ] = 4.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of initial weights and sample order.")] = 0,
     workers: Annotated[int, typer.Option(min=0, help="Processes that load data.")] = 0,
     precision: Annotated[str, typer.Option(help="32-true, bf16-mixed or 16-mixed.")] = "32-true",
     accelerator: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     devices: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between saved states.")] = 200,
-    cache_dir: Annotated[Path | None, typer.Option(help="Where rendered cities are kept.")] = None,
+    cache_dir: Annotated[Path | None, typer.Option(help="Folder of rendered cities.")] = None,
 ) -> None:
-    """Train a model; cut off, the same command goes on where it stopped."""
+    """Train a model; to resume an interrupted run, repeat the command."""
     import torch
 
     from xview_loc.datasets import SimulatedDataset, open_dataset
@@ -90,7 +92,7 @@ def train(
         workers=workers,
         save_every=save_every,
     )
-    # Of several processes the first renders and prints.
+    # Only the first of several processes renders and prints.
     first = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
     columns = (
         TextColumn("{task.description}"),
@@ -107,21 +109,20 @@ def train(
         bar = bars.add_task("training", total=None, facts="")
         printed = 0
 
-        def show(standing: Standing) -> None:
+        def show(progress: TrainingProgress) -> None:
             nonlocal printed
             if not first:
                 return
-            done = standing.epoch * standing.steps_per_epoch + standing.step_in_epoch
-            total = options.epochs * standing.steps_per_epoch
-            best = f", best validation {standing.best_score:.2f} m" if standing.history else ""
-            bars.update(bar, completed=done, total=total, facts=f"loss {standing.loss:.4g}{best}")
-            if not console.is_terminal and standing.step_in_epoch % save_every == 0:
-                print(f"step {done} of {total}: loss {standing.loss:.4g}", flush=True)
-            for entry in standing.history[printed:]:
+            total = options.epochs * progress.steps_per_epoch
+            best = f", best validation {progress.best_score:.2f} m" if progress.history else ""
+            bars.update(bar, completed=progress.steps, total=total, facts=f"loss {progress.loss:.4g}{best}")
+            if not console.is_terminal and progress.step_in_epoch % save_every == 0:
+                print(f"step {progress.steps} of {total}: loss {progress.loss:.4g}", flush=True)
+            for entry in progress.history[printed:]:
                 bars.console.print(_line(entry), soft_wrap=True)
-            printed = len(standing.history)
+            printed = len(progress.history)
 
-        standing = training.train(
+        progress = training.train(
             training.make_fabric(accelerator, devices, precision),
             net,
             sets[0],
@@ -133,7 +134,7 @@ def train(
             on_step=show,
         )
     if first:
-        best = f"{standing.best_score:.2f} m mean validation error"
+        best = f"{progress.best_score:.2f} m mean validation error"
         console.print(f"{out / training.BEST_FILE}: {best}", soft_wrap=True)
 
 

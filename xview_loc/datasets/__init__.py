@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 from xview_loc.datasets.base import DatasetError, PoseDataset, Sample
 from xview_loc.datasets.kitti import KittiDataset
-from xview_loc.datasets.simulated import SimulatedDataset
+from xview_loc.datasets.simulated import SimulatedDataset, parse_cities
 from xview_loc.datasets.vigor import Labels, VigorDataset
 from xview_loc.models.base import ModelSpec
 
@@ -21,7 +22,7 @@ __all__ = [
     "open_dataset",
 ]
 
-# The benchmark's own test turns tiles by up to so much where the heading is not known.
+# The benchmark's own test with an unknown heading turns tiles by up to this angle either way.
 _KITTI_ROTATION_DEG = 10.0
 _FORMS = "simulated:STYLE:CITIES:FRAMES, vigor:ROOT:SPLIT, kitti:ROOT:SPLIT"
 
@@ -35,21 +36,29 @@ def open_dataset(
     augment: bool = False,
     heading_known: bool = True,
 ) -> PoseDataset:
-    """Open the dataset that ``text`` names for a model of ``spec``; DatasetError if ``text`` names none.
+    """Open the dataset named by ``text`` for a model of ``spec``. Raises DatasetError.
 
-    ``half_extent_m``: half the side of the square that the model searches.
-
-    ``simulated:STYLE:CITIES:FRAMES``: cities ``3`` or ``0-23`` of a style, so many frames in each;
-    ``half_extent_m``, ``cache_dir`` and ``augment`` are :class:`SimulatedDataset`'s.
-    ``vigor:ROOT:SPLIT``: a split of :class:`VigorDataset`, ``vigor:ROOT:SPLIT:original`` with the original
-    labels; unless ``heading_known``, panoramas are turned at random.
-    ``kitti:ROOT:SPLIT``: a split of :class:`KittiDataset`; unless ``heading_known``, tiles are turned by up
+    ``simulated:STYLE:CITIES:FRAMES``: FRAMES frames in each of the cities ``3`` or ``0-23`` of a style, see
+    :class:`SimulatedDataset`, which gets ``half_extent_m`` (half the side of the square that the model
+    searches), ``cache_dir`` and ``augment``.
+    ``vigor:ROOT:SPLIT``: a split of :class:`VigorDataset`; ``vigor:ROOT:SPLIT:original`` uses the original
+    labels. Without ``heading_known``, panoramas are turned at random.
+    ``kitti:ROOT:SPLIT``: a split of :class:`KittiDataset`. Without ``heading_known``, tiles are turned by up
     to 10 degrees either way.
     """
     kind, _, rest = text.partition(":")
     if kind == "simulated":
-        return SimulatedDataset.parse(
-            rest, spec, half_extent_m=half_extent_m, cache_dir=cache_dir, augment=augment
+        match = re.fullmatch(r"(\w+):([^:]+):(\d+)", rest)
+        if not match:
+            raise DatasetError(f"a simulated dataset is written STYLE:CITIES:FRAMES, not {rest!r}")
+        return SimulatedDataset(
+            match[1],
+            parse_cities(match[2]),
+            int(match[3]),
+            spec,
+            half_extent_m=half_extent_m,
+            cache_dir=cache_dir,
+            augment=augment,
         )
     labels: Labels = "original" if kind == "vigor" and rest.endswith(":original") else "corrected"
     root, colon, split = rest.removesuffix(":original").rpartition(":")

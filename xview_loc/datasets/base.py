@@ -1,4 +1,4 @@
-"""What datasets give to training, adaptation and evaluation."""
+"""Interface of the datasets for training, adaptation and evaluation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from xview_loc.errors import UserError
 from xview_loc.geodesy import LocalProjection
 
 T = TypeVar("T")
-# Samples stacked field by field, by the names of PairSample and Sample.
+# Stacked samples: the fields of PairSample or Sample.
 Batch = dict[str, Tensor]
 
 
@@ -36,11 +36,14 @@ class _PairSample(TypedDict):
 class PairSample(_PairSample, total=False):
     """One ground image and the aerial tile around its coarse fix; batches stack each field.
 
-    ground: float32 (3, h, w), normalised; a panorama faces north as far as the measured heading knows.
-    aerial: float32 (3, S, S), normalised. fix: float32 (2,), the coarse fix's (row, col) in tile pixels.
-    fix_std: float32 (), its standard deviation along its larger axis, m (not-a-number if unknown).
-    heading_known: bool (). meters_per_pixel: float32 (), of the tile. index: int64 (), in the dataset.
-    intrinsics: float32 (3, 3), the camera matrix in pixels of ``ground``; of pinhole cameras only.
+    ground: float32 (3, h, w), normalised; panoramas face north according to the measured heading.
+    aerial: float32 (3, S, S), normalised.
+    fix: float32 (2,), the coarse fix's (row, col) in tile pixels.
+    fix_std: float32 (), the fix's standard deviation along its larger axis, m; NaN if unknown.
+    heading_known: bool ().
+    meters_per_pixel: float32 (), the tile's ground sample distance.
+    index: int64 (), the sample's index in the dataset.
+    intrinsics: float32 (3, 3), the camera matrix in pixels of ``ground``; for pinhole cameras only.
     """
 
     intrinsics: Tensor
@@ -60,11 +63,11 @@ class Sample(PairSample):
 
 @dataclass(frozen=True, eq=False)
 class Track:
-    """Where and when a source's pairs were taken, in their order; one row for each.
+    """Times and positions of a source's pairs, one row for each pair, in their order.
 
-    drive: (N,), numbers the recordings. stamp_ns: (N,). lat, lon: (N,), the coarse fixes, degrees.
-    moved: (N, 2), metres east and north driven since the drive's previous pair by its odometry; not-a-number
-    where that is not known.
+    drive: (N,), number of the recording. stamp_ns: (N,). lat, lon: (N,), coarse fixes, degrees.
+    moved: (N, 2), metres east and north driven since the drive's previous pair, from odometry; NaN if
+    unknown.
     """
 
     drive: NDArray[np.int64]
@@ -74,17 +77,16 @@ class Track:
     moved: NDArray[np.float64]
 
     def rows(self, index: NDArray[np.int64]) -> Track:
-        """Those of some pairs, in ascending order; what was driven to a pair whose predecessor is not among
-        them is unknown."""
+        """Select pairs, in ascending order; ``moved`` becomes NaN for pairs whose predecessor is left out."""
         moved = self.moved[index].copy()
         moved[~np.isin(index - 1, index)] = np.nan
         return Track(self.drive[index], self.stamp_ns[index], self.lat[index], self.lon[index], moved)
 
     @property
     def fix_steps(self) -> NDArray[np.float64]:
-        """Metres (N, 2) east and north from the previous coarse fix; zero for the first."""
+        """Metres (N, 2) east and north from the previous coarse fix; zero for the first pair."""
         latitude = np.radians(self.lat[1:])
-        # Short steps: the local metres per degree of the WGS-84 ellipsoid.
+        # Steps are short, so the WGS-84 ellipsoid's local metres per degree are precise enough.
         e2 = 6.69437999014e-3
         curve = 1 - e2 * np.sin(latitude) ** 2
         north = np.radians(np.diff(self.lat)) * 6378137.0 * (1 - e2) / curve**1.5
@@ -95,10 +97,13 @@ class Track:
 
 
 def true_from_fix(track: Track, lat: NDArray[np.float64], lon: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Metres (N, 2) east and north from each coarse fix of a track to the true place (degrees, (N,) each)."""
+    """Return metres (N, 2) east and north from each coarse fix of a track to the true position.
+
+    ``lat``, ``lon``: true positions (N,), degrees.
+    """
     offsets = [
-        LocalProjection(fix_lat, fix_lon).forward(*place)
-        for fix_lat, fix_lon, *place in zip(track.lat, track.lon, lat, lon, strict=True)
+        LocalProjection(fix_lat, fix_lon).forward(*position)
+        for fix_lat, fix_lon, *position in zip(track.lat, track.lon, lat, lon, strict=True)
     ]
     return np.array(offsets, np.float64).reshape(-1, 2)
 
@@ -106,9 +111,9 @@ def true_from_fix(track: Track, lat: NDArray[np.float64], lon: NDArray[np.float6
 class PairSource(Dataset[PairSample]):
     """Ground images with coarse fixes and aerial tiles.
 
-    A sample is a function of its index and the ``epoch`` (set it before making a DataLoader's workers),
-    whatever the order in which samples are read: what a run that was cut off needs to go on as it was.
-    ``name`` says what the source is, and differs where its samples do.
+    A sample depends only on its index and on ``epoch`` (set it before starting a DataLoader's workers), not
+    on the order in which samples are read, so that interrupted runs can be resumed exactly.
+    ``name`` identifies the samples: sources with different samples have different names.
     """
 
     name: str
@@ -121,16 +126,19 @@ class PairSource(Dataset[PairSample]):
         raise NotImplementedError
 
     def track(self) -> Track | None:
-        """Where the pairs come from a vehicle's drives: along which."""
+        """Return the drives that the pairs were taken on; None if they are not from drives."""
         return None
 
 
 def clearly(batches: Iterable[T]) -> Iterator[T]:
-    """A loader's batches; an error of its worker processes is said in one line, as without them."""
+    """Iterate over a loader's batches, reducing an error of a worker process to its one-line message.
+
+    Raises DatasetError.
+    """
     try:
         yield from batches
     except UserError as error:
-        # A worker's comes with its traceback, which ends with the error's type and message.
+        # A worker's error is a whole traceback, which ends with the error's type and message.
         message = str(error).strip().splitlines()[-1]
         raise DatasetError(
             message.removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
@@ -144,7 +152,10 @@ class PoseDataset(PairSource):
         raise NotImplementedError
 
     def true_from_fix(self) -> NDArray[np.float64]:
-        """Metres (N, 2) from each coarse fix to the true place: east and north, on a north-up tile."""
+        """Return metres (N, 2) from each coarse fix to the true position: right and up on the tile.
+
+        On a north-up tile these are east and north.
+        """
         offsets = []
         for index in range(len(self)):
             sample = self[index]

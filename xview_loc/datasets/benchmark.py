@@ -1,4 +1,4 @@
-"""What the published benchmarks share: label files, images, and the paper's split of the target area."""
+"""Common parts of the published benchmarks: label files, images, and the paper's split of the target area."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from numpy.typing import NDArray
 from xview_loc.datasets.base import DatasetError
 from xview_loc.images import Image, ImageError, decode_compressed
 
-# Shares of the target area that a model is adapted on, picked by and tested on.
+# First and last share of the target area's samples in each part.
 PARTS = {"adapt": (0.0, 0.7), "validation": (0.7, 0.8), "test": (0.8, 1.0)}
-# The authors' release fixes its permutation and its panoramas' turns in files; both come from this seed of
+# The authors' release stores its permutation and the panoramas' turns in files. Both come from this seed of
 # NumPy's legacy generator, whose stream never changes.
 _SEED = 0
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file. Raises DatasetError where it cannot be read or is empty."""
+    """Read the lines of a text file. Raises DatasetError if it cannot be read or is empty."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
@@ -36,9 +36,10 @@ def read_lines(path: Path) -> list[str]:
 
 
 def read_image(path: Path, named_in: str) -> Image:
-    """RGB, uint8 (height, width, 3), of a JPEG or PNG file.
+    """Read a JPEG or PNG file as RGB, uint8 (height, width, 3).
 
-    Raises DatasetError where it is missing, truncated or no image; ``named_in`` says which line names it.
+    Raises DatasetError if it is missing, truncated or no image; the message names the line ``named_in``,
+    where the file is listed.
     """
     try:
         return decode_compressed(path.read_bytes())
@@ -52,7 +53,7 @@ def read_image(path: Path, named_in: str) -> Image:
 
 
 def read_numbers(path: Path) -> NDArray[Any]:
-    """The numbers (N,) of a ``.npy`` file, or of a text file with one on each line. Raises DatasetError."""
+    """Read numbers (N,) from a ``.npy`` file or a text file with one on each line. Raises DatasetError."""
     if path.suffix != ".npy":
         return np.array([_number(path, n, line) for n, line in enumerate(read_lines(path), start=1)])
     try:
@@ -60,9 +61,9 @@ def read_numbers(path: Path) -> NDArray[Any]:
     except FileNotFoundError:
         raise DatasetError(f"{path} does not exist") from None
     except (OSError, ValueError) as error:
-        raise DatasetError(f"{path} is no .npy file: {error}") from None
+        raise DatasetError(f"{path} is not a .npy file: {error}") from None
     if values.ndim != 1 or values.dtype.kind not in "iuf":
-        raise DatasetError(f"{path} holds no list of numbers, but {values.dtype} of shape {values.shape}")
+        raise DatasetError(f"{path} must hold a list of numbers, not {values.dtype} of shape {values.shape}")
     return values
 
 
@@ -74,10 +75,10 @@ def _number(path: Path, line: int, text: str) -> float:
 
 
 def part_of(part: str, count: int, order: Path | None = None) -> NDArray[np.int64]:
-    """Which of ``count`` samples of the target area belong to one of PARTS, in the permutation's order.
+    """Return the indices of one of PARTS among ``count`` samples, in the permutation's order.
 
-    ``order`` is a file with the permutation (see :func:`read_numbers`); without one it is the paper's
-    authors' own, which is a fixed function of ``count``. Raises DatasetError.
+    ``order`` is a file with the permutation (see :func:`read_numbers`); None uses the paper's authors', which
+    depends on ``count`` alone. Raises DatasetError.
     """
     permutation = np.random.RandomState(_SEED).permutation(count) if order is None else _order(order, count)
     first, last = (int(share * count) for share in PARTS[part])
@@ -87,15 +88,15 @@ def part_of(part: str, count: int, order: Path | None = None) -> NDArray[np.int6
 def _order(path: Path, count: int) -> NDArray[Any]:
     order = read_numbers(path)
     if not np.array_equal(np.sort(order), np.arange(count)):
-        raise DatasetError(f"{path} is no permutation of the numbers 0 to {count - 1}")
+        raise DatasetError(f"{path} is not a permutation of the numbers 0 to {count - 1}")
     return order
 
 
 def turns(count: int, path: Path | None = None) -> NDArray[np.float64]:
-    """A random share of a whole turn, 0..1, for each of ``count`` panoramas; the same ones every time.
+    """Return a random turn for each of ``count`` panoramas, as a share 0..1 of a whole one.
 
-    ``path`` is a file with them (see :func:`read_numbers`); without one they are the paper's authors' own.
-    Raises DatasetError.
+    ``path`` is a file with the turns (see :func:`read_numbers`); None uses the paper's authors'. Raises
+    DatasetError.
     """
     if path is None:
         return np.random.RandomState(_SEED).random_sample(count)
@@ -106,7 +107,7 @@ def turns(count: int, path: Path | None = None) -> NDArray[np.float64]:
 
 
 def digest(values: Iterable[object]) -> str:
-    """Sixteen hex digits that differ where the values' texts do, for a dataset's name."""
+    """Return a hash of the values' texts, 16 hex digits, for a dataset's name."""
     state = hashlib.sha256()
     for value in values:
         state.update(f"{value}\n".encode())

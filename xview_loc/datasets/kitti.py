@@ -16,20 +16,18 @@ from xview_loc.camera import CameraError, CameraModel
 from xview_loc.datasets.base import DatasetError, PoseDataset, Sample
 from xview_loc.datasets.benchmark import PARTS, digest, part_of, read_image, read_lines
 from xview_loc.images import Image
-from xview_loc.models.base import ModelSpec
+from xview_loc.models.base import KITTI_GSD, ModelSpec
 from xview_loc.models.inputs import normalise, prepare_ground
 
-# Satellite maps: centred on the vehicle's GPS antenna, north up, this side in pixels and metres per pixel
-# (Web Mercator's zoom 18 delivered at scale 2; the benchmark takes one latitude for all).
+# Side in pixels of satellite maps, which are centred on the vehicle's GPS antenna with north up.
 MAP_SIZE = 1280
-MAP_GSD = 156543.03392 * math.cos(math.radians(49.015)) / 2**18 / 2
-# The left colour camera from the antenna, metres ahead and to the left.
+# Position of the left colour camera from the antenna, metres ahead and to the left.
 CAMERA_FROM_GPS = (1.08, -0.26)
-# What a random shift of 1 stands for, metres along each axis.
+# Length of a random shift of 1, metres along each axis.
 SHIFT_M = 20.0
 _CAMERA = "image_02"
 _PROJECTION = "P_rect_02"
-# Fields of a line of the inertial system's data, and which one is the heading.
+# Number of fields in a line of the inertial system's data, and index of the heading.
 _OXTS_FIELDS, _OXTS_YAW = 30, 5
 
 _FILES = {
@@ -44,8 +42,9 @@ SPLITS = tuple(_FILES)
 class _Frame(NamedTuple):
     """One line of a split file.
 
-    image: DAY/DRIVE/NUMBER.png. shift: ahead and to the left of the tile's centre, in units of SHIFT_M, and
-    the turn in units of the greatest one; None where they are drawn anew in every epoch.
+    image: DAY/DRIVE/NUMBER.png.
+    shift: shift ahead and to the left of the tile's centre, in units of SHIFT_M, and turn in units of the
+    greatest one; None if they are drawn anew in every epoch.
     """
 
     line: int
@@ -56,20 +55,20 @@ class _Frame(NamedTuple):
 class KittiDataset(PoseDataset):
     """KITTI's left colour camera on satellite tiles that are turned and shifted at random.
 
-    ``root`` holds raw_data/DAY/DRIVE/image_02/data/*.png with oxts/data/*.txt beside it,
+    ``root`` holds raw_data/DAY/DRIVE/image_02/data/*.png, raw_data/DAY/DRIVE/oxts/data/*.txt,
     raw_data/DAY/calib_cam_to_cam.txt, satmap/DAY/DRIVE/*.png, and the benchmark's split files
-    ``train_files.txt``, ``test1_files.txt`` (drives of the training area) and ``test2_files.txt`` (others).
+    ``train_files.txt``, ``test1_files.txt`` (the training area) and ``test2_files.txt`` (other areas).
 
     ``split``: ``train``, ``test1``, ``test2``; ``adapt``, ``validation`` and ``test`` are 70, 10 and 20 % of
     ``test2`` (:func:`xview_loc.datasets.benchmark.part_of`).
 
-    The vehicle's heading points right on a tile and the tile's centre lies up to 20 m from the camera along
-    and across it. Then the tile is turned about its centre by up to ``rotation_deg`` degrees either way (0:
-    the heading is known). Shift and turn are the split file's; those of ``train`` are a function of index
-    and epoch. The coarse fix is the tile's centre.
+    The vehicle's heading points right on a tile, and the tile's centre is up to 20 m from the camera along
+    and across the heading. Then the tile is turned about its centre by up to ``rotation_deg`` degrees either
+    way (0: known heading). Shift and turn come from the split file; for ``train`` they depend on index and
+    epoch. The coarse fix is the tile's centre.
 
-    Raises DatasetError for a model that does not take turned tiles and a pinhole camera, and on unknown
-    splits, missing files and malformed lines; reading a sample raises it for what belongs to the sample.
+    Raises DatasetError if the model does not take a pinhole camera on turned tiles, and on unknown splits,
+    missing files and malformed lines; reading a sample raises it for the sample's own files.
     """
 
     def __init__(self, root: Path, split: str, spec: ModelSpec, *, rotation_deg: float = 0.0) -> None:
@@ -94,7 +93,7 @@ class KittiDataset(PoseDataset):
         return len(self._frames)
 
     def __getitem__(self, index: int) -> Sample:
-        """Raises IndexError, and DatasetError for files that are missing or cannot be used."""
+        """Return a sample. Raises IndexError, and DatasetError if a file is missing or damaged."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         frame, spec = self._frames[index], self._spec
@@ -127,12 +126,12 @@ class KittiDataset(PoseDataset):
         }
 
     def true_from_fix(self) -> NDArray[np.float64]:
-        """See :meth:`PoseDataset.true_from_fix`; metres to the right and up on each tile, as it is turned."""
+        """See :meth:`PoseDataset.true_from_fix`; right and up on each turned tile."""
         poses = (self._pose(index) for index in range(len(self)))
         return np.array([_turned(turn) @ shift for shift, turn in poses]).reshape(-1, 2)
 
     def _pose(self, index: int) -> tuple[NDArray[np.float64], float]:
-        """Metres (ahead, left) from the tile's centre to the camera, and radians that the tile is turned."""
+        """Return metres (ahead, left) from the tile's centre to the camera, and the tile's turn, radians."""
         drawn = self._frames[index].shift or np.random.default_rng([index, self.epoch]).uniform(-1, 1, 3)
         return SHIFT_M * np.array(drawn[:2]), float(drawn[2]) * self._rotation
 
@@ -148,18 +147,19 @@ class KittiDataset(PoseDataset):
 
 
 def _cut(satellite: Image, spec: ModelSpec, heading: float, shift: NDArray[np.float64], turn: float) -> Image:
-    """The model's tile out of a satellite map, in one interpolation.
+    """Cut the model's tile out of a satellite map, in one interpolation.
 
-    heading: ENU yaw of the vehicle. shift: metres (ahead, left) from the tile's centre to the camera.
+    heading: ENU yaw of the vehicle, radians. shift: metres (ahead, left) from the tile's centre to the
+    camera.
     turn: radians, counter-clockwise, from the tile's right to the heading.
     """
     # Metres (right, up) from the tile's centre -> metres (east, north) from the antenna.
     turned = _turned(heading - turn)
     centre = _turned(heading) @ (np.array(CAMERA_FROM_GPS) - shift)
-    # (column, row) from either image's centre; rows grow down.
+    # (column, row) from the centres of both images; rows grow downwards.
     flip = np.diag([1.0, -1.0])
-    linear = flip @ turned @ flip * (spec.gsd / MAP_GSD)
-    offset = (MAP_SIZE - 1) / 2 + flip @ centre / MAP_GSD - linear @ np.full(2, (spec.aerial_size - 1) / 2)
+    linear = flip @ turned @ flip * (spec.gsd / KITTI_GSD)
+    offset = (MAP_SIZE - 1) / 2 + flip @ centre / KITTI_GSD - linear @ np.full(2, (spec.aerial_size - 1) / 2)
     return cv2.warpAffine(
         satellite,
         np.column_stack([linear, offset]),
@@ -169,13 +169,13 @@ def _cut(satellite: Image, spec: ModelSpec, heading: float, shift: NDArray[np.fl
 
 
 def _turned(angle: float) -> NDArray[np.float64]:
-    """The matrix that turns (x, y), y up, counter-clockwise by ``angle`` radians."""
+    """Return the matrix that turns (x, y), y up, counter-clockwise by ``angle`` radians."""
     cos, sin = math.cos(angle), math.sin(angle)
     return np.array([[cos, -sin], [sin, cos]])
 
 
 def _parse(path: Path, number: int, line: str, train: bool) -> _Frame:
-    """``DAY/DRIVE/NUMBER.png``, in test files followed by the shift ahead, to the left, and the turn."""
+    """Parse ``DAY/DRIVE/NUMBER.png``, in test files followed by shift ahead, shift to the left and turn."""
     fields = line.split()
     wanted = "an image's name" if train else "an image's name and three numbers from -1 to 1"
     try:
@@ -190,7 +190,7 @@ def _parse(path: Path, number: int, line: str, train: bool) -> _Frame:
 
 
 def _heading(path: Path) -> float:
-    """ENU yaw of the vehicle, radians, from one line of the inertial system's data."""
+    """Read the vehicle's ENU yaw, radians, from a file of the inertial system's data."""
     line = read_lines(path)[0]
     try:
         fields = [float(field) for field in line.split()]
@@ -203,14 +203,14 @@ def _heading(path: Path) -> float:
 
 @lru_cache(maxsize=16)  # one file for each day
 def _projection(path: Path) -> tuple[float, ...]:
-    """The nine intrinsics of the rectified left colour camera."""
+    """Read the nine intrinsics of the rectified left colour camera."""
     for number, line in enumerate(read_lines(path), start=1):
         name, _, values = line.partition(":")
         if name == _PROJECTION:
             try:
-                # Three rows of four; the last column is the camera's place beside the first one.
+                # Three rows of four numbers; the last column is the offset from the first camera.
                 matrix = np.array([float(value) for value in values.split()]).reshape(3, 4)[:, :3]
                 return CameraModel(1, 1, tuple(matrix.ravel())).k
             except (ValueError, CameraError):
-                raise DatasetError(f"{path} line {number} is no camera matrix: {line[:80]!r}") from None
+                raise DatasetError(f"{path} line {number} is not a camera matrix: {line[:80]!r}") from None
     raise DatasetError(f"{path} has no line {_PROJECTION}")

@@ -1,4 +1,4 @@
-"""Bags of pairs as a PyTorch dataset: what a model is adapted on, without ground truth."""
+"""Bags of pairs as a PyTorch dataset without ground truth, for adaptation."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from xview_loc.vehicle.keyframes import SPEED_AGE_NS
 
 
 class PairDataset(PairSource):
-    """The pairs of one or more bags, for a model of ``spec``; decoded when first asked for.
+    """Pairs of one or more bags, prepared for a model of ``spec`` and decoded on first use.
 
-    What was decoded is kept on the disk in the model's size (:class:`RecordCache`): a worker of a data loader
-    holds one pair and its tile at a time, and the bags' index. The stored tiles must have the spec's ground
-    sample distance and be as large; of larger ones the middle is taken.
-    Raises BagError where a bag cannot be read, DatasetError where its tiles do not fit.
+    Decoded images are kept on disk in the model's size (:class:`RecordCache`), so a data loader's worker
+    holds the bags' index and one pair with its tile at a time. Stored tiles must have the spec's ground
+    sample distance and at least its size; larger ones are cropped to their middle.
+    Raises BagError if a bag cannot be read, DatasetError if its tiles do not fit.
     """
 
     def __init__(self, folders: Sequence[Path], spec: ModelSpec) -> None:
@@ -60,7 +60,7 @@ class PairDataset(PairSource):
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: int) -> PairSample:
-        """Raises IndexError, BagError for a damaged pair, DatasetError for one that does not fit."""
+        """Return a pair. Raises IndexError, BagError if it is damaged, DatasetError if it does not fit."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         record = self._decoded.get(index)
@@ -78,7 +78,7 @@ class PairDataset(PairSource):
         }
 
     def _decode(self, index: int) -> np.void:
-        """The fields of a sample, its images as they are before normalisation."""
+        """Decode the fields of a sample; images are not normalised yet."""
         number = bisect.bisect_right(self._ends, index)
         bag = self._bags[number]
         within = index - (self._ends[number - 1] if number else 0)
@@ -111,12 +111,12 @@ class PairDataset(PairSource):
         return record
 
     def track(self) -> Track:
-        """Along which drives the pairs were taken: each bag is one. Raises BagError for a damaged pair."""
+        """See :meth:`PairSource.track`; each bag is a drive. Raises BagError if a pair is damaged."""
         parts = [_bag_track(number, bag) for number, bag in enumerate(self._bags)]
         return Track(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(Track)))
 
     def _margin(self, tile: AerialTile, folder: Path) -> int:
-        """Pixels to leave out on each side of a tile, so that its middle is what the model takes."""
+        """Return the pixels to crop on each side of a tile to get the model's size."""
         spec = self._spec
         spare = tile.size_px - spec.aerial_size
         if spare < 0 or spare % 2 or not math.isclose(tile.gsd, spec.gsd, rel_tol=1e-6):
@@ -133,7 +133,7 @@ def _bag_track(number: int, bag: PairBag) -> Track:
     stamps = np.array([stamp for stamp, *_ in poses], np.int64)
     yaws = np.array([math.nan if yaw is None else yaw for *_, yaw in poses])
     moved = np.full((len(poses), 2), math.nan)
-    # Along the mean of the headings at both ends.
+    # The direction of a step is the mean of the headings at both ends.
     direction = np.exp(1j * yaws[1:]) + np.exp(1j * yaws[:-1])
     angle = np.angle(direction)
     moved[1:] = _driven(bag, stamps)[:, None] * np.stack([np.cos(angle), np.sin(angle)], 1)
@@ -142,7 +142,7 @@ def _bag_track(number: int, bag: PairBag) -> Track:
 
 
 def _driven(bag: PairBag, stamps: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Metres (N - 1,) driven by the wheels between stamps (N,); not-a-number where odometry is missing."""
+    """Return metres (N - 1,) driven between stamps (N,), from wheel speeds; NaN where odometry is missing."""
     seen = [
         (stamp, deserialize(TOPICS[ODOMETRY], data).twist.twist.linear.x) for stamp, data in bag.odometry()
     ]
@@ -152,7 +152,7 @@ def _driven(bag: PairBag, stamps: NDArray[np.int64]) -> NDArray[np.float64]:
     seconds = np.array([(stamp - seen[0][0]) / 1e9 for stamp, _ in seen])
     speeds = np.array([speed for _, speed in seen])
     steps = np.diff(seconds) * (speeds[1:] + speeds[:-1]) / 2
-    # A gap says nothing about what was driven in it: whatever touches one is unknown.
+    # The distance driven within a gap is unknown, and so is every step that touches one.
     gaps = np.diff(seconds) * 1e9 > 2 * SPEED_AGE_NS
     at = (stamps - seen[0][0]) / 1e9
     driven, missing = (
@@ -163,5 +163,5 @@ def _driven(bag: PairBag, stamps: NDArray[np.int64]) -> NDArray[np.float64]:
 
 
 def _std(covariance: NDArray[np.float64] | None) -> float:
-    """Along its larger axis, m."""
+    """Return the standard deviation along the larger axis, m; NaN if unknown."""
     return math.nan if covariance is None else math.sqrt(float(np.linalg.eigvalsh(covariance[:2, :2])[-1]))

@@ -1,4 +1,4 @@
-"""What is expensive to make, kept on the disk for as long as this process runs."""
+"""Cache of decoded samples in a temporary file."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import IO, Any
 
 import numpy as np
 
-# Others need the disk as well.
+# Disk space left to others.
 _LEAVE_FREE_BYTES = 1 << 30
 
 
 class RecordCache:
-    """Records of one NumPy type by their number, in a temporary file that vanishes with the process.
+    """Numbered records of one NumPy type, in a temporary file that is deleted when the process ends.
 
-    Processes forked from this one, such as a data loader's workers, share it. A disk that is full, or cannot
-    be written, keeps nothing; it is no error.
+    Forked processes, such as a data loader's workers, share it. If the disk is full or cannot be written,
+    records are silently not kept.
     """
 
     def __init__(self, dtype: np.dtype[Any]) -> None:
         self._dtype = dtype
-        # The mark after a record is written when the record is there.
+        # The byte after a record is set once the record is complete.
         self._stride = dtype.itemsize + 1
         try:
             self._file: IO[bytes] | None = tempfile.TemporaryFile(prefix="xview_loc-", buffering=0)  # noqa: SIM115
@@ -29,11 +29,11 @@ class RecordCache:
             self._file = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy in a process that was not forked keeps nothing."""
+        """Drop the file: a copy in a process that was not forked keeps nothing."""
         return {**self.__dict__, "_file": None}
 
     def get(self, number: int) -> np.void | None:
-        """A record that was put; None where none was, or none could be kept."""
+        """Return a record, None if it was not kept."""
         if self._file is None:
             return None
         data = os.pread(self._file.fileno(), self._stride, number * self._stride)
@@ -43,7 +43,7 @@ class RecordCache:
         return record
 
     def put(self, number: int, record: np.void) -> None:
-        """Keep a record, as far as the disk allows it."""
+        """Keep a record if the disk allows it."""
         if self._file is None:
             return
         descriptor, start = self._file.fileno(), number * self._stride

@@ -1,4 +1,4 @@
-"""Samples from drives through simulated cities, rendered once and kept on disk."""
+"""Dataset of drives through simulated cities, rendered once and kept on disk."""
 
 from __future__ import annotations
 
@@ -24,21 +24,19 @@ from xview_loc.simulation.drives import DriveOptions, drive
 from xview_loc.simulation.styles import STYLES
 from xview_loc.simulation.views import PanoramaView
 
-# Raise it when the simulation changes what it draws.
+# Increase it when the simulation's images change.
 _VERSION = 1
-# One frame a second, about 8 m apart: neighbours show different things.
+# One frame a second: about 8 m apart, so that neighbours differ.
 _RATE_HZ = 1.0
-# The camera is at least this far from the tile's border, where nothing surrounds it.
+# The camera's least distance from the tile's border, so that the tile shows its surroundings.
 _BORDER_M = 6.0
 _HEADING_NOISE = math.radians(2.0)
-
-
 _FILES = ("panoramas", "aerial", "poses")
 _Rendered = tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.float64]]
 
 
 def parse_cities(text: str) -> range:
-    """Seeds of cities from ``7`` or ``0-23`` (both ends included). Raises DatasetError."""
+    """Parse seeds of cities: ``7`` or ``0-23`` (both ends included). Raises DatasetError."""
     match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
     cities = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
     if not cities:
@@ -49,11 +47,11 @@ def parse_cities(text: str) -> range:
 class SimulatedDataset(PoseDataset):
     """Panoramas along drives through ``cities`` (seeds) of a style, ``frames`` in each.
 
-    The camera is anywhere on its tile but near the border, within ``half_extent_m`` of its centre along
-    rows and columns, and the panorama is turned north with a heading that is off by 2 degrees (standard
-    deviation). ``augment`` draws both anew in every epoch.
-    Cities are rendered by :meth:`prepare`, or when first needed, into ``cache_dir``.
-    Raises DatasetError for a model that does not take panoramas, and on an unknown style.
+    The camera is at a random position of its tile, 6 m or more from the border and within ``half_extent_m``
+    of the centre along rows and columns. The panorama is turned north by a heading with an error of 2 degrees
+    (standard deviation). ``augment`` draws both anew in every epoch.
+    Cities are rendered into ``cache_dir`` by :meth:`prepare`, or on first use.
+    Raises DatasetError if the model does not take panoramas or the style is unknown.
     """
 
     def __init__(
@@ -81,41 +79,16 @@ class SimulatedDataset(PoseDataset):
         self._reach = min(spec.aerial_size * spec.gsd / 2 - _BORDER_M, half_extent_m)
         self._open: dict[int, _Rendered] = {}
 
-    @classmethod
-    def parse(
-        cls,
-        text: str,
-        spec: ModelSpec,
-        *,
-        half_extent_m: float = math.inf,
-        cache_dir: Path | None = None,
-        augment: bool = False,
-    ) -> SimulatedDataset:
-        """From ``STYLE:CITIES:FRAMES``; CITIES is a seed or ``FIRST-LAST``."""
-        match = re.fullmatch(r"(\w+):([^:]+):(\d+)", text)
-        if not match:
-            raise DatasetError(f"a simulated dataset is written STYLE:CITIES:FRAMES, not {text!r}")
-        style, cities, frames = match.groups()
-        return cls(
-            style,
-            parse_cities(cities),
-            int(frames),
-            spec,
-            half_extent_m=half_extent_m,
-            cache_dir=cache_dir,
-            augment=augment,
-        )
-
     @property
     def cities(self) -> int:
-        """How many cities there are to render."""
+        """Number of cities."""
         return len(self._cities)
 
     def __len__(self) -> int:
         return len(self._cities) * self._frames
 
     def prepare(self, on_city: Callable[[], object] = lambda: None) -> None:
-        """Render the cities that the cache lacks; ``on_city`` is called after each city."""
+        """Render the cities missing from the cache; ``on_city`` is called after each city."""
         for seed in self._cities:
             if not self._path(seed).exists():
                 self._render(seed)
@@ -160,7 +133,7 @@ class SimulatedDataset(PoseDataset):
             try:
                 panoramas, aerial, poses = (np.load(path / f"{name}.npy", mmap_mode="r") for name in _FILES)
             except (OSError, ValueError) as error:
-                raise DatasetError(f"{path} is damaged ({error}): delete it to render it anew") from None
+                raise DatasetError(f"{path} is damaged ({error}): delete it to render it again") from None
             self._open[seed] = (panoramas, aerial, poses)
         return self._open[seed]
 
@@ -176,7 +149,7 @@ class SimulatedDataset(PoseDataset):
         aerial = cv2.resize(city.aerial, (side, side), interpolation=cv2.INTER_AREA)
         path = self._path(seed)
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Complete or not at all: a folder is renamed in one step.
+        # Renamed at the end, so that the folder is complete or missing.
         with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
             folder = Path(temporary) / path.name
             folder.mkdir()

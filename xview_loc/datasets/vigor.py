@@ -20,16 +20,16 @@ from xview_loc.models.inputs import normalise, prepare_ground
 
 Labels = Literal["corrected", "original"]
 
-# Labels count pixels of tiles of this side; metres per such pixel.
+# Labels are in raw pixels, those of tiles of this side; metres per raw pixel.
 RAW_SIZE = 640
 RAW_GSD = {"NewYork": 0.113248, "Seattle": 0.100817, "SanFrancisco": 0.118141, "Chicago": 0.111262}
-# A panorama's positive tile is the one whose central quarter it was taken in: up to so many raw pixels from
-# the centre along rows and columns (a little more in Seattle).
+# A panorama's positive tile is the one whose central quarter it was taken in: at most this many raw pixels
+# from the centre along rows and columns (a little more in Seattle).
 _RAW_REACH = 160
 
 _ALL_CITIES = ("NewYork", "Seattle", "SanFrancisco", "Chicago")
 _TARGET = ("SanFrancisco", "Chicago")
-# Split: its cities, in the order that index files count, and the stem of its label files.
+# For each split: its cities, in the order of index files, and the stem of its label files.
 _SPLITS = {
     "same-train": (_ALL_CITIES, "same_area_balanced_train"),
     "same-test": (_ALL_CITIES, "same_area_balanced_test"),
@@ -41,9 +41,9 @@ SPLITS = tuple(_SPLITS)
 
 
 class _Label(NamedTuple):
-    """One label line: the panorama, its positive tile, and the camera on it in raw pixels from the centre.
+    """One label line: a panorama and its positive tile.
 
-    south, east: where ``line`` of the file puts the camera.
+    south, east: the camera's position on the tile, raw pixels from the tile's centre.
     """
 
     file: Path
@@ -56,28 +56,28 @@ class _Label(NamedTuple):
 
     @property
     def place(self) -> str:
-        """File and line."""
+        """File and line, for messages."""
         return f"{self.file} line {self.line}"
 
 
 class VigorDataset(PoseDataset):
-    """Panoramas of VIGOR on their positive tiles, in the original folders under ``root``.
+    """VIGOR's panoramas on their positive tiles, in the original folders under ``root``.
 
     Images are ROOT/CITY/panorama/*.jpg and ROOT/CITY/satellite/*.png. Labels are ROOT/splits/CITY/*.txt
-    (``"original"``) or ROOT/splits__corrected/CITY/*__corrected.txt (``"corrected"``, of SliceMatch's
-    authors, who put a wrong ground resolution right). Lists of tiles are not needed.
+    (``"original"``) or ROOT/splits__corrected/CITY/*__corrected.txt (``"corrected"``, by SliceMatch's
+    authors, who corrected the ground resolution). Lists of tiles are not needed.
 
     ``split``: ``same-train`` and ``same-test`` (all cities); ``cross-train`` (New York, Seattle) and
     ``cross-test`` (San Francisco, Chicago); ``adapt``, ``validation`` and ``test`` are 70, 10 and 20 % of
-    ``cross-test``, by the adaptation paper's permutation or that in the file ``order``
+    ``cross-test``, by the adaptation paper's permutation or the one in the file ``order``
     (:func:`xview_loc.datasets.benchmark.part_of`).
 
-    Panoramas face north. With an unknown heading each is turned by a stored random share of a whole turn:
+    Panoramas face north. Without ``heading_known``, each is turned by a fixed random share of a whole turn:
     the adaptation paper's, or those in the file ``rolls``, one for each panorama of the split (of
-    ``cross-test`` for its parts). The coarse fix is the tile's centre; its deviation is that of places spread
-    evenly over the tile's central quarter.
+    ``cross-test`` for its parts). The coarse fix is the tile's centre; its standard deviation is that of
+    positions uniform over the tile's central quarter.
 
-    Raises DatasetError for a model that does not take panoramas, and on unknown splits, missing files and
+    Raises DatasetError if the model does not take panoramas, and on unknown splits, missing files and
     malformed lines; reading a sample raises it for a missing or damaged image.
     """
 
@@ -106,7 +106,7 @@ class VigorDataset(PoseDataset):
         self._turns = np.zeros(count) if heading_known else turns(count, rolls)
         self._heading_known = heading_known
         self._chosen = part_of(split, count, order) if split in PARTS else np.arange(count)
-        # All but where the files lie.
+        # The samples without their files' location.
         samples = digest((*self._labels[i][2:], self._turns[i]) for i in self._chosen)
         self.name = f"vigor:{split}:{samples}"
 
@@ -114,7 +114,7 @@ class VigorDataset(PoseDataset):
         return len(self._chosen)
 
     def __getitem__(self, index: int) -> Sample:
-        """Raises IndexError, and DatasetError for an image that is missing or cannot be used."""
+        """Return a sample. Raises IndexError, and DatasetError if an image is missing or damaged."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         number = int(self._chosen[index])
@@ -126,7 +126,7 @@ class VigorDataset(PoseDataset):
         gsd = RAW_GSD[label.city] / scale
         position = (middle + label.south * scale, middle + label.east * scale)
         return {
-            # What moves to the right was further left: the image's centre turns counter-clockwise.
+            # Content rolled to the right comes from the left: the image's centre turns counter-clockwise.
             "ground": ground.roll(round(turn * ground.shape[2]), dims=2),
             "aerial": normalise(self._tile(folder / "satellite" / label.tile, label.place))[0],
             "fix": torch.full((2,), middle),
@@ -139,7 +139,7 @@ class VigorDataset(PoseDataset):
         }
 
     def true_from_fix(self) -> NDArray[np.float64]:
-        """See :meth:`PoseDataset.true_from_fix`; from the labels alone, without reading an image."""
+        """See :meth:`PoseDataset.true_from_fix`; computed from the labels, without reading images."""
         labels = [self._labels[i] for i in self._chosen]
         offsets = [(label.east, -label.south) for label in labels]
         scales = [RAW_GSD[label.city] for label in labels]
@@ -160,12 +160,12 @@ def _read(root: Path, city: str, stem: str, labels: Labels) -> Iterator[_Label]:
     path = root / f"splits{corrected}" / city / f"{stem}{corrected}.txt"
     for number, line in enumerate(read_lines(path), start=1):
         fields = line.split()
-        # A panorama, then four times a tile with the panorama's place on it; the first is the positive one.
+        # A panorama, then four tiles, each with the panorama's position on it; the first is the positive one.
         try:
             rows, cols = float(fields[2]), float(fields[3])
         except (IndexError, ValueError):
             rows = cols = math.nan
         if len(fields) != 13 or not max(abs(rows), abs(cols)) <= RAW_SIZE / 2:
-            raise DatasetError(f"{path} line {number} is no VIGOR label: {line[:80]!r}")
+            raise DatasetError(f"{path} line {number} is not a VIGOR label: {line[:80]!r}")
         # Rows count to the south, columns to the west.
         yield _Label(path, number, city, fields[0], fields[1], rows, -cols)

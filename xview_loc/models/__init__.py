@@ -16,7 +16,7 @@ MODEL_NAMES = tuple(_CONSTRUCTORS)
 
 
 def create_model(name: str) -> CrossViewModel:
-    """The model called ``name`` with random weights, in evaluation mode; ValueError on an unknown name."""
+    """Create a model by name, with random weights and in evaluation mode. Raises ValueError."""
     if name not in _CONSTRUCTORS:
         raise ValueError(f"unknown model {name!r}; choose from {', '.join(MODEL_NAMES)}")
     return _CONSTRUCTORS[name]().eval()

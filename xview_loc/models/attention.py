@@ -1,4 +1,4 @@
-"""Attention of GGCVT: each overhead cell looks at its window, then at the image columns it projects to."""
+"""Attention of GGCVT: each overhead cell attends to its window, then to the image columns it projects to."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from xview_loc.models.vgg import unit
 
-# Cells that share one gather of their two image columns; 32 keeps both padding and gathered keys small.
+# Cells that share one gather of their two image columns; 32 keeps both the padding and the keys small.
 _BLOCK = 32
 # Added to the attention logit of an overhead cell that the camera does not see.
 _UNSEEN = -100.0
@@ -20,9 +20,9 @@ _UNSEEN = -100.0
 class ColumnPlan:
     """Overhead cells grouped in blocks that project between the same two image columns.
 
-    cells: (blocks * 32,) the cell in each slot, of all cells in the batch (padding repeats a cell).
-    columns: (blocks, 2) the two columns, of all columns in the batch.
-    slots: (cells,) where each cell's result is.
+    cells: (blocks * 32,), index of the cell in each slot, counted over the batch (padding repeats a cell).
+    columns: (blocks, 2), indices of the two columns, counted over the batch.
+    slots: (cells,), slot of each cell.
     """
 
     cells: Tensor
@@ -31,18 +31,18 @@ class ColumnPlan:
 
     @classmethod
     def of(cls, u: Tensor, width: int) -> ColumnPlan:
-        """For one view: ``u`` (cells,) is each cell's image column in features, ``width`` their number."""
+        """Plan one view: ``u`` (cells,) is each cell's column in ``width`` feature columns."""
         left = u.floor()
-        # Clamped before the conversion: cells behind the camera lie beyond any integer.
+        # Clamped before the conversion: for cells behind the camera, ``u`` overflows an integer.
         right = (left + 1).clamp(0, width - 1).long()
         left = left.clamp(0, width - 1).long()
-        # Equal for both sides past an edge, so that a pair is not told apart by its left column alone.
+        # Both columns make the pair's key: past an edge they are equal, so the left one is ambiguous.
         pairs, pair_of_cell, counts = torch.unique(
             left * width + right, return_inverse=True, return_counts=True
         )
         order = torch.argsort(pair_of_cell, stable=True)
         blocks = (counts + _BLOCK - 1) // _BLOCK
-        # A pair's cells fill its blocks in order; the last block's spare slots repeat cell 0.
+        # A pair's cells fill its blocks in order; spare slots of its last block repeat cell 0.
         first_slot = (blocks.cumsum(0) - blocks) * _BLOCK
         rank = torch.arange(len(order), device=u.device) - (counts.cumsum(0) - counts)[pair_of_cell[order]]
         slots = torch.empty_like(order)
@@ -54,7 +54,7 @@ class ColumnPlan:
 
     @staticmethod
     def batch(plans: list[ColumnPlan], width: int) -> ColumnPlan:
-        """The plans of a batch's examples as one."""
+        """Join the plans of a batch's examples."""
         if len(plans) == 1:
             return plans[0]
         count = len(plans[0].slots)
@@ -69,7 +69,7 @@ class ColumnPlan:
 
 
 class CrossAttention(nn.Module):
-    """Every overhead cell to all rows of the two image columns beside its projection."""
+    """Attention of every overhead cell to all rows of the two image columns beside its projection."""
 
     def __init__(self, channels: int, heads: int, head_channels: int) -> None:
         super().__init__()
@@ -90,8 +90,8 @@ class CrossAttention(nn.Module):
         self.postnorm = nn.LayerNorm(channels)
 
     def forward(self, cells: Tensor, columns: Tensor, plan: ColumnPlan) -> Tensor:
-        """``cells`` (B, M, C) and the image's ``columns`` (B, W, H, C) -> (B, M, C)."""
-        # Keys and values once per image feature, not once per cell that looks at it.
+        """Attend from ``cells`` (B, M, C) to the image's ``columns`` (B, W, H, C): (B, M, C)."""
+        # Keys and values are projected once per image feature, not once per cell that attends to it.
         keys = self.to_k(columns).flatten(0, 1)[plan.columns].flatten(1, 2)
         values = self.to_v(columns).flatten(0, 1)[plan.columns].flatten(1, 2)
         queries = self.to_q(cells).flatten(0, 1)[plan.cells].unflatten(0, (-1, _BLOCK))
@@ -123,7 +123,7 @@ class _WindowAttention(nn.Module):
         self.register_buffer("relative_position_index", rows * span + cols)
 
     def forward(self, x: Tensor, seen: Tensor | None) -> Tensor:
-        """``x`` (windows, cells, C); ``seen`` (windows, cells), False where a key is to be shunned."""
+        """Mix ``x`` (windows, cells, C); ``seen`` (windows, cells) is False for keys to avoid."""
         bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)[None]
         if seen is not None:
             bias = bias + torch.where(seen, 0.0, _UNSEEN).to(bias.dtype)[:, None, None, :]
@@ -157,7 +157,7 @@ class _SwinBlock(nn.Module):
         self.mlp = _Mlp(channels, 4 * channels)
 
     def forward(self, x: Tensor, seen: Tensor | None) -> Tensor:
-        """``x`` (B, S, S, C), ``seen`` (B, S, S)."""
+        """Mix ``x`` (B, S, S, C) within windows; ``seen`` is (B, S, S)."""
         batch, size, _, _ = x.shape
         n, w = size // self._window, self._window
         windows = self.normx(x).reshape(batch, n, w, n, w, -1).transpose(2, 3).reshape(-1, w * w, x.shape[3])
@@ -186,7 +186,7 @@ class _PatchEmbed(nn.Module):
 
 
 class WindowTransformer(nn.Module):
-    """Overhead features embedded, mixed within windows and put back to their channels."""
+    """Embeds overhead features, mixes them within windows and projects them back to their channels."""
 
     def __init__(self, channels: int, embedding: int = 48, heads: int = 3, window: int = 8) -> None:
         super().__init__()
@@ -195,14 +195,14 @@ class WindowTransformer(nn.Module):
         self.head = nn.Linear(embedding, channels)
 
     def forward(self, x: Tensor, seen: Tensor | None) -> Tensor:
-        """``x`` (B, C, S, S) -> (B, S * S, C)."""
+        """Map ``x`` (B, C, S, S) to (B, S * S, C)."""
         embedded = self.patch_embed.norm(self.patch_embed.proj(x).permute(0, 2, 3, 1))
         mixed = self.get_submodule("layers.0.blocks.0")(embedded, seen)
         return self.head(mixed.flatten(1, 2))
 
 
 class CrossViewAttention(nn.Module):
-    """Self- and cross-attention in turn, from overhead cells to the ground image."""
+    """Alternates self-attention of overhead cells and their cross-attention to the ground image."""
 
     def __init__(self, channels: int, blocks: int = 2, heads: int = 4, head_channels: int = 16) -> None:
         super().__init__()
@@ -212,7 +212,7 @@ class CrossViewAttention(nn.Module):
         )
 
     def forward(self, overhead: Tensor, ground: Tensor, plan: ColumnPlan, seen: Tensor | None) -> Tensor:
-        """``overhead`` (B, C, S, S), ``ground`` (B, C, H, W), ``seen`` (B, S, S) or None -> (B, C, S, S)."""
+        """Refine ``overhead`` (B, C, S, S) by ``ground`` (B, C, H, W); ``seen`` is (B, S, S) or None."""
         columns = ground.permute(0, 3, 2, 1).contiguous()
         x = overhead
         for mix, look in zip(self.self_attention_layers, self.cross_attention_layers, strict=True):

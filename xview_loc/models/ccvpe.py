@@ -1,4 +1,4 @@
-"""CCVPE: coarse-to-fine matching of a ground descriptor rolled to every heading against an aerial tile."""
+"""CCVPE: coarse-to-fine matching of a ground descriptor, rolled to every heading, against an aerial tile."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xview_loc.models.base import CrossViewModel, HeatMaps, ModelSpec
+from xview_loc.models.base import KITTI_GSD, CrossViewModel, HeatMaps, ModelSpec, check_image_size
 from xview_loc.models.efficientnet import EfficientNet, Padding, block_channels, head_channels
 
-# Squared norms are floored at the square of torch's own epsilon for F.normalize.
+# Lower bound of squared norms: the square of F.normalize's epsilon.
 _MIN_SQUARED_NORM = 1e-24
-# Width of the last stage, from the finest level to the tile's own resolution.
+# Channels of the last stage, from the finest level to the tile's own resolution.
 _LAST_CHANNELS = 16
 
 
 @dataclass(frozen=True)
 class CCVPEConfig:
-    """The sizes of one CCVPE model; tuples run from the coarsest level to the finest.
+    """Sizes of one CCVPE model; tuples run from the coarsest level to the finest.
 
-    width: factor on the backbones' channels. groups: how many of EfficientNet-B0's groups they have.
-    cell: side, in final backbone features, of the cell that one coarse satellite descriptor covers.
-    satellite_descriptor: length of that descriptor.
+    satellite_descriptor: length of one coarse satellite descriptor.
     ground_channels: channels per panorama column of each level's ground descriptor.
-    shifts: channels by which the satellite descriptor turns per heading bin, at each level.
-    taps: backbone blocks whose outputs enter the decoders on the way up, one for each level but the last.
+    shifts: channels by which the satellite descriptor is rolled per heading bin, at each level.
     up, conv: output channels of each level's transposed convolution and of its convolutions.
-    up_orientation, conv_orientation: the same of the orientation decoder.
-    padding: of the satellite backbone and of the decoders' convolutions.
-    classifier: whether the backbones carry the unused classifier weights of the published checkpoints.
+    up_orientation, conv_orientation: the same for the orientation decoder.
+    taps: backbone blocks whose outputs are the decoders' skip features, one for each level but the last.
+    cell: side of the cell that one coarse satellite descriptor covers, in final backbone features.
+    width: factor on the backbones' channels. groups: number of EfficientNet-B0's groups in the backbones.
+    padding: padding of the satellite backbone and of the decoders' convolutions.
+    classifier: True keeps the unused classifier weights of the published checkpoints in the backbones.
     """
 
     spec: ModelSpec
@@ -63,10 +63,8 @@ _VIGOR = CCVPEConfig(
     up_orientation=(1024, 256, 128, 64, 32),
     conv_orientation=(640, 256, 128, 64, 32),
 )
-# Web Mercator zoom 18 at Karlsruhe, delivered at scale 2.
-_KITTI_GSD = 156543.03392 * math.cos(math.radians(49.015)) / 2**18 / 2
 _KITTI = CCVPEConfig(
-    spec=ModelSpec("ccvpe-kitti", "pinhole", (256, 1024), 512, _KITTI_GSD, 16, aerial_up="left"),
+    spec=ModelSpec("ccvpe-kitti", "pinhole", (256, 1024), 512, KITTI_GSD, 16, aerial_up="left"),
     satellite_descriptor=2048,
     ground_channels=(16, 8, 4, 2, 1, 1),
     shifts=(128, 64, 32, 16, 8, 8),
@@ -76,8 +74,8 @@ _KITTI = CCVPEConfig(
     conv_orientation=(512, 256, 128, 64, 32),
 )
 _SMALL = CCVPEConfig(
-    # Backbones of stride 16 and one feature per coarse cell: 10x10 cells of 7.7 m and as many heading bins
-    # as the panorama has columns of features.
+    # Backbones of stride 16 and one feature per coarse cell: 10 x 10 cells of 7.7 m, and one heading bin per
+    # feature column of the panorama.
     spec=ModelSpec("ccvpe-small", "panorama", (64, 256), 160, 0.48, 16),
     satellite_descriptor=256,
     ground_channels=(16, 8, 4, 2),
@@ -106,10 +104,10 @@ CONFIGS = {
 
 @dataclass(frozen=True)
 class AerialFeatures:
-    """What CCVPE keeps of a tile: its coarse descriptors (B, C, h, w) and the decoders' skip features.
+    """Features of a tile: coarse descriptors (B, C, h, w) and the decoders' skip features.
 
-    shares: by a decoder's suffix, the tile's share of the first convolution of each of its stages but the
-    last, where :meth:`CCVPE.precompute` has been at work.
+    shares: filled by :meth:`CCVPE.precompute`. For each decoder (by its suffix), the tile's share of the
+    first convolution of each stage but the last.
     """
 
     descriptors: Tensor
@@ -119,10 +117,11 @@ class AerialFeatures:
 
 @dataclass(frozen=True)
 class _Fused:
-    """A decoder's transposed convolutions merged with the convolutions after them.
+    """A decoder's transposed convolutions, each merged with the convolution after it.
 
-    versions: of the weights it was made of. kernels: (C, C', 4, 4), one for each stage. last: the share of
-    the last stage, which has no skip features, in its first convolution (1, C, S, S).
+    versions: versions of the weights that were merged. kernels: (C, C', 4, 4), one for each stage.
+    last: (1, C, S, S), the constant share in the first convolution of the last stage, which has no skip
+    features.
     """
 
     versions: tuple[int, ...]
@@ -131,28 +130,28 @@ class _Fused:
 
 
 class _Stage(NamedTuple):
-    """One stage of a decoder: its transposed convolution, the first convolution after it, and the rest."""
+    """One stage of a decoder: transposed convolution, first convolution after it, and the rest."""
 
     up: nn.ConvTranspose2d
     conv: nn.Conv2d
     rest: nn.Sequential
 
-    def nothing(self, size: tuple[int, ...]) -> Tensor:
-        """What the transposed convolution gives of zeros: its bias everywhere, (1, C, *size)."""
+    def up_of_zeros(self, size: tuple[int, ...]) -> Tensor:
+        """Return the transposed convolution of zeros: its bias everywhere, (1, C, *size)."""
         assert self.up.bias is not None
         return self.up.bias[None, :, None, None].expand(1, -1, *size)
 
     def merged_kernel(self) -> Tensor:
-        """(C, C', 4, 4), of the transposed convolution and the share of the convolution that is over it.
+        """Merge the transposed convolution with its share of the convolution after it: (C, C', 4, 4).
 
-        Tap t is made of all pairs of taps k and e of the two with t = k + 2 - e.
+        Tap t sums the products of all pairs of taps k and e of the two with t = k + 2 - e.
         """
         own = self.conv.weight[:, : self.up.out_channels]
         kernel = F.conv2d(self.up.weight, own, padding=2)
         return kernel.contiguous(memory_format=torch.channels_last)
 
     def versions(self) -> tuple[int, ...]:
-        """Other ones whenever the weights of the two are."""
+        """Return numbers that change whenever the weights of the two convolutions change."""
         weights = (self.up.weight, self.up.bias, self.conv.weight, self.conv.bias)
         return tuple(v for w in weights if w is not None for v in (w.data_ptr(), w._version))
 
@@ -165,7 +164,10 @@ class _ColumnsFirst(nn.Module):
 
 
 class CCVPE(CrossViewModel):
-    """Panorama (or pinhole) to aerial tile; parameter names and shapes are those of published checkpoints."""
+    """Matches a panorama or pinhole image to an aerial tile.
+
+    Parameter names and shapes are those of the published checkpoints.
+    """
 
     def __init__(self, config: CCVPEConfig) -> None:
         super().__init__()
@@ -188,7 +190,7 @@ class CCVPE(CrossViewModel):
             nn.Flatten(), nn.Linear(features * config.cell**2, config.satellite_descriptor)
         )
         self._add_decoder("", 1, config.up, config.conv, skip_channels, extra=1, outputs=1)
-        # By a decoder's suffix.
+        # Keys are the decoders' suffixes.
         self._fused: dict[str, _Fused] = {}
         self._add_decoder(
             "_ori", config.spec.bins, config.up_orientation, config.conv_orientation, skip_channels, 0, 2
@@ -204,10 +206,10 @@ class CCVPE(CrossViewModel):
         extra: int,
         outputs: int,
     ) -> None:
-        """Stages named from the number of levels down to 1, as the published checkpoints count them.
+        """Add a decoder's stages, numbered from the number of levels down to 1 as in published checkpoints.
 
-        ``scores`` and ``extra`` are the score channels put before the features at the first and at the
-        other levels.
+        ``scores`` and ``extra`` are the numbers of score channels in front of the features, at the first
+        level and at the others.
         """
 
         def conv3x3(channels_in: int, channels_out: int) -> nn.Conv2d:
@@ -232,12 +234,12 @@ class CCVPE(CrossViewModel):
             channels = hidden[level] + extra
 
     def encode_aerial(self, aerial: Tensor) -> AerialFeatures:
-        """Backbone features and coarse descriptors of tiles (B, 3, S, S), normalised; S is the spec's.
+        """Compute backbone features and coarse descriptors of tiles (B, 3, S, S), normalised.
 
-        Raises ValueError on another size.
+        Raises ValueError if S is not the spec's.
         """
         size = self.spec.aerial_size
-        _check_size("aerial", aerial, (size, size))
+        check_image_size("aerial", aerial, (size, size))
         volume, skips = self.sat_efficientnet(aerial, self._config.taps)
         batch, channels, rows, cols = volume.shape
         cell = self._config.cell
@@ -250,10 +252,10 @@ class CCVPE(CrossViewModel):
     def precompute(self, features: AerialFeatures, *, orientation: bool = False) -> AerialFeatures:
         """See :meth:`CrossViewModel.precompute`.
 
-        Convolutions are linear: the first one after a concatenation is the sum of one over the skip features,
-        which is the tile's, and one over what comes from below. The latter merges with the transposed
-        convolution before it, linear as well, into one of 4 x 4. At the coarsest level all but the scores is
-        the tile's.
+        Convolutions are linear. The first one after a concatenation is the sum of one over the skip features,
+        which depend on the tile alone, and one over the features from below. The latter merges with the
+        transposed convolution before it, which is linear too, into one of 4 x 4. At the coarsest level,
+        everything but the scores depends on the tile alone.
         """
         scores = {"": 1, "_ori": self.spec.bins} if orientation else {"": 1}
         for suffix in scores:
@@ -270,24 +272,24 @@ class CCVPE(CrossViewModel):
 
     def _shares(self, suffix: str, scores: int, features: AerialFeatures) -> tuple[Tensor, ...]:
         x = _unit(features.descriptors)
-        nothing = x.new_zeros(x.shape[0], scores, *x.shape[2:])
+        no_scores = x.new_zeros(x.shape[0], scores, *x.shape[2:])
         shares = []
         for level, skip in enumerate(features.skips):
             stage = self._stage(level, suffix)
-            below = stage.up(_join(nothing, x)) if level == 0 else stage.nothing(skip.shape[2:])
+            below = stage.up(_join(no_scores, x)) if level == 0 else stage.up_of_zeros(skip.shape[2:])
             shares.append(stage.conv(_join(below, skip)).contiguous(memory_format=torch.channels_last))
         return tuple(shares)
 
     def _fuse(self, suffix: str) -> None:
-        """Merge the decoder's weights as they are now, unless that was done."""
+        """Merge the decoder's convolutions, unless that was done with the current weights."""
         stages = [self._stage(level, suffix) for level in range(self._levels)]
         versions = tuple(v for stage in stages for v in stage.versions())
         known = self._fused.get(suffix)
         if known is None or known.versions != versions:
             size = self.spec.aerial_size
-            # As precise as the weights, since they outlast this call and its autocast.
+            # In the weights' precision: the result is kept beyond this call and its autocast.
             with torch.autocast(stages[0].up.weight.device.type, enabled=False):
-                last = stages[-1].conv(stages[-1].nothing((size, size)))
+                last = stages[-1].conv(stages[-1].up_of_zeros((size, size)))
                 self._fused[suffix] = _Fused(
                     versions,
                     tuple(stage.merged_kernel() for stage in stages),
@@ -301,11 +303,11 @@ class CCVPE(CrossViewModel):
         return _Stage(up, cast(nn.Conv2d, convs[0]), cast(nn.Sequential, convs[1:]))
 
     def encode_ground(self, ground: Tensor) -> list[Tensor]:
-        """Unit descriptors (B, columns * channels), one per level, of images (B, 3, h, w), normalised.
+        """Compute each level's unit descriptors (B, columns * channels) of normalised images (B, 3, h, w).
 
-        Raises ValueError where (h, w) is not the spec's.
+        Raises ValueError if (h, w) is not the spec's.
         """
-        _check_size("ground", ground, self.spec.ground_size)
+        check_image_size("ground", ground, self.spec.ground_size)
         volume, _ = self.grd_efficientnet(ground)
         return [
             F.normalize(self.get_submodule(f"grd_feature_to_descriptor{level}")(volume).flatten(1), dim=1)
@@ -320,10 +322,10 @@ class CCVPE(CrossViewModel):
         *,
         orientation: bool = False,
     ) -> HeatMaps:
-        """See :meth:`CrossViewModel.match`; a batch of one on either side goes with any batch on the other.
+        """See :meth:`CrossViewModel.match`; a batch of one on either side is broadcast to the other's.
 
-        Only the whole bins within +-``heading_prior_deg`` degrees are scored, in the order from minus to
-        plus (all of them, from bin 0, for None). The orientation field always uses all bins.
+        Only the whole bins within +-``heading_prior_deg`` degrees are scored, ordered from minus to plus (for
+        None all bins, from bin 0). The orientation field always uses all bins.
         Raises ValueError on a negative prior or a wrong image size.
         """
         descriptors = self.encode_ground(ground)
@@ -344,7 +346,7 @@ class CCVPE(CrossViewModel):
         *,
         orientation: bool = False,
     ) -> tuple[Tensor, ...]:
-        """See :meth:`CrossViewModel.frame`: the maps of :meth:`match`, the finest one first."""
+        """See :meth:`CrossViewModel.frame`; returns the maps of :meth:`match`, the finest one first."""
         count = self._levels - 1
         shares = {"": tuple(tile[1 : 1 + count])}
         if orientation:
@@ -381,7 +383,7 @@ class CCVPE(CrossViewModel):
         heading_prior_deg: float | None,
         count: int,
     ) -> tuple[list[Tensor], Tensor]:
-        """The first ``count`` levels' scores, and the last one's unit features."""
+        """Return the scores of the first ``count`` levels and the unit features of the last of them."""
         bins = self.prior_bins(heading_prior_deg).to(descriptors[0].device)
         x = _unit(features.descriptors)
         maps: list[Tensor] = []
@@ -392,29 +394,29 @@ class CCVPE(CrossViewModel):
         return maps, x
 
     def prior_bins(self, heading_prior_deg: float | None) -> Tensor:
-        """Indices of the heading bins that a prior of +-``heading_prior_deg`` degrees leaves, in order."""
+        """Return the indices of the heading bins within +-``heading_prior_deg`` degrees, in order."""
         count = self.spec.bins
         if heading_prior_deg is None:
             return torch.arange(count)
         if not heading_prior_deg >= 0:
-            raise ValueError(f"the heading prior must be at least 0 degrees, not {heading_prior_deg}")
+            raise ValueError(f"the heading prior must be 0 degrees or more, not {heading_prior_deg}")
         half = math.floor(min(heading_prior_deg, 180.0) * count / 360)
         if 2 * half + 1 >= count:
             return torch.arange(count)
-        # Bins run against the headings.
+        # Bins count clockwise, headings counter-clockwise.
         middle = -round(self.spec.nominal_heading / (2 * math.pi) * count)
         return (torch.arange(-half, half + 1) + middle) % count
 
     def _scores(self, level: int, x: Tensor, descriptor: Tensor, bins: Tensor) -> Tensor:
-        """Cosine similarity (B, bins, h, w) of the turned ground descriptor and the unit features ``x``.
+        """Return cosine similarities (B, bins, h, w) of the rolled ground descriptor and unit features ``x``.
 
-        Turning the features back by a bin's shift and comparing their first channels is the same as
-        comparing them with the descriptor turned forward, so that one matrix scores every bin.
+        Rolling the features back by a bin's shift and comparing their first channels equals comparing them
+        with the descriptor rolled forward, so one matrix product scores every bin.
         """
         channels, length = x.shape[1], descriptor.shape[1]
         source = torch.arange(channels, device=x.device)
         source = (source - bins[:, None] * self._config.shifts[level]) % channels
-        # With the channels last no layout has to be changed.
+        # Channels last: avoids a change of the memory layout.
         cells = x.permute(0, 2, 3, 1).flatten(1, 2)
         scores = cells @ F.pad(descriptor, (0, channels - length))[:, source].mT
         if length < channels:
@@ -425,7 +427,7 @@ class CCVPE(CrossViewModel):
     def _ascend(
         self, level: int, suffix: str, scores: Tensor | None, x: Tensor, features: AerialFeatures
     ) -> Tensor:
-        """One decoder stage: scores and features to the next level's features, of twice the side."""
+        """Run one decoder stage: from scores and features to the next level's features, of twice the side."""
         stage = self._stage(level, suffix)
         shares = features.shares.get(suffix)
         if shares is not None:
@@ -446,15 +448,15 @@ class CCVPE(CrossViewModel):
         return cast(Tensor, stage.rest(stage.conv(x)))
 
     def _merged(self, x: Tensor, kernel: Tensor) -> Tensor:
-        """A transposed convolution and the convolution over it, without biases."""
+        """Apply a transposed convolution merged with the convolution after it, without biases."""
         if self._config.padding == "zeros":
             return F.conv_transpose2d(x, kernel, stride=2, padding=1)
-        # Doubled by the transposed convolution, a reflected border is a repeated one.
+        # Reflecting the border after the transposed convolution equals repeating it before.
         x = F.pad(x, (1, 1, 1, 1), mode="replicate")
         return F.conv_transpose2d(x, kernel, stride=2, padding=3)
 
     def _orientation(self, descriptor: Tensor, features: AerialFeatures) -> Tensor:
-        """The orientation decoder's unit (cos, sin) field (B, 2, S, S)."""
+        """Run the orientation decoder: unit vectors (cos, sin), (B, 2, S, S)."""
         x = _unit(features.descriptors)
         scores = self._scores(0, x, descriptor, self.prior_bins(None).to(x.device))
         x = self._ascend(0, "_ori", scores, x, features)
@@ -464,21 +466,14 @@ class CCVPE(CrossViewModel):
 
 
 def _unit(x: Tensor) -> Tensor:
-    """``x`` over its norm along the channels; F.normalize is ten times slower on such maps."""
-    # Squares overflow half precision.
+    """Divide ``x`` by its norm along the channels; F.normalize is ten times slower on these maps."""
+    # In float32 at least: squares overflow half precision.
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     norm = wide.square().sum(1, keepdim=True).clamp_min(_MIN_SQUARED_NORM).sqrt()
     return x / norm.to(x.dtype)
 
 
 def _join(a: Tensor, b: Tensor) -> Tensor:
-    """Concatenate along channels; a batch of one is repeated to the other's."""
+    """Concatenate along channels; a batch of one is broadcast to the other's."""
     batch = max(a.shape[0], b.shape[0])
     return torch.cat([a.expand(batch, -1, -1, -1), b.expand(batch, -1, -1, -1)], 1)
-
-
-def _check_size(what: str, image: Tensor, size: tuple[int, int]) -> None:
-    if image.ndim != 4 or image.shape[1] != 3 or tuple(image.shape[2:]) != size:
-        raise ValueError(
-            f"{what} images must have shape (batch, 3, {size[0]}, {size[1]}), not {tuple(image.shape)}"
-        )

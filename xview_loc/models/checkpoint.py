@@ -1,4 +1,4 @@
-"""Checkpoint files: ours (safetensors with JSON metadata) and the authors' published state dicts."""
+"""Checkpoint files: our safetensors with JSON metadata, and the authors' published state dicts."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from torch import Tensor
 
 from xview_loc.errors import UserError
 from xview_loc.files import write_whole
-from xview_loc.models import create_model
+from xview_loc.models import MODEL_NAMES, create_model
 from xview_loc.models.base import Calibration, CrossViewModel, ModelSpec
 
 _FORMAT = 1
 _METADATA_KEY = "xview_loc"
-# First bytes of what torch.save writes: a zip archive, or a pickle (before PyTorch 1.6).
+# First bytes of files by torch.save: a zip archive, or a pickle (before PyTorch 1.6).
 _TORCH_MAGIC = (b"PK\x03\x04", b"\x80")
-# Keys under which a published file may hold its state dict.
+# Keys of the state dict in published files that wrap it.
 _WRAPPERS = ("state_dict", "model")
 
 
@@ -48,11 +48,11 @@ def save_checkpoint(
 ) -> str:
     """Write ``model`` to ``path`` as safetensors and return the file's SHA-256 (hex).
 
-    ``metadata`` is any JSON-able mapping (parent's SHA-256, data, hyper-parameters, metrics ...); ``format``,
-    ``model``, ``spec`` and
-    ``calibration`` are always the model's own. The file appears complete or not at all.
+    ``metadata`` is a mapping of JSON values (parent's SHA-256, data, hyper-parameters, metrics ...). Its
+    ``format``, ``model``, ``spec`` and ``calibration`` are replaced by the model's own. The file is written
+    atomically.
     Raises CheckpointError on weights that are not finite, TypeError or ValueError on metadata that JSON
-    cannot hold (not-a-number included), OSError where the file cannot be written.
+    cannot hold (NaN included), OSError if the file cannot be written.
     """
     path = Path(path)
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
@@ -70,11 +70,11 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: str | os.PathLike[str], expected_model: str | None = None) -> Checkpoint:
-    """Read a checkpoint of ours, or an authors' ``.pt``/``.pth`` state dict.
+    """Read one of our checkpoints, or a published ``.pt``/``.pth`` state dict.
 
-    ``expected_model`` is the model's name: required for the authors' files, which do not carry one; for
-    ours it is checked where given. The model's spec is the file's. No code in a file is ever run.
-    Raises CheckpointError, with one line that names the file and the cause, on everything that is wrong.
+    ``expected_model`` is the model's name. Published files carry none, so they need it; in ours it is checked
+    if given. The model gets the file's spec. Code in a file is never run.
+    Raises CheckpointError, with one line that names the file and the cause, on any unusable file.
     """
     path = Path(path)
     try:
@@ -85,7 +85,7 @@ def load_checkpoint(path: str | os.PathLike[str], expected_model: str | None = N
         raise CheckpointError(f"checkpoint {path} cannot be read: {error.strerror}") from None
     if not data:
         raise CheckpointError(f"checkpoint {path} is empty")
-    # Safetensors begin with their header's length, in eight bytes that may be any, and with its brace.
+    # Safetensors start with eight bytes of header length, which may equal a magic number, then a brace.
     if data.startswith(_TORCH_MAGIC) and data[8:9] != b"{":
         if expected_model is None:
             raise CheckpointError(f"checkpoint {path} does not say which model it holds; name the model")
@@ -109,32 +109,43 @@ def load_checkpoint(path: str | os.PathLike[str], expected_model: str | None = N
         try:
             model.calibration = Calibration(**metadata["calibration"])
         except (TypeError, ValueError) as error:
-            raise CheckpointError(f"checkpoint {path} has a calibration that is none: {error}") from None
+            raise CheckpointError(f"checkpoint {path} has an unusable calibration: {error}") from None
     return Checkpoint(model, metadata, hashlib.sha256(data).hexdigest())
 
 
 def shipped_checkpoint(name: str) -> Path | None:
-    """The weights that this package brings for the model called ``name``, None where it has none."""
+    """Return the file of the weights shipped for the model ``name``, None if there are none."""
     path = Path(__file__).parent / "weights" / f"{name}.safetensors"
     return path if path.exists() else None
 
 
-def load_model(name: str | None, path: str | os.PathLike[str] | None = None) -> Checkpoint:
-    """The checkpoint at ``path``, by default the one that this package brings for the model ``name``.
+def load_model(name: str, path: str | os.PathLike[str] | None = None) -> Checkpoint:
+    """Load the checkpoint at ``path``, by default the one shipped for the model ``name``.
 
-    Raises CheckpointError as :func:`load_checkpoint` does, and where neither is there.
+    Raises CheckpointError as :func:`load_checkpoint` does, and if no weights are shipped.
     """
-    path = path or (shipped_checkpoint(name) if name else None)
+    path = path or shipped_checkpoint(name)
+    if path is None and name in MODEL_NAMES:
+        raise CheckpointError(f"no weights are shipped for {name}: give a checkpoint")
     if path is None:
-        raise CheckpointError(f"no weights are shipped for {name or 'an unnamed model'}: give a checkpoint")
+        raise CheckpointError(f"unknown model {name!r}; choose from {', '.join(MODEL_NAMES)}")
     return load_checkpoint(path, name)
+
+
+def weights_digest(model: CrossViewModel) -> str:
+    """Return the SHA-256 (hex) of a model's weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _read_torch(path: Path, data: bytes) -> dict[str, Tensor]:
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        # weights_only refuses everything but plain tensors and containers with this error.
+        # weights_only raises this on everything but plain tensors and containers.
         raise CheckpointError(
             f"checkpoint {path} is damaged or holds pickled code, which is never run; "
             "save its plain state dict instead"
@@ -205,7 +216,7 @@ def _check_finite(path: Path, state: Mapping[str, Tensor]) -> None:
 
 
 def _checked_spec(path: Path, data: dict[str, Any], own: ModelSpec) -> ModelSpec:
-    """The file's spec; only its ground sample distance may differ from the model's own."""
+    """Return the file's spec; only its ground sample distance may differ from the model's own."""
     try:
         spec = ModelSpec.from_json(data)
         valid = replace(spec, gsd=own.gsd) == own and 0 < float(spec.gsd) < float("inf")

@@ -1,4 +1,4 @@
-"""EfficientNet-B0 as a feature extractor, with the padding of each use and the usual port's key names."""
+"""EfficientNet-B0 as a feature extractor, with selectable padding and the key names of the common port."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 Padding = Literal["zeros", "circular", "reflect"]
 
-# One row per group of blocks: repeats, kernel, stride of the first, expansion, output channels.
+# One row per group of blocks: repeats, kernel, stride of the first block, expansion, output channels.
 _GROUPS = (
     (1, 3, 1, 1, 16),
     (2, 3, 2, 6, 24),
@@ -28,26 +28,26 @@ _CLASSES = 1000
 
 
 def scaled_channels(channels: int, width: float) -> int:
-    """``channels`` times ``width``, to the nearest multiple of 8 (at least 8)."""
+    """Scale ``channels`` by ``width``, rounded to a multiple of 8 (at least 8)."""
     return max(8, round(channels * width / 8) * 8)
 
 
 def block_channels(width: float = 1.0) -> list[int]:
-    """Output channels of each of the 16 blocks."""
+    """Return the output channels of each of the 16 blocks."""
     return [scaled_channels(out, width) for repeats, _, _, _, out in _GROUPS for _ in range(repeats)]
 
 
 def head_channels(width: float = 1.0) -> int:
-    """Channels of the final feature volume."""
+    """Return the channels of the final feature volume."""
     return scaled_channels(_HEAD_CHANNELS, width)
 
 
 class _SameConv2d(nn.Conv2d):
-    """A convolution with TensorFlow's SAME padding as it comes out for a 224-pixel input.
+    """Convolution with TensorFlow's SAME padding for a 224-pixel input.
 
-    Every stride-2 layer then sees an even size, so the rule does not depend on the size: ``kernel -
-    stride`` pixels in all, the odd one after. ``circular`` wraps left and right (a panorama's seam) and
-    puts zeros above and below.
+    Every stride-2 layer then gets an even size, so the padding does not depend on the size: ``kernel -
+    stride`` pixels in all, the odd one after the image. ``circular`` wraps left and right (a panorama's seam)
+    and pads with zeros above and below.
     """
 
     def __init__(
@@ -70,11 +70,11 @@ class _SameConv2d(nn.Conv2d):
         self._uneven = total % 2 == 1
 
     def forward(self, x: Tensor) -> Tensor:
-        # One pixel less before than after: a zero row and column before the kernel makes the padding even,
-        # which the convolution does by itself. Padding the image instead copies it (several times slower).
+        # One pixel less before than after: a zero row and column in front of the kernel makes the padding
+        # even, which the convolution does itself. Padding the image would copy it (several times slower).
         weight = F.pad(self.weight, (1, 0, 1, 0)) if self._uneven else self.weight
         if self._wraps:
-            # Many times faster than F.pad, which copies piece by piece.
+            # Many times faster than F.pad with circular padding.
             x = torch.cat([x[..., -self._margin :], x, x[..., : self._margin]], 3)
             return F.conv2d(x, weight, None, self.stride, (self._margin, 0), 1, self.groups)
         return self._conv_forward(x, weight, None)
@@ -112,17 +112,17 @@ class _Block(nn.Module):
         return x + y if self._residual else y
 
     def _gate(self, y: Tensor) -> Tensor:
-        """The squeeze and excitation (B, C, 1, 1); PyTorch has no fast 1x1 convolution of a single pixel."""
+        """Compute squeeze and excitation (B, C, 1, 1); linear, since 1x1 convolutions of a pixel are slow."""
         reduce, expand = self._se_reduce, self._se_expand
         squeezed = F.silu(F.linear(y.mean((2, 3)), reduce.weight.flatten(1), reduce.bias))
         return F.linear(squeezed, expand.weight.flatten(1), expand.bias).sigmoid()[..., None, None]
 
 
 class EfficientNet(nn.Module):
-    """EfficientNet-B0 without its classifier; total stride 32, or 16 with its first five groups alone.
+    """EfficientNet-B0 without its classifier; total stride 32, or 16 with the first five groups alone.
 
-    ``width`` scales every layer's channels. ``classifier`` keeps the unused ``_fc`` weights, which
-    published checkpoints carry, as frozen parameters. ``groups`` is how many groups of blocks there are.
+    ``width`` scales every layer's channels, ``groups`` is the number of groups of blocks. ``classifier``
+    keeps the unused ``_fc`` weights of published checkpoints as frozen parameters.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class EfficientNet(nn.Module):
             self._fc = nn.Linear(head_channels(width), _CLASSES).requires_grad_(False)
 
     def forward(self, image: Tensor, taps: Sequence[int] = ()) -> tuple[Tensor, list[Tensor]]:
-        """The final features of ``image`` (B, 3, H, W) and the outputs of the blocks named in ``taps``."""
+        """Return the final features of ``image`` (B, 3, H, W) and the outputs of the blocks ``taps``."""
         x = F.silu(self._bn0(self._conv_stem(image)))
         tapped = {}
         for i, block in enumerate(self._blocks):

@@ -1,6 +1,6 @@
-"""What a model does for every image, as an ONNX graph that other runtimes can execute.
+"""Export a model's per-image computation as an ONNX graph that other runtimes can execute.
 
-Exporting takes seconds and much memory, so it is done in a process of its own and kept on disk.
+An export takes seconds and much memory, so it runs in a process of its own and the graph is kept on disk.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from xview_loc import __version__
 from xview_loc.errors import UserError, reason
 from xview_loc.files import write_whole
 from xview_loc.models.base import CrossViewModel
-from xview_loc.models.checkpoint import load_checkpoint, save_checkpoint
+from xview_loc.models.checkpoint import load_checkpoint, save_checkpoint, weights_digest
 
 OPSET = 20
 EXPORT_TIMEOUT_S = 600.0
@@ -32,14 +32,14 @@ GRAPHS_KEPT = 8
 
 
 class RuntimeUnavailableError(UserError):
-    """A model cannot be exported or executed so here; the message is one clear line."""
+    """A model that cannot be exported or executed as asked; the message is one clear line."""
 
 
 @dataclass(frozen=True)
 class FrameSettings:
-    """What stays the same from image to image, built into a graph.
+    """Settings that are the same for every image, built into a graph.
 
-    heading_prior_deg, orientation: as of :meth:`CrossViewModel.match`. inputs: name and values (nested
+    heading_prior_deg, orientation: arguments of :meth:`CrossViewModel.match`. inputs: name and values (nested
     tuples, a batch of one) of each of the model's extra inputs.
     """
 
@@ -48,14 +48,14 @@ class FrameSettings:
     inputs: tuple[tuple[str, Any], ...] = ()
 
     def extra(self) -> dict[str, Tensor]:
-        """The extra inputs of :meth:`CrossViewModel.match`."""
+        """Return the extra inputs of :meth:`CrossViewModel.match`."""
         return {name: torch.tensor(values) for name, values in self.inputs}
 
 
 class FrameGraph(nn.Module):
-    """A model's :meth:`~CrossViewModel.frame` whose images and tile tensors have their channels last.
+    """A model's :meth:`~CrossViewModel.frame` for images and tile tensors with channels last.
 
-    So they are in the memory of this package, and so convolutions take them on most processors.
+    This is how this package stores them, and the layout of convolutions on most processors.
     """
 
     def __init__(self, model: CrossViewModel, settings: FrameSettings) -> None:
@@ -65,19 +65,19 @@ class FrameGraph(nn.Module):
         self._inputs = model.frame_inputs(**settings.extra())
 
     def forward(self, ground: Tensor, *tile: Tensor) -> tuple[Tensor, ...]:
-        """``ground`` (1, h, w, 3); the tile's tensors (1, h, w, C)."""
+        """Run the model on ``ground`` (1, h, w, 3) and the tile's tensors (1, h, w, C)."""
         image, *rest = (x.permute(0, 3, 1, 2) for x in (ground, *tile))
         prior, orientation = self._settings.heading_prior_deg, self._settings.orientation
         return self._model.frame(image, rest, prior, orientation=orientation, **self._inputs)
 
 
 def graph_inputs(ground: Tensor, tile: Sequence[Tensor]) -> list[Tensor]:
-    """What a :class:`FrameGraph` takes for an image and a tile, without a copy where channels are last."""
+    """Return the inputs of a :class:`FrameGraph`; channels-last tensors are not copied."""
     return [x.permute(0, 2, 3, 1).contiguous() for x in (ground, *tile)]
 
 
 def example(model: CrossViewModel, settings: FrameSettings) -> tuple[Tensor, Any]:
-    """A normalised image of noise (1, 3, h, w) and the precomputed features of a tile of noise."""
+    """Return an image of noise (1, 3, h, w) and the precomputed features of a tile of noise."""
     generator = torch.Generator().manual_seed(0)
     side = model.spec.aerial_size
     ground = torch.randn(1, 3, *model.spec.ground_size, generator=generator)
@@ -87,10 +87,10 @@ def example(model: CrossViewModel, settings: FrameSettings) -> tuple[Tensor, Any
 
 
 def export(model: CrossViewModel, settings: FrameSettings) -> bytes:
-    """The graph, in ONNX, with inputs ``ground`` and ``tile_0`` ... and outputs ``output_0`` ...
+    """Export the :class:`FrameGraph` of a model in ONNX.
 
-    They are those of :class:`FrameGraph`. Its metadata names model, spec, settings and opset.
-    Raises RuntimeUnavailableError where the exporter is missing or cannot do it.
+    Inputs are named ``ground``, ``tile_0`` ..., outputs ``output_0`` ... The metadata holds model, spec,
+    settings, weights' digest and opset. Raises RuntimeUnavailableError if the exporter is not installed.
     """
     try:
         import onnx  # noqa: F401
@@ -110,7 +110,7 @@ def export(model: CrossViewModel, settings: FrameSettings) -> bytes:
             opset_version=OPSET,
             input_names=names,
             verbose=False,
-            # Runtimes optimise for themselves; here it takes as long as the export.
+            # Takes as long as the export, and runtimes optimise anyway.
             optimize=False,
         )
     assert program is not None
@@ -142,9 +142,9 @@ def _rename_output(graph: Any, old: str, new: str) -> None:
 
 
 def kept_graph(model: CrossViewModel, settings: FrameSettings) -> Path:
-    """The graph's file in ``~/.cache/xview_loc/graphs``, made in a process of its own if it is not there.
+    """Return the graph's file in ``~/.cache/xview_loc/graphs``; if there is none, export it in a new process.
 
-    Raises RuntimeUnavailableError.
+    The GRAPHS_KEPT files used last are kept. Raises RuntimeUnavailableError.
     """
     digest = hashlib.sha256()
     for source in sorted(Path(__file__).parent.glob("*.py")):
@@ -187,21 +187,12 @@ def _export_elsewhere(model: CrossViewModel, settings: FrameSettings, path: Path
         raise RuntimeUnavailableError(f"{model.spec.name} cannot be exported: {last[0]}")
 
 
-def weights_digest(model: CrossViewModel) -> str:
-    """SHA-256 (hex) of a model's weights."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _tuples(values: Any) -> Any:
     return tuple(map(_tuples, values)) if isinstance(values, list) else values
 
 
 def main(checkpoint: str, out: str, settings: str) -> int:
-    """Export the model of a checkpoint; the process that :func:`kept_graph` starts."""
+    """Export a checkpoint's model: what the process started by :func:`kept_graph` runs."""
     given = json.loads(settings)
     given["inputs"] = _tuples(given["inputs"])
     try:

@@ -1,4 +1,4 @@
-"""What executes a model's share of each image: PyTorch, or its graph in OpenVINO or ONNX Runtime."""
+"""Runtimes that execute a model's exported graph for each image: OpenVINO and ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ Backend = Literal["auto", "torch", "openvino", "onnxruntime"]
 BACKENDS: tuple[Backend, ...] = ("auto", "torch", "openvino", "onnxruntime")
 Precision = Literal["float32", "bfloat16", "float16"]
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "float16")
-# Of a runtime's results on noise, against PyTorch's in float32, relative to the largest. In bfloat16 the
-# scores of a model that has hardly learnt anything are off by up to 0.15.
+# Largest accepted difference of a runtime's results on noise from PyTorch's in float32, relative to the
+# largest value. In bfloat16, the scores of a barely trained model are off by up to 0.15.
 TOLERANCES = {"float32": 1e-3, "bfloat16": 0.3, "float16": 0.02}
 
 
@@ -34,22 +34,22 @@ class Runtime(Protocol):
     """Executes :meth:`CrossViewModel.frame` with its settings built in."""
 
     def __call__(self, ground: Tensor, tile: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """``ground`` (1, 3, h, w), normalised, and the tile's tensors, float32 on the CPU."""
+        """Run on ``ground`` (1, 3, h, w), normalised, and the tile's tensors, float32 on the CPU."""
         ...
 
 
 def choose_backend(backend: Backend, device: str | torch.device) -> Backend:
-    """``auto``: OpenVINO where it is installed and the device is a CPU, else PyTorch."""
+    """Resolve ``auto``: OpenVINO if it is installed and the device is a CPU, else PyTorch."""
     if backend != "auto":
         return backend
-    here = all(importlib.util.find_spec(name) is not None for name in ("openvino", "onnx", "onnxscript"))
-    return "openvino" if here and torch.device(device).type == "cpu" else "torch"
+    installed = all(importlib.util.find_spec(name) for name in ("openvino", "onnx", "onnxscript"))
+    return "openvino" if installed and torch.device(device).type == "cpu" else "torch"
 
 
 def check_precision(backend: Backend, precision: Precision, device: torch.device) -> None:
-    """Raises RuntimeUnavailableError where this backend on this device does not compute in it."""
+    """Raise RuntimeUnavailableError if a backend on a device does not support a precision."""
     if precision == "float16" and device.type == "cpu":
-        raise RuntimeUnavailableError("float16 needs a GPU; on a processor use bfloat16 or float32")
+        raise RuntimeUnavailableError("float16 needs a GPU; on a CPU use bfloat16 or float32")
     if backend == "onnxruntime" and precision == "bfloat16":
         raise RuntimeUnavailableError("onnxruntime does not compute in bfloat16: use openvino or torch")
 
@@ -61,9 +61,10 @@ def make_runtime(
     precision: Precision = "float32",
     device: str | torch.device = "cpu",
 ) -> Runtime:
-    """A runtime, other than PyTorch, of a model; the first one of some weights and settings takes seconds.
+    """Make a runtime for a model; the first one for given weights and settings takes seconds.
 
-    It is tried on noise and compared with PyTorch. Raises RuntimeUnavailableError.
+    ``backend`` is ``"openvino"`` or ``"onnxruntime"``. The runtime's results on noise are compared with
+    PyTorch's. Raises RuntimeUnavailableError, also if they differ.
     """
     device = torch.device(device)
     check_precision(backend, precision, device)
@@ -84,7 +85,10 @@ def make_runtime(
 
 
 def parity(runtime: Runtime, model: CrossViewModel, settings: FrameSettings) -> float:
-    """By how much a runtime's results on noise differ from PyTorch's, relative to the largest of each."""
+    """Return the largest difference of a runtime's results on noise from PyTorch's.
+
+    Relative to the largest value of each output.
+    """
     ground, features = example(model, settings)
     with torch.no_grad():
         tile = model.tile_tensors(features)
@@ -95,7 +99,7 @@ def parity(runtime: Runtime, model: CrossViewModel, settings: FrameSettings) -> 
 
 
 class OpenVinoRuntime:
-    """OpenVINO on the processor or, for another device than ``cpu``, on Intel's GPU."""
+    """OpenVINO on the CPU or, for any other device, on Intel's GPU."""
 
     def __init__(self, graph: Path, precision: Precision, device: torch.device) -> None:
         import openvino
@@ -106,7 +110,7 @@ class OpenVinoRuntime:
         }
         if device.type == "cpu":
             hints["INFERENCE_NUM_THREADS"] = str(torch.get_num_threads())
-            # Pinned threads wait for whoever else is on their core.
+            # Pinned threads wait for other processes on their core.
             hints["ENABLE_CPU_PINNING"] = "NO"
         core = openvino.Core()
         compiled = core.compile_model(core.read_model(graph), "CPU" if device.type == "cpu" else "GPU", hints)
@@ -120,7 +124,7 @@ class OpenVinoRuntime:
 
 
 class OnnxRuntime:
-    """ONNX Runtime on the processor, or on a CUDA device with TensorRT where its build has that."""
+    """ONNX Runtime on the CPU, or on a CUDA device, with TensorRT if its build has it."""
 
     def __init__(
         self, graph: Path, precision: Precision = "float32", device: str | torch.device = "cpu"
@@ -136,8 +140,8 @@ class OnnxRuntime:
             tensorrt = {"device_id": device.index or 0, "trt_fp16_enable": precision == "float16"}
             cuda = {"device_id": device.index or 0}
             wanted = (("TensorrtExecutionProvider", tensorrt), ("CUDAExecutionProvider", cuda))
-            there = onnxruntime.get_available_providers()
-            gpu = [(name, given) for name, given in wanted if name in there]
+            available = onnxruntime.get_available_providers()
+            gpu = [(name, given) for name, given in wanted if name in available]
             if not gpu:
                 raise RuntimeError("this onnxruntime has no CUDA: pip install onnxruntime-gpu")
             providers = [*gpu, *providers]

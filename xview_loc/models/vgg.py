@@ -1,4 +1,4 @@
-"""The first three blocks of VGG-16 and the U-Net decoder on them, with the names of published checkpoints."""
+"""VGG-16's first three blocks with a U-Net decoder, named as in published checkpoints."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ VGG16_CHANNELS = (64, 128, 256)
 
 
 def unit(x: Tensor) -> Tensor:
-    """Each example of ``x`` (B, ...) over the norm of all its values."""
+    """Divide each example of ``x`` (B, ...) by the norm of all its values."""
     norm = torch.linalg.vector_norm(x.flatten(1), dim=1).clamp_min(1e-12)
     return x / norm.reshape(-1, *[1] * (x.ndim - 1))
 
 
 class Ascend(nn.Sequential):
-    """Features to twice their size, joined with the finer ``skip`` features."""
+    """Doubles the features' size and joins them with the finer ``skip`` features."""
 
     def __init__(self, coarse: int, skip: int, out: int) -> None:
-        # The places of the rectifiers give the convolutions the published names.
+        # The rectifiers' positions give the convolutions their published names.
         super().__init__(
             nn.ReLU(),
             nn.Conv2d(coarse + skip, out, 3, padding=1, bias=False),
@@ -29,12 +29,12 @@ class Ascend(nn.Sequential):
         )
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:  # type: ignore[override]
-        """``x`` is (B, coarse, h, w), ``skip`` (B, skip, 2h, 2w) -> (B, out, 2h, 2w)."""
+        """Map ``x`` (B, coarse, h, w) and ``skip`` (B, skip, 2h, 2w) to (B, out, 2h, 2w)."""
         return super().forward(torch.cat([F.interpolate(x, scale_factor=2, mode="nearest"), skip], 1))
 
 
 class Encoder(nn.Module):
-    """VGG-16 up to its third pooling layer; ``channels`` are the three blocks' outputs."""
+    """VGG-16 up to its third pooling layer; ``channels`` are the output channels of the three blocks."""
 
     def __init__(self, channels: tuple[int, int, int] = VGG16_CHANNELS) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Encoder(nn.Module):
         self.conv14 = nn.Conv2d(third, third, 3, padding=1)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Features at 1/8 (not rectified), 1/4 and 1/2 (rectified) of ``image`` (B, 3, H, W)."""
+        """Compute features at 1/8 (not rectified), 1/4 and 1/2 (rectified) of ``image`` (B, 3, H, W)."""
         half = F.relu(F.max_pool2d(self.conv2(F.relu(self.conv0(image))), 2))
         quarter = F.relu(F.max_pool2d(self.conv7(F.relu(self.conv5(half))), 2))
         x = F.relu(self.conv12(F.relu(self.conv10(quarter))))
@@ -57,7 +57,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """From an encoder's features to three levels of descriptors."""
+    """Computes three levels of descriptors from an encoder's features."""
 
     def __init__(self, channels: tuple[int, int, int] = VGG16_CHANNELS) -> None:
         super().__init__()
@@ -66,12 +66,12 @@ class Decoder(nn.Module):
         self.conv_dec2 = Ascend(second, first, first)
 
     def forward(self, eighth: Tensor, quarter: Tensor, half: Tensor) -> list[Tensor]:
-        """Descriptors at 1/8, 1/4 and 1/2, each of unit norm over all its values."""
+        """Compute descriptors at 1/8, 1/4 and 1/2, each of unit norm over all its values."""
         return _descriptors(self.conv_dec1, self.conv_dec2, eighth, quarter, half)
 
 
 class UNet(Encoder):
-    """Encoder and decoder as one module (B, 3, H, W) -> descriptors at 1/8, 1/4 and 1/2."""
+    """Encoder and decoder as one module."""
 
     def __init__(self, channels: tuple[int, int, int] = VGG16_CHANNELS) -> None:
         super().__init__(channels)
@@ -80,7 +80,7 @@ class UNet(Encoder):
         self.conv_dec2 = Ascend(second, first, first)
 
     def forward(self, image: Tensor) -> list[Tensor]:  # type: ignore[override]
-        """Descriptors as of :class:`Decoder`."""
+        """Compute descriptors of ``image`` (B, 3, H, W) as :class:`Decoder` does."""
         return _descriptors(self.conv_dec1, self.conv_dec2, *super().forward(image))
 
 

@@ -1,1 +1,1 @@
-"""Training: the authors' losses, the resumable trainer and turned panoramas."""
+"""Training: resumable trainer, the authors' losses, randomly turned panoramas."""

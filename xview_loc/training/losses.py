@@ -1,7 +1,7 @@
-"""Training losses on a model's heat maps, as the models' authors define them.
+"""Training losses on a model's heat maps, as defined by the models' authors.
 
-Positions are (row, col) pixel-centre coordinates of a square map; headings are angles of the ground image's
-centre column, radians, counter-clockwise from north (see :class:`xview_loc.models.base.HeatMaps`).
+Positions are (row, col) pixel-centre coordinates of a square map. Headings are angles of the ground image's
+centre column in the convention of :attr:`xview_loc.models.base.HeatMaps.orientation`, radians.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from xview_loc.models.ccvpe import CCVPE
 from xview_loc.models.ggcvt import ranking_loss
 
 TEMPERATURE = 0.1
-# Cells whose label is larger than this count as positives.
+# Cells with a larger label are positives.
 POSITIVE = 1e-2
 
 
 def gaussian_label(position: Tensor, size: int, sigma: float) -> Tensor:
-    """Gaussian bumps (B, size, size) of peak 1 at ``position`` (B, 2), (row, col); ``sigma`` in pixels."""
+    """Draw Gaussians of peak 1 at ``position`` (B, 2), (row, col): (B, size, size); ``sigma`` in pixels."""
     axis = torch.arange(size, device=position.device, dtype=position.dtype)
     rows, cols = (torch.exp(-0.5 * ((axis - position[:, i, None]) / sigma) ** 2) for i in (0, 1))
     return rows[:, :, None] * cols[:, None, :]
 
 
 def bin_weights(heading: Tensor, count: int) -> Tensor:
-    """Share (B, count) of each of ``count`` heading bins in ``heading`` (B,), linear between the nearest two.
+    """Distribute ``heading`` (B,) linearly over the nearest two of ``count`` bins: weights (B, count).
 
-    The bins count clockwise from north, as CCVPE's do: bin i is the heading -2 pi i / count.
+    Bins count clockwise from north, as CCVPE's do: bin i is the heading -2 pi i / count.
     """
-    place = (heading % (2 * math.pi)) * (count / (2 * math.pi))
-    index = place.floor()
-    ratio = place - index
+    position = (heading % (2 * math.pi)) * (count / (2 * math.pi))
+    index = position.floor()
+    ratio = position - index
     near = (count - index.long()) % count
     far = (count - index.long() - 1) % count
     weights = torch.zeros(len(heading), count, device=heading.device, dtype=heading.dtype)
@@ -51,11 +51,11 @@ def bin_weights(heading: Tensor, count: int) -> Tensor:
 def pool_label(label: Tensor, side: int) -> Tensor:
     """Max-pool the finest map's ``label`` (B, n, n) to a coarser level (B, side, side).
 
-    A cell takes the label's pixels that it covers. Both maps have the same centre, which is what CCVPE's
-    levels and GGCVT's search windows have in common.
+    Each cell takes the maximum of the pixels that it covers. Both maps must have the same centre, as CCVPE's
+    levels and GGCVT's search windows do.
     """
     stride = round(label.shape[1] / side)
-    # GGCVT's coarse windows reach a little further; on an odd difference cells are centred on a pixel.
+    # GGCVT's coarse windows are a little larger; if the difference is odd, cells are centred on a pixel.
     spare = stride * side - label.shape[1]
     odd = spare % 2
     label = F.pad(label[:, None], ((spare + odd) // 2,) * 4)
@@ -63,11 +63,12 @@ def pool_label(label: Tensor, side: int) -> Tensor:
 
 
 def info_nce(scores: Tensor, label: Tensor, bins: Tensor, positive: float = POSITIVE) -> Tensor:
-    """CCVPE's InfoNCE of one level (T-PAMI 2023, section on the losses).
+    """Compute CCVPE's InfoNCE loss of one level (T-PAMI 2023, section on the losses).
 
-    scores: (B, n, h, w), the level's heat map. label: (B, H, W), of the finest map's size, not negative; it
-    is max-pooled to the level. bins: (B, n), share of each heading bin (ones where there is one). Cells whose
-    label is larger than ``positive`` count, each with its label's weight.
+    scores: (B, n, h, w), the level's heat map.
+    label: (B, H, W), not negative, in the finest map's size; max-pooled to the level.
+    bins: (B, n), weight of each heading bin (ones for a single bin).
+    positive: cells with a larger label are positives, weighted by their label.
     """
     target = bins[:, :, None, None] * pool_label(label, scores.shape[2])[:, None]
     target = torch.where(target > positive, target, 0.0)
@@ -76,13 +77,13 @@ def info_nce(scores: Tensor, label: Tensor, bins: Tensor, positive: float = POSI
 
 
 def cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
-    """Mean cross-entropy of the finest map (B, H, W) against ``label`` (B, H, W), normalised here."""
+    """Compute the mean cross-entropy of ``logits`` (B, H, W) against ``label`` (B, H, W), normalised here."""
     log_share = F.log_softmax(logits.float().flatten(1), dim=1)
     return -(log_share * _normalised(label).flatten(1)).sum(1).mean()
 
 
 def orientation_error(field: Tensor, heading: Tensor, label: Tensor) -> Tensor:
-    """Squared error of the (cos, sin) ``field`` (B, 2, H, W), weighted by the normalised ``label``."""
+    """Compute the squared error of the (cos, sin) ``field`` (B, 2, H, W), weighted by ``label``."""
     target = torch.stack([heading.cos(), heading.sin()], 1)[:, :, None, None]
     error = (field.float() - target).square().sum(1)
     return (error * _normalised(label)).sum((1, 2)).mean()
@@ -93,16 +94,16 @@ def _normalised(label: Tensor) -> Tensor:
 
 
 class HeatMapLoss(Protocol):
-    """A loss on what a model makes of a batch (fields of :class:`xview_loc.datasets.base.Sample`)."""
+    """A loss of a model on a batch (fields of :class:`xview_loc.datasets.base.Sample`)."""
 
     def __call__(
         self, model: CrossViewModel, batch: Mapping[str, Tensor], heading_prior_deg: float | None
     ) -> Tensor:
-        """The scalar loss of one batch; runs as much of the model as it needs."""
+        """Run the model, as far as needed, and return the scalar loss of the batch."""
         ...
 
     def to_json(self) -> dict[str, Any]:
-        """Name and settings, for a checkpoint's metadata."""
+        """Return name and settings, for a checkpoint's metadata."""
         ...
 
 
@@ -110,8 +111,8 @@ class HeatMapLoss(Protocol):
 class CCVPELoss:
     """CCVPE's supervised loss: cross-entropy of the finest map, InfoNCE of every level, orientation.
 
-    ``sigma`` is the label's standard deviation in tile pixels (the authors' 4 are 0.56 m on VIGOR's tiles);
-    the weights are the authors'.
+    ``sigma`` is the label's standard deviation in tile pixels (the authors' 4 are 0.56 m on VIGOR's tiles).
+    The weights are the authors'.
     """
 
     sigma: float = 4.0
@@ -121,7 +122,7 @@ class CCVPELoss:
     def __call__(
         self, model: CrossViewModel, batch: Mapping[str, Tensor], heading_prior_deg: float | None
     ) -> Tensor:
-        """See :class:`HeatMapLoss`; the orientation counts where the heading is not known."""
+        """See :class:`HeatMapLoss`; the orientation is included unless the prior is 0."""
         assert isinstance(model, CCVPE)
         features = model.encode_aerial(batch["aerial"])
         maps = model.match(batch["ground"], features, heading_prior_deg, orientation=heading_prior_deg != 0)
@@ -130,7 +131,7 @@ class CCVPELoss:
     def of_maps(
         self, model: CCVPE, maps: HeatMaps, batch: Mapping[str, Tensor], heading_prior_deg: float | None
     ) -> Tensor:
-        """The loss of heat maps that the model made of a batch."""
+        """Compute the loss of the heat maps that the model returned for a batch."""
         label = gaussian_label(batch["position"], model.spec.aerial_size, self.sigma)
         bins = bin_weights(batch["heading"], model.spec.bins)[:, model.prior_bins(heading_prior_deg)]
         levels = [info_nce(scores, label, bins) for scores in maps.levels]
@@ -141,7 +142,7 @@ class CCVPELoss:
         return total
 
     def to_json(self) -> dict[str, Any]:
-        """Name and settings, for a checkpoint's metadata."""
+        """See :class:`HeatMapLoss`."""
         return {"name": "ccvpe", **asdict(self)}
 
 
@@ -158,13 +159,15 @@ class GGCVTLoss:
         return ranking_loss(maps, batch["position"], model.spec.aerial_size)
 
     def to_json(self) -> dict[str, Any]:
-        """The name, for a checkpoint's metadata."""
+        """See :class:`HeatMapLoss`."""
         return {"name": "ggcvt"}
 
 
 def search_radius(batch: Mapping[str, Tensor]) -> Tensor:
-    """Tile pixels (B,) from the coarse fix within which a camera is looked for, as the localizer does: three
-    standard deviations of the fix; not-a-number where these are not known."""
+    """Return the radius (B,) of the search disc about the coarse fix, tile pixels; NaN if ``fix_std`` is.
+
+    As in the localizer: three standard deviations of the fix.
+    """
     return (SEARCH_SIGMAS * batch["fix_std"]).clamp_min(MIN_SEARCH_M) / batch["meters_per_pixel"]
 
 
@@ -172,16 +175,16 @@ def search_radius(batch: Mapping[str, Tensor]) -> Tensor:
 class DistillationLoss:
     """Coarse-only supervision by pseudo ground truth (ECCV 2024, Sections 3.1 and 3.2).
 
-    The mean, over the first ``levels`` levels, of the InfoNCE against the pseudo ground truth X: a Gaussian
-    of ``sigma`` pixels of the finest map about the batch's ``position``, or, where a ``teacher`` is given,
-    the heat map that it makes of the batch. CCVPE's labels are lifted to the heading bins by the batch's
+    The mean over the first ``levels`` levels of the InfoNCE loss against the pseudo ground truth X: a
+    Gaussian of ``sigma`` pixels of the finest map about the batch's ``position`` or, with a ``teacher``, the
+    teacher's heat map of the batch. For CCVPE, labels are distributed over the heading bins by the batch's
     ``heading``.
     """
 
     levels: int
     sigma: float = 4.0
     teacher: CrossViewModel | None = None
-    weight: ClassVar[float] = 1e4  # of the published recipe
+    weight: ClassVar[float] = 1e4  # as published
 
     def __call__(
         self, model: CrossViewModel, batch: Mapping[str, Tensor], heading_prior_deg: float | None
@@ -189,7 +192,7 @@ class DistillationLoss:
         """See :class:`HeatMapLoss`."""
         extra: dict[str, Any] = {name: batch[name] for name in model.extra_inputs}
         features = model.encode_aerial(batch["aerial"])
-        # The bins of wrong headings are negatives too, whatever prior the model is told when it localises.
+        # All bins are scored, whatever the prior: those of wrong headings are negatives too.
         prior = None if isinstance(model, CCVPE) else heading_prior_deg
         maps = model.match_levels(batch["ground"], features, prior, self.levels, **extra)
         label = self._label(model, batch, heading_prior_deg)
@@ -201,7 +204,7 @@ class DistillationLoss:
         return self.weight * torch.stack(values).mean()
 
     def to_json(self) -> dict[str, Any]:
-        """Name and settings, for a checkpoint's metadata."""
+        """See :class:`HeatMapLoss`."""
         label = {"sigma": self.sigma} if self.teacher is None else {"sigma": None}
         return {"name": "distillation", "levels": self.levels, "mode_based": self.teacher is None, **label}
 
@@ -223,5 +226,5 @@ class DistillationLoss:
 
 
 def loss_for(model: CrossViewModel) -> HeatMapLoss:
-    """The authors' loss of a model."""
+    """Return the loss of a model's authors."""
     return CCVPELoss() if isinstance(model, CCVPE) else GGCVTLoss()

@@ -1,8 +1,7 @@
-"""Supervised training of a cross-view model on a dataset with true poses, with the authors' losses."""
+"""Resumable training of a cross-view model on a dataset with poses."""
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import math
@@ -23,7 +22,7 @@ from xview_loc.datasets.base import Batch, PoseDataset, clearly
 from xview_loc.errors import UserError, reason
 from xview_loc.files import write_whole
 from xview_loc.models.base import CrossViewModel, ModelSpec
-from xview_loc.models.checkpoint import save_checkpoint
+from xview_loc.models.checkpoint import save_checkpoint, weights_digest
 from xview_loc.training.losses import HeatMapLoss
 from xview_loc.training.turned_panoramas import random_turns, turn_panoramas
 
@@ -33,19 +32,19 @@ HISTORY_FILE = "history.json"
 
 
 class TrainingError(UserError):
-    """Training cannot start or go on; the message is one clear line."""
+    """Training that cannot start or go on; the message is one clear line."""
 
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """How to train; the defaults are those of CCVPE's authors.
+    """Hyper-parameters; the defaults are those of CCVPE's authors.
 
-    ``heading_priors_deg``: how far the panoramas are turned at random, and the prior the model is told (see
-    :meth:`CrossViewModel.match`; 0: the heading is known to the dataset's error, None: it is unknown); where
-    there are several, each has its turn of one batch. ``schedule``: the learning rate stays ``"constant"``
-    or falls to zero along a ``"cosine"`` after ``warmup`` steps. ``fixed_batch_norm``: batch normalisation
-    keeps the statistics it starts with, instead of those of the batches.
-    ``save_every``: steps between saved states within an epoch.
+    schedule: ``"constant"`` learning rate, or one that falls to zero along a ``"cosine"``.
+    warmup: steps over which the learning rate rises to its full value.
+    heading_priors_deg: heading prior of each batch, in turn. Panoramas are turned at random within it, and
+    :meth:`CrossViewModel.match` gets it (0: heading known up to the dataset's error; None: unknown).
+    fixed_batch_norm: True keeps the batch normalisation's initial statistics instead of the batches'.
+    workers: processes that load data. save_every: steps between saved states within an epoch.
     """
 
     epochs: int = 10
@@ -61,22 +60,25 @@ class TrainingOptions:
 
 
 class Validation(Protocol):
-    """Judges a model after every epoch.
+    """Evaluates a model after every epoch, in every process.
 
-    ``name`` says on what. A call returns figures for the history; ``score`` of them (the smaller the better)
-    picks the best epoch. Every process calls it.
+    name: name of the validation data.
     """
 
     name: str
 
     def __call__(self, model: CrossViewModel, epoch: int) -> dict[str, float]:
-        """The figures of a model, which is in evaluation mode, after an epoch."""
+        """Return figures of ``model`` (in evaluation mode); the least ``score`` picks the best epoch."""
         ...
 
 
 @dataclass
-class Standing:
-    """Where a run stands; ``history`` has one entry per finished epoch."""
+class TrainingProgress:
+    """Progress of a run.
+
+    loss: mean of the epoch so far. history: figures of each finished epoch. best_score: least validation
+    score.
+    """
 
     epoch: int = 0
     step_in_epoch: int = 0
@@ -85,9 +87,14 @@ class Standing:
     history: list[dict[str, float]] = field(default_factory=list)
     best_score: float = math.inf
 
+    @property
+    def steps(self) -> int:
+        """Number of finished steps in all epochs."""
+        return self.epoch * self.steps_per_epoch + self.step_in_epoch
+
 
 class _EpochBatches(Sampler[list[int]]):
-    """Batches of one epoch for one process; its order is a function of (seed, epoch) alone."""
+    """Batches of one epoch for one process; their order depends on (seed, epoch) alone."""
 
     def __init__(
         self, size: int, batch: int, seed: int, epoch: int, skip: int, rank: int, world: int
@@ -104,7 +111,7 @@ class _EpochBatches(Sampler[list[int]]):
 
 
 class _Step(nn.Module):
-    """Model and loss in one forward pass, which is what data-parallel training wraps."""
+    """Model and loss in one forward pass, as data-parallel training needs it."""
 
     def __init__(self, model: CrossViewModel, loss: HeatMapLoss) -> None:
         super().__init__()
@@ -116,11 +123,11 @@ class _Step(nn.Module):
 
 
 class PoseValidation:
-    """Distances of the heat map's maximum from the true place, on whole tiles.
+    """Measures the distance of the heat map's maximum from the true position, on whole tiles.
 
-    Figures: ``known_mean_m``, ``known_median_m`` and the same with ``unknown`` (panoramas turned at random,
-    the same way every time) or ``within 30 deg``, one pair for each heading prior; ``score`` is the mean of
-    the means.
+    Figures are ``known_mean_m`` and ``known_median_m`` for a heading prior of 0, ``unknown_...`` for None and
+    ``within 30 deg_...`` for 30. Panoramas are turned at random within the prior, alike in every epoch.
+    ``score`` is the mean of the means.
     """
 
     def __init__(
@@ -136,7 +143,7 @@ class PoseValidation:
 
     @torch.inference_mode()
     def __call__(self, model: CrossViewModel, epoch: int) -> dict[str, float]:
-        """Distances in metres."""
+        """See :class:`Validation`; figures in metres."""
         device = next(model.parameters()).device
         distances: dict[str, list[Tensor]] = {_heading_name(prior): [] for prior in self._priors}
         rng = np.random.default_rng(0)
@@ -167,9 +174,9 @@ def _heading_name(prior: float | None) -> str:
 
 
 def make_fabric(accelerator: str = "auto", devices: int = 1, precision: str = "32-true") -> Fabric:
-    """Lightning Fabric for ``devices`` processes on this machine, or for those that torchrun started.
+    """Launch Lightning Fabric with ``devices`` processes on this machine, or with those of torchrun.
 
-    Launched already: the call returns in every process. Raises TrainingError on what is not there.
+    Returns in every process. Raises TrainingError if the accelerator or precision is not available.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     machines = 1
@@ -201,24 +208,23 @@ def train(
     options: TrainingOptions,
     *,
     metadata: Mapping[str, Any] | None = None,
-    on_step: Callable[[Standing], object] = lambda standing: None,
-) -> Standing:
-    """Train ``model`` in place, or go on where an earlier call with the same arguments was cut off.
+    on_step: Callable[[TrainingProgress], object] = lambda progress: None,
+) -> TrainingProgress:
+    """Train ``model`` in place, or resume an interrupted call with the same arguments.
 
-    ``folder`` gets ``last.pt`` (the state to go on from), ``history.json`` (loss and validation figures per
-    epoch) and ``best.safetensors`` (the weights with the least validation score, with ``metadata``,
-    options, data and figures). Each file is complete at any instant. On the CPU, a run that was killed and
-    started again ends with the numbers of one that was not. ``on_step`` is called after every step
-    and every epoch.
-    Raises TrainingError where the folder holds a run with other options, the data is less than one batch,
-    or the loss is not finite.
+    Writes to ``folder``: ``last.pt`` (state to resume from), ``history.json`` (loss and validation figures of
+    each epoch) and ``best.safetensors`` (the weights with the least validation score, with ``metadata``,
+    options, data and figures). Files are replaced atomically. On the CPU, a run that was killed and resumed
+    ends with the same numbers as one that was not. ``on_step`` is called after every step and every epoch.
+    Raises TrainingError if the folder holds a run with other options, the data does not fill one batch, or
+    the loss is not finite.
     """
     torch.manual_seed(options.seed)
     check_heading(model.spec, options)
     per_epoch = len(data) // (options.batch_size * fabric.world_size)
     if per_epoch == 0:
         raise TrainingError(f"{len(data)} samples do not fill one batch of {options.batch_size}")
-    # Convolutions on the CPU, and in half precision on a GPU, are fastest with the channels last.
+    # Fastest for convolutions on the CPU, and in half precision on a GPU.
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     step = _Step(_training_mode(model, options), loss)
     optimizer = torch.optim.Adam(step.parameters(), lr=options.learning_rate)
@@ -230,14 +236,14 @@ def train(
         "start": weights_digest(model),
         "precision": fabric.strategy.precision.precision,
     }
-    standing = Standing(steps_per_epoch=per_epoch)
+    progress = TrainingProgress(steps_per_epoch=per_epoch)
     totals = [0.0, 0]
     state_file = folder / STATE_FILE
-    # Every process goes on from the first one's state, whether they share a disk or not.
+    # Every process resumes from the first one's state: they may not share a disk.
     state = fabric.broadcast(_load_state(state_file) if fabric.is_global_zero else None)
     if state is not None:
         _check_run(folder, state["run"], run)
-        standing, totals = Standing(**state["standing"]), state["totals"]
+        progress, totals = TrainingProgress(**state["progress"]), state["totals"]
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         fabric.strategy.precision.load_state_dict(state["precision"])
@@ -245,21 +251,21 @@ def train(
 
     def save_state() -> None:
         if fabric.is_global_zero:
-            state = {"run": run, "standing": asdict(standing), "totals": totals}
+            state = {"run": run, "progress": asdict(progress), "totals": totals}
             state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             state |= {"precision": fabric.strategy.precision.state_dict()}
             buffer = io.BytesIO()
             torch.save(state, buffer)
             write_whole(state_file, buffer.getvalue())
 
-    while standing.epoch < options.epochs:
-        data.epoch = standing.epoch
+    while progress.epoch < options.epochs:
+        data.epoch = progress.epoch
         batches = _EpochBatches(
             len(data),
             options.batch_size,
             options.seed,
-            standing.epoch,
-            standing.step_in_epoch,
+            progress.epoch,
+            progress.step_in_epoch,
             fabric.global_rank,
             fabric.world_size,
         )
@@ -268,13 +274,13 @@ def train(
                 data,
                 batch_sampler=batches,
                 num_workers=options.workers,
-                # From where a GPU takes batches while it computes.
+                # Lets a GPU copy batches while it computes.
                 pin_memory=fabric.device.type == "cuda",
             ),
             use_distributed_sampler=False,
         )
         for batch in clearly(loader):
-            count = standing.epoch * per_epoch + standing.step_in_epoch
+            count = progress.steps
             rng = np.random.default_rng([options.seed, count, fabric.global_rank])
             prior = options.heading_priors_deg[count % len(options.heading_priors_deg)]
             if prior != 0:
@@ -283,7 +289,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = options.learning_rate * _rate(options, count, options.epochs * per_epoch)
             value = wrapped(batch, prior)
-            # All of them stop, or none: the others would wait for ever.
+            # Reduced, so that all processes stop together: a single one would leave the others waiting.
             if not bool(fabric.all_reduce(torch.isfinite(value).float(), reduce_op="mean") == 1):
                 raise TrainingError(
                     f"the loss is not finite at step {count}: lower the learning rate, or train in 32-true"
@@ -292,34 +298,34 @@ def train(
             wrapped_optimizer.step()
             wrapped_optimizer.zero_grad()
             totals = [totals[0] + float(value.detach()), totals[1] + 1]
-            standing.step_in_epoch += 1
-            standing.loss = totals[0] / totals[1]
-            if standing.step_in_epoch % options.save_every == 0:
+            progress.step_in_epoch += 1
+            progress.loss = totals[0] / totals[1]
+            if progress.step_in_epoch % options.save_every == 0:
                 save_state()
-            on_step(standing)
-        figures = validation(model.eval(), standing.epoch)
+            on_step(progress)
+        figures = validation(model.eval(), progress.epoch)
         _training_mode(model, options)
-        standing.history.append({"epoch": standing.epoch, "loss": standing.loss, **figures})
-        if figures["score"] < standing.best_score:
-            standing.best_score = figures["score"]
+        progress.history.append({"epoch": progress.epoch, "loss": progress.loss, **figures})
+        if figures["score"] < progress.best_score:
+            progress.best_score = figures["score"]
             if fabric.is_global_zero:
-                training = {**run, "epoch": standing.epoch, "validation_figures": figures}
+                training = {**run, "epoch": progress.epoch, "validation_figures": figures}
                 save_checkpoint(model, folder / BEST_FILE, {**(metadata or {}), "training": training})
-        standing.epoch += 1
-        standing.step_in_epoch = 0
+        progress.epoch += 1
+        progress.step_in_epoch = 0
         totals = [0.0, 0]
         if fabric.is_global_zero:
-            write_whole(folder / HISTORY_FILE, json.dumps(standing.history, indent=1).encode())
-        # Last: a run that is cut off before it validates once more, and writes the same files.
+            write_whole(folder / HISTORY_FILE, json.dumps(progress.history, indent=1).encode())
+        # Last: a run interrupted before this repeats the validation and writes the same files.
         save_state()
-        on_step(standing)
-    # The others may read what the first one has written.
+        on_step(progress)
+    # From here on every process may read the files.
     fabric.barrier()
-    return standing
+    return progress
 
 
 def check_heading(spec: ModelSpec, options: TrainingOptions) -> None:
-    """Raise TrainingError where a model cannot be trained with these heading priors."""
+    """Raise TrainingError if a model cannot be trained with these heading priors."""
     turned = any(prior != 0 for prior in options.heading_priors_deg)
     if spec.camera == "pinhole" and turned:
         raise TrainingError(f"{spec.name} has no panoramas to turn: train it with a known heading")
@@ -336,32 +342,24 @@ def _training_mode(model: CrossViewModel, options: TrainingOptions) -> CrossView
     return model
 
 
-def weights_digest(model: CrossViewModel) -> str:
-    """Names a model's weights: 16 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for value in model.state_dict().values():
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def comparable(options: TrainingOptions) -> dict[str, Any]:
-    """What of the options decides the numbers."""
+    """Return the options that decide the resulting numbers."""
     values = asdict(options)
     for name in ("workers", "save_every"):
         del values[name]
-    # As the saved state gives it back.
+    # A list, as in a saved state.
     return {**values, "heading_priors_deg": list(options.heading_priors_deg)}
 
 
 def _load_state(path: Path) -> dict[str, Any] | None:
-    """The state to go on from, None where there is none."""
+    """Read the state to resume from; None if there is none."""
     if not path.exists():
         return None
     try:
-        # On the CPU: the model and Adam put each tensor where it belongs.
+        # To the CPU: the model and Adam move each tensor to its device.
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged archive raises anything
-        raise TrainingError(f"{path} is damaged ({type(error).__name__}): delete it to start anew") from None
+        raise TrainingError(f"{path} is damaged ({type(error).__name__}): delete it to start again") from None
     return state
 
 
@@ -374,7 +372,7 @@ def _check_run(folder: Path, before: dict[str, Any], run: dict[str, Any]) -> Non
 
 
 def _rate(options: TrainingOptions, count: int, total: int) -> float:
-    """Factor on the learning rate at step ``count`` of ``total``."""
+    """Return the factor on the learning rate at step ``count`` of ``total``."""
     warm = min(1.0, (count + 1) / options.warmup) if options.warmup else 1.0
     fall = 0.5 * (1 + math.cos(math.pi * count / total)) if options.schedule == "cosine" else 1.0
     return warm * fall

@@ -1,4 +1,4 @@
-"""Supervised training of a cross-view model on a dataset with true poses, with the authors' losses."""
+"""Turn panoramas at random: training and validation with an unknown heading."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from xview_loc.datasets.base import Batch
 
 
 def turn_panoramas(batch: Batch, columns: NDArray[np.int64]) -> Batch:
-    """The batch with each panorama turned left by so many columns (B,), and its heading with it."""
+    """Turn each panorama to the left by ``columns`` (B,), and its heading with it."""
     ground = batch["ground"]
     turned = torch.stack([g.roll(int(c), 2) for g, c in zip(ground, columns, strict=True)])
     angle = torch.as_tensor(columns, dtype=torch.float32, device=ground.device)
@@ -23,7 +23,7 @@ def turn_panoramas(batch: Batch, columns: NDArray[np.int64]) -> Batch:
 def random_turns(
     rng: np.random.Generator, count: int, width: int, heading_prior_deg: float | None
 ) -> NDArray[np.int64]:
-    """Columns (count,) by which to turn panoramas of ``width`` columns: uniform within the prior."""
+    """Draw columns (count,) by which to turn panoramas of ``width`` columns, uniform within the prior."""
     if heading_prior_deg is None:
         return rng.integers(0, width, count)
     most = math.floor(min(heading_prior_deg, 180.0) / 360 * width)
