@@ -1,4 +1,4 @@
-"""Tiny copies of VIGOR and KITTI, laid out as the real ones are."""
+"""Tiny copies of VIGOR and KITTI in their original layout."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ CHICAGO = (
 
 
 def write_image(path: Path, image: Image) -> Path:
-    """RGB to a file of the name's format."""
+    """Write RGB to a file in the format of its suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(cv2.imencode(path.suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1].tobytes())
     return path
 
 
 def write_labels(root: Path, city: str, stem: str, lines: list[str], corrected: bool = True) -> Path:
-    """One of VIGOR's label files."""
+    """Write one of VIGOR's label files."""
     mark = "__corrected" if corrected else ""
     path = root / f"splits{mark}" / city / f"{stem}{mark}.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,20 +49,20 @@ def write_labels(root: Path, city: str, stem: str, lines: list[str], corrected: 
 
 
 def vigor_line(number: int, south: float = 0.0, west: float = 0.0) -> str:
-    """A label line of panorama P<number> on tile T<number>."""
+    """Return a label line of panorama P<number> on tile T<number>."""
     others = " ".join(f"other{i}.png 0.0 330.0" for i in range(3))
     return f"P{number}.jpg T{number}.png {south} {west} {others}"
 
 
 def write_vigor_images(root: Path, city: str, line: str, panorama: Image, tile: Image) -> None:
-    """The images that a label line names."""
+    """Write the images named in a label line."""
     name, positive = line.split()[:2]
     write_image(root / city / "panorama" / name, panorama)
     write_image(root / city / "satellite" / positive, tile)
 
 
 def make_vigor_target(root: Path, count: int, seed: int = 0) -> None:
-    """San Francisco and Chicago with ``count`` panoramas each, of noise."""
+    """Write San Francisco and Chicago with ``count`` panoramas of noise each."""
     rng = np.random.default_rng(seed)
     for city in ("SanFrancisco", "Chicago"):
         lines = [vigor_line(i, float(10 * i - 40), float(20 - 7 * i)) for i in range(count)]
@@ -91,7 +91,7 @@ def kitti_name(number: int) -> str:
 
 
 def make_kitti_frame(root: Path, number: int, yaw: float, satellite: Image) -> None:
-    """A frame of KITTI with the antenna in the middle of the satellite map."""
+    """Write a frame of KITTI with the antenna in the middle of the satellite map."""
     write_image(root / "satmap" / kitti_name(number), satellite)
     raw = root / "raw_data"
     drive = raw / DRIVE
@@ -105,7 +105,7 @@ def make_kitti_frame(root: Path, number: int, yaw: float, satellite: Image) -> N
 
 
 def kitti_scene(yaw: float) -> Image:
-    """A satellite map with discs: red at the camera, green 15 m ahead of it, blue 8 m to its left."""
+    """Draw a satellite map with discs: red at the camera, green 15 m ahead of it, blue 8 m to its left."""
     image = np.full((1280, 1280, 3), 60, np.uint8)
     ahead, left = np.array([math.cos(yaw), math.sin(yaw)]), np.array([-math.sin(yaw), math.cos(yaw)])
     camera = 1.08 * ahead - 0.26 * left
@@ -117,6 +117,8 @@ def kitti_scene(yaw: float) -> Image:
 
 
 def paint(image: Image, row: float, col: float, colour: tuple[int, int, int], radius: float = 4.0) -> None:
-    """A disc about a place between pixels."""
-    rows, cols = np.mgrid[: image.shape[0], : image.shape[1]]
-    image[np.hypot(rows - row, cols - col) <= radius] = colour
+    """Draw a disc about a position between pixels."""
+    top, left = max(0, int(row - radius)), max(0, int(col - radius))
+    part = image[top : int(row + radius) + 2, left : int(col + radius) + 2]
+    rows, cols = np.mgrid[: part.shape[0], : part.shape[1]]
+    part[np.hypot(rows + top - row, cols + left - col) <= radius] = colour

@@ -40,15 +40,18 @@ def image(name: str, height: int, width: int) -> torch.Tensor:
     return pixels
 
 
-@lru_cache(maxsize=1)
-def hashed_model(name: str) -> CrossViewModel:
-    model = create_model(name)
+def hash_weights(model: CrossViewModel) -> CrossViewModel:
     state = model.state_dict()
     for key, value in state.items():
         if value.is_floating_point():
             state[key] = torch.from_numpy(weight(key, tuple(value.shape)))
     model.load_state_dict(state)
     return model
+
+
+@lru_cache(maxsize=1)
+def hashed_model(name: str) -> CrossViewModel:
+    return hash_weights(create_model(name))
 
 
 def inputs(model: CrossViewModel) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,6 +1,6 @@
-"""CCVPE against published outputs and its own recorded ones, and how its parts must behave.
+"""CCVPE: parity with published and recorded outputs, and behaviour on the small model.
 
-``python test/test_ccvpe.py`` records test/data/ccvpe_expected.npz anew; do so only from a model that agrees
+``python test/test_ccvpe.py`` records test/data/ccvpe_expected.npz again; do so only with a model that agrees
 with the published outputs.
 """
 
@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hashed_models import hashed_model, inputs, uniform
+from hashed_models import hash_weights, hashed_model, inputs, uniform
 
 from xview_loc.models import MODEL_NAMES, create_model
-from xview_loc.models.ccvpe import CCVPE, AerialFeatures
+from xview_loc.models.ccvpe import CCVPE, CONFIGS, AerialFeatures
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT.parent / "shared" / "reference"
@@ -48,7 +50,7 @@ def relative_error(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 def reference_runs() -> list[Path]:
-    """Ordered so that runs of one model follow each other."""
+    """Sorted, so that runs of one model follow each other."""
     return sorted(REFERENCE.glob("expected_ccvpe-*.npz"), key=lambda p: (reference_run(p)[0], p.name))
 
 
@@ -86,6 +88,7 @@ def reference_model(name: str, seed: int) -> CCVPE:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", reference_runs() or [None], ids=lambda p: p.stem if p else "absent")
 def test_agrees_with_the_published_code(path: Path | None) -> None:
     if path is None:
@@ -241,9 +244,9 @@ def test_turning_the_panorama_turns_the_bins(small: CCVPE) -> None:
 
 @torch.inference_mode()
 def test_scores_are_cosines_of_the_turned_descriptor() -> None:
-    # The pinhole model compares only a window of the channels, which wraps round.
-    model = create_model("ccvpe-kitti")
-    assert isinstance(model, CCVPE)
+    # The pinhole model compares only a window of the channels, which wraps around.
+    with torch.device("meta"):
+        model = CCVPE(CONFIGS["ccvpe-kitti"])
     x = F.normalize(torch.from_numpy(uniform("x", (2, 512, 4, 4))), dim=1)
     descriptor = F.normalize(torch.from_numpy(uniform("d", (2, 256))), dim=1)
     scores = model._scores(1, x, descriptor, model.prior_bins(None))
@@ -265,19 +268,18 @@ def test_orientation_is_a_unit_field_and_only_on_request(small: CCVPE) -> None:
     torch.testing.assert_close(asked.logits, without.logits, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("name", "prior"),
-    # The first two pad with a reflection, the last with zeros.
-    [("ccvpe-small", 0.0), ("ccvpe-small", None), ("ccvpe-vigor", 0.0)],
-)
-def test_what_is_precomputed_of_a_tile_changes_nothing(name: str, prior: float | None) -> None:
-    model = hashed_model(name).eval()
+@pytest.mark.parametrize(("padding", "prior"), [("reflect", 0.0), ("reflect", None), ("zeros", 0.0)])
+def test_precomputing_a_tile_changes_nothing(
+    padding: Literal["reflect", "zeros"], prior: float | None
+) -> None:
+    model = CCVPE(replace(CONFIGS["ccvpe-small"], padding=padding))
+    model = hash_weights(model).eval()
     ground, aerial = inputs(model)
     with torch.inference_mode():
         features = model.encode_aerial(aerial)
         plain = model.match(ground, features, prior, orientation=True)
         ours = model.match(ground, model.precompute(features, orientation=True), prior, orientation=True)
-        # Without the orientation decoder's share that one is computed as ever.
+        # The orientation decoder's share is not precomputed.
         half = model.match(ground, model.precompute(features), prior, orientation=True)
     assert int(ours.logits.argmax()) == int(plain.logits.argmax())
     for maps in (ours, half):
@@ -287,7 +289,7 @@ def test_what_is_precomputed_of_a_tile_changes_nothing(name: str, prior: float |
             assert relative_error(a.numpy(), b.numpy()) < 1e-5
 
 
-def test_what_is_precomputed_follows_the_weights_and_goes_with_any_batch() -> None:
+def test_precomputed_features_follow_the_weights_and_fit_any_batch() -> None:
     model = hashed_model("ccvpe-small").eval()
     ground, aerial = inputs(model)
     grounds = torch.cat([ground, ground.flip(3)])

@@ -1,14 +1,15 @@
-"""Errors of a drive, and the pages that show them."""
+"""Errors on drives and benchmarks, the evaluate command, and HTML pages."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import subprocess
 import sys
 from base64 import b64decode
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,9 +36,8 @@ from xview_loc.evaluation import (
     localize_drive,
 )
 from xview_loc.geodesy import LocalProjection
-from xview_loc.models import create_model
 from xview_loc.models.base import CrossViewModel, HeatMapGrid, HeatMaps, ModelSpec
-from xview_loc.models.ccvpe import CONFIGS
+from xview_loc.models.ccvpe import CCVPE, CONFIGS
 from xview_loc.report import Page
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,24 +99,40 @@ def test_a_page_is_one_file(tmp_path: Path) -> None:
     assert picture is not None and picture.shape[1] > 100
 
 
-def test_the_shipped_models_find_their_way(tmp_path: Path) -> None:
-    """In a city they have never seen: much nearer than the coarse fix."""
-    for model, heading in (("ccvpe-small", "known"), ("ccvpe-small", "unknown"), ("ggcvt-small", "known")):
-        words = ["evaluate", "--model", model, "--cities", "950", "--frames", "40", "--heading", heading]
-        done = subprocess.run(
-            [sys.executable, "-m", "xview_loc.cli", *words, "--out", str(tmp_path / "errors.json")],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            timeout=200,
-        )
-        assert done.returncode == 0, done.stderr
-        figures = re.search(r"estimate\D+(\d+)\D+([\d.]+)\D+([\d.]+)", done.stdout)
-        coarse = re.search(r"coarse fix\D+(\d+)\D+([\d.]+)\D+([\d.]+)", done.stdout)
-        assert figures and coarse and int(figures[1]) >= 35
-        assert float(figures[3]) < 2.5 and float(figures[3]) < float(coarse[3]) / 3
-    assert "estimate_m" in (tmp_path / "errors.json").read_text()
+def run_process(*words: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "xview_loc.cli", *words], capture_output=True, text=True, cwd=ROOT, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def run_here(*words: str) -> str:
+    done = CliRunner().invoke(app, words, catch_exceptions=False, env={"COLUMNS": "100"})
+    assert done.exit_code == 0
+    return done.output
+
+
+@pytest.mark.parametrize(
+    ("model", "heading", "run"),
+    [
+        ("ccvpe-small", "known", run_process),
+        ("ccvpe-small", "unknown", run_here),
+        ("ggcvt-small", "known", run_here),
+    ],
+)
+def test_the_shipped_models_find_their_way(
+    tmp_path: Path, model: str, heading: str, run: Callable[..., str]
+) -> None:
+    """Much nearer than the coarse fix, in a city that was not trained on."""
+    out = tmp_path / "errors.json"
+    words = ["evaluate", "--model", model, "--cities", "950", "--frames", "16", "--heading", heading]
+    printed = run(*words, "--out", str(out))
+    figures = re.search(r"estimate\D+(\d+)\D+([\d.]+)\D+([\d.]+)", printed)
+    coarse = re.search(r"coarse fix\D+(\d+)\D+([\d.]+)\D+([\d.]+)", printed)
+    assert figures and coarse and int(figures[1]) >= 14
+    assert float(figures[3]) < 2.5 and float(figures[3]) < float(coarse[3]) / 3
+    assert "estimate_m" in json.loads(out.read_text())
 
 
 SIDE, GSD = 81, 0.5
@@ -298,9 +314,7 @@ def run(root: Path, dataset: str, *more: str) -> tuple[str, dict]:
     """What the command prints and what it writes."""
     out = root / "errors.json"
     words = ["evaluate", "--dataset", dataset, "--root", str(root / dataset), "--out", str(out), *more]
-    done = CliRunner().invoke(app, words, catch_exceptions=False, env={"COLUMNS": "100"})
-    assert done.exit_code == 0, done.output
-    return done.output, json.loads(out.read_text())
+    return run_here(*words), json.loads(out.read_text())
 
 
 @pytest.mark.parametrize("heading", ["known", "unknown"])
@@ -315,19 +329,16 @@ def test_a_model_is_evaluated_on_vigor(benchmarks: Path, heading: str) -> None:
     assert re.search(rf"ccvpe-small\D+{errors['summary']['distance_m_mean']:.2f}", output)
 
 
-@pytest.mark.parametrize(("name", "split"), [("ccvpe-vigor", "test"), ("ccvpe-kitti", "validation")])
-def test_full_size_models_are_evaluated(
-    benchmarks: Path, monkeypatch: pytest.MonkeyPatch, name: str, split: str
-) -> None:
-    """Untrained ones, which have no checkpoint to load."""
+def test_a_model_is_evaluated_on_kitti(benchmarks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An untrained one with narrow backbones, since no weights are shipped."""
     torch.manual_seed(0)
-    loaded = SimpleNamespace(model=create_model(name))
+    config = CONFIGS["ccvpe-kitti"]
+    narrow = replace(config, width=0.25, up=(32,) * 5, up_orientation=(32,) * 5, conv_orientation=(32,) * 5)
+    loaded = SimpleNamespace(model=CCVPE(narrow))
     monkeypatch.setattr("xview_loc.models.checkpoint.load_model", lambda *_: loaded)
-    dataset = name.removeprefix("ccvpe-")
-    output, errors = run(benchmarks, dataset, "--heading", "unknown", "--split", split)
-    assert f"{dataset} {split}, heading unknown" in output
-    assert ("published" in output) == (dataset == "vigor")
-    assert errors["model"] == name and errors["summary"]["heading_deg_mean"] > 0.0
+    output, errors = run(benchmarks, "kitti", "--heading", "unknown", "--split", "validation")
+    assert "kitti validation, heading unknown" in output and "published" not in output
+    assert errors["model"] == "ccvpe-kitti" and errors["summary"]["heading_deg_mean"] > 0.0
 
 
 def test_errors_on_kitti_are_along_and_across(benchmarks: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The training losses: where they are least, and what the authors' conventions say."""
+"""Training losses: their minima, and the authors' conventions."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from xview_loc.models import create_model
+from xview_loc.models.ccvpe import CCVPE, CONFIGS
 from xview_loc.training.losses import (
     CCVPELoss,
     bin_weights,
@@ -64,7 +65,8 @@ def test_bins_agree_with_the_model() -> None:
 @pytest.mark.parametrize("name", ["ccvpe-small", "ccvpe-kitti"])
 def test_a_known_heading_is_one_bin_for_model_and_loss(name: str) -> None:
     """North on north-up tiles; to the right on tiles turned to the heading."""
-    model = create_model(name)
+    with torch.device("meta"):
+        model = CCVPE(CONFIGS[name])
     heading = torch.tensor([model.spec.nominal_heading])
     assert model.prior_bins(0.0).tolist() == [int(bin_weights(heading, model.spec.bins).argmax())]
     around = model.prior_bins(50.0)
@@ -121,7 +123,7 @@ def test_a_step_lowers_the_loss(prior: float | None) -> None:
     }
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     values = []
-    for _ in range(6):
+    for _ in range(3):
         value = loss(model, batch, prior)
         optimizer.zero_grad()
         value.backward()

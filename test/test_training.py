@@ -1,4 +1,4 @@
-"""Supervised training: its samples, what it writes, and that a killed run ends as one that was not."""
+"""Supervised training: its samples, the files it writes, and resuming."""
 
 from __future__ import annotations
 
@@ -14,76 +14,119 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from typer.testing import CliRunner
 
+from xview_loc.cli import app
 from xview_loc.datasets import DatasetError, PoseDataset, Sample, SimulatedDataset, open_dataset
 from xview_loc.models import create_model
 from xview_loc.models.base import CrossViewModel, HeatMaps
+from xview_loc.models.ccvpe import CONFIGS
 from xview_loc.models.checkpoint import load_checkpoint
 from xview_loc.models.inputs import normalise
 from xview_loc.training.losses import CCVPELoss, GGCVTLoss
-from xview_loc.training.trainer import PoseValidation, TrainingError, TrainingOptions, make_fabric, train
+from xview_loc.training.trainer import (
+    PoseValidation,
+    TrainingError,
+    TrainingOptions,
+    TrainingProgress,
+    make_fabric,
+    train,
+)
 from xview_loc.training.turned_panoramas import random_turns, turn_panoramas
 
 ROOT = Path(__file__).resolve().parent.parent
 SPEC = create_model("ccvpe-small").spec
-DATA = ["--data", "simulated:source:0:22", "--validation", "simulated:validation:500:4"]
+DATA = ["--data", "simulated:source:0:12", "--validation", "simulated:validation:500:2"]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cities(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the rendered cities of this session are kept."""
+    """Folder of rendered cities."""
     return tmp_path_factory.mktemp("cities")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def samples(cities: Path) -> SimulatedDataset:
-    dataset = open_dataset("simulated:source:0:22", SPEC, cache_dir=cities, augment=True)
+    dataset = open_dataset("simulated:source:0:12", SPEC, cache_dir=cities, augment=True)
     assert isinstance(dataset, SimulatedDataset)
     dataset.prepare()
     return dataset
 
 
-def command(out: Path, cities: Path, *more: str) -> list[str]:
+def words(out: Path, cities: Path) -> list[str]:
     words = ["train", *DATA, "--out", str(out), "--cache-dir", str(cities), "--accelerator", "cpu"]
     words += ["--epochs", "2", "--batch-size", "2", "--heading", "both", "--sigma", "2", "--save-every", "2"]
-    words += ["--learning-rate", "1e-3", "--schedule", "cosine", "--warmup", "3"]
-    return [sys.executable, "-m", "xview_loc.cli", *words, *more]
+    return [*words, "--learning-rate", "1e-3", "--schedule", "cosine", "--warmup", "3"]
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
+def command(out: Path, cities: Path) -> subprocess.Popen[str]:
+    program = [sys.executable, "-m", "xview_loc.cli", *words(out, cities)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(program, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_numbers(
     samples: SimulatedDataset, cities: Path, tmp_path: Path
 ) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    done = subprocess.run(
-        command(whole, cities), capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=200
-    )
-    assert done.returncode == 0, done.stderr
-    for last_line in ("step 4 of 22", "step 15 of 22"):  # in each of the two epochs of 11 steps
-        process = subprocess.Popen(
-            command(cut, cities), stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment()
-        )
-        assert process.stdout is not None
-        assert any(line.startswith(last_line) for line in process.stdout)
-        process.send_signal(signal.SIGKILL)
-        process.wait(10)
+    with command(whole, cities) as process:
+        process.communicate()
+    assert process.returncode == 0
+    for last_line in ("step 2 of 12", "step 8 of 12"):  # in each of the two epochs of 6 steps
+        with command(cut, cities) as process:
+            assert process.stdout is not None
+            assert any(line.startswith(last_line) for line in process.stdout)
+            process.send_signal(signal.SIGKILL)
     assert len(json.loads((cut / "history.json").read_text())) == 1
-    again = subprocess.run(
-        command(cut, cities), capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=200
-    )
-    assert again.returncode == 0, again.stderr
+    with command(cut, cities) as process:
+        process.communicate()
+    assert process.returncode == 0
     history = json.loads((whole / "history.json").read_text())
     assert len(history) == 2 and history == json.loads((cut / "history.json").read_text())
     best = load_checkpoint(whole / "best.safetensors", "ccvpe-small")
     other = load_checkpoint(cut / "best.safetensors", "ccvpe-small")
     for key, value in best.model.state_dict().items():
         assert torch.equal(value, other.model.state_dict()[key]), key
-    assert best.metadata["training"]["data"] == "simulated:source:0-0:22"
     assert best.metadata["command"].startswith("xview-loc train")
+
+
+def test_the_command_trains(samples: SimulatedDataset, cities: Path, tmp_path: Path) -> None:
+    done = CliRunner().invoke(
+        app, [*words(tmp_path, cities), "--epochs", "1", "--batch-size", "6"], catch_exceptions=False
+    )
+    assert done.exit_code == 0, done.output
+    assert "step 2 of 2: loss" in done.output and "mean validation error" in done.output
+    (entry,) = json.loads((tmp_path / "history.json").read_text())
+    assert set(entry) >= {"loss", "known_mean_m", "unknown_mean_m", "score"}
+    best = load_checkpoint(tmp_path / "best.safetensors", "ccvpe-small")
+    assert best.metadata["training"]["data"] == "simulated:source:0-0:12"
+
+
+@pytest.mark.parametrize("steps", [[2, 7], [5]])
+def test_an_interrupted_run_ends_with_the_same_numbers(tmp_path: Path, steps: list[int]) -> None:
+    """Interrupted in the first epoch of 5 steps, in the second one, and between the two."""
+
+    def run(folder: Path, stop: int | None = None) -> tuple[TrainingProgress, Seer]:
+        def on_step(progress: TrainingProgress) -> None:
+            if progress.steps == stop:
+                raise KeyboardInterrupt
+
+        torch.manual_seed(0)
+        model = Seer()
+        chosen = options(epochs=2, batch_size=1, learning_rate=0.02, save_every=1)
+        progress = train(
+            make_fabric("cpu"), model, Dots(5), VALIDATION, folder, Anywhere(), chosen, on_step=on_step
+        )
+        return progress, model
+
+    for step in steps:
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "cut", step)
+    cut, cut_model = run(tmp_path / "cut")
+    whole, whole_model = run(tmp_path / "whole")
+    assert cut == whole and len(whole.history) == 2
+    assert torch.equal(cut_model.weight, whole_model.weight) and float(whole_model.weight.detach()) != 1.0
 
 
 def test_samples_show_the_place_they_say(samples: SimulatedDataset) -> None:
@@ -122,7 +165,7 @@ def test_datasets_are_named_clearly(cities: Path) -> None:
         with pytest.raises(DatasetError, match=message):
             open_dataset(text, SPEC, cache_dir=cities)
     with pytest.raises(DatasetError, match="ccvpe-kitti does not take"):
-        open_dataset("simulated:source:0:5", create_model("ccvpe-kitti").spec, cache_dir=cities)
+        open_dataset("simulated:source:0:5", CONFIGS["ccvpe-kitti"].spec, cache_dir=cities)
 
 
 def test_a_damaged_cache_is_named(tmp_path: Path) -> None:
@@ -243,7 +286,8 @@ def test_what_cannot_be_trained_says_so(tmp_path: Path) -> None:
             train(fabric, model, Dots(), VALIDATION, folder, loss, options(**changes))
 
     fabric = make_fabric("cpu")
-
+    with torch.device("meta"):
+        pinhole = create_model("ccvpe-kitti")
     fails("do not fill one batch", Seer(), Anywhere(), tmp_path / "a", batch_size=7)
     fails(
         "needs a known heading",
@@ -252,9 +296,7 @@ def test_what_cannot_be_trained_says_so(tmp_path: Path) -> None:
         tmp_path / "b",
         heading_priors_deg=(0.0, None),
     )
-    fails(
-        "no panoramas", create_model("ccvpe-kitti"), CCVPELoss(), tmp_path / "c", heading_priors_deg=(None,)
-    )
+    fails("no panoramas", pinhole, CCVPELoss(), tmp_path / "c", heading_priors_deg=(None,))
     fails("not finite at step 0", Seer(), Anywhere(math.nan), tmp_path / "d")
     train(fabric, Seer(), Dots(), VALIDATION, tmp_path / "e", Anywhere(), options())
     fails("other settings .options.", Seer(), Anywhere(), tmp_path / "e", learning_rate=5e-4)

@@ -57,10 +57,16 @@ def chicago(root: Path, lines: tuple[str, ...] = CHICAGO) -> None:
         write_vigor_images(root, "Chicago", line, GREY, tile)
 
 
+@pytest.fixture(scope="module")
+def real_lines(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("chicago")
+    chicago(root)
+    return root
+
+
 @pytest.mark.parametrize("number", range(3))
-def test_the_camera_is_where_the_position_says(tmp_path: Path, number: int) -> None:
-    chicago(tmp_path)
-    sample = VigorDataset(tmp_path, "cross-test", SPEC)[1 + number]
+def test_the_camera_is_where_the_position_says(real_lines: Path, number: int) -> None:
+    sample = VigorDataset(real_lines, "cross-test", SPEC)[1 + number]
     aerial = colours(sample["aerial"])
     red = (aerial[..., 0] > 0.7) & (aerial[..., 1] < 0.3)
     found = np.argwhere(red).mean(axis=0)

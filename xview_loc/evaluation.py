@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from xview_loc.datasets.base import PoseDataset, clearly
+from xview_loc.datasets.base import PoseDataset, load_batches
 from xview_loc.errors import UserError
 from xview_loc.estimation.calibration import coverage, mahalanobis
 from xview_loc.estimation.heat_map import HeatMap, HeatMapError
@@ -193,7 +193,7 @@ def evaluate(
     orientation = model.spec.bins > 0 and heading_prior_deg != 0
     model.eval()
     rows: list[dict[str, float]] = []
-    for loaded in clearly(
+    for loaded in load_batches(
         DataLoader(dataset, batch_size, sampler=range(0, len(dataset), every), num_workers=workers)
     ):
         batch = {name: value.to(device) for name, value in loaded.items()}

@@ -130,7 +130,7 @@ class PairSource(Dataset[PairSample]):
         return None
 
 
-def clearly(batches: Iterable[T]) -> Iterator[T]:
+def load_batches(batches: Iterable[T]) -> Iterator[T]:
     """Iterate over a loader's batches, reducing an error of a worker process to its one-line message.
 
     Raises DatasetError.

@@ -18,7 +18,7 @@ from lightning_fabric.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
-from xview_loc.datasets.base import Batch, PoseDataset, clearly
+from xview_loc.datasets.base import Batch, PoseDataset, load_batches
 from xview_loc.errors import UserError, reason
 from xview_loc.files import write_whole
 from xview_loc.models.base import CrossViewModel, ModelSpec
@@ -147,7 +147,7 @@ class PoseValidation:
         device = next(model.parameters()).device
         distances: dict[str, list[Tensor]] = {_heading_name(prior): [] for prior in self._priors}
         rng = np.random.default_rng(0)
-        for batch in clearly(self._loader):
+        for batch in load_batches(self._loader):
             batch = {name: value.to(device) for name, value in batch.items()}
             features = model.encode_aerial(batch["aerial"])
             extra: dict[str, Any] = {name: batch[name] for name in model.extra_inputs}
@@ -279,7 +279,7 @@ def train(
             ),
             use_distributed_sampler=False,
         )
-        for batch in clearly(loader):
+        for batch in load_batches(loader):
             count = progress.steps
             rng = np.random.default_rng([options.seed, count, fabric.global_rank])
             prior = options.heading_priors_deg[count % len(options.heading_priors_deg)]
