@@ -1,4 +1,4 @@
-"""Weights and inputs from integer arithmetic alone: the same with every library version."""
+"""Weights and inputs from integer arithmetic, so that they do not depend on library versions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from xview_loc.models.base import CrossViewModel
 
 
 def uniform(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Values in [-1, 1) hashed from ``name`` and their index."""
+    """Return values in [-1, 1), hashed from ``name`` and their index."""
     count = int(np.prod(shape, dtype=np.int64))
     x = np.arange(count, dtype=np.uint64) + np.uint64(zlib.crc32(name.encode()) << 32)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):

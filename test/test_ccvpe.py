@@ -161,7 +161,7 @@ def test_agrees_with_the_recorded_outputs(name: str, prior: float | None) -> Non
 
 
 def sample(value: torch.Tensor) -> np.ndarray:
-    """256 values spread over the whole tensor."""
+    """Return 256 values, evenly spaced in the whole tensor."""
     flat = value.numpy().ravel()
     return flat[np.linspace(0, flat.size - 1, 256).astype(int)]
 
@@ -225,7 +225,7 @@ def test_known_heading_scores_the_bins_of_the_prior(small: CCVPE) -> None:
     near = small.match(ground, features, 50).levels[0]
     torch.testing.assert_close(known, every[:, :1])
     torch.testing.assert_close(near, every[:, [14, 15, 0, 1, 2]])
-    # Far enough for all bins, which then come once each and in their natural order.
+    # Wide enough for all bins: each once, from bin 0.
     torch.testing.assert_close(small.match(ground, features, 180).levels[0], every)
 
 

@@ -45,7 +45,7 @@ PLANE = LocalProjection(48.2, 16.37)
 
 
 class FiveMetresEast:
-    """Stands in for a localizer: 5 m east of the fix, and no answer to every third frame."""
+    """A localizer that answers 5 m east of the fix and refuses every third frame."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -76,7 +76,7 @@ def test_a_drive_is_measured_frame_by_frame() -> None:
     assert len(DriveErrors.joined([drive, drive]).fix) == 12
 
 
-def test_errors_leave_out_what_has_none() -> None:
+def test_errors_ignore_nan() -> None:
     errors = Errors.of(np.array([1.0, 2.0, math.nan, 9.0]))
     assert (errors.frames, errors.mean, errors.median) == (3, 4.0, 2.0) and 2.0 < errors.p95 < 9.0
     assert Errors.of(np.array([math.nan])).frames == 0
@@ -141,7 +141,7 @@ LEFT = ModelSpec("stub", "pinhole", (2, 4), SIDE, GSD, 4, aerial_up="left")
 
 
 class Maps(PoseDataset):
-    """Samples whose aerial tile is the heat map that the model is to give: a Gaussian about ``seen``.
+    """Samples whose aerial tile is the model's heat map: a Gaussian about ``seen``.
 
     seen, position: (N, 2), (row, col) on the map and on the tile. heading: (N,), radians. sigma: map pixels.
     """
@@ -181,7 +181,7 @@ class Maps(PoseDataset):
 
 
 class Mirror(CrossViewModel):
-    """Gives the tile back as its heat map, and ``angle`` as the heading where that is asked for."""
+    """Returns the tile as its heat map, and ``angle`` as the heading if asked."""
 
     def __init__(self, spec: ModelSpec, grid: HeatMapGrid | None = None, angle: float = 0.0) -> None:
         super().__init__()
@@ -236,14 +236,14 @@ def test_heading_errors_are_counter_clockwise() -> None:
     data = Maps([(40, 40)] * 2, [(40, 40)] * 2, np.array([0.1, 2 * math.pi - 0.1]))
     north = evaluate(Mirror(NORTH, angle=0.3), data, None, batch_size=2)
     assert north.heading_deg == pytest.approx(np.degrees([0.2, 0.4]), abs=1e-4)
-    # Where the angle is counted clockwise from the top, a larger one means turned clockwise.
+    # Here the angle counts clockwise from the top.
     left = evaluate(Mirror(LEFT, angle=0.3), data, None, batch_size=2)
     assert left.heading_deg == pytest.approx(-np.degrees([0.2, 0.4]), abs=1e-4)
     assert np.isnan(evaluate(Mirror(NORTH, angle=0.3), data, 0.0).heading_deg).all()
 
 
 def test_probabilities_and_ellipses_are_those_of_the_map() -> None:
-    """Truths drawn from the very maps: the likelihood and the coverage are those of a Gaussian."""
+    """True positions are drawn from the maps, so likelihood and coverage are a Gaussian's."""
     rng = np.random.default_rng(5)
     sigma, count = 8.0, 400
     seen = rng.uniform(36, 44, (count, 2))
@@ -286,7 +286,7 @@ class Broken(Maps):
         return super().__getitem__(index)
 
 
-def test_what_cannot_be_evaluated_says_so() -> None:
+def test_evaluation_errors_are_clear() -> None:
     for workers in (0, 1):
         with pytest.raises(DatasetError) as caught:
             evaluate(Mirror(NORTH), Broken([(40, 40)] * 2, [(40, 40)] * 2), 0.0, workers=workers)
@@ -311,7 +311,7 @@ def benchmarks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(root: Path, dataset: str, *more: str) -> tuple[str, dict]:
-    """What the command prints and what it writes."""
+    """Return what the command prints and what it writes."""
     out = root / "errors.json"
     words = ["evaluate", "--dataset", dataset, "--root", str(root / dataset), "--out", str(out), *more]
     return run_here(*words), json.loads(out.read_text())
@@ -330,7 +330,7 @@ def test_a_model_is_evaluated_on_vigor(benchmarks: Path, heading: str) -> None:
 
 
 def test_a_model_is_evaluated_on_kitti(benchmarks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An untrained one with narrow backbones, since no weights are shipped."""
+    """Untrained, with narrow backbones: no weights are shipped."""
     torch.manual_seed(0)
     config = CONFIGS["ccvpe-kitti"]
     narrow = replace(config, width=0.25, up=(32,) * 5, up_orientation=(32,) * 5, conv_orientation=(32,) * 5)
@@ -372,7 +372,7 @@ def test_errors_on_kitti_are_along_and_across(benchmarks: Path, monkeypatch: pyt
     assert re.search(r"GGCVT, teacher\D+9\.27\D+4\.66\D+2\.19\D+0\.85", output)
 
 
-def test_the_command_says_what_it_needs(benchmarks: Path) -> None:
+def test_wrong_uses_of_evaluate_are_named(benchmarks: Path) -> None:
     def fails(error: type[Exception], message: str, *words: str) -> None:
         with pytest.raises(error, match=message):
             CliRunner().invoke(app, ["evaluate", *words], catch_exceptions=False)

@@ -95,8 +95,8 @@ def test_published_outputs(name: str) -> None:
         theirs = expected[f"corr{number}"]
         assert [1, *ours.shape] == list(expected[f"corr{number}_shape"])
         assert ours.argmin() == expected[f"corr{number}_argmin"]
-        # The published direct convolution sums up to 666 000 float32 products one after the other: its own
-        # rounding is up to 7e-4 of these nearly flat maps. The transform stays within 1e-5 of exact ones.
+        # The published direct convolution adds up to 666 000 float32 products in sequence: its rounding
+        # errors reach 7e-4 of these nearly flat maps. The Fourier transform stays within 1e-5 of exact ones.
         assert relative_error(ours.ravel()[index], theirs) < 1e-3
         if number < 3:  # the third takes seconds
             encoded, crop = features.levels[number - 1], model.crop_sizes()[number - 1]
@@ -180,7 +180,7 @@ def test_flat_ground_lies_where_a_panorama_shows_it() -> None:
         row, col = size / 2 - 0.5 - north / cell_m, size / 2 - 0.5 + east / cell_m
         azimuth = math.degrees(math.atan2(east, north))
         elevation = -math.degrees(math.atan2(geometry.height, math.hypot(east, north)))
-        # Pixel k covers the k-th share of the circle, from its edge on.
+        # Column k spans the k-th share of the circle.
         assert float(u[int(row), int(col)]) == pytest.approx((azimuth + 180) / 360 * cols - 0.5, abs=1e-3)
         assert float(v[int(row), int(col)]) == pytest.approx((30 - elevation) / 90 * rows - 0.5, abs=1e-3)
 
@@ -200,7 +200,7 @@ def test_batches_equal_single_examples() -> None:
 
 
 @torch.no_grad()
-def test_unusable_inputs_say_so() -> None:
+def test_unusable_inputs_are_named() -> None:
     model = hashed_model("ggcvt-small")
     ground, aerial = inputs(model)
     features = model.encode_aerial(aerial)

@@ -30,7 +30,7 @@ GREY = np.full((1280, 1280, 3), 60, np.uint8)
 
 
 def found(sample: Sample, channel: int) -> np.ndarray:
-    """(row, col) of the disc of one colour on the tile."""
+    """Return (row, col) of the disc of one colour on the tile."""
     image = sample["aerial"] * IMAGENET_STD[:, None, None] + IMAGENET_MEAN[:, None, None]
     weight = (image[channel] - image.sum(0) / 2).clamp_min(0).numpy()
     assert weight.max() > 0.3
@@ -88,7 +88,7 @@ def test_intrinsics_are_those_of_the_resized_image(tmp_path: Path) -> None:
     sample = frame(tmp_path, 0.0, "0 0 0")
     assert sample["ground"].shape == (3, 256, 1024)
     across, down = 1024 / 1242, 256 / 375
-    # Pixel centres: the image's edge lies half a pixel before the first one.
+    # Pixel-centre coordinates: the image's edge is half a pixel before the first centre.
     expected = [
         [721.5377 * across, 0, (609.5593 + 0.5) * across - 0.5],
         [0, 721.5377 * down, (172.854 + 0.5) * down - 0.5],
@@ -129,7 +129,7 @@ def test_the_real_split_files_are_read(tmp_path: Path) -> None:
     assert first.shift == (-0.3455326, -0.9653194, -0.0077375486)
 
 
-def test_what_is_wrong_is_said_in_one_line(tmp_path: Path) -> None:
+def test_errors_are_one_line(tmp_path: Path) -> None:
     def fails(message: str, split: str = "test2", **options: float) -> None:
         with pytest.raises(DatasetError, match=message) as caught:
             KittiDataset(tmp_path, split, SPEC, **options)[0]

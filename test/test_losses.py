@@ -20,7 +20,7 @@ from xview_loc.training.losses import (
 )
 
 
-def test_label_is_a_bump_at_the_place() -> None:
+def test_label_is_a_gaussian_at_the_position() -> None:
     label = gaussian_label(torch.tensor([[10.0, 20.0], [3.5, 7.0]]), 32, 2.0)
     assert float(label[0, 10, 20]) == 1.0 and int(label[0].argmax()) == 10 * 32 + 20
     assert float(label[0, 12, 20]) == pytest.approx(math.exp(-0.5))
@@ -46,7 +46,7 @@ def test_headings_are_shared_by_the_two_nearest_bins(degrees: float, weights: di
 
 
 def test_bins_agree_with_the_model() -> None:
-    """The bin that a turned panorama scores best in is the one that the loss calls positive."""
+    """The best bin of a turned panorama is the loss's positive one."""
     model = create_model("ccvpe-small")
     torch.manual_seed(0)
     size = model.spec.aerial_size
@@ -55,7 +55,7 @@ def test_bins_agree_with_the_model() -> None:
         features = model.encode_aerial(aerial)
         straight = model.match(ground, features).levels[0]
         column = ground.shape[3] // model.spec.bins
-        # Content moved to the right by a bin: what was the centre, and with it the heading, turns left.
+        # Content moves to the right by one bin, so the heading turns left.
         turned = model.match(ground.roll(column, 3), features).levels[0]
     heading = 2 * math.pi / model.spec.bins
     index = int(bin_weights(torch.tensor([heading]), model.spec.bins).argmax())
@@ -77,7 +77,7 @@ def test_info_nce_counts_the_positive_cells() -> None:
     label = gaussian_label(torch.tensor([[8.0, 8.0]]), 16, 0.4)
     scores = torch.zeros(1, 3, 16, 16)
     one_hot = torch.tensor([[0.0, 1.0, 0.0]])
-    # Nothing known: the share of one cell among all cells of all bins.
+    # Equal scores: the share of one cell among all cells of all bins.
     assert float(info_nce(scores, label, one_hot)) == pytest.approx(math.log(3 * 256))
     scores[0, 1, 8, 8] = 1.0
     better = float(info_nce(scores, label, one_hot))
@@ -93,14 +93,14 @@ def test_info_nce_pools_the_label_to_the_level() -> None:
     assert float(info_nce(scores, label, torch.ones(1, 1))) < 1e-3
 
 
-def test_cross_entropy_is_least_at_the_label() -> None:
+def test_cross_entropy_is_least_for_the_label() -> None:
     label = gaussian_label(torch.tensor([[6.0, 9.0]]), 16, 1.5)
     entropy = -(label / label.sum() * (label / label.sum()).log()).nansum()
     torch.testing.assert_close(cross_entropy(label.log(), label), entropy, rtol=1e-4, atol=1e-4)
     assert float(cross_entropy(torch.zeros(1, 16, 16), label)) == pytest.approx(math.log(256))
 
 
-def test_orientation_is_judged_at_the_place() -> None:
+def test_orientation_is_compared_at_the_position() -> None:
     label = gaussian_label(torch.tensor([[4.0, 4.0]]), 16, 0.3)
     angle = torch.tensor([0.7])
     field = torch.zeros(1, 2, 16, 16)

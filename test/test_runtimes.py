@@ -37,8 +37,10 @@ EXPORT_ELSEWHERE = graph._export_elsewhere
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A cache of graphs for this module. The first graph is exported in a process of its own, the others
-    here: importing PyTorch again takes seconds."""
+    """A cache of graphs for this module.
+
+    The first graph is exported in a process of its own, the others here, which saves importing PyTorch again.
+    """
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
@@ -107,7 +109,7 @@ def test_every_runtime_finds_the_same_places(world: Any, name: str, prior: float
 
 
 @pytest.mark.parametrize("backend", ["torch", "openvino"])
-def test_half_the_precision_moves_places_by_centimetres(world: Any, backend: str) -> None:
+def test_half_precision_moves_estimates_by_centimetres(world: Any, backend: str) -> None:
     expected = poses(world, "ccvpe-small")
     ours = poses(world, "ccvpe-small", backend=backend, precision="bfloat16")
     moved = [largest_distance([a], [b]) for a, b in zip(ours, expected, strict=True)]
@@ -209,7 +211,7 @@ def command(*words: str) -> str:
     return done.output
 
 
-def test_the_exported_file_says_what_it_is_and_computes_the_same(tmp_path: Path) -> None:
+def test_an_exported_graph_has_metadata_and_computes_the_same(tmp_path: Path) -> None:
     out = tmp_path / "frame.onnx"
     printed = command("--model", "ccvpe-small", "--heading", "unknown", "--out", str(out))
     assert float(printed.split("PyTorch's by")[1].split()[0]) < 1e-4
@@ -237,7 +239,7 @@ def test_wrong_uses_of_export_are_named(tmp_path: Path) -> None:
 
 
 def test_a_model_that_cannot_be_exported_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process of its own does not know the stub."""
+    """The exporting process does not know the stub."""
     monkeypatch.setattr(graph, "_export_elsewhere", EXPORT_ELSEWHERE)
     with pytest.raises(RuntimeUnavailableError, match=r"stub cannot be exported: .* unknown model 'stub'"):
         make_runtime(StubModel("panorama"), "openvino", FrameSettings())

@@ -129,8 +129,8 @@ def test_an_interrupted_run_ends_with_the_same_numbers(tmp_path: Path, steps: li
     assert torch.equal(cut_model.weight, whole_model.weight) and float(whole_model.weight.detach()) != 1.0
 
 
-def test_samples_show_the_place_they_say(samples: SimulatedDataset) -> None:
-    """The same panorama lies at the same spot of the world whatever tile is cut around it."""
+def test_samples_show_their_position(samples: SimulatedDataset) -> None:
+    """Two tiles cut around the same camera show the same surroundings at their positions."""
     samples.epoch = 0
     first = samples[3]
     samples.epoch = 1
@@ -142,7 +142,7 @@ def test_samples_show_the_place_they_say(samples: SimulatedDataset) -> None:
     for sample in (first, second):
         image = sample["aerial"].permute(1, 2, 0).numpy()
         row, col = sample["position"].tolist()
-        # The camera is away from the border, so that there is something around it.
+        # Away from the border.
         assert min(row, col) >= 12 and max(row, col) <= SPEC.aerial_size - 13
         patches.append(_around(image, row, col))
     assert np.corrcoef(patches[0].ravel(), patches[1].ravel())[0, 1] > 0.98
@@ -155,7 +155,7 @@ def _around(image: np.ndarray, row: float, col: float) -> np.ndarray:
     return cv2.getRectSubPix(np.ascontiguousarray(image), (15, 15), (col, row))
 
 
-def test_datasets_are_named_clearly(cities: Path) -> None:
+def test_wrong_dataset_names_are_refused(cities: Path) -> None:
     for text, message in (
         ("vogir:/data", "unknown dataset"),
         ("simulated:source:0", "written STYLE:CITIES:FRAMES"),
@@ -178,7 +178,7 @@ def test_a_damaged_cache_is_named(tmp_path: Path) -> None:
 
 
 class Dots(PoseDataset):
-    """Aerial tiles with one white pixel, where the camera is."""
+    """Aerial tiles with one white pixel at the camera's position."""
 
     name = "dots"
 
@@ -207,7 +207,7 @@ class Dots(PoseDataset):
 
 
 class Seer(CrossViewModel):
-    """Finds the white pixel, and with an unknown heading one ten pixels east of it."""
+    """Finds the white pixel; with an unknown heading, the one ten pixels east of it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -243,7 +243,7 @@ def test_turned_panoramas_turn_their_heading() -> None:
     batch = {"ground": ground, "heading": torch.full((5,), 0.1)}
     turned = turn_panoramas(batch, random_turns(np.random.default_rng(3), 5, width, None))
     for image, heading in zip(turned["ground"], turned["heading"], strict=True):
-        # What the centre looked at before is now so far to the right of it as the heading turned left.
+        # The former centre column moves to the right by the angle that the heading turns left.
         column = int((image[0, 0] == width // 2).nonzero())
         moved = (column - width // 2) / width * 2 * math.pi
         assert math.remainder(float(heading) - 0.1 - moved, 2 * math.pi) == pytest.approx(0.0, abs=1e-5)
@@ -267,7 +267,7 @@ VALIDATION = PoseValidation(Dots(), (0.0,), 4, 0)
 
 
 class Anywhere:
-    """A loss that any model takes."""
+    """A loss for any model."""
 
     def __init__(self, value: float = 1.0) -> None:
         self.value = value
@@ -279,7 +279,7 @@ class Anywhere:
         return {"name": "anywhere"}
 
 
-def test_what_cannot_be_trained_says_so(tmp_path: Path) -> None:
+def test_training_errors_are_clear(tmp_path: Path) -> None:
     def fails(message: str, *arguments: object, **changes: object) -> None:
         model, loss, folder = arguments
         with pytest.raises(TrainingError, match=message):
@@ -305,7 +305,7 @@ def test_what_cannot_be_trained_says_so(tmp_path: Path) -> None:
 
 
 def test_the_best_epoch_is_kept(tmp_path: Path) -> None:
-    """A model that gets worse: its weight turns negative, and the dot is found no more."""
+    """The model gets worse: its weight turns negative, so that it misses the dot."""
     model = Seer()
     model.weight.data.fill_(0.002)
 

@@ -38,7 +38,7 @@ def colours(image: torch.Tensor) -> np.ndarray:
 
 
 def true_place(line: str, gsd: float) -> tuple[float, float]:
-    """Raw pixels (south, east) of the tile's centre, from the latitudes and longitudes in the names."""
+    """Return raw pixels (south, east) from the tile's centre, by latitude and longitude in the names."""
     lat, lon = (float(x) for x in line.split(",")[1:3])
     centre = re.search(r"satellite_([-\d.]+)_([-\d.]+)\.png", line)
     assert centre
@@ -47,7 +47,7 @@ def true_place(line: str, gsd: float) -> tuple[float, float]:
 
 
 def chicago(root: Path, lines: tuple[str, ...] = CHICAGO) -> None:
-    """Real label lines, with the camera's true place painted on each tile."""
+    """Write real label lines and tiles with the camera's true position painted on them."""
     write_labels(root, "Chicago", "pano_label_balanced", list(lines))
     write_labels(root, "SanFrancisco", "pano_label_balanced", [vigor_line(0)])
     for line in lines:
@@ -70,19 +70,19 @@ def test_the_camera_is_where_the_position_says(real_lines: Path, number: int) ->
     aerial = colours(sample["aerial"])
     red = (aerial[..., 0] > 0.7) & (aerial[..., 1] < 0.3)
     found = np.argwhere(red).mean(axis=0)
-    # The labels are whole raw pixels of a slightly different scale in either direction.
+    # Labels are whole raw pixels, and their scale differs slightly.
     assert sample["position"].numpy() == pytest.approx(found, abs=1.5)
     south_east = ((23, 29), (6, -106), (-82, -30))[number]
     assert sample["position"].tolist() == pytest.approx([255.5 + 0.8 * x for x in south_east])
     assert float(sample["meters_per_pixel"]) == pytest.approx(0.111262 * 640 / 512)
     assert sample["fix"].tolist() == [255.5, 255.5]
-    # Evenly spread over +-160 raw pixels.
+    # Uniform over +-160 raw pixels.
     assert float(sample["fix_std"]) == pytest.approx(320 / math.sqrt(12) * 0.111262)
     assert float(sample["heading"]) == 0.0 and bool(sample["heading_known"])
     assert int(sample["index"]) == 1 + number
 
 
-def test_tiles_of_any_size_hold_the_same_place(tmp_path: Path) -> None:
+def test_tiles_of_any_size_hold_the_same_position(tmp_path: Path) -> None:
     line = vigor_line(0, 100.0, -60.0)
     for stem, side in (("a", 640), ("b", 512), ("c", 320)):
         root = tmp_path / stem
@@ -116,7 +116,7 @@ def test_real_labels_agree_with_the_names_of_the_files(tmp_path: Path) -> None:
 
 
 def test_an_unknown_heading_turns_the_panorama(tmp_path: Path) -> None:
-    """Turned by a quarter to the left, its centre column shows what was in the west."""
+    """After a quarter turn to the left, the centre column shows the west."""
     chicago(tmp_path)
     panorama = np.zeros((64, 128, 3), np.uint8)
     panorama[:, 60:68] = (0, 255, 0)  # north
@@ -187,7 +187,7 @@ def test_both_kinds_of_labels_and_all_splits_are_found(tmp_path: Path) -> None:
     assert original[2]["position"].tolist() == pytest.approx([255.5 - 40, 255.5])
 
 
-def test_what_is_wrong_is_said_in_one_line(tmp_path: Path) -> None:
+def test_errors_are_one_line(tmp_path: Path) -> None:
     def fails(message: str, split: str = "cross-test", **options: object) -> None:
         with pytest.raises(DatasetError, match=message) as caught:
             dataset = VigorDataset(tmp_path, split, SPEC, **options)  # type: ignore[arg-type]

@@ -183,9 +183,10 @@ def evaluate(
     batch_size: samples matched together; with 1 the times are latencies. workers: processes that load data.
     every: matches only every n-th sample.
     on_batch: called with each batch's number of samples.
-    on_heat_map: called with each sample's heat map and true (lat, lon); its tile is put at an arbitrary
-    place. Raises DatasetError if a sample cannot be read, EvaluationError if heat maps are not finite or the
-    dataset is empty.
+    on_heat_map: called with each sample's heat map, on a tile at latitude and longitude 0, and true (lat,
+    lon).
+    Raises DatasetError if a sample cannot be read, EvaluationError if heat maps are not finite or the dataset
+    is empty.
     """
     if not len(dataset):
         raise EvaluationError(f"{dataset.name} has no samples")
