@@ -24,7 +24,7 @@ from xview_loc.files import write_whole
 from xview_loc.models.base import CrossViewModel, ModelSpec
 from xview_loc.models.checkpoint import save_checkpoint, weights_digest
 from xview_loc.training.losses import HeatMapLoss
-from xview_loc.training.turned_panoramas import random_turns, turn_panoramas
+from xview_loc.training.turned_panoramas import turn_at_random
 
 STATE_FILE = "last.pt"
 BEST_FILE = "best.safetensors"
@@ -152,13 +152,9 @@ class PoseValidation:
             features = model.encode_aerial(batch["aerial"])
             extra: dict[str, Any] = {name: batch[name] for name in model.extra_inputs}
             for prior in self._priors:
-                ground = batch["ground"]
-                turned = batch
-                if prior != 0:
-                    columns = random_turns(rng, len(ground), ground.shape[3], prior)
-                    turned = turn_panoramas(batch, columns)
-                place = model.match(turned["ground"], features, prior, **extra).peak()
-                distance = (place - batch["position"]).norm(dim=1) * batch["meters_per_pixel"]
+                turned = turn_at_random(batch, rng, prior)
+                found = model.match(turned["ground"], features, prior, **extra).peak()
+                distance = (found - batch["position"]).norm(dim=1) * batch["meters_per_pixel"]
                 distances[_heading_name(prior)].append(distance.cpu())
         figures = {}
         for name, parts in distances.items():
@@ -283,9 +279,7 @@ def train(
             count = progress.steps
             rng = np.random.default_rng([options.seed, count, fabric.global_rank])
             prior = options.heading_priors_deg[count % len(options.heading_priors_deg)]
-            if prior != 0:
-                ground = batch["ground"]
-                batch = turn_panoramas(batch, random_turns(rng, len(ground), ground.shape[3], prior))
+            batch = turn_at_random(batch, rng, prior)
             for group in optimizer.param_groups:
                 group["lr"] = options.learning_rate * _rate(options, count, options.epochs * per_epoch)
             value = wrapped(batch, prior)

@@ -28,3 +28,11 @@ def random_turns(
         return rng.integers(0, width, count)
     most = math.floor(min(heading_prior_deg, 180.0) / 360 * width)
     return rng.integers(-most, most + 1, count)
+
+
+def turn_at_random(batch: Batch, rng: np.random.Generator, heading_prior_deg: float | None) -> Batch:
+    """Turn each panorama by a random angle within the prior, and its heading with it."""
+    if heading_prior_deg == 0:
+        return batch
+    count, width = len(batch["ground"]), batch["ground"].shape[3]
+    return turn_panoramas(batch, random_turns(rng, count, width, heading_prior_deg))
