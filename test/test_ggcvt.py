@@ -104,9 +104,6 @@ def test_published_outputs(name: str) -> None:
             size = view.shape[-1]
             start = round((size - crop) / 2)
             kernel = unit(view[..., start : start + crop, start : start + crop])
-            aerial_features = torch.fft.irfft2(encoded.spectrum, s=(size, size))
-            again = 2 - 2 * direct(aerial_features, kernel) / encoded.divisor
-            assert relative_error(again.numpy().ravel()[index], theirs) < 1e-4
             exact = correlate(encoded.spectrum.cdouble(), kernel.double(), size) / encoded.divisor
             assert relative_error(ours, 2 - 2 * exact[0].numpy()) < 2e-5
 
