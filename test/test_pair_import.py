@@ -204,7 +204,7 @@ def test_of_several_topics_the_one_named_as_the_input_is_taken(tmp_path: Path) -
 @pytest.mark.skipif(not REAL_BAG.exists(), reason="the real recording is not beside the repository")
 def test_a_real_recording_without_images(tmp_path: Path) -> None:
     options = replace(OPTIONS, topics={"heading": "/imu/data"})
-    with pytest.raises(BagError, match=r"no images to pair \(read: [1-9]\d+ of fix, [1-9]\d+ of heading"):
+    with pytest.raises(BagError, match=r"no images to pair \(messages: [1-9]\d+ of fix, [1-9]\d+ of heading"):
         import_bag(REAL_BAG, tmp_path / "out", None, options)
 
 

@@ -18,7 +18,7 @@ from xview_loc.maps.base import AerialTile
 from xview_loc.models.base import HeatMapGrid
 from xview_loc.nodes import outputs as messages
 from xview_loc.vehicle import messages as input_messages
-from xview_loc.vehicle.messages import RejectedInput
+from xview_loc.vehicle.synchronisation import RejectedInput
 
 HEADER = Header(stamp=Time(sec=12, nanosec=5), frame_id="map")
 

@@ -1,18 +1,20 @@
-"""Fixes and headings at an image's stamp."""
+"""Fixes and headings at an image's stamp, and how images wait for them."""
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 
+from xview_loc.vehicle.pairing import Paired, Pairing
 from xview_loc.vehicle.synchronisation import (
     NS,
     GnssFix,
     HeadingSample,
     History,
     JumpGate,
-    SyncError,
-    WaitingRoom,
+    RejectedInput,
+    StampNotNewerError,
     blend_fix,
     blend_heading,
 )
@@ -25,7 +27,7 @@ def fix(t: float, lat: float, lon: float = 16.0) -> GnssFix:
 def fixes(*samples: GnssFix, max_age_s: float = 1.0) -> History[GnssFix]:
     history = History("fix", blend_fix, max_age_s)
     for sample in samples:
-        assert history.add(sample)
+        history.add(sample)
     return history
 
 
@@ -60,16 +62,17 @@ def test_a_far_neighbour_is_not_used():
 
 
 def test_missing_and_stale_are_told_apart():
-    with pytest.raises(SyncError) as missing:
+    with pytest.raises(RejectedInput) as missing:
         fixes().at(NS)
-    with pytest.raises(SyncError) as stale:
+    with pytest.raises(RejectedInput) as stale:
         fixes(fix(1.0, 48.0)).at(3 * NS)
-    assert (missing.value.reason, stale.value.reason) == ("missing", "stale")
+    assert (missing.value.reason, stale.value.reason) == ("fix_missing", "fix_stale")
 
 
 def test_jitter_is_refused_and_a_restart_is_seen():
     history = fixes(fix(10.0, 48.0))
-    assert not history.add(fix(9.9, 48.0))
+    with pytest.raises(StampNotNewerError):
+        history.add(fix(9.9, 48.0))
     assert not history.went_back(round(9.9 * NS))
     assert history.went_back(NS)
 
@@ -82,8 +85,8 @@ def moved(t: float, north_m: float, sigma_m: float = 0.0) -> GnssFix:
 def refused(gate: JumpGate, fix: GnssFix) -> bool:
     try:
         gate.admit(fix)
-    except SyncError as error:
-        assert error.reason == "jump"
+    except RejectedInput as error:
+        assert error.reason == "fix_jump"
         return True
     return False
 
@@ -142,18 +145,111 @@ def test_no_limit_no_refusal():
     assert not any(refused(gate, moved(t, 1000.0 * (t % 2))) for t in range(5))
 
 
-def test_an_image_waits_for_a_later_sample_or_its_time_limit():
-    room: WaitingRoom[str] = WaitingRoom(0.1)
-    room.add("a", 100, now_ns=0)
-    room.add("b", 200, now_ns=NS // 20)
-    assert room.ready(lambda stamp: stamp <= 50, NS // 20) == []
-    assert room.ready(lambda stamp: stamp <= 150, NS // 20) == ["a"]
-    assert room.ready(lambda stamp: False, NS) == ["b"]
-    assert len(room) == 0
+@dataclass(frozen=True)
+class Picture:
+    stamp_ns: int
+
+
+class Driver:
+    """Feeds a pairing; times and stamps in seconds."""
+
+    def __init__(self, *, capacity: int = 16, use_heading: bool = False) -> None:
+        self.restarts: list[tuple[str, int]] = []
+        self.pairing: Pairing[Picture] = Pairing(
+            max_fix_age_s=1.0,
+            max_heading_age_s=0.5,
+            fix_max_jump_m=40.0,
+            max_wait_s=0.1,
+            use_heading=use_heading,
+            on_restart=lambda name, dropped: self.restarts.append((name, dropped)),
+            capacity=capacity,
+        )
+
+    def image(self, t: float, now: float) -> None:
+        self.pairing.add_frame(Picture(round(t * NS)), round(now * NS))
+
+    def heading(self, t: float) -> None:
+        self.pairing.add_heading(HeadingSample(round(t * NS), 0.1, 0.05))
+
+    def ready(self, now: float, fix_required: bool = True) -> list[float | str]:
+        results = self.pairing.ready(round(now * NS), fix_required=fix_required)
+        return [r.frame.stamp_ns / NS if isinstance(r, Paired) else r.reason for r in results]
+
+
+def test_an_image_waits_for_later_samples_or_its_time_limit():
+    driver = Driver(use_heading=True)
+    driver.pairing.add_fix(moved(1.0, 0.0))
+    driver.heading(1.0)
+    driver.image(1.1, now=0.0)
+    driver.image(1.2, now=0.05)
+    driver.pairing.add_fix(moved(1.15, 0.0))
+    assert driver.ready(0.05) == []
+    driver.heading(1.15)
+    assert driver.ready(0.05) == [1.1] and driver.pairing.waiting == 1
+    assert driver.ready(0.15) == [1.2] and driver.pairing.waiting == 0
 
 
 def test_waiting_images_are_bounded():
-    room: WaitingRoom[int] = WaitingRoom(10.0, capacity=4)
+    driver = Driver(capacity=4)
+    driver.pairing.add_fix(moved(0.5, 0.0))
     for i in range(6):
-        room.add(i, i, 0)
-    assert room.ready(lambda stamp: False, 0) == [0, 1]
+        driver.image(0.6 + i / 100, now=0.0)
+    assert driver.ready(0.0) == [0.6, 0.61]
+
+
+def test_an_image_without_samples_is_rejected_for_what_it_lacks():
+    driver = Driver(use_heading=True)
+    driver.image(1.0, now=0.0)
+    driver.image(2.0, now=0.0)
+    driver.heading(2.0)
+    assert driver.ready(1.0) == ["fix_missing", "fix_missing"]
+    driver.image(3.0, now=0.0)
+    assert driver.ready(1.0, fix_required=False) == ["heading_stale"]
+    driver.image(4.0, now=0.0)
+    driver.heading(4.0)
+    assert driver.ready(1.0, fix_required=False) == [4.0]
+
+
+def test_images_beside_fixes_that_jump_are_not_paired_with_them():
+    driver = Driver()
+    driver.pairing.add_fix(moved(1.0, 0.0))
+    with pytest.raises(RejectedInput, match="jumped 500 m"):
+        driver.pairing.add_fix(moved(2.0, 500.0))
+    driver.image(1.5, now=0.0)
+    driver.image(2.5, now=0.0)
+    assert driver.ready(1.0) == [1.5, "fix_stale"]
+
+
+def test_places_that_fixes_jumped_between_are_not_interpolated():
+    driver = Driver()
+    driver.pairing.add_fix(moved(0.0, 0.0))
+    for t in range(10):
+        with pytest.raises(RejectedInput):
+            driver.pairing.add_fix(moved(0.9 + t, 500.0))
+    assert driver.pairing.add_fix(moved(10.9, 500.0)) == pytest.approx(500.0, abs=1.0)
+    driver.image(10.5, now=0.0)
+    (paired,) = driver.pairing.ready(NS)
+    assert isinstance(paired, Paired) and paired.fix is not None
+    assert paired.fix.lat == moved(10.9, 500.0).lat
+
+
+@pytest.mark.parametrize("what", ["fix", "heading", "image"])
+def test_stamps_that_go_back_start_everything_again(what: str):
+    driver = Driver(use_heading=True)
+    driver.pairing.add_fix(moved(10.0, 0.0))
+    driver.heading(10.0)
+    driver.image(10.1, now=0.0)
+    add = {
+        "fix": lambda t: driver.pairing.add_fix(moved(t, 5000.0)),
+        "heading": driver.heading,
+        "image": lambda t: driver.image(t, now=0.0),
+    }
+    for name, again in add.items():  # jitter is refused alone
+        with pytest.raises(StampNotNewerError, match=name):
+            again(9.9)
+    assert driver.restarts == [] and driver.pairing.waiting == 1
+    add[what](1.0)
+    assert driver.restarts == [(what, 1)]
+    for name in add.keys() - {what}:
+        add[name](1.0)
+    assert driver.ready(1.0) == [1.0] and len(driver.restarts) == 1

@@ -25,7 +25,7 @@ from sensor_msgs.msg import NavSatFix
 
 from xview_loc.evaluation import distance_m
 from xview_loc.maps import open_map
-from xview_loc.vehicle.messages import stamp_ns
+from xview_loc.vehicle.messages import valid_stamp_ns
 
 START_TIMEOUT_S = 90.0
 LAST_FRAME_TIMEOUT_S = 1.5
@@ -73,11 +73,11 @@ class Listener(Node):
         self.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, 10)
 
     def _collect(self, kind: str, message: NavSatFix) -> None:
-        getattr(self.track, kind)[stamp_ns(message)] = (message.latitude, message.longitude)
+        getattr(self.track, kind)[valid_stamp_ns(message)] = (message.latitude, message.longitude)
 
     def _on_estimate(self, message: NavSatFix) -> None:
         self._collect("estimate", message)
-        stamp, count = stamp_ns(message), len(self.track.estimate)
+        stamp, count = valid_stamp_ns(message), len(self.track.estimate)
         truth, fix = self.track.truth.get(stamp), self.track.fix.get(stamp)
         if truth and fix and count % self.tell_every == 0:
             coarse, own = (distance_m(*place, *truth) for place in (fix, self.track.estimate[stamp]))
@@ -85,7 +85,7 @@ class Listener(Node):
 
     def _on_grid(self, grid: OccupancyGrid) -> None:
         self.grid = grid
-        self.grid_stamp = stamp_ns(grid)
+        self.grid_stamp = valid_stamp_ns(grid)
 
     def _on_diagnostics(self, message: DiagnosticArray) -> None:
         for status in message.status:

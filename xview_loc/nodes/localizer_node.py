@@ -57,13 +57,13 @@ from xview_loc.nodes import outputs as messages
 from xview_loc.nodes import parameters
 from xview_loc.nodes.diagnostics import WARN
 from xview_loc.nodes.frame_worker import FrameWorker
+from xview_loc.nodes.running import run
 from xview_loc.nodes.shadow_runner import FIGURES, ShadowOptions, ShadowRunner
-from xview_loc.nodes.vehicle_node import Job, VehicleNode, run
+from xview_loc.nodes.vehicle_node import Input, Job, VehicleNode
 from xview_loc.vehicle import messages as input_messages
-from xview_loc.vehicle.messages import RejectedInput
 from xview_loc.vehicle.mounting import Mounting
 from xview_loc.vehicle.odometry import Odometry as Velocities
-from xview_loc.vehicle.synchronisation import GnssFix
+from xview_loc.vehicle.synchronisation import GnssFix, RejectedInput
 
 # Odometry with longer gaps says nothing about the motion in between.
 MAX_ODOMETRY_GAP_S = 1.0
@@ -74,7 +74,7 @@ class LocalizerNode(VehicleNode):
     """See config/localizer.yaml for the parameters and docs/diagnostics.md for what it reports."""
 
     table = parameters.LOCALIZER
-    doing = "localising"
+    ok_message = "localising"
 
     def __init__(self) -> None:
         self._outputs: list[Any] = []
@@ -138,11 +138,11 @@ class LocalizerNode(VehicleNode):
         """Until the filter knows where the vehicle is."""
         return self._filter is None or not self._filter.started
 
-    def more_inputs(self) -> list[tuple[Any, str, Callable[[Any], None], bool]]:
+    def extra_inputs(self) -> list[Input]:
         """Odometry where something asks for it."""
-        inputs = super().more_inputs()
+        inputs = super().extra_inputs()
         asked = self._params["filter"] or self.get_parameter("shadow_checkpoint").value
-        return [*inputs, (Odometry, "odom", self._on_odom, False)] if asked else inputs
+        return [*inputs, Input(Odometry, "odom", self._on_odom)] if asked else inputs
 
     def _listen_to_odometry(self, for_candidate: bool) -> None:
         """Where a candidate comes or goes while the node is active."""

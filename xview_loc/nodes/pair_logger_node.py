@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import rclpy
@@ -28,11 +27,12 @@ from xview_loc.images import ImageError, encode_jpeg
 from xview_loc.maps.base import AerialTile
 from xview_loc.nodes import parameters
 from xview_loc.nodes.diagnostics import ERROR, WARN
-from xview_loc.nodes.vehicle_node import Job, VehicleNode, run
+from xview_loc.nodes.running import run
+from xview_loc.nodes.vehicle_node import Input, Job, VehicleNode
 from xview_loc.recordings.pairs import Pair, PairWriter
 from xview_loc.vehicle.keyframes import KeyframeRule, Keyframes, WheelSpeed
-from xview_loc.vehicle.messages import RejectedInput, cdr_stamp_ns, rgb_from_image
-from xview_loc.vehicle.synchronisation import GnssFix
+from xview_loc.vehicle.messages import cdr_stamp_ns, rgb_from_image
+from xview_loc.vehicle.synchronisation import GnssFix, RejectedInput
 
 # Keyframes that wait for a slow disk; at 10 a second this is several seconds of them.
 KEYFRAMES_WAITING = 64
@@ -64,7 +64,7 @@ class _Recorder:
 
     def put(self, job: Job | _Odometry) -> bool:
         """Hand something over; True where it had to be dropped because too much waits."""
-        image = isinstance(job, Job)
+        image = not isinstance(job, _Odometry)
         if image and not self._room.acquire(blocking=False):
             return True
         try:
@@ -82,7 +82,7 @@ class _Recorder:
 
     def _run(self) -> None:
         while (job := self._queue.get()) is not None:
-            if isinstance(job, Job):
+            if not isinstance(job, _Odometry):
                 self._room.release()
             self._work(job)
 
@@ -91,7 +91,7 @@ class PairLoggerNode(VehicleNode):
     """See config/pair_logger.yaml for the parameters and docs/pair_format.md for what it writes."""
 
     table = parameters.PAIR_LOGGER
-    doing = "recording"
+    ok_message = "recording"
     optional_inputs = frozenset({"camera_info", "odom"})
 
     def __init__(self) -> None:
@@ -129,13 +129,11 @@ class PairLoggerNode(VehicleNode):
         """As the parameter says."""
         return bool(self._params["use_heading"])
 
-    def more_inputs(self) -> list[tuple[Any, str, Callable[[Any], None], bool]]:
-        """camera_info where somebody publishes it, odometry where it is asked for."""
-        inputs: list[tuple[Any, str, Callable[[Any], None], bool]] = [
-            (CameraInfo, "camera_info", self._on_camera_info, False)
-        ]
+    def extra_inputs(self) -> list[Input]:
+        """camera_info, which need not be published, and odometry if it is to be recorded."""
+        inputs = [Input(CameraInfo, "camera_info", self._on_camera_info)]
         if self._params["use_odometry"]:
-            inputs.append((Odometry, "odom", self._on_odom, True))
+            inputs.append(Input(Odometry, "odom", self._on_odom, raw=True))
         return inputs
 
     def stopped(self) -> None:
@@ -265,8 +263,8 @@ class PairLoggerNode(VehicleNode):
         self._health.count("odom_received")
         try:
             stamp = cdr_stamp_ns(data)
-            away = abs(stamp - self._last_image_ns)
-            if self._last_image_ns and away > ODOMETRY_CLOCK_NS:
+            away = abs(stamp - self._pairing.last_frame_ns)
+            if self._pairing.last_frame_ns and away > ODOMETRY_CLOCK_NS:
                 raise RejectedInput("other_clock", f"its stamps are {away / 1e9:.0f} s from the images'")
             velocity = deserialize_message(data, Odometry).twist.twist.linear
         except RejectedInput as error:
@@ -275,7 +273,7 @@ class PairLoggerNode(VehicleNode):
         self._health.clear("odom")
         self._wheels.saw(stamp, math.hypot(velocity.x, velocity.y))
         # Without an image there is nothing that it could be the motion of.
-        if self._writer is None or self._worker is None or not self._last_image_ns:
+        if self._writer is None or self._worker is None or not self._pairing.last_frame_ns:
             return
         if self._worker.put(_Odometry(stamp, data)):
             self._health.count("odom_dropped")
@@ -292,7 +290,7 @@ class PairLoggerNode(VehicleNode):
 
     def _record_safely(self, job: Job | _Odometry) -> None:
         try:
-            if isinstance(job, Job):
+            if not isinstance(job, _Odometry):
                 self._record(job)
                 return
             with self._written:

@@ -1,32 +1,23 @@
-"""What every node with a vehicle's inputs shares: lifecycle, subscriptions, pairing by stamps, diagnostics.
+"""What the nodes with a vehicle's inputs share: lifecycle, subscriptions, pairing by stamps, diagnostics.
 
-The executor's thread collects inputs and pairs them by their stamps; a worker thread does the node's job.
+The executor's thread collects inputs and pairs them by their stamps; a worker thread processes the frames.
 """
 
 from __future__ import annotations
 
-import gc
 import math
 import os
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol
 
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
 from geometry_msgs.msg import PoseStamped, QuaternionStamped
-from rclpy.executors import ExternalShutdownException
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
-from rclpy.qos import (
-    HistoryPolicy,
-    QoSCompatibility,
-    QoSProfile,
-    ReliabilityPolicy,
-    qos_check_compatible,
-)
+from rclpy.qos import HistoryPolicy, QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image, Imu, NavSatFix
 
 from xview_loc.camera import CameraModel
@@ -37,34 +28,25 @@ from xview_loc.maps.base import AerialMap, MapOptions
 from xview_loc.maps.store import TileStore
 from xview_loc.nodes import parameters
 from xview_loc.nodes.diagnostics import ERROR, WARN, Health
+from xview_loc.nodes.running import freeze_objects
+from xview_loc.nodes.topic_checks import topic_problem
 from xview_loc.vehicle import messages as input_messages
-from xview_loc.vehicle.messages import RejectedInput
-from xview_loc.vehicle.synchronisation import (
-    NS,
-    RESTART_NS,
-    GnssFix,
-    HeadingSample,
-    History,
-    JumpGate,
-    SyncError,
-    WaitingRoom,
-    blend_fix,
-    blend_heading,
-)
+from xview_loc.vehicle.pairing import Paired, Pairing
+from xview_loc.vehicle.synchronisation import NS, GnssFix, RejectedInput, StampNotNewerError
 
 HEADING_TYPES = {"imu": Imu, "quaternion": QuaternionStamped, "pose": PoseStamped}
 RESTART_SHOWN_S = 10.0
 FIX_JUMP_SHOWN_S = 60.0
 SILENT_AFTER_S = 3.0
-# The motion that tiles are fetched ahead of is measured over so many metres, within so many seconds.
+# Tiles are fetched ahead of the motion, measured over MOTION_M metres driven within MOTION_S seconds.
 MOTION_M, MOTION_S = 10.0, 10.0
 
 
 @dataclass(frozen=True)
 class Frame:
-    """One image message's CDR bytes and what was known when it arrived.
+    """An image message's CDR bytes, and what was known when it arrived.
 
-    rclpy's message would be several copies of it, made in the executor's thread whether it is used or not.
+    Not rclpy's message, which costs several copies in the executor's thread even if it is never used.
     """
 
     image: bytes
@@ -73,20 +55,23 @@ class Frame:
     camera: CameraModel | None
 
 
-@dataclass(frozen=True)
-class Job:
-    """A frame, paired by its stamp and ready for the worker."""
+Job = Paired[Frame]
 
-    frame: Frame
-    fix: GnssFix | None
-    heading: HeadingSample | None
+
+class Input(NamedTuple):
+    """A topic to subscribe to. raw: the callback takes CDR bytes."""
+
+    type: Any
+    name: str
+    callback: Callable[[Any], None]
+    raw: bool = False
 
 
 class Worker(Protocol):
-    """What does the node's job in a thread of its own."""
+    """Processes frames in a thread of its own."""
 
     def put(self, job: Any) -> bool:
-        """Hand over a job; True where one was dropped for it."""
+        """Hand over a job; return True if one was dropped for it."""
         ...
 
     def close(self) -> None:
@@ -95,21 +80,20 @@ class Worker(Protocol):
 
 
 class VehicleNode(LifecycleNode):
-    """A lifecycle node that takes images, fixes, headings and camera_info.
+    """Base of the lifecycle nodes that take images, fixes, headings and camera_info.
 
-    A node of this kind names its ``table`` of parameters and what it is ``doing``, and says in
-    :meth:`configure`, :meth:`make_worker` and :meth:`release` what else it needs. Without
-    ``optional_inputs`` the node does its job as well.
+    table: the node's parameters. ok_message: the diagnostics' message while nothing is wrong.
+    optional_inputs: inputs that need no publisher.
     """
 
     table: tuple[parameters.Parameter, ...]
-    doing: str
+    ok_message: str
     optional_inputs: frozenset[str] = frozenset()
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
         parameters.declare(self, self.table)
-        self._health = Health(self.doing)
+        self._health = Health(self.ok_message)
         self._state = "unconfigured"
         self._params: dict[str, Any] = {}
         self._inputs: dict[str, Any] = {}
@@ -123,7 +107,7 @@ class VehicleNode(LifecycleNode):
     # Lifecycle
 
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Get everything ready. rclpy swallows exceptions here, so we tell them."""
+        """Get everything ready; report failures, as rclpy would swallow the exception."""
         try:
             self._configure()
         except Exception as error:
@@ -135,7 +119,7 @@ class VehicleNode(LifecycleNode):
             self._health.condition("not_configured", ERROR, text)
             return TransitionCallbackReturn.FAILURE
         self._health.clear("not_configured")
-        _keep_out_of_collections()
+        freeze_objects()
         self._state = "inactive"
         return TransitionCallbackReturn.SUCCESS
 
@@ -156,82 +140,84 @@ class VehicleNode(LifecycleNode):
         return result
 
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Stop listening; the frame in work is finished."""
+        """Stop listening, and finish the frame in work."""
         self._stop()
         self._state = "inactive"
         return super().on_deactivate(state)
 
     def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Let go of everything that configuring made."""
+        """Release everything that configuring made."""
         self._close()
         self._state = "unconfigured"
         return TransitionCallbackReturn.SUCCESS
 
     def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Let go of everything."""
+        """Release everything."""
         self._close()
         self._state = "finalized"
         return TransitionCallbackReturn.SUCCESS
 
-    def close(self) -> None:
-        """End the threads, whatever state the node is in."""
+    def destroy_node(self) -> None:
+        """End the threads, in any state, and destroy the node."""
         self._stop()
         self._close_map()
+        super().destroy_node()
 
-    # For each kind of node
+    # Hooks of the two nodes
 
     def configure(self) -> None:
-        """Open what the node needs beyond its inputs; raise UserError or ValueError where that fails."""
+        """Open what the node needs beyond its inputs. Raises UserError or ValueError."""
         raise NotImplementedError
 
     def make_worker(self) -> Worker:
-        """The worker of an active node. Raises OSError where it cannot work."""
+        """Return the worker of an active node. Raises OSError."""
         raise NotImplementedError
 
     def wants_heading(self) -> bool:
-        """Whether frames wait for a heading, and are refused without one."""
+        """Return True if every frame needs a heading."""
         raise NotImplementedError
 
     def needs_fix(self) -> bool:
-        """Whether a frame without a fix is refused."""
+        """Return True if every frame needs a fix."""
         return True
 
-    def more_inputs(self) -> list[tuple[Any, str, Callable[[Any], None], bool]]:
-        """Further subscriptions: type, name, callback, whether it wants CDR bytes."""
-        return [(CameraInfo, "camera_info", self._on_camera_info, False)] if self._needs_camera_info else []
+    def extra_inputs(self) -> list[Input]:
+        """Return inputs besides image, fix and heading."""
+        return [Input(CameraInfo, "camera_info", self._on_camera_info)] if self._needs_camera_info else []
 
-    def accept(self, job: Job) -> bool:
-        """Whether a paired frame goes to the worker."""
-        return True
+    def hand_over(self, job: Job) -> bool:
+        """Give a paired frame to the worker; return True if one was dropped for it."""
+        return self._worker is not None and self._worker.put(job)
 
     def stopped(self) -> None:
-        """Called once inputs and worker of an active node are gone."""
+        """Called after the inputs and the worker of an active node ended."""
 
     def release(self) -> None:
-        """Let go of what :meth:`configure` opened; may be called again, and after a failure."""
+        """Release what :meth:`configure` opened; may be called again, and after a failure."""
         raise NotImplementedError
 
     def before_report(self) -> None:
-        """Called before every report; set values of the diagnostics here."""
+        """Set values of the diagnostics; called before every report."""
 
     # Set-up
 
     def _configure(self) -> None:
         p = self._params = parameters.read(self, self.table)
-        self._fixes: History[GnssFix] = History("fix", blend_fix, p["max_fix_age_s"])
-        self._headings: History[HeadingSample] = History("heading", blend_heading, p["max_heading_age_s"])
-        self._jumps = JumpGate(p["fix_max_jump_m"])
-        self._waiting: WaitingRoom[Frame] = WaitingRoom(p["max_wait_s"])
+        limits = ("max_fix_age_s", "max_heading_age_s", "fix_max_jump_m", "max_wait_s")
+        self._pairing: Pairing[Frame] = Pairing(
+            **{name: p[name] for name in limits},
+            use_heading=self.wants_heading(),
+            on_restart=self._on_restart,
+        )
         self._camera: CameraModel | None = None
         self._motion_start: GnssFix | None = None
-        self._last_image_ns = 0
         self._last_image_at: float | None = None
         self.configure()
 
     def _open_map(self, size_px: int, gsd: float, snap_m: float | None = None) -> TileStore:
-        """Open the map that the parameters name, for tiles of this size.
+        """Open the parameters' map for tiles of this size.
 
-        ``snap_m``: spacing of their centres where the parameters leave it open; None: a quarter of a tile.
+        ``snap_m``: spacing of the tile centres if the parameter is 0; None: a quarter of a tile.
         """
         self._map = open_map(self._params["map"], self._map_options())
         self._tiles = TileStore(self._map, size_px, gsd, self._params["snap_m"] or snap_m)
@@ -261,21 +247,21 @@ class VehicleNode(LifecycleNode):
     def _subscribe(self) -> None:
         p = self._params
         image = CompressedImage if p["image_transport"] == "compressed" else Image
-        wanted: list[tuple[Any, str, Callable[[Any], None], bool]] = [
-            # First: of messages that are here together, they are taken first, so that an image that a fix
+        inputs = [
+            # First: of messages that arrive together these are taken first, so that an image that a fix
             # completes finds them.
-            *self.more_inputs(),
-            (image, "image", self._on_image, True),
-            (NavSatFix, "fix", self._on_fix, False),
+            *self.extra_inputs(),
+            Input(image, "image", self._on_image, raw=True),
+            Input(NavSatFix, "fix", self._on_fix),
         ]
         if self.wants_heading():
-            wanted.append((HEADING_TYPES[p["heading_source"]], "heading", self._on_heading, False))
-        for kind, name, call, raw in wanted:
-            self._listen(kind, name, call, raw)
+            inputs.append(Input(HEADING_TYPES[p["heading_source"]], "heading", self._on_heading))
+        for one in inputs:
+            self._listen(*one)
         self._wait_timer = self.create_timer(0.02, self._release, autostart=False)
 
     def _listen(self, kind: Any, name: str, call: Callable[[Any], None], raw: bool = False) -> None:
-        """Subscribe an input as the parameters say."""
+        """Subscribe to an input."""
         p = self._params
         qos = QoSProfile(
             history=HistoryPolicy.KEEP_LAST,
@@ -287,13 +273,13 @@ class VehicleNode(LifecycleNode):
         self._inputs[name] = self.create_subscription(kind, name, self._guarded(name, call), qos, raw=raw)
 
     def _unlisten(self, name: str) -> None:
-        """End an input's subscription, and with it what was wrong with the input."""
+        """End an input's subscription and clear its conditions."""
         self.destroy_subscription(self._inputs.pop(name))
         self._health.clear(name)
         self._health.clear(f"{name}_topic")
 
     def _guarded(self, name: str, call: Callable[[Any], None]) -> Callable[[Any], None]:
-        """A callback that no message can end the node with."""
+        """Wrap a callback so that no message can end the node."""
 
         def guarded(message: Any) -> None:
             try:
@@ -331,29 +317,17 @@ class VehicleNode(LifecycleNode):
 
     def _on_fix(self, message: NavSatFix) -> None:
         self._health.count("fix_received")
+        p = self._params
         try:
-            fix = input_messages.fix_from_navsat(
-                message, self._params["fix_min_status"], self._params["fix_max_sigma_m"]
-            )
+            fix = input_messages.fix_from_navsat(message, p["fix_min_status"], p["fix_max_sigma_m"])
+            jumped_m = self._pairing.add_fix(fix)
         except RejectedInput as error:
             self._refuse("fix", error)
             return
-        self._restart_if(self._fixes.went_back(fix.stamp_ns), "fix")
-        if not self._fixes.takes(fix.stamp_ns):
-            self._health.count("fix_rejected/stamp_not_newer")
-            return
-        try:
-            jumped_m = self._jumps.admit(fix)
-        except SyncError as error:
-            self._refuse("fix", RejectedInput("fix_jump", str(error)))
-            return
         if jumped_m > 0.0:
-            # Between the two places the vehicle has never been.
-            self._fixes.clear()
             text = f"fixes jumped {jumped_m:.0f} m and stayed there; they are believed again, right or wrong"
             self._health.condition("fix_jump", WARN, text, for_s=FIX_JUMP_SHOWN_S)
             self.get_logger().warning(text)
-        self._fixes.add(fix)
         self._health.clear("fix")
         self._release()
 
@@ -364,16 +338,13 @@ class VehicleNode(LifecycleNode):
             heading = input_messages.heading_from_message(
                 message, math.radians(p["magnetic_declination_deg"]), math.radians(p["heading_std_deg"])
             )
+            self._pairing.add_heading(heading)
         except RejectedInput as error:
             self._refuse("heading", error)
             return
-        self._restart_if(self._headings.went_back(heading.stamp_ns), "heading")
-        if self._headings.add(heading):
-            self._health.clear("heading")
-            if len(self._waiting):
-                self._release()
-        else:
-            self._health.count("heading_rejected/stamp_not_newer")
+        self._health.clear("heading")
+        if self._pairing.waiting:
+            self._release()
 
     def _on_camera_info(self, message: CameraInfo) -> None:
         self._health.count("camera_info_received")
@@ -388,26 +359,24 @@ class VehicleNode(LifecycleNode):
     def _on_image(self, message: bytes) -> None:
         self._health.count("image_received")
         self._last_image_at = time.monotonic()
+        now = time.monotonic_ns()
         try:
             stamp = input_messages.cdr_stamp_ns(message)
+            self._pairing.add_frame(Frame(message, stamp, now, self._camera), now)
         except RejectedInput as error:
             self._reject(error.reason, str(error))
             return
-        self._restart_if(stamp < self._last_image_ns - RESTART_NS, "image")
-        if stamp <= self._last_image_ns:
-            self._reject("image_stamp_not_newer", "the image's stamp is not after the last one's")
-            return
-        self._last_image_ns = stamp
         delay = (self.get_clock().now().nanoseconds - stamp) / NS
         if abs(delay) > self._params["max_image_delay_s"]:
             text = f"image stamps differ {delay:.1f} s from the node's clock (clocks, or use_sim_time)"
             self._health.condition("image_delay", WARN, text, for_s=3.0)
-        now = time.monotonic_ns()
-        self._waiting.add(Frame(message, stamp, now, self._camera), stamp, now)
         self._wait_timer.reset()
         self._release()
 
     def _refuse(self, topic: str, error: RejectedInput) -> None:
+        if isinstance(error, StampNotNewerError):
+            self._health.count(f"{topic}_rejected/stamp_not_newer")
+            return
         self._health.count(f"{topic}_rejected/{error.reason}")
         if self._health.condition(topic, WARN, f"last {topic} refused: {error}"):
             self.get_logger().warning(f"{topic} refused: {error}")
@@ -416,60 +385,27 @@ class VehicleNode(LifecycleNode):
         if self._health.rejected(reason, text):
             self.get_logger().warning(f"frame rejected: {reason}: {text}")
 
-    def _restart_if(self, went_back: bool, topic: str) -> None:
-        """A stamp went back: whatever was collected belongs to another time."""
-        if not went_back:
-            return
-        self._fixes.clear()
-        self._jumps.clear()
-        self._headings.clear()
-        self._last_image_ns = 0
-        for _ in range(self._waiting.clear()):
+    def _on_restart(self, topic: str, dropped: int) -> None:
+        for _ in range(dropped):
             self._health.count("frames_dropped")
         self._health.count("time_restarts")
         text = f"{topic} stamps went back in time; collected inputs were forgotten"
         self.get_logger().warning(text)
         self._health.condition("time_restart", WARN, text, for_s=RESTART_SHOWN_S)
 
-    def _complete(self, stamp_ns: int) -> bool:
-        known = not self.wants_heading() or self._headings.reaches(stamp_ns)
-        return known and self._fixes.reaches(stamp_ns)
-
     def _release(self) -> None:
-        for frame in self._waiting.ready(self._complete, time.monotonic_ns()):
-            self._pair(frame)
-        if not len(self._waiting):
+        for result in self._pairing.ready(time.monotonic_ns(), fix_required=self.needs_fix()):
+            if isinstance(result, RejectedInput):
+                self._reject(result.reason, str(result))
+            elif self._needs_camera_info and result.frame.camera is None:
+                self._reject("camera_info_missing", "no usable camera_info received")
+            elif self.hand_over(result):
+                self._health.count("frames_dropped")
+        if not self._pairing.waiting:
             self._wait_timer.cancel()
 
-    def _pair(self, frame: Frame) -> None:
-        try:
-            fix = self._fix_at(frame.stamp_ns)
-            heading = self._at(self._headings, frame.stamp_ns) if self.wants_heading() else None
-            if self._needs_camera_info and frame.camera is None:
-                raise RejectedInput("camera_info_missing", "no usable camera_info received")
-        except RejectedInput as error:
-            self._reject(error.reason, str(error))
-            return
-        job = Job(frame, fix, heading)
-        if self._worker is not None and self.accept(job) and self._worker.put(job):
-            self._health.count("frames_dropped")
-
-    def _fix_at(self, stamp_ns: int) -> GnssFix | None:
-        try:
-            return cast(GnssFix, self._at(self._fixes, stamp_ns))
-        except RejectedInput:
-            if self.needs_fix():
-                raise
-            return None
-
-    def _at(self, history: History[Any], stamp_ns: int) -> Any:
-        try:
-            return history.at(stamp_ns)
-        except SyncError as error:
-            raise RejectedInput(f"{history.name}_{error.reason}", str(error)) from None
-
     def _prefetch(self, fix: GnssFix) -> None:
-        """Load tiles ahead of the motion, measured over a distance that noise does not reach."""
+        """Load tiles ahead of the motion, measured over a distance beyond the fixes' noise."""
         start, tiles = self._motion_start, self._tiles
         if start is None or tiles is None or not 0.0 < (fix.stamp_ns - start.stamp_ns) / NS < MOTION_S:
             self._motion_start = fix
@@ -494,7 +430,7 @@ class VehicleNode(LifecycleNode):
         self._health.value("state", self._state)
         status = self._health.report(self.get_fully_qualified_name().lstrip("/"))
         if self._state != "active":
-            known = "" if status.message == self.doing else f"{status.message}; "
+            known = "" if status.message == self.ok_message else f"{status.message}; "
             status.message = f"{known}not active: {self._state}"
             status.level = max(status.level, WARN)
         array = DiagnosticArray(status=[status])
@@ -504,58 +440,8 @@ class VehicleNode(LifecycleNode):
     def _check_publishers(self) -> None:
         for name, subscription in self._inputs.items():
             key = f"{name}_topic"
-            problem = self._hearing_problem(subscription, name in self.optional_inputs)
+            problem = topic_problem(self, subscription, name in self.optional_inputs)
             if problem is None:
                 self._health.clear(key)
             elif self._health.condition(key, WARN, problem):
                 self.get_logger().warning(problem)
-
-    def _hearing_problem(self, subscription: Any, optional: bool) -> str | None:
-        topic = subscription.topic_name
-        own = subscription.msg_type
-        type_name = f"{own.__module__.split('.')[0]}/msg/{own.__name__}"
-        publishers = self.get_publishers_info_by_topic(topic)
-        if not publishers:
-            return None if optional else f"{topic} has no publisher"
-        for info in publishers:
-            who = f"{info.node_namespace.rstrip('/')}/{info.node_name}"
-            if info.topic_type != type_name:
-                return f"{topic}: {who} publishes {info.topic_type}, {type_name} is expected"
-            verdict, why = qos_check_compatible(info.qos_profile, subscription.qos_profile)
-            if verdict == QoSCompatibility.ERROR:
-                return f"{topic}: {who} cannot be heard, its QoS is incompatible: {' '.join(why.split())}"
-        return None
-
-
-def run(make: Callable[[], VehicleNode], args: list[str] | None = None) -> int:
-    """Run a node until it is told to stop; the exit code."""
-    node: VehicleNode | None = None
-    with suppress(KeyboardInterrupt, ExternalShutdownException):
-        rclpy.init(args=args)
-        node = make()
-        try:
-            if (
-                node.get_parameter("autostart").value
-                and node.trigger_configure() == TransitionCallbackReturn.SUCCESS
-            ):
-                node.trigger_activate()
-            rclpy.spin(node)
-        except Exception:
-            # A signal in the middle of a transition shuts the context down under it.
-            if rclpy.ok():
-                raise
-    if node is not None:
-        node.close()
-        node.destroy_node()
-    rclpy.try_shutdown()
-    return 0
-
-
-def _keep_out_of_collections() -> None:
-    """Let Python's garbage collector pass over what is there by now.
-
-    Libraries and weights are 200,000 objects and more: looking at them all stops every thread for 0.1 s.
-    """
-    gc.unfreeze()
-    gc.collect()
-    gc.freeze()

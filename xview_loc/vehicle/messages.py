@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from xview_loc.bags.ros_types import stamp_ns
 from xview_loc.camera import CameraModel
 from xview_loc.geodesy import true_yaw
 from xview_loc.images import decode_compressed, decode_image
 from xview_loc.vehicle.odometry import VelocitySample
-from xview_loc.vehicle.synchronisation import TOP_SPEED, GnssFix, HeadingSample
+from xview_loc.vehicle.synchronisation import TOP_SPEED, GnssFix, HeadingSample, RejectedInput
 
 # A direction nothing is known about: the variance of the uniform distribution on the circle.
 _UNIFORM_STD = math.pi / math.sqrt(3.0)
@@ -21,19 +22,9 @@ _LEAST_FIX_VARIANCE = 0.01**2
 _COVARIANCE_UNKNOWN = 0  # sensor_msgs/NavSatFix.COVARIANCE_TYPE_UNKNOWN
 
 
-class RejectedInput(Exception):  # noqa: N818 - it says what happened to the message
-    """A message that must not be used; ``reason`` is a short key for counting."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-
-
-def stamp_ns(message: Any) -> int:
-    """The header's stamp in nanoseconds; RejectedInput where it was never set."""
-    stamp = message.header.stamp
-    ns = int(stamp.sec) * 1_000_000_000 + int(stamp.nanosec)
-    return _checked_stamp(ns)
+def valid_stamp_ns(message: Any) -> int:
+    """Return the header's stamp in nanoseconds. Raises RejectedInput if it was never set."""
+    return _checked_stamp(stamp_ns(message.header))
 
 
 def cdr_stamp_ns(data: bytes) -> int:
@@ -106,7 +97,7 @@ def fix_from_navsat(message: Any, min_status: int, max_sigma_m: float) -> GnssFi
             if 0 < max_sigma_m < sigma:
                 raise RejectedInput("fix_sigma", f"fix sigma {sigma:.1f} m is above {max_sigma_m:g} m")
     altitude = message.altitude if math.isfinite(message.altitude) else 0.0
-    return GnssFix(stamp_ns(message), lat, lon, altitude, covariance)
+    return GnssFix(valid_stamp_ns(message), lat, lon, altitude, covariance)
 
 
 def heading_from_message(message: Any, declination: float, default_std: float) -> HeadingSample:
@@ -130,7 +121,7 @@ def heading_from_message(message: Any, declination: float, default_std: float) -
     norm = math.sqrt(q.x * q.x + q.y * q.y + q.z * q.z + q.w * q.w)
     if not abs(norm - 1.0) < 0.1:  # NaN as well
         raise RejectedInput("heading_not_unit", f"heading quaternion has norm {norm:.3g}, not 1")
-    return HeadingSample(stamp_ns(message), true_yaw(yaw_of(q), declination), std)
+    return HeadingSample(valid_stamp_ns(message), true_yaw(yaw_of(q), declination), std)
 
 
 def velocity_from_odometry(message: Any) -> VelocitySample:
@@ -140,7 +131,7 @@ def velocity_from_odometry(message: Any) -> VelocitySample:
     is no number, or more than a vehicle's.
     """
     linear, angular = message.twist.twist.linear, message.twist.twist.angular
-    sample = VelocitySample(stamp_ns(message), float(linear.x), float(linear.y), float(angular.z))
+    sample = VelocitySample(valid_stamp_ns(message), float(linear.x), float(linear.y), float(angular.z))
     if not all(math.isfinite(v) for v in (sample.forward, sample.left, sample.yaw_rate)):
         raise RejectedInput("odom_not_finite", "odometry has a velocity that is not a number")
     speed = math.hypot(sample.forward, sample.left)

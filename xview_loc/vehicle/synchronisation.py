@@ -1,7 +1,6 @@
-"""Fixes and headings at an image's stamp, and how long an image waits for them. No ROS in here.
+"""Fixes and headings at an image's stamp, and the gate for fixes that jump. Free of ROS.
 
-All stamps are nanoseconds of the messages' own clock; waiting is measured on the caller's steady clock.
-Nothing is thread safe: one thread (the executor's) owns these objects.
+Stamps are nanoseconds of the messages' own clock. Nothing here is thread-safe.
 """
 
 from __future__ import annotations
@@ -20,11 +19,27 @@ from xview_loc.geodesy import LocalProjection, wrap_angle, wrap_longitude
 NS = 1_000_000_000
 # A stamp this far before the last one means that time started again (a bag that loops), not jitter.
 RESTART_NS = NS // 2
+# Samples kept of each input.
 _KEEP = 512
-# No vehicle on a road drives faster, in m/s.
+# Speed that no vehicle on a road exceeds, m/s.
 TOP_SPEED = 50.0
-# A place that fixes jumped to is believed once they have agreed on it for so long.
+# Fixes that jumped are believed once they have agreed with each other for this long.
 SETTLED_S = 10.0
+
+
+class RejectedInput(Exception):  # noqa: N818 - it names what happened to the message
+    """A message that must not be used; ``reason`` is a short key for counting."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class StampNotNewerError(RejectedInput):
+    """A message whose stamp is not after the last one of its input."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"{name}_stamp_not_newer", f"the {name}'s stamp is not after the last one's")
 
 
 @dataclass(frozen=True)
@@ -39,7 +54,7 @@ class GnssFix:
 
     @property
     def sigma(self) -> float:
-        """The horizontal standard deviation along its larger axis in metres, 0 if unknown."""
+        """Horizontal standard deviation along the larger axis in metres, 0 if unknown."""
         if self.covariance is None:
             return 0.0
         return math.sqrt(max(0.0, float(np.linalg.eigvalsh(self.covariance[:2, :2])[-1])))
@@ -47,32 +62,25 @@ class GnssFix:
 
 @dataclass(frozen=True)
 class HeadingSample:
-    """ENU yaw of the vehicle's x axis from true north's east, and its standard deviation, in radians."""
+    """True-north ENU yaw of the vehicle's x axis and its standard deviation, radians."""
 
     stamp_ns: int
     yaw: float
     std: float
 
 
-class _Stamped(Protocol):
+class Stamped(Protocol):
+    """Anything with a stamp in nanoseconds."""
+
     @property
-    def stamp_ns(self) -> int: ...
+    def stamp_ns(self) -> int: ...  # noqa: D102
 
 
-S = TypeVar("S", bound=_Stamped)
-F = TypeVar("F")
-
-
-class SyncError(Exception):
-    """No usable sample for an image's stamp ("missing", "stale"), or a sample not to be used ("jump")."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
+S = TypeVar("S", bound=Stamped)
 
 
 def blend_fix(a: GnssFix, b: GnssFix, t: float) -> GnssFix:
-    """The fix on the straight line from ``a`` (t = 0) to ``b`` (t = 1), across the antimeridian too."""
+    """Interpolate from ``a`` (t = 0) to ``b`` (t = 1) on a straight line, across the antimeridian too."""
     lon = wrap_longitude(a.lon + t * wrap_longitude(b.lon - a.lon))
     nearer = a if t < 0.5 else b
     return GnssFix(
@@ -85,7 +93,7 @@ def blend_fix(a: GnssFix, b: GnssFix, t: float) -> GnssFix:
 
 
 def blend_heading(a: HeadingSample, b: HeadingSample, t: float) -> HeadingSample:
-    """The heading on the shorter arc from ``a`` (t = 0) to ``b`` (t = 1)."""
+    """Interpolate from ``a`` (t = 0) to ``b`` (t = 1) along the shorter arc."""
     yaw = wrap_angle(a.yaw + t * wrap_angle(b.yaw - a.yaw))
     return HeadingSample(a.stamp_ns + round(t * (b.stamp_ns - a.stamp_ns)), yaw, max(a.std, b.std))
 
@@ -94,48 +102,44 @@ class History(Generic[S]):
     """The latest samples of one input, in the order of their stamps."""
 
     def __init__(self, name: str, blend: Callable[[S, S, float], S], max_age_s: float) -> None:
-        """``max_age_s`` limits how far from an image a sample may be to be used."""
-        self.name = name
+        """``max_age_s``: how far from an image a sample may be and still be used."""
+        self._name = name
         self._blend = blend
         self._max_age_ns = round(max_age_s * NS)
         self._samples: deque[S] = deque(maxlen=_KEEP)
 
-    @property
-    def last(self) -> S | None:
-        """The newest sample."""
-        return self._samples[-1] if self._samples else None
-
     def went_back(self, stamp_ns: int) -> bool:
-        """Whether this stamp says that time started again."""
+        """Return True if a sample of this stamp means that time started again."""
         return bool(self._samples) and stamp_ns < self._samples[-1].stamp_ns - RESTART_NS
 
-    def takes(self, stamp_ns: int) -> bool:
-        """Whether a sample of this stamp is newer than the last one."""
-        return not self._samples or stamp_ns > self._samples[-1].stamp_ns
+    def check_newer(self, stamp_ns: int) -> None:
+        """Raise StampNotNewerError unless the stamp is after the last sample's."""
+        if self.reaches(stamp_ns):
+            raise StampNotNewerError(self._name)
 
-    def add(self, sample: S) -> bool:
-        """Keep a sample; False where it is not newer than the last one."""
-        if not self.takes(sample.stamp_ns):
-            return False
+    def add(self, sample: S) -> None:
+        """Keep a sample. Raises StampNotNewerError."""
+        self.check_newer(sample.stamp_ns)
         self._samples.append(sample)
-        return True
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Forget all samples."""
         self._samples.clear()
 
     def reaches(self, stamp_ns: int) -> bool:
-        """Whether a sample at or after the stamp is here."""
+        """Return True if there is a sample at or after the stamp."""
         return bool(self._samples) and self._samples[-1].stamp_ns >= stamp_ns
 
     def at(self, stamp_ns: int) -> S:
-        """The value at a stamp; SyncError where no sample is near enough.
+        """Return the value at a stamp: interpolated between samples, extrapolated after the last.
 
-        Between two near samples it is interpolated; after the last one it is extrapolated no further than
-        the last two lie apart, and held from there, until the last one is too old.
+        The extrapolation ends as far after the last sample as the one before lies before it; from there the
+        value is held until the last sample is too old. Raises RejectedInput ("<name>_missing",
+        "<name>_stale") if no sample is near enough.
         """
+        name = self._name
         if not self._samples:
-            raise SyncError("missing", f"no usable {self.name} received")
+            raise RejectedInput(f"{name}_missing", f"no usable {name} received")
         after: S | None = None
         before: S | None = None
         earlier: S | None = None
@@ -150,9 +154,9 @@ class History(Generic[S]):
         usable = [s for s in (before, after) if s and abs(s.stamp_ns - stamp_ns) <= self._max_age_ns]
         if not usable:
             gap = min(abs(s.stamp_ns - stamp_ns) for s in (before, after) if s) / NS
-            raise SyncError(
-                "stale",
-                f"the nearest {self.name} is {gap:.2f} s from the image (limit {self._max_age_ns / NS:g} s)",
+            raise RejectedInput(
+                f"{name}_stale",
+                f"the nearest {name} is {gap:.2f} s from the image (limit {self._max_age_ns / NS:g} s)",
             )
         if len(usable) == 2:
             return self._along(usable[0], usable[1], stamp_ns)
@@ -167,26 +171,25 @@ class History(Generic[S]):
 
 
 class JumpGate:
-    """Refuses fixes at places that no vehicle can have driven to since the last good fix.
+    """Refuses fixes in places that no vehicle can have reached since the last good fix.
 
     Beyond what ``TOP_SPEED`` explains, a fix may lie ``max_jump_m`` from the one before, or three standard
-    deviations of the worse of the two where those are more; 0 lets every fix pass. Which of two places is
-    right, fixes alone cannot tell: those that agree with each other for ``SETTLED_S`` pass, however far they
-    jumped.
+    deviations of the worse of the two if that is more; 0 lets every fix pass. Fixes alone cannot tell which
+    of two places is right: those that agree with each other for ``SETTLED_S`` pass, however far they jumped.
     """
 
     def __init__(self, max_jump_m: float) -> None:
         self._max_jump_m = max_jump_m
         self._good: GnssFix | None = None
-        # Of the refused fixes that agree with each other: the first, how far it jumped, and the last.
+        # The first and the last of the refused fixes that agree with each other, and how far they jumped.
         self._first: GnssFix | None = None
         self._last: GnssFix | None = None
         self._jump_m = 0.0
 
     def admit(self, fix: GnssFix) -> float:
-        """Let a fix pass; the metres jumped where it is the first to be believed in a new place, else 0.
+        """Let a fix pass; return the metres jumped if it is the first believed in a new place, else 0.
 
-        Raises SyncError ("jump") where it must not be used.
+        Raises RejectedInput ("fix_jump") if the fix must not be used.
         """
         jumped_m = 0.0
         if self._max_jump_m > 0.0 and self._good is not None:
@@ -195,7 +198,7 @@ class JumpGate:
         return jumped_m
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Forget all fixes."""
         self._good = self._first = self._last = None
 
     def _jumped(self, good: GnssFix, fix: GnssFix) -> float:
@@ -205,7 +208,7 @@ class JumpGate:
         if self._first is not None and self._last is not None:
             first, last = (np.array(place.forward(f.lat, f.lon)) for f in (self._first, self._last))
             step, step_ns = math.dist(here, last), fix.stamp_ns - self._last.stamp_ns
-            # Is it back? What was driven meanwhile, the refused fixes tell.
+            # To see whether the fix is back at the good place, subtract what the refused fixes drove.
             jump, since_ns = (
                 math.dist(here, last - first),
                 since_ns - (self._last.stamp_ns - self._first.stamp_ns),
@@ -222,55 +225,13 @@ class JumpGate:
         return distance <= allowed + TOP_SPEED * since_ns / NS
 
     def _wait(self, fix: GnssFix) -> float:
-        """The jump in metres where fixes have agreed for long enough; raises SyncError until then."""
+        """Return the jump in metres once the fixes have settled; raise RejectedInput until then."""
         assert self._first is not None
         self._last = fix
         if fix.stamp_ns - self._first.stamp_ns >= SETTLED_S * NS:
             return self._jump_m
-        raise SyncError(
-            "jump",
+        raise RejectedInput(
+            "fix_jump",
             f"fixes jumped {self._jump_m:.0f} m, further than a vehicle drives; they are believed once they "
             f"agree for {SETTLED_S:g} s",
         )
-
-
-@dataclass(frozen=True)
-class _Waiting(Generic[F]):
-    frame: F
-    stamp_ns: int
-    arrived_ns: int
-
-
-class WaitingRoom(Generic[F]):
-    """Images that wait, for a bounded time, for samples later than they are."""
-
-    def __init__(self, wait_s: float, capacity: int = 16) -> None:
-        """``capacity`` bounds the memory: beyond it the oldest image leaves without waiting longer."""
-        self._wait_ns = round(wait_s * NS)
-        self._capacity = capacity
-        self._waiting: deque[_Waiting[F]] = deque()
-
-    def __len__(self) -> int:
-        return len(self._waiting)
-
-    def add(self, frame: F, stamp_ns: int, now_ns: int) -> None:
-        """An image arrived at ``now_ns`` of the caller's steady clock."""
-        self._waiting.append(_Waiting(frame, stamp_ns, now_ns))
-
-    def clear(self) -> int:
-        """Turn everyone away; how many there were."""
-        count = len(self._waiting)
-        self._waiting.clear()
-        return count
-
-    def ready(self, complete: Callable[[int], bool], now_ns: int) -> list[F]:
-        """Take out, oldest first, the images whose samples are ``complete`` or that waited long enough."""
-        out: list[F] = []
-        while self._waiting:
-            first = self._waiting[0]
-            late = now_ns - first.arrived_ns >= self._wait_ns or len(self._waiting) > self._capacity
-            if not late and not complete(first.stamp_ns):
-                break
-            out.append(first.frame)
-            self._waiting.popleft()
-        return out

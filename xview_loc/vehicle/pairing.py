@@ -1,0 +1,141 @@
+"""Pairs frames with the fixes and headings at their stamps, for nodes and recordings alike. Free of ROS."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from xview_loc.vehicle.synchronisation import (
+    NS,
+    RESTART_NS,
+    GnssFix,
+    HeadingSample,
+    History,
+    JumpGate,
+    RejectedInput,
+    Stamped,
+    StampNotNewerError,
+    blend_fix,
+    blend_heading,
+)
+
+F = TypeVar("F", bound=Stamped)
+
+
+@dataclass(frozen=True)
+class Paired(Generic[F]):
+    """A frame with the fix (None only if not required) and heading (None if not used) at its stamp."""
+
+    frame: F
+    fix: GnssFix | None
+    heading: HeadingSample | None
+
+
+class Pairing(Generic[F]):
+    """Collects stamped fixes, headings and frames, and releases frames with their fix and heading.
+
+    A frame waits for a fix and a heading later than itself. A stamp more than half a second before the last
+    one of its input means that time started again: everything collected is forgotten. Not thread-safe.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_fix_age_s: float,
+        max_heading_age_s: float,
+        fix_max_jump_m: float,
+        max_wait_s: float,
+        use_heading: bool,
+        on_restart: Callable[[str, int], object],
+        capacity: int = 16,
+    ) -> None:
+        """
+        max_fix_age_s, max_heading_age_s: how far a fix or heading may be from a frame and still be used.
+        fix_max_jump_m: see :class:`JumpGate`. max_wait_s, capacity: how long, and how many, frames may wait;
+        beyond either the oldest is released as it is. on_restart: called with the name of the input whose
+        stamps went back and the number of waiting frames dropped.
+        """
+        self._fixes: History[GnssFix] = History("fix", blend_fix, max_fix_age_s)
+        self._headings: History[HeadingSample] = History("heading", blend_heading, max_heading_age_s)
+        self._jumps = JumpGate(fix_max_jump_m)
+        self._wait_ns, self._capacity = round(max_wait_s * NS), capacity
+        self._use_heading = use_heading
+        self._on_restart = on_restart
+        # Frames, and when they arrived.
+        self._waiting: deque[tuple[F, int]] = deque()
+        self.last_frame_ns = 0
+
+    @property
+    def waiting(self) -> int:
+        """Number of frames that wait."""
+        return len(self._waiting)
+
+    def add_fix(self, fix: GnssFix) -> float:
+        """Keep a fix; return the metres jumped if it is the first believed in a new place, else 0.
+
+        Raises RejectedInput if it must not be used, StampNotNewerError.
+        """
+        if self._fixes.went_back(fix.stamp_ns):
+            self._restart("fix")
+        self._fixes.check_newer(fix.stamp_ns)
+        jumped_m = self._jumps.admit(fix)
+        if jumped_m > 0.0:
+            # The vehicle has never been between the two places.
+            self._fixes.clear()
+        self._fixes.add(fix)
+        return jumped_m
+
+    def add_heading(self, heading: HeadingSample) -> None:
+        """Keep a heading. Raises StampNotNewerError."""
+        if self._headings.went_back(heading.stamp_ns):
+            self._restart("heading")
+        self._headings.add(heading)
+
+    def add_frame(self, frame: F, now_ns: int) -> None:
+        """Let a frame wait that arrived at ``now_ns`` of the caller's clock. Raises StampNotNewerError."""
+        if frame.stamp_ns < self.last_frame_ns - RESTART_NS:
+            self._restart("image")
+        if frame.stamp_ns <= self.last_frame_ns:
+            raise StampNotNewerError("image")
+        self.last_frame_ns = frame.stamp_ns
+        self._waiting.append((frame, now_ns))
+
+    def ready(self, now_ns: int, *, fix_required: bool = True) -> Iterator[Paired[F] | RejectedInput]:
+        """Release frames, oldest first, whose samples are complete or that waited long enough.
+
+        Yields each with its fix and heading, or a RejectedInput with the reason why it has none.
+        """
+        while self._waiting:
+            frame, arrived_ns = self._waiting[0]
+            overdue = now_ns - arrived_ns >= self._wait_ns or len(self._waiting) > self._capacity
+            if not overdue and not self._complete(frame.stamp_ns):
+                return
+            self._waiting.popleft()
+            yield self._pair(frame, fix_required)
+
+    def _complete(self, stamp_ns: int) -> bool:
+        return self._fixes.reaches(stamp_ns) and (not self._use_heading or self._headings.reaches(stamp_ns))
+
+    def _pair(self, frame: F, fix_required: bool) -> Paired[F] | RejectedInput:
+        fix: GnssFix | None = None
+        try:
+            fix = self._fixes.at(frame.stamp_ns)
+        except RejectedInput as error:
+            if fix_required:
+                return error
+        try:
+            heading = self._headings.at(frame.stamp_ns) if self._use_heading else None
+        except RejectedInput as error:
+            return error
+        return Paired(frame, fix, heading)
+
+    def _restart(self, name: str) -> None:
+        dropped = len(self._waiting)
+        self._fixes.clear()
+        self._jumps.clear()
+        self._headings.clear()
+        self._waiting.clear()
+        self.last_frame_ns = 0
+        self._on_restart(name, dropped)
