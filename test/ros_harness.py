@@ -1,14 +1,19 @@
-"""Runs a node as a process of its own, feeds it over DDS, and waits for what it says."""
+"""Runs a node as a process of its own, feeds it over DDS, and waits for what it publishes.
+
+No limit below measures speed: each only ends a test that would otherwise wait for ever.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +32,29 @@ from std_srvs.srv import Trigger
 HERE = Path(__file__).parent
 
 
+# Longest wait for anything: minutes of a machine that is busy with something else.
+PATIENCE_S = 120.0
+
+
+@cache
 def pick_domain() -> int:
-    """A domain no other test process is likely to use, below the limit of 232."""
-    return 10 + os.getpid() % 50 * 4
+    """Claim ten ROS domains, for as long as this process lives, and return the first.
+
+    A bound port marks them as taken, so that no other test process on this machine uses them.
+    """
+    for domain in range(1, 222, 10):
+        claim = socket.socket()
+        try:
+            claim.bind(("127.0.0.1", 20_000 + domain))
+        except OSError:
+            claim.close()
+            continue
+        _claims.append(claim)
+        return domain
+    raise RuntimeError("all ROS domains are in use")
+
+
+_claims: list[socket.socket] = []
 
 
 def environment(domain: int) -> dict[str, str]:
@@ -43,12 +68,12 @@ def environment(domain: int) -> dict[str, str]:
 
 
 class NodeProcess:
-    """The node under test; ``log`` is what it wrote."""
+    """The node under test. ``log``: its output."""
 
     def __init__(
         self, domain: int, log: Path, parameters: dict[str, Any], *arguments: str, module: str = ""
     ) -> None:
-        """``module``: what to run; default: the localizer with a stub of a model."""
+        """``module``: the module to run; default: the localizer with a stub of a model."""
         self._log = log
         program = ["-m", module] if module else [str(HERE / "stub_node.py")]
         if not module:
@@ -73,18 +98,18 @@ class NodeProcess:
         return self.process.poll() is None
 
     def stop(self, sig: int = signal.SIGINT) -> int:
-        """Ask it to end; its exit code."""
+        """Send a signal and wait for the end; return the exit code."""
         if self.alive():
             self.process.send_signal(sig)
         try:
-            return self.process.wait(15.0)
+            return self.process.wait(PATIENCE_S)
         except subprocess.TimeoutExpired:
             self.process.kill()
             raise AssertionError(f"the node did not end on signal {sig}:\n{self.log}") from None
 
 
 class Bench:
-    """A node of the test's own, beside the one under test."""
+    """The test's own node, beside the one under test."""
 
     def __init__(self, domain: int) -> None:
         os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
@@ -106,15 +131,16 @@ class Bench:
 
     def publisher(self, kind: type, topic: str, reliable: bool = True) -> Any:
         policy = ReliabilityPolicy.RELIABLE if reliable else ReliabilityPolicy.BEST_EFFORT
-        return self.node.create_publisher(kind, topic, QoSProfile(depth=10, reliability=policy))
+        # Deep, so that a slow machine loses nothing.
+        return self.node.create_publisher(kind, topic, QoSProfile(depth=1000, reliability=policy))
 
     def listen(self, kind: type, topic: str, qos: QoSProfile | int = 50) -> list[Any]:
         inbox = self.received[topic] = []
         self.node.create_subscription(kind, topic, inbox.append, qos)
         return inbox
 
-    def wait(self, condition: Callable[[], Any], timeout_s: float = 15.0, what: str = "it") -> Any:
-        """Spin until ``condition`` holds; its value."""
+    def wait(self, condition: Callable[[], Any], timeout_s: float = PATIENCE_S, what: str = "it") -> Any:
+        """Spin until ``condition`` holds; return its value."""
         end = time.monotonic() + timeout_s
         while not (value := condition()):
             if time.monotonic() > end:
@@ -122,7 +148,7 @@ class Bench:
             self.executor.spin_once(timeout_sec=0.05)
         return value
 
-    def wait_diagnosis(self, *parts: str, timeout_s: float = 15.0) -> DiagnosticStatus:
+    def wait_diagnosis(self, *parts: str, timeout_s: float = PATIENCE_S) -> DiagnosticStatus:
         """Wait for a *new* report whose message holds all ``parts``."""
         seen = self.reports
         self.wait(
@@ -141,19 +167,19 @@ class Bench:
         return {v.key: v.value for v in values}.get(key, "")
 
     def begin_set_parameter(self, node: str, name: str, text: str) -> Any:
-        """Ask for a parameter's change; the future of the answer."""
+        """Ask for a parameter's change; return the future of the answer."""
         client = self._client(SetParameters, f"{node}/set_parameters")
         value = ParameterValue(type=ParameterType.PARAMETER_STRING, string_value=text)
         return client.call_async(SetParameters.Request(parameters=[Parameter(name=name, value=value)]))
 
     def set_parameter(self, node: str, name: str, text: str) -> str:
-        """Change a parameter; why it was refused, "" where it was not."""
+        """Change a parameter; return why it was refused, "" if it was not."""
         call = self.begin_set_parameter(node, name, text)
         (result,) = self.wait(call.done, what="the parameter") and call.result().results
         return "" if result.successful else result.reason
 
     def set_parameters(self, node: str, **texts: str) -> str:
-        """Change several at once; why they were refused, "" where they were not."""
+        """Change several at once; return why they were refused, "" if they were not."""
         client = self._client(SetParametersAtomically, f"{node}/set_parameters_atomically")
         values = {
             name: ParameterValue(type=ParameterType.PARAMETER_STRING, string_value=text)
@@ -165,14 +191,18 @@ class Bench:
         return "" if result.successful else str(result.reason)
 
     def change_state(self, node: str, transition: int) -> None:
-        """Ask for a change of the lifecycle's state, and see that it succeeds."""
+        """Change the lifecycle's state."""
         request = ChangeState.Request(transition=Transition(id=transition))
         call = self._client(ChangeState, f"{node}/change_state").call_async(request)
         assert self.wait(call.done, what="the change of state") and call.result().success
 
+    def begin_trigger(self, service: str) -> Any:
+        """Call a Trigger service; return the future of its answer."""
+        return self._client(Trigger, service).call_async(Trigger.Request())
+
     def trigger(self, service: str) -> tuple[bool, str]:
-        """Call a Trigger service."""
-        call = self._client(Trigger, service).call_async(Trigger.Request())
+        """Call a Trigger service; return its success and message."""
+        call = self.begin_trigger(service)
         self.wait(call.done, what=service)
         return call.result().success, call.result().message
 

@@ -1,4 +1,4 @@
-"""The pair_logger as a process, fed over DDS: what it keeps, what it survives, and what it says."""
+"""The pair_logger as a process, fed over DDS: what it keeps, what it survives, and what it reports."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import random
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,10 @@ from map_fixtures import texture, write_geotiff
 pytest.importorskip("rclpy", reason="ROS 2's Python packages are not installed")
 
 from geometry_msgs.msg import QuaternionStamped
+from lifecycle_msgs.msg import Transition
 from nav_msgs.msg import Odometry
 from ros_harness import Bench, NodeProcess, bench, pick_domain
 from sensor_msgs.msg import CompressedImage, Image, NavSatFix
-from std_srvs.srv import Trigger
 
 from xview_loc.bags.recovery import recover_bag
 from xview_loc.geodesy import LocalProjection
@@ -32,6 +33,7 @@ PLANE = LocalProjection(LAT, LON)
 NS = 10**9
 DOMAIN = pick_domain()
 RATE_HZ, SPEED = 10.0, 8.0
+MODULE = "xview_loc.nodes.pair_logger_node"
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,7 @@ def aerial(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Rig:
     """A vehicle that drives east at 8 m/s; what it published, by stamp."""
 
-    def __init__(self, here: Bench, compressed: bool) -> None:
+    def __init__(self, here: Bench, compressed: bool = False) -> None:
         self.here = here
         self.compressed = compressed
         image = CompressedImage if compressed else Image
@@ -58,31 +60,27 @@ class Rig:
         self.driven = 0.0
 
     def ready(self) -> None:
+        """Wait until every input reaches the logger."""
         outputs = (self.image, self.fix, self.heading, self.odom)
-        self.here.wait(lambda: all(o.get_subscription_count() for o in outputs), 40.0, "the logger's inputs")
+        self.here.wait(lambda: all(o.get_subscription_count() for o in outputs), what="the logger's inputs")
         # A publisher that has found its subscription may not have been found by it yet, and what it sends is
         # lost: send what is refused until something of each arrives, and the last of it has.
-        before: dict[str, int] = {}
-        while not all(self.received().values()) or self.received() != before:
+        self.here.wait_diagnosis()
+        start = before = self.received()
+        while any(before[n] == start[n] for n in start) or self.received() != before:
             before = self.received()
-            if not all(before.values()):
-                for output, message in zip(
-                    outputs,
-                    (self.image.msg_type(), NavSatFix(), QuaternionStamped(), Odometry()),
-                    strict=True,
-                ):
-                    output.publish(message)
+            if any(before[n] == start[n] for n in start):
+                for output in outputs:
+                    output.publish(output.msg_type())
             self.here.wait_diagnosis()
 
     def received(self) -> dict[str, int]:
         """How many messages of each input the logger counted."""
         names = ("image", "fix", "heading", "odom")
-        if self.here.status is None:
-            return dict.fromkeys(names, 0)
         return {name: int(self.here.value(f"{name}_received") or 0) for name in names}
 
     def frame(self, speed: float = SPEED, image: bytes | None = None) -> int:
-        """Publish one frame, a tenth of a second after the last; its stamp."""
+        """Publish one frame, a tenth of a second after the last; return its stamp."""
         self.at += round(NS / RATE_HZ)
         self.driven += speed / RATE_HZ
         lat, lon = PLANE.inverse(self.driven, 0.0)
@@ -110,235 +108,264 @@ class Rig:
         self.images[self.at], self.places[self.at] = data, (lat, lon)
         return self.at
 
+    def drive(self, count: int, **more: Any) -> list[int]:
+        """Publish frames and wait until the logger has received them; return their stamps."""
+        before = self.received()
+        stamps = [self.frame(**more) for _ in range(count)]
+        self.wait_received(before, image=count, fix=count, heading=count, odom=count)
+        return stamps
+
+    def wait_received(self, before: dict[str, int], **more: int) -> None:
+        after = {name: number + more.get(name, 0) for name, number in before.items()}
+        self.here.wait(lambda: self.received() == after, what="the messages")
+
     def stamped(self, message: Any) -> Any:
         message.header.stamp.sec, message.header.stamp.nanosec = divmod(self.at, NS)
         return message
 
-    def call(self, name: str) -> Trigger.Response:
-        client = self.here.node.create_client(Trigger, f"/pair_logger/{name}")
-        self.here.wait(client.service_is_ready, 15.0, name)
-        future = client.call_async(Trigger.Request())
-        self.here.wait(future.done, 15.0, name)
-        return future.result()
+    def call(self, name: str) -> tuple[bool, str]:
+        return self.here.trigger(f"/pair_logger/{name}")
 
 
-def start(folder: Path, domain: int, **parameters: Any) -> NodeProcess:
+def start(folder: Path, domain: int, *, module: str = MODULE, **parameters: Any) -> NodeProcess:
     base = {
         "directory": str(folder / "bags"),
         "heading_source": "quaternion",
         "qos_reliability": "reliable",
-        "qos_depth": 100,
+        "qos_depth": 1000,
         "tile_px": 64,
         "tile_gsd": 0.5,
         "min_free_mb": 0,
-        "max_wait_s": 0.5,
+        # Longer than any fix is late.
+        "max_wait_s": 5.0,
         "max_image_delay_s": 3600.0,
     }
-    return NodeProcess(
-        domain, folder / "log.txt", {**base, **parameters}, module="xview_loc.nodes.pair_logger_node"
-    )
+    return NodeProcess(domain, folder / "log.txt", {**base, **parameters}, module=module)
 
 
-def bags(folder: Path) -> list[Path]:
-    return sorted((folder / "bags").iterdir())
+def newest(folder: Path) -> Path:
+    """The last bag that was begun."""
+    return max((folder / "bags").iterdir(), key=lambda bag: bag.stat().st_ctime_ns)
 
 
-def drive(rig: Rig, here: Bench, count: int, **more: Any) -> list[int]:
-    """Frames, paced by what the logger says it received."""
-    stamps = []
-    for _ in range(count):
-        stamps.append(rig.frame(**more))
-        here.executor.spin_once(timeout_sec=0.01)
-    return stamps
-
-
-@pytest.mark.parametrize("compressed", [False, True])
-def test_every_keyframe_is_in_the_bag(aerial: Path, tmp_path: Path, compressed: bool) -> None:
-    domain = DOMAIN + compressed
-    with bench(domain) as here:
-        node = start(
-            tmp_path,
-            domain,
-            map=str(aerial),
-            image_transport="compressed" if compressed else "raw",
-            vehicle="cart 7",
-        )
+@pytest.fixture(scope="module")
+def logger(aerial: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Rig, Path]]:
+    """A running logger of raw images that waits for ~/start, and its folder."""
+    folder = tmp_path_factory.mktemp("logger")
+    with bench(DOMAIN) as here:
+        node = start(folder, DOMAIN, map=str(aerial), vehicle="cart 7", record_on_start=False)
         try:
-            rig = Rig(here, compressed)
+            rig = Rig(here)
             rig.ready()
-            stamps = drive(rig, here, 60)
-            standing = drive(rig, here, 20, speed=0.0)
-            stamps += drive(rig, here, 31)
-            # By the wheels: 8 m/s at 10 Hz are 0.8 m a frame, so every third frame, and none while it stands.
-            expected, since = [], math.inf
-            for stamp in sorted(rig.images):
-                speed = 0.0 if stamp in standing else SPEED
-                since += speed / RATE_HZ
-                if since >= 2.0 and speed > 0:
-                    expected.append(stamp)
-                    since = 0.0
-            here.wait(
-                lambda: here.status and here.value("pairs") == str(len(expected)), 20.0, "the last pair"
-            )
-            here.wait_diagnosis("recording")
-            assert float(here.value("size_mb")) > 0.0 and here.value("recording").startswith(str(tmp_path))
+            yield rig, folder
         finally:
             assert node.stop() == 0, node.log
-    (folder,) = bags(tmp_path)
-    pairs = PairBag(folder)
+    assert "Traceback" not in node.log
+
+
+def test_every_keyframe_is_in_the_bag(logger: tuple[Rig, Path]) -> None:
+    rig, folder = logger
+    here = rig.here
+    assert rig.call("start")[0]
+    stamps = rig.drive(60)
+    standing = rig.drive(20, speed=0.0)
+    stamps += standing + rig.drive(31)
+    # By the wheels: 8 m/s at 10 Hz are 0.8 m a frame, so every third frame, and none while it stands.
+    expected, since = [], math.inf
+    for stamp in stamps:
+        speed = 0.0 if stamp in standing else SPEED
+        since += speed / RATE_HZ
+        if since >= 2.0 and speed > 0:
+            expected.append(stamp)
+            since = 0.0
+    here.wait(lambda: here.value("pairs") == str(len(expected)), what="the last pair")
+    here.wait_diagnosis("recording")
+    assert float(here.value("size_mb")) > 0.0 and here.value("recording").startswith(str(folder))
+    success, message = rig.call("stop")
+    assert success and message.startswith(f"recorded {len(expected)} pairs into")
+    pairs = PairBag(newest(folder))
     assert [pairs[k].stamp_ns for k in range(len(pairs))] == expected
     for k, stamp in enumerate(expected):
         pair = pairs[k]
         assert (pair.lat, pair.lon) == pytest.approx(rig.places[stamp], abs=1e-12)
         assert pair.fix_covariance is not None and pair.fix_covariance[1, 1] == 16.0
         assert pair.heading == pytest.approx(0.1, abs=1e-9)
-        if compressed:
-            assert pair.image_bytes == rig.images[stamp]
-        else:
-            sent = np.frombuffer(rig.images[stamp], np.uint8).reshape(48, 64, 3)
-            assert np.abs(pair.image().astype(int) - sent).mean() < 6.0
+        sent = np.frombuffer(rig.images[stamp], np.uint8).reshape(48, 64, 3)
+        assert np.abs(pair.image().astype(int) - sent).mean() < 6.0
         tile = pairs.tile(k)
         assert tile is not None and tile.size_px == 64
         assert math.hypot(*tile.projection.forward(pair.lat, pair.lon)) < 8.0
     session = pairs.session()
     assert session["vehicle"] == "cart 7" and session["tile"] == {"size": 64, "gsd": 0.5}
-    # All from the first image on; what came with it may have been taken before it.
+    # All from the first image on; what came with it may have been received before it.
     odometry = [stamp for stamp, _ in pairs.odometry()]
-    assert len(odometry) > 80 and odometry == sorted(rig.images)[-len(odometry) :]
+    assert len(odometry) > 80 and odometry == stamps[-len(odometry) :]
+
+
+def test_services_start_stop_and_split(logger: tuple[Rig, Path]) -> None:
+    rig, folder = logger
+    bags = len(list((folder / "bags").iterdir())) if (folder / "bags").exists() else 0
+    rig.drive(10)
+    assert rig.call("stop") == (False, "not recording")
+    assert rig.call("split") == (False, "not recording")
+    assert rig.call("start")[0]
+    one = newest(folder)
+    assert "already" in rig.call("start")[1]
+    first = rig.drive(30)
+    rig.here.wait(lambda: int(rig.here.value("pairs") or 0) >= 10, what="pairs")
+    split, name = rig.call("split")
+    assert split and name.endswith("_1.mcap")
+    rig.drive(30)
+    stopped, message = rig.call("stop")
+    assert stopped and "20 pairs into" in message
+    rig.here.wait_diagnosis("stopped")
+    assert rig.call("start")[0] and rig.call("stop")[0]
+    pairs = PairBag(one)
+    assert len(list(one.glob("*.mcap"))) == 2 and len(pairs) == 20
+    assert pairs[0].stamp_ns >= first[0]
+    assert len(PairBag(newest(folder))) == 0 and len(list((folder / "bags").iterdir())) == bags + 2
+
+
+def test_bad_messages_cost_no_more_than_themselves(logger: tuple[Rig, Path]) -> None:
+    rig, folder = logger
+    refused = int(rig.here.value("frames_rejected/image_invalid") or 0)
+    assert rig.call("start")[0]
+    # 3 m a frame: each one is a keyframe.
+    rig.drive(3, speed=30.0)
+    before = rig.received()
+    rig.at += round(NS / RATE_HZ)
+    broken = rig.stamped(Image(height=480, width=640, encoding="rgb8", step=1920))
+    broken.data = array.array("B", b"short")
+    rig.image.publish(broken)
+    # Damaged bytes, and a stamp before 1970.
+    rig.odom.publish(bytes([0, 1, 0, 0]) + rig.at.to_bytes(8, "little") + b"cut off")
+    early = Odometry()
+    early.header.stamp.sec = -5
+    rig.odom.publish(early)
+    rig.wait_received(before, image=1, odom=2)
+    rig.drive(5, speed=30.0)
+    rig.here.wait(
+        lambda: int(rig.here.value("frames_rejected/image_invalid") or 0) == refused + 1, what="its count"
+    )
+    assert rig.call("stop")[0]
+    assert len(PairBag(newest(folder))) == 8
+
+
+def test_pairs_without_a_folder_without_a_map_and_with_a_map_out_of_reach(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    domain = DOMAIN + 1
+    with bench(domain) as here:
+        node = start(
+            tmp_path,
+            domain,
+            map="",
+            directory=str(tmp_path / "file"),
+            map_cache_dir=str(tmp_path / "cache"),
+            map_deadline_s=1.0,
+        )
+
+        def again(**parameters: str) -> None:
+            """Configure and activate with other parameters."""
+            here.change_state("/pair_logger", Transition.TRANSITION_CLEANUP)
+            assert here.set_parameters("/pair_logger", **parameters) == ""
+            here.change_state("/pair_logger", Transition.TRANSITION_CONFIGURE)
+            here.change_state("/pair_logger", Transition.TRANSITION_ACTIVATE)
+
+        try:
+            here.wait_diagnosis("not_active", "cannot record into", "no_map")
+            rig = Rig(here)
+            for map_, problem in (("", "no_map"), ("http://127.0.0.1:9/{z}/{x}/{y}.png", "map:")):
+                again(directory=str(tmp_path / "bags"), map=map_)
+                rig.ready()
+                rig.drive(40)
+                here.wait_diagnosis(problem, "pairs are stored without tiles")
+                assert not map_ or "no_map" not in here.text()
+                stopped, message = rig.call("stop")
+                assert stopped and "recorded 14 pairs" in message
+                pairs = PairBag(newest(tmp_path))
+                assert len(pairs) == 14 and all(pairs.tile(i) is None for i in range(14))
+                here.change_state("/pair_logger", Transition.TRANSITION_DEACTIVATE)
+        finally:
+            assert node.stop() == 0, node.log
     assert "Traceback" not in node.log
 
 
-def test_services_start_stop_and_split(aerial: Path, tmp_path: Path) -> None:
+def test_a_slow_disk_loses_nothing_that_was_accepted_and_a_full_one_counts_it(
+    aerial: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    busy = tmp_path / "busy"
+    monkeypatch.setenv("XVIEW_LOC_TEST_DISK_BUSY", str(busy))
     domain = DOMAIN + 2
     with bench(domain) as here:
-        node = start(tmp_path, domain, map=str(aerial), record_on_start=False)
-        try:
-            rig = Rig(here, compressed=False)
-            rig.ready()
-            before = rig.received()
-            drive(rig, here, 10)
-            # All that came before the start is dealt with before it.
-            after = {name: count + 10 for name, count in before.items()}
-            here.wait(lambda: rig.received() == after, 15.0, "the frames")
-            assert not rig.call("stop").success and not (tmp_path / "bags").exists()
-            assert rig.call("start").success
-            assert "already" in rig.call("start").message
-            first = drive(rig, here, 30)
-            here.wait(lambda: here.status and int(here.value("pairs") or 0) >= 10, 15.0, "pairs")
-            split = rig.call("split")
-            assert split.success and split.message.endswith("_1.mcap")
-            drive(rig, here, 30)
-            here.wait(lambda: int(here.value("pairs") or 0) >= 20, 15.0, "more pairs")
-            stopped = rig.call("stop")
-            assert stopped.success and "pairs into" in stopped.message
-            assert rig.call("start").success
-        finally:
-            assert node.stop() == 0, node.log
-    one, two = bags(tmp_path)
-    pairs = PairBag(one)
-    assert len(list(one.glob("*.mcap"))) == 2 and len(pairs) >= 20
-    assert pairs[0].stamp_ns >= first[0]
-    assert len(PairBag(two)) == 0
-
-
-def test_pairs_without_a_map_and_with_a_map_out_of_reach(tmp_path: Path) -> None:
-    for k, map_ in enumerate(("", "http://127.0.0.1:9/{z}/{x}/{y}.png")):
-        domain, folder = DOMAIN + 3, tmp_path / str(k)
-        folder.mkdir()
-        with bench(domain) as here:
-            node = start(folder, domain, map=map_, map_cache_dir=str(folder / "cache"), map_deadline_s=1.0)
-            try:
-                rig = Rig(here, compressed=False)
-                rig.ready()
-                drive(rig, here, 40)
-                here.wait_diagnosis("pairs are stored without tiles", timeout_s=20.0)
-                here.wait(lambda: int(here.value("pairs") or 0) >= 13, 15.0, "pairs")
-            finally:
-                assert node.stop() == 0, node.log
-        (bag,) = bags(folder)
-        pairs = PairBag(bag)
-        assert len(pairs) >= 13 and all(pairs.tile(i) is None for i in range(len(pairs)))
-
-
-def test_quota_stops_the_recording_and_not_the_node(aerial: Path, tmp_path: Path) -> None:
-    domain = DOMAIN + 4
-    with bench(domain) as here:
-        node = start(tmp_path, domain, map=str(aerial), quota_mb=2, image_transport="compressed")
+        node = start(
+            tmp_path,
+            domain,
+            module="slow_disk_node",
+            map=str(aerial),
+            quota_mb=2,
+            image_transport="compressed",
+            keyframe_distance_m=0.1,
+        )
         try:
             rig = Rig(here, compressed=True)
             rig.ready()
+            busy.touch()
+            stamps = rig.drive(20)
+            stop = here.begin_trigger("/pair_logger/stop")
+            # It is being stopped: these frames are not recorded, and the node goes on meanwhile.
+            rig.drive(5)
+            assert not stop.done()
+            busy.unlink()
+            here.wait(stop.done, what="the stop")
+            assert stop.result().success and "recorded 20 pairs" in stop.result().message
+            pairs = PairBag(newest(tmp_path))
+            assert [pairs[k].stamp_ns for k in range(len(pairs))] == stamps
+            assert all(pairs[k].image_bytes == rig.images[stamp] for k, stamp in enumerate(stamps))
+            # 120 kB each before they are compressed, in chunks whose number depends on the time.
             noise = np.random.default_rng(0).integers(0, 256, 120_000, np.uint8).tobytes()
-            drive(rig, here, 80, image=noise)
-            here.wait_diagnosis("recording ended", "quota of 2 MB", timeout_s=20.0)
-            assert node.alive()
-            assert rig.call("start").success
-            here.wait(lambda: "quota" not in here.text(), 10.0, "a new recording")
+            busy.touch()
+            assert rig.call("start")[0]
+            full = newest(tmp_path)
+            rig.drive(30, image=noise)
+            busy.unlink()
+            here.wait_diagnosis("recording ended", "quota of 2 MB")
+            here.wait(
+                lambda: int(here.value("frames_accepted")) + int(here.value("frames_dropped") or 0) == 50,
+                what="the count of all keyframes",
+            )
+            kept = len(PairBag(full))
+            assert int(here.value("frames_accepted")) == 20 + kept and 3 <= kept <= 2_000_000 // 120_000
+            assert sum(p.stat().st_size for p in full.iterdir()) <= 2_000_000
+            assert node.alive() and rig.call("start")[0]
+            here.wait(lambda: "quota" not in here.text(), what="a new recording")
         finally:
+            busy.unlink(missing_ok=True)
             assert node.stop() == 0, node.log
-    first, _ = bags(tmp_path)
-    # 120 kB each before they are compressed, in chunks whose number depends on the time.
-    assert 3 <= len(PairBag(first)) <= 2_000_000 // 120_000
-    assert sum(p.stat().st_size for p in first.iterdir()) <= 2_000_000
+    assert "Traceback" not in node.log
 
 
-def test_a_folder_that_cannot_be_written_is_told(aerial: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
-    domain = DOMAIN + 5
-    with bench(domain) as here:
-        node = start(tmp_path, domain, map=str(aerial), directory=str(tmp_path / "file"))
-        try:
-            here.wait_diagnosis("not_active", "cannot record into", timeout_s=40.0)
-            assert node.alive()
-        finally:
-            assert node.stop() == 0, node.log
-        assert "Traceback" not in node.log
-
-
-def test_bad_messages_cost_no_more_than_themselves(aerial: Path, tmp_path: Path) -> None:
-    domain = DOMAIN + 6
-    with bench(domain) as here:
-        node = start(tmp_path, domain, map=str(aerial), keyframe_distance_m=0.01)
-        try:
-            rig = Rig(here, compressed=False)
-            rig.ready()
-            drive(rig, here, 3)
-            broken = rig.stamped(Image(height=480, width=640, encoding="rgb8", step=1920))
-            broken.header.stamp.nanosec += 10_000_000
-            broken.data = array.array("B", b"short")
-            rig.image.publish(broken)
-            # Damaged bytes, and a stamp before 1970.
-            rig.odom.publish(bytes([0, 1, 0, 0]) + rig.at.to_bytes(8, "little") + b"cut off")
-            early = Odometry()
-            early.header.stamp.sec = -5
-            rig.odom.publish(early)
-            drive(rig, here, 5)
-            here.wait(lambda: here.status and here.value("pairs") == "8", 15.0, "the good pairs")
-            here.wait(lambda: here.value("frames_rejected/image_invalid") == "1", 5.0, "its count")
-        finally:
-            assert node.stop() == 0, node.log
-    (bag,) = bags(tmp_path)
-    assert len(PairBag(bag)) == 8
-
-
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_while_recording(aerial: Path, tmp_path: Path, seed: int) -> None:
-    domain = DOMAIN + 7
+    domain = DOMAIN + 3
     with bench(domain) as here:
         node = start(tmp_path, domain, map=str(aerial), keyframe_distance_m=0.1)
-        rig = Rig(here, compressed=False)
+        rig = Rig(here)
         rig.ready()
-        published: dict[int, float] = {}
-        end = time.monotonic() + 2.0 + random.Random(seed).random()
-        while time.monotonic() < end:
-            published[rig.frame()] = time.monotonic()
+        # What is written is on the disk a second later: when the next report but one is there.
+        written: list[int] = []
+        frames = 20 + random.Random(seed).randrange(20)
+        while len(rig.images) < frames or len(written) < 3 or written[-3] == 0:
+            rig.frame()
+            reports = here.reports
             here.executor.spin_once(timeout_sec=0.05)
+            if here.reports > reports:
+                written.append(int(here.value("pairs") or 0))
         node.process.send_signal(signal.SIGKILL)
-        killed = time.monotonic()
-        node.process.wait(10)
-    (bag,) = bags(tmp_path)
-    recover_bag(bag, tmp_path / "saved")
+        node.process.wait()
+    recover_bag(newest(tmp_path), tmp_path / "saved")
     pairs = PairBag(tmp_path / "saved")
-    saved = {pairs[k].stamp_ns for k in range(len(pairs))}
-    missing = [killed - at for stamp, at in published.items() if stamp not in saved and at < killed - 1.5]
-    assert not missing and len(saved) > 5
+    assert len(pairs) >= written[-3] > 0
+    saved = [pairs[k].stamp_ns for k in range(len(pairs))]
+    assert saved == sorted(rig.images)[: len(saved)]
     assert all(pairs.tile(k) is not None for k in range(len(pairs)))

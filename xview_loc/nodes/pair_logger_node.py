@@ -13,10 +13,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import rclpy
+import rclpy.task
 from nav_msgs.msg import Odometry
+from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
 from rclpy.serialization import deserialize_message
 from sensor_msgs.msg import CameraInfo, Image
 from std_srvs.srv import Trigger
@@ -34,57 +37,73 @@ from xview_loc.vehicle.keyframes import KeyframeRule, Keyframes, WheelSpeed
 from xview_loc.vehicle.messages import cdr_stamp_ns, rgb_from_image
 from xview_loc.vehicle.synchronisation import GnssFix, RejectedInput
 
-# Keyframes that wait for a slow disk; at 10 a second this is several seconds of them.
+# Keyframes that may wait for a slow disk: several seconds of them at 10 Hz.
 KEYFRAMES_WAITING = 64
 ODOMETRY_WAITING = 4096
 # How long a pair waits for its tile; without one it can be filled in later.
 TILE_WAIT_S = 0.3
-# Odometry of another clock (uptime) is of no use beside images.
+# Odometry whose stamps are further than this from the images' runs on another clock (such as uptime).
 ODOMETRY_CLOCK_NS = 60 * 1_000_000_000
+
+
+@dataclass(frozen=True)
+class _Keyframe:
+    writer: PairWriter
+    job: Job
 
 
 @dataclass(frozen=True)
 class _Odometry:
     """CDR bytes of an odometry message."""
 
+    writer: PairWriter
     stamp_ns: int
     data: bytes
 
 
-class _Recorder:
-    """Works on keyframes and odometry one after another; none is replaced by a newer one."""
+@dataclass(frozen=True)
+class _Stop:
+    """Complete the bag, and call ``done`` with whether it is complete."""
 
-    def __init__(self, work: Callable[[Job | _Odometry], None]) -> None:
-        self._work = work
-        self._queue: queue.Queue[Job | _Odometry | None] = queue.Queue(ODOMETRY_WAITING)
-        # Images are what needs the memory.
+    writer: PairWriter
+    done: Callable[[bool], None]
+
+
+class _Recorder:
+    """Processes keyframes and odometry one after another in a thread of its own."""
+
+    def __init__(self, process: Callable[[_Keyframe | _Odometry | _Stop], None]) -> None:
+        self._process = process
+        self._queue: queue.SimpleQueue[_Keyframe | _Odometry | _Stop | None] = queue.SimpleQueue()
+        # Keyframes have a limit of their own, as images need the memory.
         self._room = threading.BoundedSemaphore(KEYFRAMES_WAITING)
         self._thread = threading.Thread(target=self._run, name="record", daemon=True)
         self._thread.start()
 
-    def put(self, job: Job | _Odometry) -> bool:
-        """Hand something over; True where it had to be dropped because too much waits."""
-        image = not isinstance(job, _Odometry)
-        if image and not self._room.acquire(blocking=False):
-            return True
-        try:
-            self._queue.put_nowait(job)
-        except queue.Full:
-            if image:
-                self._room.release()
-            return True
-        return False
+    def put(self, item: _Keyframe | _Odometry) -> bool:
+        """Queue an item; return True if it was dropped because too many wait."""
+        if isinstance(item, _Keyframe):
+            full = not self._room.acquire(blocking=False)
+        else:
+            full = self._queue.qsize() >= ODOMETRY_WAITING
+        if not full:
+            self._queue.put(item)
+        return full
+
+    def stop(self, writer: PairWriter, done: Callable[[bool], None]) -> None:
+        """Complete the bag after everything queued for it was written."""
+        self._queue.put(_Stop(writer, done))
 
     def close(self) -> None:
-        """Write what waits, and end the thread."""
+        """Process everything queued, and end the thread."""
         self._queue.put(None)
         self._thread.join()
 
     def _run(self) -> None:
-        while (job := self._queue.get()) is not None:
-            if not isinstance(job, _Odometry):
+        while (item := self._queue.get()) is not None:
+            if isinstance(item, _Keyframe):
                 self._room.release()
-            self._work(job)
+            self._process(item)
 
 
 class PairLoggerNode(VehicleNode):
@@ -95,18 +114,24 @@ class PairLoggerNode(VehicleNode):
     optional_inputs = frozenset({"camera_info", "odom"})
 
     def __init__(self) -> None:
+        # The bag that keyframes are accepted for. What the executor queues carries the bag it belongs to.
         self._writer: PairWriter | None = None
-        self._written = threading.Lock()
+        self._failed: PairWriter | None = None
         super().__init__("pair_logger")
-        for name, call in (("start", self._on_start), ("stop", self._on_stop), ("split", self._on_split)):
-            self.create_service(Trigger, f"~/{name}", call)
+        self.create_service(Trigger, "~/start", self._on_start)
+        self.create_service(Trigger, "~/split", self._on_split)
+        # While stop waits for the disk, the node's own group goes on with messages.
+        waiting = MutuallyExclusiveCallbackGroup()
+        self.create_service(Trigger, "~/stop", self._on_stop, callback_group=waiting)
 
-    # What a VehicleNode asks for
+    # Hooks of the base
 
     def configure(self) -> None:
-        """Open the map. One that is out of reach is no reason not to record: tiles can be filled in later."""
+        """Open the map; without it, or while it is out of reach, pairs are recorded without tiles."""
         p = self._params
         self._attribution = ""
+        for problem in ("no_map", "map"):
+            self._health.clear(problem)
         if p["map"]:
             tiles = self._open_map(p["tile_px"], p["tile_gsd"])
             self._attribution = tiles.map.attribution
@@ -120,13 +145,14 @@ class PairLoggerNode(VehicleNode):
         self._rate = (time.monotonic(), 0)
 
     def make_worker(self) -> _Recorder:
-        """Every keyframe counts: they wait for each other."""
+        """Return the thread that writes."""
         if self._params["record_on_start"]:
             self._begin()
-        return _Recorder(self._record_safely)
+        self._recorder = _Recorder(self._process)
+        return self._recorder
 
     def wants_heading(self) -> bool:
-        """As the parameter says."""
+        """Return True if headings are recorded."""
         return bool(self._params["use_heading"])
 
     def extra_inputs(self) -> list[Input]:
@@ -136,15 +162,19 @@ class PairLoggerNode(VehicleNode):
             inputs.append(Input(Odometry, "odom", self._on_odom, raw=True))
         return inputs
 
+    def hand_over(self, job: Job) -> bool:
+        """Queue a frame if it is a keyframe; return True if it was dropped because too many wait."""
+        writer = self._writer
+        return writer is not None and self._is_keyframe(job) and self._recorder.put(_Keyframe(writer, job))
+
     def stopped(self) -> None:
         """Complete the bag."""
-        self._end()
-
-    def release(self) -> None:
-        """Nothing but the map is opened, and the base class closes it."""
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            self._complete_bag(writer)
 
     def before_report(self) -> None:
-        """Pairs, megabytes and rate."""
+        """Report pairs, rate and size."""
         writer = self._writer
         self._health.value("recording", "no" if writer is None else str(writer.bag.folder))
         if writer is None:
@@ -157,10 +187,10 @@ class PairLoggerNode(VehicleNode):
         self._health.value("size_mb", f"{writer.bag.size_bytes / 1e6:.1f}")
         self._health.value("files_deleted", writer.bag.files_deleted)
 
-    # Recording on and off: the executor's thread, and the worker's where the disk is full
+    # Recording on and off: the executor's thread
 
     def _begin(self) -> Path:
-        """Begin a bag; its folder. Raises OSError."""
+        """Begin a bag and return its folder. Raises OSError."""
         p = self._params
         parent = Path(p["directory"]).expanduser()
         name = time.strftime("pairs_%Y_%m_%d-%H_%M_%S")
@@ -196,30 +226,12 @@ class PairLoggerNode(VehicleNode):
             writer = PairWriter(folder, session, limits)
         except OSError as error:
             raise OSError(f"cannot record into {folder}: {error.strerror or error}") from None
-        with self._written:
-            self._writer = writer
+        self._writer = writer
         self._rate = (time.monotonic(), 0)
         for problem in ("stopped", "disk", "disk_full"):
             self._health.clear(problem)
         self.get_logger().info(f"recording into {folder}")
         return folder
-
-    def _end(self) -> PairWriter | None:
-        with self._written:
-            writer, self._writer = self._writer, None
-            if writer is not None:
-                self._complete_bag(writer)
-        return writer
-
-    def _complete_bag(self, writer: PairWriter) -> None:
-        try:
-            writer.close()
-        except OSError as error:
-            self._health.condition("disk", ERROR, f"{error}; run xview-loc bag recover")
-            if rclpy.ok():
-                self.get_logger().error(str(error))
-        if rclpy.ok():  # on Ctrl-C the context is gone already
-            self.get_logger().info(f"recorded {writer.pairs} pairs into {writer.bag.folder}")
 
     def _on_start(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         response.success = False
@@ -236,13 +248,17 @@ class PairLoggerNode(VehicleNode):
                 response.success, response.message = True, f"recording into {folder}"
         return response
 
-    def _on_stop(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
-        writer = self._end()
-        response.success = writer is not None
-        response.message = "not recording"
-        if writer is not None:
-            response.message = f"recorded {writer.pairs} pairs into {writer.bag.folder}"
-            self._health.condition("stopped", WARN, "recording was stopped")
+    async def _on_stop(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        """Accept no more keyframes; answer when those accepted are written and the bag is complete."""
+        writer, self._writer = self._writer, None
+        if writer is None:
+            response.message = "not recording"
+            return response
+        complete: Any = rclpy.task.Future(executor=self.executor)
+        self._recorder.stop(writer, complete.set_result)
+        response.success = await complete
+        response.message = f"recorded {writer.pairs} pairs into {writer.bag.folder}"
+        self._health.condition("stopped", WARN, "recording was stopped")
         return response
 
     def _on_split(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
@@ -272,54 +288,48 @@ class PairLoggerNode(VehicleNode):
             return
         self._health.clear("odom")
         self._wheels.saw(stamp, math.hypot(velocity.x, velocity.y))
-        # Without an image there is nothing that it could be the motion of.
-        if self._writer is None or self._worker is None or not self._pairing.last_frame_ns:
+        # Odometry from before the first image is of no use.
+        if self._writer is None or not self._pairing.last_frame_ns:
             return
-        if self._worker.put(_Odometry(stamp, data)):
+        if self._recorder.put(_Odometry(self._writer, stamp, data)):
             self._health.count("odom_dropped")
 
-    def accept(self, job: Job) -> bool:
-        """Whether a paired frame is a keyframe."""
-        if self._writer is None:
-            return False
+    def _is_keyframe(self, job: Job) -> bool:
         assert job.fix is not None  # this node needs fixes
         stamp, yaw = job.frame.stamp_ns, None if job.heading is None else job.heading.yaw
         return self._keyframes.wants(stamp, job.fix.lat, job.fix.lon, yaw, self._wheels.at(stamp))
 
     # Writing: the worker's thread
 
-    def _record_safely(self, job: Job | _Odometry) -> None:
+    def _process(self, item: _Keyframe | _Odometry | _Stop) -> None:
         try:
-            if not isinstance(job, _Odometry):
-                self._record(job)
-                return
-            with self._written:
-                if self._writer is not None:
-                    self._write(lambda writer: writer.add_odometry(job.stamp_ns, job.data))
+            if isinstance(item, _Stop):
+                item.done(item.writer is not self._failed and self._complete_bag(item.writer))
+            elif isinstance(item, _Odometry):
+                self._write(item, lambda: item.writer.add_odometry(item.stamp_ns, item.data))
+            else:
+                self._record(item)
         except ImageError as error:
             self._reject("image_invalid", str(error))
         except CameraError as error:
             self._reject("camera_info_invalid", str(error))
-        except Exception as error:
-            # The node must outlive a bug; this is where it is told.
+        except Exception as error:  # the node must outlive a bug
             self._reject("internal_error", f"{type(error).__name__}: {error}")
 
-    def _record(self, job: Job) -> None:
-        data = job.frame.image
-        # A CompressedImage stays as it came, bytes and all: only who reads the bag looks into it.
+    def _record(self, item: _Keyframe) -> None:
+        job, data = item.job, item.job.frame.image
+        # A CompressedImage is written byte for byte, and decoded only by readers of the bag.
         raw = data if self._params["image_transport"] == "compressed" else None
         jpeg = b""
         if raw is None:
             jpeg = encode_jpeg(rgb_from_image(deserialize_message(data, Image)), self._params["jpeg_quality"])
-        frame = job.frame
         assert job.fix is not None  # this node needs fixes
-        pair = Pair.of(frame.stamp_ns, "jpeg", jpeg, job.fix, job.heading, frame.camera)
+        pair = Pair.of(job.frame.stamp_ns, "jpeg", jpeg, job.fix, job.heading, job.frame.camera)
         tile = self._tile(job.fix)
-        with self._written:
-            if self._writer is not None and self._write(lambda writer: writer.add(pair, tile, raw)):
-                self._health.accepted()
-                if tile is None:
-                    self._health.count("pairs_without_tile")
+        if self._write(item, lambda: item.writer.add(pair, tile, raw)):
+            self._health.accepted()
+            if tile is None:
+                self._health.count("pairs_without_tile")
 
     def _tile(self, fix: GnssFix) -> AerialTile | None:
         if self._tiles is None:
@@ -335,31 +345,46 @@ class PairLoggerNode(VehicleNode):
         self._health.clear("map")
         return tile
 
-    def _write(self, write: Callable[[PairWriter], None]) -> bool:
-        """Write under the lock; a recording that cannot go on is ended, and told."""
-        writer = self._writer
-        assert writer is not None
+    def _write(self, item: _Keyframe | _Odometry, write: Callable[[], None]) -> bool:
+        """Write an item, or count it as dropped; a failure ends the recording."""
+        writer = item.writer
+        if writer is not self._failed:
+            try:
+                write()
+                return True
+            except OSError as error:
+                full = isinstance(error, BagFullError)
+                text = f"recording ended after {writer.pairs} pairs: {error.strerror or error}"
+                self._health.condition("disk_full" if full else "disk", ERROR, text)
+                self.get_logger().error(text)
+                self._failed = writer
+                if self._writer is writer:
+                    self._writer = None
+                self._complete_bag(writer)
+        self._health.count("frames_dropped" if isinstance(item, _Keyframe) else "odom_dropped")
+        return False
+
+    def _complete_bag(self, writer: PairWriter) -> bool:
         try:
-            write(writer)
+            writer.close()
         except OSError as error:
-            full = isinstance(error, BagFullError)
-            text = f"recording ended after {writer.pairs} pairs: {error.strerror or error}"
-            self._health.condition("disk_full" if full else "disk", ERROR, text)
-            self.get_logger().error(text)
-            self._writer = None
-            self._complete_bag(writer)
+            self._health.condition("disk", ERROR, f"{error}; run xview-loc bag recover")
+            if rclpy.ok():
+                self.get_logger().error(str(error))
             return False
+        if rclpy.ok():  # on Ctrl-C the context is gone already
+            self.get_logger().info(f"recorded {writer.pairs} pairs into {writer.bag.folder}")
         return True
 
 
 def _without_key(source: str) -> str:
-    """A map's name without what may hold a key: of a tile server, the host alone."""
+    """Return a map's name without what may hold a key: only the host of a tile server."""
     parts = urlsplit(source)
     return f"{parts.scheme}://{parts.hostname}" if "://" in source else source
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run the node until it is told to stop; the exit code."""
+    """Run the node until it is asked to stop; return the exit code."""
     return run(PairLoggerNode, args)
 
 

@@ -194,7 +194,6 @@ class VehicleNode(LifecycleNode):
 
     def release(self) -> None:
         """Release what :meth:`configure` opened; may be called again, and after a failure."""
-        raise NotImplementedError
 
     def before_report(self) -> None:
         """Set values of the diagnostics; called before every report."""
