@@ -1,4 +1,4 @@
-"""A rosbag2 directory's ``metadata.yaml``, in the version that every ROS 2 since Humble reads."""
+"""Writes a rosbag2 directory's ``metadata.yaml``, in the version that every ROS 2 since Humble reads."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class FileSummary:
 def write_metadata(folder: Path, files: Sequence[FileSummary], topics: Mapping[str, str]) -> None:
     """Write ``metadata.yaml`` for ``files``; ``topics`` maps each topic to its type.
 
-    The file is the new or the old one at any instant. Raises OSError.
+    The file is replaced atomically. Raises OSError.
     """
     filled = [f for f in files if f.counts]
     start = min((f.start_ns for f in filled), default=0)

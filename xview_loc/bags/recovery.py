@@ -1,4 +1,4 @@
-"""Reads what is intact of damaged MCAP files, and makes whole bags of them again."""
+"""Reads the intact messages of damaged MCAP files, and makes complete bags of them."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from mcap.writer import CompressionType, Writer
 from xview_loc.bags.metadata import FileSummary, write_metadata
 from xview_loc.errors import UserError
 
-# No record of a bag is longer; a longer one is a damaged length.
+# A longer record has a damaged length.
 _LONGEST_RECORD = 1 << 30
 
 
 class BagError(UserError):
-    """A bag that cannot be used; the message is one clear line."""
+    """A bag cannot be used; the message is one clear line."""
 
 
 @dataclass
 class Damage:
-    """What could not be read of a file: broken chunks that were skipped, and where reading had to end.
+    """What could not be read of a file.
 
-    ``undescribed``: messages whose topic was described in a broken chunk alone.
+    chunks_skipped: damaged chunks. undescribed: messages whose topic was described only in a damaged chunk.
+    ended_early: where reading had to end, and why; "" at the file's end.
     """
 
     chunks_skipped: int = 0
@@ -52,14 +53,14 @@ class RawMessage:
 
 
 def read_intact(path: Path, damage: Damage) -> Iterator[RawMessage]:
-    """All messages of an MCAP file whose chunks' checksums hold, in the file's order.
+    """Yield all messages of an MCAP file whose chunks' checksums hold, in the file's order.
 
-    ``damage`` is filled in on the way. Raises BagError where the file is not MCAP at all, OSError.
+    Fills in ``damage``. Raises BagError if the file is not MCAP, OSError.
     """
     schemas: dict[int, Schema] = {}
     channels: dict[int, Channel] = {}
     with path.open("rb") as file:
-        # A file that was completed repeats these at its end, where a broken chunk does not take them along.
+        # A complete file repeats these at its end, out of the damaged chunks.
         try:
             summary = make_reader(file).get_summary()
         except Exception:
@@ -102,14 +103,14 @@ def read_intact(path: Path, damage: Damage) -> Iterator[RawMessage]:
 
 @dataclass
 class Recovery:
-    """What :func:`recover_bag` did: messages saved, and the damage of each file that had some."""
+    """Result of :func:`recover_bag`: messages saved, and the damage by file."""
 
     messages: int = 0
     damage: dict[str, Damage] = field(default_factory=dict)
 
 
 def bag_files(folder: Path) -> list[Path]:
-    """The MCAP files of a bag's directory, in the order they were written. Raises BagError without one."""
+    """Return a bag's MCAP files in the order they were written. Raises BagError without one."""
 
     def number(path: Path) -> tuple[int, str]:
         match = re.search(r"_(\d+)\.mcap$", path.name)
@@ -122,9 +123,9 @@ def bag_files(folder: Path) -> list[Path]:
 
 
 def recover_bag(folder: Path, out: Path) -> Recovery:
-    """Copy everything intact of the bag ``folder`` into a new, complete bag ``out``.
+    """Copy the intact messages of the bag ``folder`` into a new, complete bag ``out``.
 
-    The original is only read. Raises BagError where there is nothing to recover or ``out`` exists, OSError.
+    The original is not changed. Raises BagError if there is nothing to recover or ``out`` exists, OSError.
     """
     files = bag_files(folder)
     if out.exists():

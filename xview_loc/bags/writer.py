@@ -1,4 +1,4 @@
-"""Writes a rosbag2 directory of MCAP files that a pulled plug takes at most a second from."""
+"""Writes a rosbag2 directory of MCAP files that loses at most a second when the power fails."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _RESERVE_BYTES = 1 << 20
 
 
 class BagFullError(OSError):
-    """The quota or the free-space floor is reached, and nothing may be deleted; one clear line."""
+    """The quota or the free-space floor is reached, and nothing may be deleted; the message is one line."""
 
 
 @dataclass(frozen=True)
 class BagLimits:
-    """How large a bag may grow; bytes and seconds, 0 for no limit.
+    """Limits of a bag; bytes and seconds, 0 for no limit.
 
-    A new file is begun after ``split_bytes`` or ``split_seconds`` (of stamps). All files together stay below
+    A new file begins after ``split_bytes`` or ``split_seconds`` (of stamps). All files together stay below
     ``quota_bytes``, and ``min_free_bytes`` of the disk stay free; beyond either the writer stops
-    (``when_full`` is ``"stop"``) or deletes its oldest file first (``"delete_oldest"``).
+    (``when_full`` "stop") or deletes its oldest file ("delete_oldest").
     """
 
     split_bytes: int = 1 << 30
@@ -43,16 +43,16 @@ class BagLimits:
 
 
 class BagWriter:
-    """A new rosbag2 directory. Any thread may call its methods.
+    """Writes a new rosbag2 directory. Thread-safe.
 
-    What was written is on the disk (chunk closed, fdatasync) at most ``FLUSH_S`` later, by a thread of the
-    writer's own. After a failure every further call raises OSError.
+    A thread puts what was written on the disk (chunk closed, fdatasync) every ``FLUSH_S`` seconds. After a
+    failure every further call raises OSError.
     """
 
     def __init__(self, folder: Path, topics: Mapping[str, str], limits: BagLimits | None = None) -> None:
         """``topics`` maps each topic to its type, such as sensor_msgs/msg/Imu.
 
-        Raises FileExistsError where ``folder`` exists, OSError where it cannot be written.
+        Raises FileExistsError if ``folder`` exists, OSError if it cannot be written.
         """
         self.folder = folder
         self.files_deleted = 0
@@ -73,7 +73,7 @@ class BagWriter:
 
     @property
     def size_bytes(self) -> int:
-        """Size of the bag, with what is not on the disk yet."""
+        """Size of the bag, including what is not on the disk yet."""
         with self._lock:
             return self._pending + self._written + sum(file.size for file in self._files[:-1])
 
@@ -90,9 +90,9 @@ class BagWriter:
             return self._files[-1].name
 
     def write(self, topic: str, stamp_ns: int, data: bytes, *, may_split: bool = True) -> None:
-        """Add a serialized message; without ``may_split`` to the file of the one before it.
+        """Add a serialized message; without ``may_split``, to the same file as the one before.
 
-        Raises BagFullError, OSError, and ValueError on a stamp that no bag can hold.
+        Raises BagFullError, OSError, and ValueError for a stamp that a bag cannot hold.
         """
         if not 0 <= stamp_ns < 1 << 63:
             raise ValueError(f"a stamp of {stamp_ns} ns cannot be written")
@@ -113,7 +113,7 @@ class BagWriter:
                 self._pending, self._written = 0, self._stream.tell()
 
     def split_if_due(self) -> None:
-        """Go on in a new file where the limits ask for it. Raises OSError."""
+        """Begin a new file if the limits require it. Raises OSError."""
         with self._lock:
             limits, current = self._limits, self._files[-1]
             seconds = (current.end_ns - current.start_ns) / 1e9
@@ -123,14 +123,14 @@ class BagWriter:
                 self.split()
 
     def split(self) -> None:
-        """Go on in a new file, unless this one is empty. Raises OSError."""
+        """Begin a new file, unless this one is empty. Raises OSError."""
         with self._lock, self._failing():
             if self._files[-1].counts:
                 self._close_file()
                 self._open_file()
 
     def close(self) -> None:
-        """Complete the bag. Raises OSError where that fails: the bag can then be recovered."""
+        """Complete the bag. Raises OSError if that fails; the bag can then be recovered."""
         self._closing.set()
         self._thread.join()
         with self._lock:
@@ -142,7 +142,7 @@ class BagWriter:
                     self._close_file()
                 write_metadata(self.folder, self._files, self._topics)
             except Exception as error:
-                # A full disk: what is still buffered is lost, the rest can be recovered.
+                # On a full disk what is still buffered is lost; the rest can be recovered.
                 with suppress(OSError):
                     self._stream.close()
                 with suppress(OSError):
@@ -151,7 +151,7 @@ class BagWriter:
 
     @contextmanager
     def _failing(self) -> Iterator[None]:
-        """Whatever goes wrong inside is the end of the bag, and raised as OSError from then on."""
+        """Turn any failure inside into an OSError that every later call raises, too."""
         if self._failure is not None:
             raise self._failure
         if self._closed:
@@ -179,7 +179,7 @@ class BagWriter:
             self._channels[topic] = self._mcap.register_channel(
                 topic, "cdr", schema, {"offered_qos_profiles": ""}
             )
-        # So that the files so far open with every tool while the drive goes on.
+        # So that every tool opens the bag during the recording.
         write_metadata(self.folder, self._files, self._topics)
 
     def _close_file(self) -> None:
@@ -191,7 +191,7 @@ class BagWriter:
         self._stream.close()
 
     def _make_room(self, size: int) -> None:
-        """Delete what the limits say, ahead of a message of ``size`` bytes."""
+        """Make room for a message of ``size`` bytes. Raises BagFullError."""
         limits = self._limits
         while (reason := self._full(size)) is not None:
             # The file being written is never deleted.
@@ -203,7 +203,7 @@ class BagWriter:
             write_metadata(self.folder, self._files, self._topics)
 
     def _full(self, size: int) -> str | None:
-        """Why a message of ``size`` bytes would be too much, None where it is not."""
+        """Return why a message of ``size`` bytes would be too much, None if it is not."""
         limits = self._limits
         if limits.quota_bytes and self.size_bytes + size + _RESERVE_BYTES > limits.quota_bytes:
             return f"the quota of {limits.quota_bytes / 1e6:.0f} MB for {self.folder} is used up"
@@ -221,4 +221,4 @@ class BagWriter:
             try:
                 self.flush()
             except OSError:
-                return  # kept in _failure: the next write tells it
+                return  # kept in _failure: the next write raises it

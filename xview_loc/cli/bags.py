@@ -1,4 +1,4 @@
-"""``xview-loc bag`` and ``xview-loc pairs``: recover recordings, make pairs of them, look at them."""
+"""``xview-loc bag`` and ``xview-loc pairs``: recover recordings, make pairs from them, inspect pairs."""
 
 from __future__ import annotations
 
@@ -13,11 +13,19 @@ from typer.core import TyperGroup
 from xview_loc.cli.console import UsageError, console
 from xview_loc.cli.maps import Headers, KeyEnv, map_options
 
-bag_app = typer.Typer(no_args_is_help=True, help="Recordings.")
+bag_app = typer.Typer(no_args_is_help=True, help="Recover recordings.")
+
+
+_Topic = Annotated[
+    str,
+    typer.Option(
+        help="Topic; default: the one named after the option (/image), else the only one of its type."
+    ),
+]
 
 
 class _ImportUnlessNamed(TyperGroup):
-    """``pairs BAG...`` imports; ``pairs info DIR`` shows."""
+    """``pairs BAG...`` imports; ``pairs info DIR`` prints."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args and args[0] not in self.commands:
@@ -26,22 +34,24 @@ class _ImportUnlessNamed(TyperGroup):
 
 
 pairs_app = typer.Typer(
-    cls=_ImportUnlessNamed, no_args_is_help=True, help="Target-area pairs: make them (BAG...), look at them."
+    cls=_ImportUnlessNamed,
+    no_args_is_help=True,
+    help="Make pairs from recordings (BAG...), and inspect them.",
 )
 
 
 def _beside(bag: Path, ending: str) -> Path:
-    """A name beside a bag; ``.`` has none of its own."""
+    """Return the bag's path with an ending; ``.`` is resolved, as it has no name."""
     whole = bag.resolve()
     return whole.with_name(whole.name + ending)
 
 
 @bag_app.command()
 def recover(
-    bag: Annotated[Path, typer.Argument(help="Directory of a bag that was not closed, or is damaged.")],
+    bag: Annotated[Path, typer.Argument(help="Directory of a bag that was not closed or is damaged.")],
     out: Annotated[Path | None, typer.Option(help="New bag; default: BAG_recovered beside it.")] = None,
 ) -> None:
-    """Copy what is intact of a bag into a new, complete one. The original is only read."""
+    """Copy the intact messages of a bag into a new, complete one. The original is not changed."""
     from xview_loc.bags.recovery import recover_bag
 
     target = out or _beside(bag, "_recovered")
@@ -49,7 +59,7 @@ def recover(
     for name, damage in report.damage.items():
         parts = [f"{damage.chunks_skipped} damaged chunks skipped"] if damage.chunks_skipped else []
         if damage.undescribed:
-            parts.append(f"{damage.undescribed} messages whose topic is described nowhere")
+            parts.append(f"{damage.undescribed} messages of unknown topics")
         parts += [f"ends early ({damage.ended_early})"] if damage.ended_early else []
         console.print(f"{name}: {', '.join(parts)}", soft_wrap=True)
     console.print(f"{report.messages} messages recovered into {target}", soft_wrap=True)
@@ -58,23 +68,21 @@ def recover(
 @pairs_app.command("import")
 def import_(
     bags: Annotated[list[Path], typer.Argument(help="Recordings: rosbag2 directories, ROS 1 .bag files.")],
-    out: Annotated[Path, typer.Option(help="Folder in which each gets a bag of pairs of its own.")],
-    map_: Annotated[str, typer.Option("--map", help="Aerial map; without it pairs get no tiles.")] = "",
-    image: Annotated[
-        str, typer.Option(help="Topic; default: /image (/fix and so on), else the only one of its type.")
-    ] = "",
-    fix: Annotated[str, typer.Option(help="Topic.")] = "",
-    heading: Annotated[str, typer.Option(help="Topic; 'none' for pairs without a heading.")] = "",
-    camera_info: Annotated[str, typer.Option(help="Topic.")] = "",
-    odom: Annotated[str, typer.Option(help="Topic.")] = "",
-    distance: Annotated[float, typer.Option(min=0.0, help="Metres between pairs.")] = 2.0,
+    out: Annotated[Path, typer.Option(help="Folder for the bags of pairs, one per recording.")],
+    map_: Annotated[str, typer.Option("--map", help="Aerial map; default: pairs without tiles.")] = "",
+    image: _Topic = "",
+    fix: _Topic = "",
+    heading: Annotated[str, typer.Option(help="As --image; none: pairs without a heading.")] = "",
+    camera_info: _Topic = "",
+    odom: _Topic = "",
+    distance: Annotated[float, typer.Option(min=0.0, help="Distance between pairs, metres.")] = 2.0,
     size: Annotated[int, typer.Option(min=16, help="Side of the aerial tiles, pixels.")] = 512,
-    gsd: Annotated[float, typer.Option(min=0.01, help="Their ground sample distance, m/px.")] = 0.14,
-    declination: Annotated[float, typer.Option(help="Of a magnetic heading, degrees east.")] = 0.0,
+    gsd: Annotated[float, typer.Option(min=0.01, help="Ground sample distance of the tiles, m/px.")] = 0.14,
+    declination: Annotated[float, typer.Option(help="Magnetic declination, degrees east.")] = 0.0,
     header: Headers = None,
     api_key_env: KeyEnv = "",
 ) -> None:
-    """Make pairs of recordings, or give pairs without tiles theirs. What is done already is skipped."""
+    """Make pairs from recordings, or add missing tiles to pairs. Recordings already imported are skipped."""
     from xview_loc.bags.recovery import BagError
     from xview_loc.maps import open_map
     from xview_loc.recordings.importer import ImportOptions, import_bag
@@ -108,15 +116,17 @@ def import_(
                         lambda share, bar=bar: bars.update(bar, completed=share),  # type: ignore[misc]
                     )
                 except BagError as error:
-                    # The others are imported all the same.
+                    # The other recordings are imported all the same.
                     failures.append(error)
                     bars.console.print(f"xview-loc: {error}", markup=False, soft_wrap=True)
                     continue
                 bars.update(bar, completed=1.0)
                 if result is None:
-                    bars.console.print(f"{out / name}: done already", soft_wrap=True)
+                    bars.console.print(f"{out / name}: already imported", soft_wrap=True)
                     continue
                 without = f", {result.without_tile} of them without a tile" if result.without_tile else ""
+                if result.failed_tiles:
+                    without += f" ({result.failed_tiles} could not be read: {result.tile_failure})"
                 bars.console.print(f"{out / name}: {result.pairs} pairs{without}", soft_wrap=True)
                 for reason, count in sorted(result.dropped.items()):
                     bars.console.print(f"  dropped: {count} {reason}", soft_wrap=True)
@@ -130,9 +140,11 @@ def import_(
 @pairs_app.command()
 def info(
     bag: Annotated[Path, typer.Argument(help="Bag of pairs.")],
-    picture: Annotated[Path | None, typer.Option(help="Default: BAG_pairs.png beside it.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="File for the drawing; default: BAG_pairs.png beside it.")
+    ] = None,
 ) -> None:
-    """Print what a bag of pairs holds, and draw where the pairs are."""
+    """Print a summary of a bag of pairs, and draw the pairs' positions."""
     from xview_loc.recordings.pairs import PairBag
     from xview_loc.recordings.statistics import draw_places, pair_statistics
 
@@ -143,7 +155,7 @@ def info(
     console.print(f"track        {facts.length_m:.0f} m in {facts.seconds:.0f} s")
     box = f"{facts.south:.6f},{facts.west:.6f},{facts.north:.6f},{facts.east:.6f}"
     console.print(f"area         {box} (south,west,north,east)")
-    console.print(f"fix sigma    {facts.fix_sigma_m:.1f} m (median, as the receiver claims)")
+    console.print(f"fix sigma    {facts.fix_sigma_m:.1f} m (median of the receiver's claims)")
     console.print(f"vehicle      {session.get('vehicle') or 'not named'}")
     console.print(f"licence      {session.get('licence') or 'none given'}", soft_wrap=True)
     path = picture or _beside(bag, "_pairs.png")

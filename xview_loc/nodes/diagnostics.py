@@ -1,4 +1,4 @@
-"""What a node says about itself on /diagnostics: counts, conditions and how the last frame went."""
+"""A node's status on /diagnostics: counts, conditions and the outcome of the last frame."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ OK, WARN, ERROR = DiagnosticStatus.OK, DiagnosticStatus.WARN, DiagnosticStatus.E
 
 
 class Health:
-    """Thread-safe account of what a node received, accepted and refused.
+    """Counts, conditions and frames of a node. Thread-safe.
 
-    A *condition* holds until cleared (or for a while); a *frame* was accepted or rejected for a reason. The
-    status is the worst of all conditions and of what happened to the frames since the last report.
+    A *condition* holds until it is cleared or its time is over; a *frame* is accepted, or rejected for a
+    reason. The status is the worst of all conditions and of the frames since the last report.
     """
 
-    def __init__(self, doing: str) -> None:
-        """``doing`` is what the status says where nothing is wrong."""
-        self._doing = doing
+    def __init__(self, ok_message: str) -> None:
+        """``ok_message``: the status' message while nothing is wrong."""
+        self._ok_message = ok_message
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
         self._values: dict[str, str] = {}
@@ -42,7 +42,7 @@ class Health:
             self._values[key] = str(value)
 
     def condition(self, key: str, level: bytes, message: str, for_s: float = float("inf")) -> bool:
-        """A condition holds, until cleared or for ``for_s`` seconds; True where it is new or changed."""
+        """Set a condition, for ``for_s`` seconds; return True if it is new or its message changed."""
         with self._lock:
             old = self._conditions.get(key)
             self._conditions[key] = (level, message, time.monotonic() + for_s)
@@ -51,25 +51,25 @@ class Health:
             return old is None or old[1] != message
 
     def clear(self, key: str) -> None:
-        """A condition holds no more."""
+        """Clear a condition."""
         with self._lock:
             self._conditions.pop(key, None)
 
     def forget(self, prefix: str) -> None:
-        """Drop the key values and conditions whose keys begin with ``prefix``."""
+        """Clear the key values and conditions whose keys begin with ``prefix``."""
         with self._lock:
             self._values = {k: v for k, v in self._values.items() if not k.startswith(prefix)}
             self._conditions = {k: c for k, c in self._conditions.items() if not k.startswith(prefix)}
 
     def accepted(self) -> None:
-        """A frame led to what the node is for."""
+        """Record that a frame was processed."""
         with self._lock:
             self._counts["frames_accepted"] += 1
             self._accepted_since += 1
             self._last_rejection = None
 
     def rejected(self, reason: str, message: str) -> bool:
-        """A frame led to nothing; True where the frame before it was not rejected for the same reason."""
+        """Record that a frame was rejected; return True unless the one before was for the same reason."""
         with self._lock:
             self._counts[f"frames_rejected/{reason}"] += 1
             self._rejections[reason] = message
@@ -79,12 +79,12 @@ class Health:
             return new
 
     def report(self, name: str) -> DiagnosticStatus:
-        """The status since the last report."""
+        """Return the status since the last report."""
         with self._lock:
             now = time.monotonic()
             self._conditions = {k: c for k, c in self._conditions.items() if c[2] > now}
             problems = [(level, f"{key}: {text}") for key, (level, text, _) in self._conditions.items()]
-            # While frames are accepted between rejected ones, the node still does its job.
+            # A node that accepts frames between rejected ones is not broken.
             level = WARN if self._last_rejection is None else ERROR
             problems += [
                 (level, f"frames rejected: {reason}: {text}") for reason, text in self._rejections.items()
@@ -93,7 +93,7 @@ class Health:
             problems.sort(key=lambda problem: problem[0], reverse=True)
             status = DiagnosticStatus(name=name, hardware_id="xview_loc")
             status.level = problems[0][0] if problems else OK
-            status.message = "; ".join(text for _, text in problems) or self._doing
+            status.message = "; ".join(text for _, text in problems) or self._ok_message
             values = {
                 **self._values,
                 "rate_hz": f"{rate:.2f}",
@@ -102,6 +102,6 @@ class Health:
             }
             status.values = [KeyValue(key=key, value=value) for key, value in values.items()]
             self._accepted_since, self._reported_at = 0, now
-            # What the last frame was rejected for stays until a frame is accepted.
+            # The last frame's rejection is reported until a frame is accepted.
             self._rejections = {k: v for k, v in self._rejections.items() if k == self._last_rejection}
             return status

@@ -287,7 +287,7 @@ class PairLoggerNode(VehicleNode):
             self._refuse("odom", error)
             return
         self._health.clear("odom")
-        self._wheels.saw(stamp, math.hypot(velocity.x, velocity.y))
+        self._wheels.add(stamp, math.hypot(velocity.x, velocity.y))
         # Odometry from before the first image is of no use.
         if self._writer is None or not self._pairing.last_frame_ns:
             return

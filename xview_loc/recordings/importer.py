@@ -365,7 +365,7 @@ class _Importer:
         elif name == "odom":
             stamp = valid_stamp_ns(message)
             velocity = message.twist.twist.linear
-            self._wheels.saw(stamp, math.hypot(velocity.x, velocity.y))
+            self._wheels.add(stamp, math.hypot(velocity.x, velocity.y))
             cdr = data if self._reader.is2 else serialize(TYPES["odom"][0], message)
             self._writer.add_odometry(stamp, cdr)
         else:

@@ -1,7 +1,7 @@
-"""Target-area pairs: a ground image, what was known when it was taken, and the aerial tile around it.
+"""Target-area pairs: a ground image, the vehicle's state when it was taken, and the aerial tile around it.
 
-A bag of pairs is a rosbag2 directory of standard messages (docs/pair_format.md); this module is the one place
-that knows which topic means what.
+A bag of pairs is a rosbag2 directory of standard messages (docs/pair_format.md). Only this module knows the
+meaning of its topics.
 """
 
 from __future__ import annotations
@@ -75,10 +75,10 @@ _UNKNOWN = -1.0  # sensor_msgs/Imu: this quantity is not measured
 class Pair:
     """One target-area pair without ground truth.
 
-    image_format, image_bytes: as ``sensor_msgs/CompressedImage`` has them. lat, lon: the coarse fix in
-    degrees, with its 2x2 or 3x3 ENU covariance in m^2 (None if unknown). heading: true-north ENU yaw of the
-    vehicle, radians, None if unknown. camera: None where no calibration was received. tile_id: names the
-    pair's aerial tile, "" where it has none.
+    image_format, image_bytes: as in ``sensor_msgs/CompressedImage``. lat, lon: the coarse fix in degrees,
+    with its 2x2 or 3x3 ENU covariance in m^2 (None if unknown). heading: true-north ENU yaw of the vehicle,
+    radians, None if unknown. camera: None if no calibration was received. tile_id: key of the aerial tile, ""
+    without one.
     """
 
     stamp_ns: int
@@ -103,7 +103,7 @@ class Pair:
         heading: HeadingSample | None,
         camera: CameraModel | None,
     ) -> Pair:
-        """From a vehicle's inputs at the image's stamp."""
+        """Make a pair of a vehicle's inputs at the image's stamp."""
         return cls(
             stamp_ns=stamp_ns,
             image_format=image_format,
@@ -118,12 +118,12 @@ class Pair:
         )
 
     def image(self) -> Image:
-        """The ground image, RGB. Raises ImageError where its bytes are damaged."""
+        """Decode the ground image to RGB. Raises ImageError if it is damaged."""
         return decode_compressed(self.image_bytes)
 
 
 def encode_tile(tile: AerialTile) -> bytes:
-    """PNG bytes of a tile, with an alpha channel where only a part of it has imagery."""
+    """Encode a tile as PNG, with an alpha channel if only a part of it has imagery."""
     image = cv2.cvtColor(tile.image, cv2.COLOR_RGB2BGR)
     if tile.valid is not None and not tile.valid.all():
         image = np.dstack([image, np.where(tile.valid, 255, 0).astype(np.uint8)])
@@ -152,7 +152,7 @@ class PairWriter:
     """Writes a new bag of pairs; any thread may call it. Errors are :class:`BagWriter`'s."""
 
     def __init__(self, folder: Path, session: Mapping[str, Any], limits: BagLimits | None = None) -> None:
-        """``session`` is what is known of the recording: vehicle, map, licence ...; JSON values."""
+        """``session``: facts about the recording (vehicle, map, licence ...), JSON values."""
         self._bag = BagWriter(folder, TOPICS, limits)
         self._session = {
             "format": _FORMAT,
@@ -168,20 +168,20 @@ class PairWriter:
 
     @property
     def bag(self) -> BagWriter:
-        """The bag that is written."""
+        """The bag being written."""
         return self._bag
 
     def add(self, pair: Pair, tile: AerialTile | None, raw_image: bytes | None = None) -> None:
         """Write a pair and, the first time in each file, its tile.
 
-        ``raw_image``: the CDR bytes of the image's message where it came as a CompressedImage; they are
-        written as they are.
+        ``raw_image``: CDR bytes of the image's CompressedImage, written unchanged; default: made from the
+        pair's image.
         """
         stamp = pair.stamp_ns
         head = header(stamp, "")
         with self._lock:
             if stamp <= self._last_stamp:
-                # Time started again. A pair is found by its stamp: within a file it must be the only one.
+                # Time started again, and a pair's stamp must be unique within a file.
                 self._bag.split()
             self._begin(stamp)
             tile_stamp, tile_id = 0, ""
@@ -192,9 +192,9 @@ class PairWriter:
             self._write(HEADING, stamp, _imu(head, pair.heading, pair.heading_std))
             if pair.camera is not None:
                 self._write(CAMERA, stamp, _camera_info(head, pair.camera))
-            # The tile's message has the stamp of the first pair in the file that stands on it.
+            # The tile was written with the stamp of the first pair in the file that uses it.
             self._write(TILE, stamp, header(tile_stamp, tile_id))
-            # Last: a pair counts where its image is there.
+            # Last: a pair is complete if it has an image.
             if raw_image is None:
                 data = np.frombuffer(pair.image_bytes, np.uint8)
                 image = message(TOPICS[IMAGE], header=head, format=pair.image_format, data=data)
@@ -204,13 +204,13 @@ class PairWriter:
             self.pairs += 1
 
     def add_odometry(self, stamp: int, data: bytes) -> None:
-        """Write the CDR bytes of a ``nav_msgs/Odometry`` as they came."""
+        """Write the CDR bytes of a ``nav_msgs/Odometry`` unchanged."""
         with self._lock:
             self._begin(stamp)
             self._bag.write(ODOMETRY, stamp, data, may_split=False)
 
     def split(self) -> None:
-        """Go on in a new file."""
+        """Begin a new file."""
         with self._lock:
             self._bag.split()
 
@@ -220,9 +220,9 @@ class PairWriter:
             self._bag.close()
 
     def _begin(self, stamp: int) -> None:
-        """Split where it is due: here, so that no pair is torn apart.
+        """Split if it is due, which here tears no pair apart.
 
-        Each file of the bag stands for itself: it says what it is, and has the tiles of its pairs.
+        Each file of the bag can be read alone: it has the session and the tiles of its pairs.
         """
         self._bag.split_if_due()
         if self._bag.current_file != self._file:
@@ -304,10 +304,10 @@ def _camera_info(head: Any, camera: CameraModel) -> Any:
 
 
 class PairBag:
-    """A bag of pairs, read at random: ``bag[i]`` is the i-th pair by its stamp, whatever the bag's size.
+    """Random access to a bag of pairs: ``bag[i]`` is the i-th pair by stamp.
 
-    Only the index is held in memory. Not for use by several threads; a copy in another process (a data
-    loader's worker) opens files of its own. Raises BagError where the bag cannot be read.
+    Only the index is held in memory. Not thread-safe; a copy in another process (a data loader's worker)
+    opens its own files. Raises BagError if the bag cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -324,7 +324,7 @@ class PairBag:
         return len(self._index)
 
     def __getitem__(self, index: int) -> Pair:
-        """Raises IndexError, and BagError where the pair is damaged."""
+        """Raises IndexError, and BagError if the pair is damaged."""
         stamp, number = self._index[index]
         try:
             found = {
@@ -336,16 +336,16 @@ class PairBag:
             raise BagError(f"pair {index} of {self.folder} is damaged: {reason(error)}") from None
 
     def tile(self, index: int) -> AerialTile | None:
-        """The aerial tile of a pair, None where it was stored without one. Raises as ``bag[index]``."""
+        """Return the aerial tile of a pair, None if it was stored without one. Raises as ``bag[index]``."""
         stamp, number = self._index[index]
         try:
             reference = deserialize(TOPICS[TILE], self._one(number, stamp, TILE))
             if not reference.frame_id:
                 return None
-            at = stamp_ns(reference)
+            tile_stamp = stamp_ns(reference)
             image = georeference = None
-            # Two tiles may have been stored with the same stamp's pair.
-            for topic, data in self._messages(number, at, (TILE_IMAGE, TILE_GEOREFERENCE)):
+            # A stamp may have two tiles.
+            for topic, data in self._messages(number, tile_stamp, (TILE_IMAGE, TILE_GEOREFERENCE)):
                 value = deserialize(TOPICS[topic], data)
                 if topic == TILE_IMAGE and value.header.frame_id == reference.frame_id:
                     image = bytes(value.data)
@@ -359,7 +359,7 @@ class PairBag:
             raise BagError(f"pair {index} of {self.folder} has no usable tile: {reason(error)}") from None
 
     def session(self) -> dict[str, Any]:
-        """What the bag says about its recording."""
+        """Return the facts about the recording. Raises BagError without them."""
         for number in range(len(self._paths)):
             for _, _, found in self._reader(number).iter_messages(topics=[SESSION]):
                 content: dict[str, Any] = json.loads(deserialize(TOPICS[SESSION], found.data).data)
@@ -367,7 +367,7 @@ class PairBag:
         raise BagError(f"{self.folder} is not a bag of pairs: it has no {SESSION}")
 
     def raw_image(self, index: int) -> bytes:
-        """The CDR bytes of a pair's image message. Raises as ``bag[index]``."""
+        """Return the CDR bytes of a pair's image message. Raises as ``bag[index]``."""
         stamp, number = self._index[index]
         try:
             return self._one(number, stamp, IMAGE)
@@ -375,9 +375,9 @@ class PairBag:
             raise BagError(f"pair {index} of {self.folder} is damaged: {reason(error)}") from None
 
     def odometry(self) -> Iterator[tuple[int, bytes]]:
-        """(stamp in nanoseconds, CDR bytes of a ``nav_msgs/Odometry``) along the drive.
+        """Yield (stamp in nanoseconds, CDR bytes of a ``nav_msgs/Odometry``) along the drive.
 
-        Raises BagError where the bag is damaged.
+        Raises BagError if the bag is damaged.
         """
         for number, path in enumerate(self._paths):
             try:
@@ -389,9 +389,9 @@ class PairBag:
                 raise BagError(f"the odometry in {path} is damaged: {reason(error)}") from None
 
     def poses(self) -> list[tuple[int, float, float, float | None]]:
-        """(stamp in nanoseconds, lat, lon in degrees, heading in radians or None) of every pair, in order.
+        """Return every pair's stamp (ns), lat, lon (degrees) and heading (radians or None), in order.
 
-        Each file is read once from end to end. Raises BagError where the bag is damaged.
+        Reads each file once from end to end. Raises BagError if the bag is damaged.
         """
         fixes: dict[tuple[int, int], Any] = {}
         headings: dict[tuple[int, int], Any] = {}
@@ -413,7 +413,7 @@ class PairBag:
             raise BagError(f"{self.folder} is damaged: a pair has no fix or heading") from None
 
     def digest(self) -> str:
-        """Names what is in the bag, wherever it lies: its pairs' stamps and its files' sizes."""
+        """Return a digest of the pairs' stamps and the files' sizes, the same wherever the bag lies."""
         sizes = [path.stat().st_size for path in self._paths]
         return hashlib.sha256(repr((self._index, sizes)).encode()).hexdigest()
 
@@ -422,7 +422,7 @@ class PairBag:
 
     def _reader(self, number: int) -> McapReader:
         if self._process != os.getpid():
-            # After a fork, the parent's open files share their position with ours.
+            # After a fork, the parent's open files share their position with these.
             self._open, self._process = {}, os.getpid()
         if number not in self._open:
             path = self._paths[number]
@@ -440,7 +440,7 @@ class PairBag:
         return self._open[number][1]
 
     def _stamps(self, number: int) -> Iterator[int]:
-        """Stamps of a file's images, from its index alone."""
+        """Yield the stamps of a file's images, reading only its index."""
         reader = self._reader(number)
         summary = reader.get_summary()
         assert summary is not None

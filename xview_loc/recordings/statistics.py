@@ -1,4 +1,4 @@
-"""What a bag of pairs holds, in figures and as a picture."""
+"""Summarises a bag of pairs in figures and a picture."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from xview_loc.recordings.pairs import PairBag
 
 @dataclass(frozen=True)
 class PairStatistics:
-    """What a bag of pairs holds; metres, seconds, degrees.
+    """Figures of a bag of pairs; metres, seconds, degrees.
 
-    fix_sigma_m: median standard deviation that the fixes claim (larger axis), not-a-number without one.
+    fix_sigma_m: median of the fixes' standard deviation along the larger axis, NaN without one.
     """
 
     pairs: int
@@ -35,7 +35,7 @@ class PairStatistics:
 
 
 def pair_statistics(bag: PairBag) -> PairStatistics:
-    """Read through a bag of pairs. Raises BagError where it holds none that can be read."""
+    """Summarise a bag of pairs. Raises BagError if no pair can be read."""
     places: list[tuple[float, float]] = []
     stamps: list[int] = []
     sigmas: list[float] = []
@@ -76,7 +76,7 @@ def pair_statistics(bag: PairBag) -> PairStatistics:
 
 
 def draw_places(bag: PairBag, statistics: PairStatistics) -> Figure:
-    """Where the pairs are, in metres about their middle, over the tiles that were stored with them."""
+    """Draw the pairs' positions, in metres about their middle, over their tiles."""
     middle = LocalProjection(
         (statistics.south + statistics.north) / 2, (statistics.west + statistics.east) / 2
     )

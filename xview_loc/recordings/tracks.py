@@ -1,4 +1,4 @@
-"""Reads where a track goes, from GPX files, ROS bags and tables."""
+"""Reads tracks from GPX files, CSV files and ROS bags."""
 
 from __future__ import annotations
 
@@ -15,20 +15,19 @@ import numpy as np
 from numpy.typing import NDArray
 from rosbags.highlevel import AnyReader, AnyReaderError
 
+from xview_loc.bags.ros_types import STORE, stamp_ns
 from xview_loc.errors import UserError, reason
 
 FIX_TYPE = "sensor_msgs/msg/NavSatFix"
-
-
 T = TypeVar("T")
 
 
 class TrackError(UserError):
-    """The track cannot be read; the message is one clear line."""
+    """A track cannot be read; the message is one clear line."""
 
 
 def read_track(path: Path, topic: str | None = None) -> list[tuple[float, float]]:
-    """(lat, lon) in degrees along a GPX file or a ROS bag's NavSatFix topic (default: the only one).
+    """Return (lat, lon) in degrees along a GPX file or a ROS bag's NavSatFix topic (default: the only one).
 
     Raises TrackError.
     """
@@ -39,7 +38,7 @@ def read_track(path: Path, topic: str | None = None) -> list[tuple[float, float]
 
 @dataclass(frozen=True, eq=False)
 class TimedTrack:
-    """Places in the order of their stamps: stamp_ns (N,) int64; lat, lon (N,), degrees."""
+    """Positions in the order of their stamps: stamp_ns (N,) int64; lat, lon (N,), degrees."""
 
     stamp_ns: NDArray[np.int64]
     lat: NDArray[np.float64]
@@ -48,11 +47,11 @@ class TimedTrack:
     def at(
         self, stamp_ns: NDArray[np.int64], within_s: float = 2.0
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """(lat, lon), each (M,), at other stamps, linear between the places around them.
+        """Interpolate (lat, lon), each (M,), linearly at other stamps (M,).
 
-        Not-a-number before the first place, after the last, and in gaps of more than ``within_s`` seconds.
+        NaN before the first position, after the last, and in gaps of more than ``within_s`` seconds.
         """
-        # Counted from the first place: a float holds nanoseconds since 1970 to a quarter of a microsecond.
+        # From the first stamp: a float holds nanoseconds since 1970 only to a quarter of a microsecond.
         known, asked = (x - self.stamp_ns[0] for x in (self.stamp_ns, stamp_ns))
         after = np.clip(np.searchsorted(known, asked), 1, max(1, len(known) - 1))
         gap = known[np.minimum(after, len(known) - 1)] - known[after - 1]
@@ -63,10 +62,9 @@ class TimedTrack:
 
 
 def read_timed_track(path: Path, topic: str | None = None) -> TimedTrack:
-    """Stamped places of a CSV file (header ``stamp,lat,lon``: seconds, degrees) or of a ROS bag's NavSatFix
-    topic (default: the only one).
+    """Read stamped positions from a CSV file or a ROS bag's NavSatFix topic (default: the only one).
 
-    Raises TrackError.
+    The CSV file has the header ``stamp,lat,lon``: seconds, degrees. Raises TrackError.
     """
     rows = _some(path, _read_csv if path.suffix.lower() == ".csv" else partial(_read_bag, topic=topic))
     stamps, lat, lon = zip(*sorted(rows), strict=True)
@@ -74,7 +72,7 @@ def read_timed_track(path: Path, topic: str | None = None) -> TimedTrack:
 
 
 def _some(path: Path, read: Callable[[Path], list[T]]) -> list[T]:
-    """What a file holds, at least one entry."""
+    """Return a file's entries, at least one."""
     if not path.exists():
         raise TrackError(f"cannot read {path}: no such file")
     entries = read(path)
@@ -88,7 +86,7 @@ def _read_csv(path: Path) -> list[tuple[int, float, float]]:
     try:
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
-                # Whole seconds apart: a float does not hold nanoseconds since 1970.
+                # Not as a float, which does not hold nanoseconds since 1970.
                 seconds, _, part = row["stamp"].strip().partition(".")
                 stamp = int(seconds) * 1_000_000_000 + int((part + "0" * 9)[:9])
                 lat, lon = float(row["lat"]), float(row["lon"])
@@ -97,7 +95,7 @@ def _read_csv(path: Path) -> list[tuple[int, float, float]]:
                 rows.append((stamp, lat, lon))
     except KeyError as error:
         raise TrackError(
-            f"cannot read {path}: it has no column {error}, only stamp,lat,lon will do"
+            f"cannot read {path}: it has no column {error}: name the columns stamp, lat and lon"
         ) from None
     except (TypeError, ValueError, AttributeError):
         raise TrackError(f"cannot read {path}: row {len(rows) + 1} has no valid stamp, lat and lon") from None
@@ -125,7 +123,8 @@ def _read_gpx(path: Path) -> list[tuple[float, float]]:
 
 def _read_bag(path: Path, topic: str | None) -> list[tuple[int, float, float]]:
     try:
-        with AnyReader([path]) as reader:
+        # Bags of ROS 2 Humble and earlier hold no message definitions.
+        with AnyReader([path], default_typestore=STORE) as reader:
             fixes = [c for c in reader.connections if c.msgtype == FIX_TYPE and topic in (None, c.topic)]
             topics = sorted({connection.topic for connection in fixes})
             if not topics:
@@ -136,8 +135,7 @@ def _read_bag(path: Path, topic: str | None) -> list[tuple[int, float, float]]:
             for connection, _, raw in reader.messages(connections=fixes):
                 fix: Any = reader.deserialize(raw, connection.msgtype)
                 if fix.status.status >= 0 and _plausible(fix.latitude, fix.longitude):
-                    stamp = fix.header.stamp.sec * 1_000_000_000 + fix.header.stamp.nanosec
-                    points.append((stamp, float(fix.latitude), float(fix.longitude)))
+                    points.append((stamp_ns(fix.header), float(fix.latitude), float(fix.longitude)))
             return points
     except TrackError:
         raise

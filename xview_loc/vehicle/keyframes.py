@@ -1,4 +1,4 @@
-"""Which images of a drive are worth keeping."""
+"""Picks the images of a drive that are worth keeping."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from dataclasses import dataclass
 
 from xview_loc.geodesy import LocalProjection, wrap_angle
 
-# Slower than this by its odometry, a vehicle stands.
+# Speed below which a vehicle counts as standing, m/s.
 STANDING_SPEED = 0.3
-# Without odometry, a fix that moved less than this may be noise.
+# Motion of a fix that may be noise, metres; decides without odometry.
 STANDING_M = 1.0
-# A speed further from an image says nothing about it.
+# How far from an image a speed may have been measured.
 SPEED_AGE_NS = 1_000_000_000
 
 
 @dataclass(frozen=True)
 class KeyframeRule:
-    """A keyframe is due after any of these since the last one, while the vehicle moves; 0 switches one off.
+    """When a keyframe is due: after any of these since the last one, while the vehicle moves; 0 disables one.
 
-    distance_m: metres driven. interval_s: seconds. turn: change of heading in radians.
+    distance_m: metres driven. interval_s: seconds. turn: change of heading, radians.
     """
 
     distance_m: float = 2.0
@@ -35,28 +35,28 @@ class _Keyframe:
 
 
 class WheelSpeed:
-    """The latest speed of the wheels, for as long as it says anything."""
+    """The latest speed of the wheels."""
 
     def __init__(self) -> None:
-        self._seen: tuple[int, float] | None = None
+        self._latest: tuple[int, float] | None = None
 
-    def saw(self, stamp_ns: int, speed: float) -> None:
-        """Odometry was received; ``speed`` in m/s, left out where it is not finite."""
+    def add(self, stamp_ns: int, speed: float) -> None:
+        """Keep a speed in m/s; one that is not finite is ignored."""
         if math.isfinite(speed):
-            self._seen = (stamp_ns, speed)
+            self._latest = (stamp_ns, speed)
 
     def at(self, stamp_ns: int) -> float | None:
-        """The speed in m/s at a stamp, None where none was seen near it."""
-        if self._seen is None or abs(stamp_ns - self._seen[0]) > SPEED_AGE_NS:
+        """Return the speed in m/s at a stamp, None if none was measured near it."""
+        if self._latest is None or abs(stamp_ns - self._latest[0]) > SPEED_AGE_NS:
             return None
-        return self._seen[1]
+        return self._latest[1]
 
 
 class Keyframes:
-    """Picks keyframes out of frames shown in the order of their stamps.
+    """Picks keyframes from frames in the order of their stamps.
 
-    Distance and standing come from the wheels' speed where it is known: GNSS fixes of a vehicle that stands
-    wander by more than the distance between keyframes. Without it they come from the fixes.
+    Distance and standstill come from the wheels' speed if it is known, as the fixes of a standing vehicle
+    wander by more than the distance between keyframes; else from the fixes.
     """
 
     def __init__(self, rule: KeyframeRule) -> None:
@@ -68,9 +68,9 @@ class Keyframes:
     def wants(
         self, stamp_ns: int, lat: float, lon: float, yaw: float | None = None, speed: float | None = None
     ) -> bool:
-        """Whether this frame is a keyframe, which it then counts as.
+        """Return True if this frame is a keyframe; the next one is measured from it.
 
-        lat, lon: degrees; yaw: radians, None if unknown; speed: of the wheels in m/s, None if unknown.
+        lat, lon: degrees. yaw: radians, None if unknown. speed: of the wheels, m/s, None if unknown.
         """
         if self._seen_ns is not None and speed is not None:
             self._driven += abs(speed) * (stamp_ns - self._seen_ns) / 1e9

@@ -1,4 +1,4 @@
-"""What vehicles publish -> core types, gated. Takes rclpy's messages and those of bags; needs no ROS."""
+"""Converts and checks a vehicle's messages, those of rclpy and those read from bags. Free of ROS."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from xview_loc.images import decode_compressed, decode_image
 from xview_loc.vehicle.odometry import VelocitySample
 from xview_loc.vehicle.synchronisation import TOP_SPEED, GnssFix, HeadingSample, RejectedInput
 
-# A direction nothing is known about: the variance of the uniform distribution on the circle.
+# Standard deviation of an unknown direction: that of the uniform distribution on the circle.
 _UNIFORM_STD = math.pi / math.sqrt(3.0)
 _LEAST_FIX_VARIANCE = 0.01**2
 _COVARIANCE_UNKNOWN = 0  # sensor_msgs/NavSatFix.COVARIANCE_TYPE_UNKNOWN
@@ -28,10 +28,10 @@ def valid_stamp_ns(message: Any) -> int:
 
 
 def cdr_stamp_ns(data: bytes) -> int:
-    """The stamp of a serialized message that begins with a header; RejectedInput where it was never set."""
+    """Return the stamp of a serialized message that begins with a header. Raises RejectedInput if unset."""
     if len(data) < 12:
         raise RejectedInput("too_short", "the message is too short to hold a stamp")
-    # Byte 1 of the encapsulation says in which order the others come.
+    # Byte 1 of the encapsulation gives the byte order.
     seconds, nanoseconds = struct.unpack_from("<iI" if data[1] & 1 else ">iI", data, 4)
     ns = int(seconds) * 1_000_000_000 + int(nanoseconds)
     return _checked_stamp(ns)
@@ -45,14 +45,14 @@ def _checked_stamp(ns: int) -> int:
 
 
 def rgb_from_image(message: Any) -> NDArray[np.uint8]:
-    """Decode an Image or a CompressedImage to RGB; raises the camera module's ValueErrors."""
+    """Decode an Image or a CompressedImage to RGB. Raises ImageError."""
     if hasattr(message, "format"):
         return decode_compressed(bytes(message.data))
     return decode_image(message.encoding, message.height, message.width, message.step, message.data)
 
 
 def camera_from_info(message: Any) -> CameraModel:
-    """The camera's intrinsics; RejectedInput where they are not calibrated or not finite."""
+    """Return the camera's intrinsics. Raises RejectedInput if they are not calibrated or not finite."""
     try:
         return CameraModel(
             width=int(message.width),
@@ -66,9 +66,10 @@ def camera_from_info(message: Any) -> CameraModel:
 
 
 def fix_from_navsat(message: Any, min_status: int, max_sigma_m: float) -> GnssFix:
-    """The fix, gated: RejectedInput on no fix, a status below ``min_status``, NaN, or a sigma too large.
+    """Return the fix. Raises RejectedInput if its status, position or covariance cannot be used.
 
-    ``max_sigma_m`` limits the horizontal standard deviation (the larger axis); 0 does not limit it.
+    min_status: lowest usable NavSatStatus. max_sigma_m: largest horizontal standard deviation along the
+    larger axis, metres; 0: no limit.
     """
     if message.status.status < min_status:
         raise RejectedInput("fix_status", f"fix status {message.status.status} is below {min_status}")
@@ -91,7 +92,7 @@ def fix_from_navsat(message: Any, min_status: int, max_sigma_m: float) -> GnssFi
         if not horizontal.any():
             covariance = None
         else:
-            # No receiver is surer than a centimetre, in any direction.
+            # No receiver is more accurate than a centimetre, in any direction.
             horizontal += max(0.0, _LEAST_FIX_VARIANCE - least) * np.eye(2)
             sigma = math.sqrt(largest)
             if 0 < max_sigma_m < sigma:
@@ -101,16 +102,16 @@ def fix_from_navsat(message: Any, min_status: int, max_sigma_m: float) -> GnssFi
 
 
 def heading_from_message(message: Any, declination: float, default_std: float) -> HeadingSample:
-    """Heading of an Imu, QuaternionStamped or PoseStamped; RejectedInput where it holds none.
+    """Return the heading of an Imu, QuaternionStamped or PoseStamped. Raises RejectedInput without one.
 
-    ``declination`` (radians, positive east) is what the source's north lies east of true north;
-    ``default_std`` (radians) holds where the message has no covariance.
+    declination: angle from true north to the source's north, radians, positive east. default_std: standard
+    deviation if the message has no covariance, radians.
     """
     std = default_std
     if hasattr(message, "orientation_covariance"):
         covariance = message.orientation_covariance
         if covariance[0] == -1.0:
-            raise RejectedInput("heading_unavailable", "the Imu says that it has no orientation")
+            raise RejectedInput("heading_unavailable", "the Imu has no orientation")
         if math.isfinite(covariance[8]) and covariance[8] > 0.0:
             std = min(math.sqrt(covariance[8]), _UNIFORM_STD)
         q = message.orientation
@@ -125,10 +126,10 @@ def heading_from_message(message: Any, declination: float, default_std: float) -
 
 
 def velocity_from_odometry(message: Any) -> VelocitySample:
-    """The twist of an Odometry (that of base_link, in its own axes).
+    """Return the twist of an Odometry: base_link's velocity in its own axes.
 
-    The pose is not looked at: it drifts, and many sources leave it out. Raises RejectedInput where a velocity
-    is no number, or more than a vehicle's.
+    The pose is ignored: it drifts, and many sources leave it out. Raises RejectedInput for a velocity that is
+    not finite or above ``TOP_SPEED``.
     """
     linear, angular = message.twist.twist.linear, message.twist.twist.angular
     sample = VelocitySample(valid_stamp_ns(message), float(linear.x), float(linear.y), float(angular.z))
@@ -141,10 +142,10 @@ def velocity_from_odometry(message: Any) -> VelocitySample:
 
 
 def yaw_of(q: Any) -> float:
-    """Yaw (radians) of a quaternion of any length but zero."""
+    """Return the yaw of a quaternion of any norm but zero, radians."""
     return math.atan2(2.0 * (q.w * q.z + q.x * q.y), q.w * q.w + q.x * q.x - q.y * q.y - q.z * q.z)
 
 
 def _field(message: Any, name: str) -> Any:
-    """A field that ROS 1 spells with a capital."""
+    """Return a field whose name ROS 1 capitalises."""
     return getattr(message, name) if hasattr(message, name) else getattr(message, name.upper())

@@ -1,7 +1,7 @@
-"""Lever arms: from the GNSS antenna to the camera, and from the camera to ``base_link``.
+"""Lever arms between the GNSS antenna, the camera and ``base_link``.
 
-A heat map gives the camera's position, a receiver the antenna's, and a published pose is ``base_link``'s.
-Offsets are in the plane, (forward, left) of base_link in metres; the vehicle is taken to be level.
+A heat map gives the camera's position, a receiver the antenna's; a published pose is base_link's. Offsets are
+(forward, left) of base_link in metres, for a level vehicle.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ Offset = tuple[float, float]
 
 @dataclass(frozen=True)
 class Mounting:
-    """Where antenna and camera are on the vehicle, and the direction the camera looks in.
+    """Positions of antenna and camera on the vehicle, and the camera's viewing direction.
 
     antenna, camera: (forward, left) of base_link, metres. camera_yaw: radians, counter-clockwise from the
-    vehicle's x axis. Headings below are true-north ENU yaws of the vehicle's x axis.
+    vehicle's x axis. Positions below are (lat, lon) in degrees, headings true-north ENU yaws of the vehicle's
+    x axis in radians.
     """
 
     antenna: Offset = (0.0, 0.0)
@@ -30,18 +31,18 @@ class Mounting:
     camera_yaw: float = 0.0
 
     def camera_from_antenna(self, lat: float, lon: float, heading: float) -> tuple[float, float]:
-        """(lat, lon) of the camera, in degrees, of the antenna's."""
+        """Camera position from the antenna's."""
         lever = (self.camera[0] - self.antenna[0], self.camera[1] - self.antenna[1])
         return moved(lat, lon, lever, heading)
 
     def base_from_camera(self, lat: float, lon: float, heading: float) -> tuple[float, float]:
-        """(lat, lon) of base_link, in degrees, of the camera's."""
+        """base_link's position from the camera's."""
         return moved(lat, lon, (-self.camera[0], -self.camera[1]), heading)
 
     def base_covariance(
         self, covariance: NDArray[np.float64], heading: float, heading_variance: float
     ) -> NDArray[np.float64]:
-        """2x2 ENU covariance (m^2) of base_link's position, of the camera's and the heading's (rad^2).
+        """2x2 ENU covariance of base_link's position, m^2, from the camera's and the heading's variance.
 
         The heading's error swings base_link around the camera, to first order along the circle.
         """
@@ -50,22 +51,22 @@ class Mounting:
         return covariance + heading_variance * np.outer(swing, swing)
 
     def looking(self, heading: float) -> float:
-        """ENU yaw of the camera's direction of view, of the vehicle's heading."""
+        """ENU yaw of the viewing direction from the vehicle's heading."""
         return wrap_angle(heading + self.camera_yaw)
 
     def heading(self, looking: float) -> float:
-        """The vehicle's heading, of the ENU yaw of the camera's direction of view."""
+        """The vehicle's heading from the ENU yaw of the viewing direction."""
         return wrap_angle(looking - self.camera_yaw)
 
 
 def in_enu(offset: Offset, heading: float) -> tuple[float, float]:
-    """(east, north) in metres of a (forward, left) offset."""
+    """Rotate a (forward, left) offset to (east, north), metres."""
     cos, sin = math.cos(heading), math.sin(heading)
     return cos * offset[0] - sin * offset[1], sin * offset[0] + cos * offset[1]
 
 
 def moved(lat: float, lon: float, offset: Offset, heading: float) -> tuple[float, float]:
-    """(lat, lon) in degrees of the place a (forward, left) offset in metres away."""
+    """Return the (lat, lon) in degrees a (forward, left) offset in metres away."""
     if offset == (0.0, 0.0):
         return lat, lon
     new_lat, new_lon = LocalProjection(lat, lon).inverse(*in_enu(offset, heading))

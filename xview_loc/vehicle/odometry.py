@@ -1,4 +1,4 @@
-"""How a vehicle moved between two instants, by the velocities that its odometry measured. No ROS in here."""
+"""Motion of a vehicle between two instants, from its odometry's velocities. Free of ROS."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import numpy as np
 
 from xview_loc.vehicle.synchronisation import NS, RESTART_NS
 
-# For so long velocities are remembered.
+# How long velocities are kept.
 _KEEP_NS = 120 * NS
 
 
 @dataclass(frozen=True)
 class VelocitySample:
-    """Of base_link, in its own axes: m/s forward and to the left, rad/s counter-clockwise."""
+    """Velocity of base_link in its own axes: m/s forward and left, rad/s counter-clockwise."""
 
     stamp_ns: int
     forward: float
@@ -26,7 +26,10 @@ class VelocitySample:
 
 @dataclass(frozen=True)
 class Motion:
-    """From one instant to another: metres forward and left in the axes at the start, radians, metres."""
+    """Motion between two instants.
+
+    forward, left: metres in the axes at the start. turn: radians, counter-clockwise. length: metres driven.
+    """
 
     forward: float
     left: float
@@ -38,15 +41,15 @@ class Odometry:
     """The velocities of the last two minutes, in the order of their stamps. Thread-safe."""
 
     def __init__(self, max_gap_s: float) -> None:
-        """``max_gap_s``: further apart than this, two samples say nothing about the time between them."""
+        """``max_gap_s``: longest time between samples that velocities are interpolated over."""
         self._max_gap_s = max_gap_s
         self._samples: deque[VelocitySample] = deque()
         self._lock = threading.Lock()
 
     def add(self, sample: VelocitySample) -> bool:
-        """Keep a sample; False where it is not newer than the last one.
+        """Keep a sample; return False if it is not newer than the last one.
 
-        One that is half a second older means that time started again: the others are forgotten.
+        A sample more than half a second older means that time started again: the others are forgotten.
         """
         with self._lock:
             if self._samples and sample.stamp_ns <= self._samples[-1].stamp_ns:
@@ -59,9 +62,9 @@ class Odometry:
         return True
 
     def between(self, start_ns: int, end_ns: int) -> Motion | None:
-        """The motion from ``start_ns`` to ``end_ns``; None where samples are missing.
+        """Return the motion from ``start_ns`` to ``end_ns``, None if samples are missing.
 
-        Velocities change linearly between samples and are held before the first and after the last.
+        Velocities change linearly between samples, and are held before the first and after the last.
         """
         samples: list[VelocitySample] = []
         with self._lock:
@@ -73,7 +76,7 @@ class Odometry:
         if not samples or end_ns < start_ns:
             return None
         stamps = np.array([s.stamp_ns for s in samples])
-        # Those between the two instants, and the ones next to them.
+        # The samples between the two instants, and their neighbours.
         first = max(0, int(np.searchsorted(stamps, start_ns, "right")) - 1)
         last = min(len(stamps), int(np.searchsorted(stamps, end_ns)) + 1)
         time = (stamps[first:last] - start_ns) / NS
