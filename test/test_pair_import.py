@@ -1,8 +1,9 @@
-"""Pairs from ordinary recordings, the dataset on them, and the commands, as a user runs them."""
+"""Pairs from ordinary recordings, the dataset on them, and the commands."""
 
 from __future__ import annotations
 
 import math
+import sqlite3
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,19 +14,26 @@ import numpy as np
 import pytest
 import torch
 from map_fixtures import texture, write_geotiff
+from rosbags.highlevel import AnyReader, AnyReaderError
 from rosbags.rosbag1 import Writer as Writer1
 from rosbags.rosbag2 import StoragePlugin
 from rosbags.rosbag2 import Writer as Writer2
 from rosbags.typesys import Stores, get_typestore
+from ruamel.yaml import YAML
+from typer.testing import CliRunner
 
 from xview_loc.bags.recovery import BagError, bag_files
+from xview_loc.cli import app
 from xview_loc.datasets import DatasetError
 from xview_loc.datasets.pairs import PairDataset
 from xview_loc.geodesy import LocalProjection
 from xview_loc.maps import open_map
+from xview_loc.maps.base import AerialTile, MapUnavailableError
+from xview_loc.maps.store import TileStore
 from xview_loc.models import create_model
 from xview_loc.recordings.importer import ImportOptions, import_bag
 from xview_loc.recordings.pairs import PairBag
+from xview_loc.recordings.tracks import read_timed_track
 from xview_loc.simulation.city import build_city
 from xview_loc.simulation.drives import drive
 from xview_loc.simulation.messages import write_bag
@@ -48,8 +56,18 @@ def aerial_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-def record(path: Path, form: str, *, frames: int = 30, image: str = "raw", heading: bool = True) -> Path:
-    """A drive east, 1.1 m a frame, ten frames a second, as somebody else's tools would have recorded it."""
+def record(
+    path: Path,
+    form: str,
+    *,
+    image: str = "raw",
+    heading: bool = True,
+    jump: tuple[int, int] = (0, 0),
+) -> Path:
+    """A drive east, 1.1 m a frame, ten frames a second, as somebody else's tools would have recorded it.
+
+    From the first frame of ``jump`` to the second, its fixes lie 500 m away.
+    """
     store = get_typestore(Stores.ROS1_NOETIC if form == "ros1" else Stores.ROS2_HUMBLE)
     types = store.types
     if form == "ros1":
@@ -66,7 +84,7 @@ def record(path: Path, form: str, *, frames: int = 30, image: str = "raw", headi
         del kinds["/imu"]
     with writer:
         connections = {t: writer.add_connection(t, kind, typestore=store) for t, kind in kinds.items()}
-        for k in range(frames):
+        for k in range(30):
             stamp = T0 + k * 10**8
 
             def write(topic: str, at: int, **fields: object) -> None:
@@ -79,7 +97,8 @@ def record(path: Path, form: str, *, frames: int = 30, image: str = "raw", headi
                 writer.write(connections[topic], at, serialize(message, kinds[topic]))
 
             for late in (0, 5 * 10**7):  # twice as often as the images
-                lat, lon = PLANE.inverse(1.1 * (k + late / 1e8), 0.0)
+                off = 500.0 if jump[0] <= k < jump[1] else 0.0
+                lat, lon = PLANE.inverse(1.1 * (k + late / 1e8), off)
                 write(
                     "/gps/fix",
                     stamp + late,
@@ -114,11 +133,40 @@ def record(path: Path, form: str, *, frames: int = 30, image: str = "raw", headi
             else:
                 data = cv2.imencode(".jpg", pixels)[1].reshape(-1)
                 write("/cam/image", stamp, format="jpeg", data=data if k != 20 else data[:100])
+    if form == "humble":
+        make_humble(path)
     return path
 
 
-@pytest.mark.parametrize("form", ["mcap", "sqlite3", "ros1"])
-@pytest.mark.parametrize("image", ["raw", "compressed"])
+def make_humble(bag: Path) -> None:
+    """Turn an SQLite bag into what ROS 2 Humble writes: older versions, and no message definitions."""
+    (file,) = bag.glob("*.db3")
+    database = sqlite3.connect(file)
+    database.executescript(
+        """
+        DROP TABLE message_definitions;
+        ALTER TABLE topics DROP COLUMN type_description_hash;
+        UPDATE schema SET schema_version = 3, ros_distro = 'humble';
+        """
+    )
+    database.close()
+    yaml = YAML(typ="safe")
+    content = yaml.load(bag / "metadata.yaml")
+    information = content["rosbag2_bagfile_information"]
+    information["version"] = 5
+    for name in ("custom_data", "ros_distro"):
+        del information[name]
+    for topic in information["topics_with_message_count"]:
+        del topic["topic_metadata"]["type_description_hash"]
+    yaml.dump(content, bag / "metadata.yaml")
+    with pytest.raises(AnyReaderError, match="no type definitions"):
+        AnyReader([bag]).open()
+
+
+@pytest.mark.parametrize(
+    ("form", "image"),
+    [("mcap", "compressed"), ("sqlite3", "raw"), ("humble", "raw"), ("ros1", "compressed")],
+)
 def test_recordings_of_every_kind(aerial_path: Path, tmp_path: Path, form: str, image: str) -> None:
     source = record(tmp_path / ("a.bag" if form == "ros1" else "a"), form, image=image)
     shares: list[float] = []
@@ -139,11 +187,52 @@ def test_recordings_of_every_kind(aerial_path: Path, tmp_path: Path, form: str, 
             *PLANE.inverse(1.1 * (stamp - T0) / 1e8, 0.0))) < 0.01  # fmt: skip
         assert pair.heading == pytest.approx(0.2) and pair.heading_std == pytest.approx(0.1)
         assert tile is not None and tile.size_px == SPEC.aerial_size
+    # Every fix of the recording but two without a position.
+    assert len(read_timed_track(source).stamp_ns) == 58
     sent = texture(64, 256, 4)
     if image == "compressed":
         assert pairs[2].image_bytes == cv2.imencode(".jpg", sent)[1].tobytes()
     else:
         assert np.abs(pairs[2].image().astype(int) - sent).mean() < 6.0
+
+
+def test_fixes_that_jump_make_no_pairs(tmp_path: Path) -> None:
+    source = record(tmp_path / "a", "mcap", jump=(12, 17))
+    result = import_bag(source, tmp_path / "out", None, OPTIONS)
+    assert result is not None and result.pairs == 14 and result.dropped["fix_jump"] == 10
+    pairs = PairBag(tmp_path / "out")
+    for pair in (pairs[k] for k in range(len(pairs))):
+        east, north = PLANE.forward(pair.lat, pair.lon)
+        assert (east, north) == pytest.approx((1.1 * (pair.stamp_ns - T0) / 1e8, 0.0), abs=0.01)
+    believed = import_bag(source, tmp_path / "all", None, replace(OPTIONS, fix_max_jump_m=0.0))
+    assert believed is not None and believed.dropped["fix_jump"] == 0
+
+
+def test_tiles_that_cannot_be_read_are_counted(
+    aerial_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = record(tmp_path / "a", "mcap")
+    around, failures = TileStore.around, 2
+
+    def failing(store: TileStore, *arguments: float) -> AerialTile:
+        nonlocal failures
+        failures -= 1
+        if failures >= 0:
+            raise MapUnavailableError("the disk is broken")
+        return around(store, *arguments)
+
+    monkeypatch.setattr(TileStore, "around", failing)
+    words = ["pairs", source, "--map", aerial_path, "--out", tmp_path / "out", "--size", 160, "--gsd", 0.48]
+    done = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert "14 pairs, 2 of them without a tile (2 could not be read: the disk is broken)" in done.stdout
+    pairs = PairBag(tmp_path / "out" / "a")
+    assert [pairs.tile(k) is None for k in range(4)] == [True, True, False, False]
+    failures = 3
+    with pytest.raises(MapUnavailableError):
+        CliRunner().invoke(
+            app, [str(w) for w in words] + ["--out", str(tmp_path / "no")], catch_exceptions=False
+        )
 
 
 def test_missing_tiles_are_filled_in_later(aerial_path: Path, tmp_path: Path) -> None:
@@ -240,14 +329,11 @@ def test_dataset_refuses_tiles_of_another_model(imported: Path) -> None:
         PairDataset([imported], create_model("ccvpe-kitti").spec)
 
 
-def command(*arguments: object) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "xview_loc.cli", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=100,
-    )
+def command(*arguments: object) -> str:
+    """Run a command in this process; return what it prints."""
+    done = CliRunner().invoke(app, [str(word) for word in arguments], catch_exceptions=False)
+    assert done.exit_code == 0
+    return done.stdout
 
 
 def test_commands(aerial_path: Path, tmp_path: Path) -> None:
@@ -255,25 +341,36 @@ def test_commands(aerial_path: Path, tmp_path: Path) -> None:
     out = tmp_path / "pairs"
     words = ["--map", aerial_path, "--out", out, "--size", 160, "--gsd", 0.48]
     done = command("pairs", one, two, *words)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("14 pairs") == 2 and "dropped: 1 image_invalid" in done.stdout
-    again = command("pairs", one, two, *words)
-    assert again.stdout.count("done already") == 2
+    assert done.count("14 pairs") == 2 and "dropped: 1 image_invalid" in done
+    assert command("pairs", one, two, *words).count("already imported") == 2
     info = command("pairs", "info", out / "one")
-    assert info.returncode == 0, info.stderr
-    assert "14, 0 without a tile" in info.stdout and "2.0 m (median" in info.stdout
+    assert "14, 0 without a tile" in info and "2.0 m (median" in info
     picture = cv2.imread(str(out / "one_pairs.png"))
     assert picture is not None and picture.std() > 20
     data = bag_files(out / "one")[0].read_bytes()
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / "cut_0.mcap").write_bytes(data[: -len(data) // 3])
-    told = command("pairs", "info", tmp_path / "cut")
-    assert told.returncode == 1 and "xview-loc bag recover" in told.stderr
-    assert "Traceback" not in told.stderr
-    recovered = command("bag", "recover", tmp_path / "cut")
-    assert recovered.returncode == 0 and "messages recovered" in recovered.stdout
-    wrong = command("pairs", tmp_path / "nowhere", "--out", out)
-    assert wrong.returncode == 1 and "cannot read" in wrong.stdout and "Traceback" not in wrong.stderr
+    with pytest.raises(BagError, match="run xview-loc bag recover"):
+        command("pairs", "info", tmp_path / "cut")
+    assert "messages recovered" in command("bag", "recover", tmp_path / "cut")
+    # As a user runs it: one that cannot be read is reported, and the others are imported all the same.
+    wrong = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "xview_loc.cli",
+            "pairs",
+            tmp_path / "nowhere",
+            one,
+            "--out",
+            tmp_path / "new",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert wrong.returncode == 1 and "cannot read" in wrong.stdout and "14 pairs" in wrong.stdout
+    assert "1 of 2 recordings" in wrong.stderr and "Traceback" not in wrong.stderr
 
 
 def test_keyframe_distance_is_an_option(tmp_path: Path) -> None:
