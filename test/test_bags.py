@@ -1,4 +1,4 @@
-"""The bag writer and the recovery: nothing older than the last flush is lost, whatever happens."""
+"""The bag writer and the recovery: whatever happens, nothing older than the last flush is lost."""
 
 from __future__ import annotations
 
@@ -136,19 +136,23 @@ RECORDER = """
 import sys
 from pathlib import Path
 from test_bags import BagWriter, NO_FLOOR, TOPICS, fill
-import time
 writer = BagWriter(Path(sys.argv[1]), TOPICS, NO_FLOOR)
-k = 0
+flush, k = writer.flush, 0
+def flush_and_print():
+    written = k
+    flush()
+    print("flushed", written, flush=True)
+writer.flush = flush_and_print
 while True:
     fill(writer, 1, size=2000, start=k)
-    print(k, time.monotonic_ns(), flush=True)
     k += 1
-    time.sleep(0.005)
+    print("written", k, flush=True)
 """
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_killed_recorders_lose_at_most_the_last_flush(tmp_path: Path, seed: int) -> None:
+    assert FLUSH_S <= 0.5  # a second is promised
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "test")])}
     process = subprocess.Popen(
         [sys.executable, "-c", RECORDER, str(tmp_path / "bag")],
@@ -157,27 +161,23 @@ def test_killed_recorders_lose_at_most_the_last_flush(tmp_path: Path, seed: int)
         env=environment,
     )
     assert process.stdout is not None
-    written = {}
-    stop_after_ns = round((FLUSH_S + random.Random(seed).random()) * 1e9)
+    flushed: list[int] = []
+    more = random.Random(seed).randrange(500)
     for line in process.stdout:
-        number, now = map(int, line.split())
-        written[number] = now
-        if now - written[0] > stop_after_ns:
-            break
+        if line.startswith("flushed"):
+            flushed.append(int(line.split()[1]))
+        if len(flushed) >= 2:
+            more -= 1
+            if more < 0:
+                break
     process.send_signal(signal.SIGKILL)
-    killed = max(written.values())
-    process.wait(10)
-    for line in process.stdout:
-        number, now = map(int, line.split())
-        written[number] = killed = now
+    process.stdout.close()
+    process.wait()
     before = {p.name: p.read_bytes() for p in (tmp_path / "bag").iterdir()}
     recover_bag(tmp_path / "bag", tmp_path / "saved")
     assert {p.name: p.read_bytes() for p in (tmp_path / "bag").iterdir()} == before
     saved = numbers(tmp_path / "saved")
-    assert saved == list(range(len(saved)))
-    # A second is promised, the writer aims at half of it.
-    assert all(number in saved for number, now in written.items() if now < killed - 1_000_000_000)
-    assert saved
+    assert saved == list(range(len(saved))) and len(saved) >= flushed[-1] > 0
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +191,7 @@ def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return bag_files(folder)[0]
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(9))
 def test_damaged_files_give_what_is_intact(intact: Path, tmp_path: Path, seed: int) -> None:
     rng = random.Random(seed)
     data = bytearray(intact.read_bytes())

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
 from rclpy.node import Node
 
+from xview_loc.maps.base import MapOptions
 from xview_loc.models.runtimes import BACKENDS, PRECISIONS
 
 
@@ -263,3 +266,26 @@ def read(node: Node, parameters: tuple[Parameter, ...]) -> dict[str, Any]:
     if "datum_lat" in values and math.isfinite(values["datum_lat"]) != math.isfinite(values["datum_lon"]):
         raise ParameterError("set both datum_lat and datum_lon, or neither")
     return values
+
+
+def map_options(values: Mapping[str, Any]) -> MapOptions:
+    """Return the options of the parameters ``map_*``. Raises ParameterError."""
+    headers = {}
+    for line in filter(None, values["map_headers"]):
+        name, colon, value = line.partition(":")
+        if not colon:
+            raise ParameterError("map_headers must each read 'Name: value'")
+        headers[name.strip()] = value.strip()
+    variable = values["map_api_key_env"]
+    if variable and variable not in os.environ:
+        raise ParameterError(f"environment variable {variable} is not set")
+    folder = values["map_cache_dir"]
+    cache: dict[str, Any] = {"cache_dir": Path(folder)} if folder else {}
+    return MapOptions(
+        headers=headers,
+        api_key=os.environ[variable] if variable else None,
+        max_zoom=values["map_max_zoom"] or None,
+        deadline_s=values["map_deadline_s"],
+        offline=values["map_offline"],
+        **cache,
+    )

@@ -6,11 +6,9 @@ The executor's thread collects inputs and pairs them by their stamps; a worker t
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import rclpy
@@ -24,7 +22,7 @@ from xview_loc.camera import CameraModel
 from xview_loc.errors import UserError
 from xview_loc.geodesy import LocalProjection
 from xview_loc.maps import open_map
-from xview_loc.maps.base import AerialMap, MapOptions
+from xview_loc.maps.base import AerialMap
 from xview_loc.maps.store import TileStore
 from xview_loc.nodes import parameters
 from xview_loc.nodes.diagnostics import ERROR, WARN, Health
@@ -218,30 +216,10 @@ class VehicleNode(LifecycleNode):
 
         ``snap_m``: spacing of the tile centres if the parameter is 0; None: a quarter of a tile.
         """
-        self._map = open_map(self._params["map"], self._map_options())
-        self._tiles = TileStore(self._map, size_px, gsd, self._params["snap_m"] or snap_m)
-        return self._tiles
-
-    def _map_options(self) -> MapOptions:
         p = self._params
-        headers = {}
-        for line in filter(None, p["map_headers"]):
-            name, colon, value = line.partition(":")
-            if not colon:
-                raise parameters.ParameterError("map_headers must each read 'Name: value'")
-            headers[name.strip()] = value.strip()
-        key = None
-        if p["map_api_key_env"] and (key := os.environ.get(p["map_api_key_env"])) is None:
-            raise parameters.ParameterError(f"environment variable {p['map_api_key_env']} is not set")
-        options: dict[str, Any] = {"cache_dir": Path(p["map_cache_dir"])} if p["map_cache_dir"] else {}
-        return MapOptions(
-            headers=headers,
-            api_key=key,
-            max_zoom=p["map_max_zoom"] or None,
-            deadline_s=p["map_deadline_s"],
-            offline=p["map_offline"],
-            **options,
-        )
+        self._map = open_map(p["map"], parameters.map_options(p))
+        self._tiles = TileStore(self._map, size_px, gsd, p["snap_m"] or snap_m)
+        return self._tiles
 
     def _subscribe(self) -> None:
         p = self._params
