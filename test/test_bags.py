@@ -141,12 +141,12 @@ flush, k = writer.flush, 0
 def flush_and_print():
     written = k
     flush()
-    print("flushed", written, flush=True)
+    print(f"flushed {written}\\n", end="", flush=True)
 writer.flush = flush_and_print
 while True:
     fill(writer, 1, size=2000, start=k)
     k += 1
-    print("written", k, flush=True)
+    print(f"written {k}\\n", end="", flush=True)
 """
 
 

@@ -200,8 +200,7 @@ def _complete(
         session["tile"] = {"size": tiles.size, "gsd": tiles.gsd}
     odometry = _readable(bag.odometry(), result)
     waiting = next(odometry, None)
-    writer = PairWriter(partial, session, BagLimits(min_free_bytes=0))
-    try:
+    with closing(PairWriter(partial, session, BagLimits(min_free_bytes=0))) as writer:
         for index in range(len(bag)):
             on_progress(index / len(bag))
             try:
@@ -224,8 +223,6 @@ def _complete(
         while waiting is not None:
             writer.add_odometry(*waiting)
             waiting = next(odometry, None)
-    finally:
-        writer.close()
 
 
 def _readable(odometry: Iterator[tuple[int, bytes]], result: ImportResult) -> Iterator[tuple[int, bytes]]:
