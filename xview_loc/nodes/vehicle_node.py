@@ -109,7 +109,7 @@ class VehicleNode(LifecycleNode):
         try:
             self._configure()
         except Exception as error:
-            self._close()
+            self.close()
             text = " ".join(str(error).split())
             if not isinstance(error, (UserError, ValueError, OSError)):
                 text = f"{type(error).__name__}: {text}"
@@ -145,20 +145,19 @@ class VehicleNode(LifecycleNode):
 
     def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Release everything that configuring made."""
-        self._close()
+        self.close()
         self._state = "unconfigured"
         return TransitionCallbackReturn.SUCCESS
 
     def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Release everything."""
-        self._close()
+        self.close()
         self._state = "finalized"
         return TransitionCallbackReturn.SUCCESS
 
     def destroy_node(self) -> None:
-        """End the threads, in any state, and destroy the node."""
-        self._stop()
-        self._close_map()
+        """Release everything, in any state, and destroy the node."""
+        self.close()
         super().destroy_node()
 
     # Hooks of the two nodes
@@ -277,7 +276,8 @@ class VehicleNode(LifecycleNode):
             self._worker = None
             self.stopped()
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """End the threads and release everything, in any state."""
         self._stop()
         self.release()
         self._close_map()
