@@ -217,12 +217,7 @@ PAIR_LOGGER: tuple[Parameter, ...] = (
         (-180.0, 180.0),
     ),
     P("keyframe_distance_m", 2.0, "A pair after so many metres; 0: not by distance.", (0.0, 1000.0)),
-    P(
-        "keyframe_interval_s",
-        0.0,
-        "A pair after so many seconds of driving; 0: not by time.",
-        (0.0, 3600.0),
-    ),
+    P("keyframe_interval_s", 0.0, "A pair after so many seconds of driving; 0: not by time.", (0.0, 3600.0)),
     P("keyframe_turn_deg", 15.0, "A pair after a turn by so many degrees; 0: not by turns.", (0.0, 180.0)),
     P("jpeg_quality", 95, "Quality at which raw images are compressed.", (1, 100)),
     P("split_mb", 1024, "A new file after so many MB; 0: never.", (0, 1000000)),
