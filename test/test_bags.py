@@ -31,7 +31,7 @@ def text(content: str) -> bytes:
 def fill(writer: BagWriter, count: int, size: int = 100, start: int = 0) -> None:
     rng = random.Random(start)
     for k in range(start, start + count):
-        noise = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz0123456789", k=size))
+        noise = rng.randbytes(size // 2).hex()
         writer.write("/b", T0 + k * 10**7, text(f"{k} {noise}"))
 
 
