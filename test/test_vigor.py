@@ -203,7 +203,7 @@ def test_errors_are_one_line(tmp_path: Path) -> None:
     tile = write_image(tmp_path / "SanFrancisco" / "satellite" / "T1.png", GREY)
     fails(r"T1.png has 128 x 64 pixels, a tile is square \(named in .* line 2\)")
     tile.write_bytes(b"no image at all")
-    fails(r"T1.png cannot be used: .* neither JPEG nor PNG .*line 2\)")
+    fails(r"T1.png cannot be used: not a JPEG, PNG or WebP image .*line 2\)")
     panorama.write_bytes(panorama.read_bytes()[:-40])
     fails(r"P1.jpg cannot be used: .* truncated .*line 2\)")
     for broken in ("P1.jpg T1.png", "P1.jpg T1.png x 0 b 0 0 c 0 0 d 0 0", "", vigor_line(1, 400.0)):

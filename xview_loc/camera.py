@@ -1,7 +1,4 @@
-"""Camera images: decoding, lens distortion, and the ground input that a cross-view model expects.
-
-Images are RGB, uint8 (height, width, 3). Pixel (row, col) names the pixel's centre.
-"""
+"""Camera calibration: intrinsics and lens distortion."""
 
 from __future__ import annotations
 
@@ -22,18 +19,25 @@ class CameraError(ValueError):
     """The camera's calibration cannot be used; the message is one clear line."""
 
 
-# Numbers of distortion coefficients that each model takes, as OpenCV orders them.
+# Valid numbers of distortion coefficients per model, in OpenCV's order.
 _COEFFICIENTS = {"plumb_bob": (0, 4, 5), "rational_polynomial": (0, 8, 12, 14), "equidistant": (0, 4)}
 
 
 @dataclass(frozen=True)
 class CameraModel:
-    """A calibrated pinhole or fisheye camera, as ``sensor_msgs/CameraInfo`` describes it.
+    """A calibrated pinhole or fisheye camera, as in ``sensor_msgs/CameraInfo``.
 
-    width, height: the size in pixels that the calibration is for. k: the nine intrinsics, row by row (any
-    3x3 or flat sequence is taken). distortion: coefficients in OpenCV's order, possibly none.
-    distortion_model: ``plumb_bob``, ``rational_polynomial`` or ``equidistant`` (fisheye).
-    Hashable, so that undistortion maps can be kept. Raises CameraError.
+    Hashable, so that undistortion maps can be cached.
+
+    Attributes:
+        width: image width in pixels.
+        height: image height in pixels.
+        k: the nine intrinsics, row by row (any 3x3 or flat sequence).
+        distortion: coefficients in OpenCV's order; may be empty.
+        distortion_model: ``plumb_bob``, ``rational_polynomial`` or ``equidistant`` (fisheye).
+
+    Raises:
+        CameraError: the calibration cannot be used.
     """
 
     width: int
@@ -65,18 +69,19 @@ class CameraModel:
 
     @property
     def matrix(self) -> NDArray[np.float64]:
-        """The intrinsics, 3x3."""
+        """Intrinsic matrix, 3x3."""
         return np.array(self.k).reshape(3, 3)
 
     @property
     def distorts(self) -> bool:
-        """Whether images differ from a pinhole's; a fisheye's do whatever its coefficients."""
+        """True if images differ from a pinhole camera's; always for a fisheye camera."""
         return self.distortion_model == "equidistant" or any(self.distortion)
 
     def undistort(self, image: Image) -> Image:
-        """The image that a pinhole camera with the same intrinsics would take; outside the view is black.
+        """Return the image of a pinhole camera with the same intrinsics; pixels outside the view are black.
 
-        Raises ImageError where the image's size is not the calibration's.
+        Raises:
+            ImageError: the image's size is not the calibration's.
         """
         self._check_size(image)
         if not self.distorts:
@@ -85,9 +90,9 @@ class CameraModel:
         return cv2.remap(image, maps[0], maps[1], cv2.INTER_LINEAR).astype(np.uint8, copy=False)
 
     def scaled_matrix(self, width: int, height: int) -> NDArray[np.float64]:
-        """Intrinsics (3x3) of this camera's undistorted images resized to ``width`` x ``height``."""
+        """Return the intrinsics (3x3) of undistorted images resized to ``width`` x ``height``."""
         across, down = width / self.width, height / self.height
-        # Resizing keeps the image's edges in place, and these lie half a pixel before the first centre.
+        # Resizing keeps the image's edges, which are half a pixel outside the outermost pixel centres.
         scale = np.array(
             [[across, 0.0, (across - 1.0) / 2.0], [0.0, down, (down - 1.0) / 2.0], [0.0, 0.0, 1.0]]
         )

@@ -1,12 +1,12 @@
-"""The root of the errors that a user can put right."""
+"""Base class of errors that the user can correct."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """Something the user gave cannot be used; the message is one clear line that says what to do."""
+    """Wrong input from the user; the message is one clear line: what is wrong and what to do."""
 
 
 def reason(error: BaseException) -> str:
-    """What an error says, in one line; its type's name where it says nothing."""
+    """Return an error's message in one line, or its type's name if it has none."""
     return " ".join(str(error).split()) or type(error).__name__

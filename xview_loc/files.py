@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Atomic and durable file writes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that is the new or the old one at any instant, power loss included. Raises OSError."""
-    # In the same folder, so that the rename is atomic.
+    """Replace a file atomically: even after a power loss it is the old or the new one. Raises OSError."""
+    # A rename is atomic within a folder only.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("xb") as file:
@@ -24,7 +24,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make new and renamed files of a folder survive a power loss. Raises OSError."""
+    """Flush a folder, so that new and renamed files survive a power loss. Raises OSError."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,7 +1,7 @@
-"""WGS-84 <-> local planes, heading conventions and the grid that tile centres snap to.
+"""Local projections of WGS-84 coordinates, heading conventions, and the grid of tile centres.
 
-A local plane is a transverse Mercator centred on a place (k = 1), so at its centre it has no scale error
-and its north is true north. Web Mercator and UTM never come between a pixel and a position.
+A local projection is a transverse Mercator centred on a position (k = 1): at its centre it has no scale
+error, and north is true north. Pixels and positions are never converted through Web Mercator or UTM.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import numpy as np
 from pyproj import Transformer
 from pyproj.enums import TransformDirection
 
-# The longest degree of latitude (at the poles) and the largest radius of curvature in the prime vertical
-# (ditto): used where a spacing must not come out longer than asked for.
+# The longest degree of latitude and the largest radius of curvature in the prime vertical (both at the
+# poles), for a grid spacing that is never longer than requested.
 _MAX_METRES_PER_DEGREE_LAT = 111_694.0
 _MAX_PRIME_VERTICAL_RADIUS = 6_399_594.0
 _CONVERGENCE_STEP_DEG = 1e-4
 
 
 def _make_transformer(lat: float, lon: float) -> Transformer:
-    # from_pipeline skips the search for the best operation between two CRSs: 0.03 ms instead of 7.5 ms.
+    # from_pipeline does not search for the best operation between two CRSs: 0.03 ms instead of 7.5 ms.
     return Transformer.from_pipeline(
         "+proj=pipeline +step +proj=unitconvert +xy_in=deg +xy_out=rad "
         f"+step +proj=tmerc +lat_0={lat!r} +lon_0={lon!r} +k=1 +x_0=0 +y_0=0 +ellps=WGS84"
@@ -32,7 +32,7 @@ def _make_transformer(lat: float, lon: float) -> Transformer:
 
 
 class _Transformers(threading.local):
-    """Each thread's own transformers: PROJ objects are not to be shared across threads."""
+    """Transformers per thread: PROJ objects must not be shared between threads."""
 
     def __init__(self) -> None:
         self.get = lru_cache(maxsize=64)(_make_transformer)
@@ -43,10 +43,10 @@ _TRANSFORMERS = _Transformers()
 
 @dataclass(frozen=True)
 class LocalProjection:
-    """The plane ENU frame about a place: x east and y north in metres, true north at ``(lat, lon)``.
+    """Project to a plane about ``(lat, lon)``: x east and y north in metres, north being true north there.
 
-    Latitudes and longitudes are WGS-84 degrees. Safe to share between threads. It is meant for places
-    within some tens of kilometres: the scale error grows as d^2 / (2 R^2), 1 mm per km at 9 km.
+    Latitudes and longitudes are WGS-84 degrees. Meant for distances of up to some tens of kilometres: the
+    scale error grows as d^2 / (2 R^2), 1 mm per km at 9 km. May be shared between threads.
     """
 
     lat: float
@@ -60,25 +60,25 @@ class LocalProjection:
         object.__setattr__(self, "lon", lon)
 
     def forward(self, lat: Any, lon: Any) -> tuple[Any, Any]:
-        """(east, north) in metres of WGS-84 degrees; floats give floats, arrays give arrays."""
+        """Convert degrees to (east, north) in metres; floats give floats, arrays give arrays."""
         east, north = _TRANSFORMERS.get(self.lat, self.lon).transform(lon, lat)
         return east, north
 
     def inverse(self, east: Any, north: Any) -> tuple[Any, Any]:
-        """(lat, lon) in degrees, lon in [-180, 180], of metres in this plane."""
+        """Convert metres to (lat, lon) in degrees, lon in [-180, 180]."""
         lon, lat = _TRANSFORMERS.get(self.lat, self.lon).transform(
             east, north, direction=TransformDirection.INVERSE
         )
         return lat, lon
 
     def convergence(self, lat: Any, lon: Any) -> Any:
-        """Radians to *add* to a true-north ENU yaw at ``(lat, lon)`` to get the yaw in this plane's axes.
+        """Return the angle to *add* to a true-north ENU yaw at ``(lat, lon)`` for the yaw in this plane.
 
-        Meridians lean towards the pole, so it is positive east of the centre in the northern hemisphere
-        and zero on the centre's own meridian.
+        In radians; zero on the centre's meridian and, since meridians converge towards the pole, positive
+        east of it in the northern hemisphere.
         """
         lat = np.asarray(lat, float)
-        # Both ends stay on Earth, so that the pole itself needs no special case.
+        # Clipped to valid latitudes, so that the pole needs no special case.
         south = np.maximum(lat - _CONVERGENCE_STEP_DEG, -90.0)
         north = np.minimum(lat + _CONVERGENCE_STEP_DEG, 90.0)
         lon = np.broadcast_to(np.asarray(lon, float), lat.shape)
@@ -89,49 +89,49 @@ class LocalProjection:
 
 
 def wrap_angle(angle: float) -> float:
-    """The same angle in (-pi, pi], in radians."""
+    """Wrap an angle in radians to (-pi, pi]."""
     wrapped = math.remainder(angle, 2.0 * math.pi)
     return math.pi if wrapped == -math.pi else wrapped
 
 
 def yaw_from_azimuth(azimuth: float) -> float:
-    """ENU yaw (counter-clockwise from east) of a compass azimuth (clockwise from north), in radians."""
+    """Convert a compass azimuth (clockwise from north) to an ENU yaw (anticlockwise from east), radians."""
     return wrap_angle(math.pi / 2.0 - azimuth)
 
 
 def azimuth_from_yaw(yaw: float) -> float:
-    """Compass azimuth in [0, 2 pi) of an ENU yaw, in radians."""
+    """Convert an ENU yaw to a compass azimuth in [0, 2 pi), radians."""
     azimuth = (math.pi / 2.0 - yaw) % (2.0 * math.pi)
     return 0.0 if azimuth == 2.0 * math.pi else azimuth
 
 
 def true_yaw(magnetic_yaw: float, declination: float) -> float:
-    """ENU yaw from true north of one measured from magnetic north, in radians.
+    """Convert an ENU yaw relative to magnetic north to one relative to true north, in radians.
 
-    ``declination`` is positive where magnetic north lies east of true north.
+    ``declination`` is positive if magnetic north is east of true north.
     """
     return wrap_angle(magnetic_yaw - declination)
 
 
 def wrap_longitude(lon: float) -> float:
-    """The same longitude in (-180, 180] degrees."""
+    """Wrap a longitude in degrees to (-180, 180]."""
     wrapped = math.remainder(lon, 360.0)
     return 180.0 if wrapped == -180.0 else wrapped
 
 
 def snap_to_grid(lat: float, lon: float, step_m: float) -> tuple[float, float]:
-    """The nearest node (lat, lon) of a world-wide grid of about, and at most, ``step_m`` metres spacing.
+    """Return the nearest node (lat, lon) of a global grid with a spacing of at most ``step_m`` metres.
 
-    The node depends on the place and the step alone. Each row of constant latitude holds a whole number
-    of nodes around the globe, so nothing breaks at the antimeridian. A node is at most ``step_m / 2``
-    away both north-south and east-west.
+    The node depends on position and step only. It is at most ``step_m / 2`` away, both north-south and
+    east-west. Each row of constant latitude has an integer number of nodes around the globe, so that the grid
+    is continuous at the antimeridian.
     """
     if not step_m > 0.0:
         raise ValueError(f"grid step must be positive, got {step_m}")
     rows = math.ceil(180.0 * _MAX_METRES_PER_DEGREE_LAT / step_m)
     step_lat = 180.0 / rows
     snapped_lat = -90.0 + round((lat + 90.0) / step_lat) * step_lat
-    # The half row nearer to the equator has the longer parallels: count nodes for those.
+    # Parallels are longest at the row's edge nearest to the equator.
     widest = math.radians(max(0.0, abs(snapped_lat) - step_lat / 2.0))
     columns = max(1, math.ceil(2.0 * math.pi * _MAX_PRIME_VERTICAL_RADIUS * math.cos(widest) / step_m))
     column = round((lon + 180.0) / 360.0 * columns) % columns

@@ -1,8 +1,6 @@
-"""Web Mercator tile pyramids as aerial maps: tile servers (XYZ), MBTiles and PMTiles files.
+"""Encoded and raw images: completeness checks, decoding, JPEG encoding.
 
-Our own fetcher instead of GDAL's: a total deadline, named causes, single missing tiles, a cache whose
-contents are verified. A pyramid becomes an ``AerialTile`` by pasting the tiles that cover the place
-together and resampling once through a coarse grid of exact projections.
+Images are RGB, uint8 (height, width, 3).
 """
 
 from __future__ import annotations
@@ -14,23 +12,6 @@ from typing import Any
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-
-
-def check_encoded(data: bytes) -> str | None:
-    """Why ``data`` is not a whole PNG, JPEG or WebP file; None if it is.
-
-    Decoders return the upper part of a truncated image without an error, so look for its end.
-    """
-    if data[:8] == b"\x89PNG\r\n\x1a\n":
-        return None if b"IEND\xaeB`\x82" in data[-64:] else "truncated PNG"
-    if data[:3] == b"\xff\xd8\xff":
-        return None if b"\xff\xd9" in data[-64:] else "truncated JPEG"
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return None if len(data) >= int.from_bytes(data[4:8], "little") + 8 else "truncated WebP"
-    if data.lstrip()[:1] in (b"<", b"{"):
-        return "a text document (HTML, XML or JSON) instead of an image"
-    return "empty" if not data else "not a PNG, JPEG or WebP image"
-
 
 Image = NDArray[np.uint8]
 
@@ -54,12 +35,24 @@ _ENCODINGS: dict[str, tuple[int, int | None]] = {
 }
 ENCODINGS = tuple(_ENCODINGS)
 
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+# Markers that end entropy-coded data: neither a stuffed zero, a restart nor a fill byte.
+_JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+_JPEG_END, _JPEG_SCAN = 0xD9, 0xDA
+
 
 def decode_image(encoding: str, height: int, width: int, step: int, data: Any) -> Image:
-    """RGB of a raw image as ``sensor_msgs/Image`` carries it.
+    """Decode a raw image of a ``sensor_msgs/Image`` message to RGB.
 
-    ``step`` is the length of a row in bytes, padding included; ``data`` is anything with a buffer of
-    bytes. An rgb8 image is a view of it, not to be written to. Raises ImageError.
+    An rgb8 image is a view of ``data``: do not write to it.
+
+    Args:
+        encoding: one of ``ENCODINGS``.
+        step: length of a row in bytes, padding included.
+        data: any buffer of bytes.
+
+    Raises:
+        ImageError: the encoding is not supported, or the sizes do not fit together.
     """
     if encoding not in _ENCODINGS:
         raise ImageError(f"image encoding {encoding!r} is not supported; use one of {', '.join(ENCODINGS)}")
@@ -86,53 +79,77 @@ def decode_image(encoding: str, height: int, width: int, step: int, data: Any) -
 
 
 def decode_compressed(data: Any) -> Image:
-    """RGB of a JPEG or PNG file's bytes, as ``sensor_msgs/CompressedImage`` carries it.
+    """Decode a JPEG, PNG or WebP file to RGB.
 
-    Truncated files are refused: OpenCV would fill what is missing with grey without a word. An EXIF
-    orientation is ignored, since the camera's calibration is for the pixels as they lie. Raises ImageError.
+    The EXIF orientation is ignored: a camera's calibration is for the pixels as stored.
+
+    Raises:
+        ImageError: the file is truncated, damaged or no image.
     """
     try:
         content = bytes(memoryview(data))
     except TypeError:
         raise ImageError("compressed image data is not a buffer of bytes") from None
-    if content.startswith(b"\xff\xd8"):
-        kind, whole = "JPEG", _jpeg_is_whole(content)
-    elif content.startswith(_PNG_SIGNATURE):
-        kind, whole = "PNG", _png_is_whole(content)
-    elif not content:
-        raise ImageError("the compressed image is empty")
-    else:
-        raise ImageError(f"the compressed image is neither JPEG nor PNG (it starts with {content[:4].hex()})")
-    if not whole:
-        raise ImageError(f"the {kind} image is truncated or damaged ({len(content)} bytes)")
-    try:
-        pixels = cv2.imdecode(
-            np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-        )
-    except cv2.error:
-        pixels = None
-    if pixels is None:
-        raise ImageError(f"the {kind} image cannot be decoded ({len(content)} bytes)")
+    pixels = _decode(content, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
     return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB).astype(np.uint8, copy=False)
 
 
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-# What ends entropy-coded data: a marker that is neither a stuffed zero, a restart nor a fill byte.
-_JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
-_JPEG_END, _JPEG_SCAN = 0xD9, 0xDA
+def decode_with_alpha(content: bytes) -> Image:
+    """Decode a JPEG, PNG or WebP file to RGB, or to RGBA (height, width, 4) if it has an alpha channel.
+
+    Raises:
+        ImageError: the file is truncated, damaged or no image.
+    """
+    pixels = _decode(content, cv2.IMREAD_UNCHANGED)
+    if pixels.dtype == np.uint16:
+        pixels = (pixels >> 8).astype(np.uint8)
+    channels = pixels.shape[2] if pixels.ndim == 3 else 1
+    conversion = {1: cv2.COLOR_GRAY2RGB, 3: cv2.COLOR_BGR2RGB, 4: cv2.COLOR_BGRA2RGBA}[channels]
+    return cv2.cvtColor(pixels, conversion).astype(np.uint8, copy=False)
 
 
 def encode_jpeg(image: Image, quality: int) -> bytes:
-    """JPEG bytes of an RGB image, ``quality`` 1 to 100."""
-    return bytes(
-        cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
-    )
+    """Encode an RGB image as JPEG; ``quality`` is 1 to 100."""
+    options = [cv2.IMWRITE_JPEG_QUALITY, quality]
+    return bytes(cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), options)[1])
 
 
-def _jpeg_is_whole(content: bytes) -> bool:
-    """Whether the segments lead to the end marker.
+def check_complete(content: bytes) -> None:
+    """Raise ImageError unless the bytes are a complete JPEG, PNG or WebP file.
 
-    They are walked one by one, since a thumbnail inside a segment has an end marker of its own.
+    Decoders return the upper part of a truncated image without an error.
+    """
+    if content.startswith(_PNG_SIGNATURE):
+        kind, complete = "PNG", _png_is_complete(content)
+    elif content.startswith(b"\xff\xd8"):
+        kind, complete = "JPEG", _jpeg_is_complete(content)
+    elif content.startswith(b"RIFF") and content[8:12] == b"WEBP":
+        kind, complete = "WebP", len(content) >= 8 + int.from_bytes(content[4:8], "little")
+    elif not content:
+        raise ImageError("the image is empty")
+    elif content.lstrip()[:1] in (b"<", b"{"):
+        raise ImageError(f"a text document (HTML, XML or JSON, {len(content)} bytes) instead of an image")
+    else:
+        raise ImageError(f"not a JPEG, PNG or WebP image (it starts with {content[:4].hex()})")
+    if not complete:
+        raise ImageError(f"the {kind} image is truncated or damaged ({len(content)} bytes)")
+
+
+def _decode(content: bytes, flags: int) -> NDArray[Any]:
+    check_complete(content)
+    try:
+        pixels = cv2.imdecode(np.frombuffer(content, np.uint8), flags)
+    except cv2.error:
+        pixels = None
+    if pixels is None:
+        raise ImageError(f"the image cannot be decoded ({len(content)} bytes)")
+    return pixels
+
+
+def _jpeg_is_complete(content: bytes) -> bool:
+    """Return True if the segments lead to the end marker.
+
+    Each one is followed by its length, since a thumbnail in a segment has an end marker of its own.
     """
     position, scans = 2, 0
     while position + 4 <= len(content) or content[position : position + 2] == b"\xff\xd9":
@@ -154,8 +171,8 @@ def _jpeg_is_whole(content: bytes) -> bool:
     return False
 
 
-def _png_is_whole(content: bytes) -> bool:
-    """Whether every chunk up to the last is there with the right checksum."""
+def _png_is_complete(content: bytes) -> bool:
+    """Return True if all chunks are there, each with the right checksum."""
     position = len(_PNG_SIGNATURE)
     while position + 12 <= len(content):
         end = position + 12 + int.from_bytes(content[position : position + 4], "big")

@@ -25,12 +25,9 @@ app.command()(simulate.simulate)
 
 
 def main() -> None:
-    """Run the command; what goes wrong is said in one line, with exit code 1 (2 for wrong usage)."""
+    """Run the command. Errors are printed in one line; the exit code is 1, or 2 for wrong usage."""
     try:
         app()
-    except UserError as error:
+    except (UserError, OSError) as error:
         Console(stderr=True).print(f"xview-loc: {error}", markup=False, soft_wrap=True)
         raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
-    except OSError as error:
-        Console(stderr=True).print(f"xview-loc: {error}", markup=False, soft_wrap=True)
-        raise SystemExit(1) from None

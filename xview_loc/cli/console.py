@@ -1,4 +1,4 @@
-"""What every command prints with, and how it says that it was called wrongly."""
+"""The commands' console, and the error for wrong usage."""
 
 from __future__ import annotations
 
@@ -10,4 +10,4 @@ console = Console()
 
 
 class UsageError(UserError):
-    """The command's words are off; the message is one clear line."""
+    """Wrong arguments or options (exit code 2)."""

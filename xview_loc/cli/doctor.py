@@ -1,4 +1,4 @@
-"""``xview-loc doctor``: is everything here that the localizer needs?"""
+"""``xview-loc doctor``: check the installation, a map and a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _STYLES = {Level.ok: "green", Level.warning: "yellow", Level.failure: "red"}
 
 def doctor(
     map: Annotated[str, typer.Option(help="GeoTIFF, .mbtiles, .pmtiles or a tile URL.")] = "",
-    model: Annotated[str | None, typer.Option(help="Model's name.")] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="Weights; default: the shipped ones.")] = None,
-    cache_dir: Annotated[Path | None, typer.Option(help="Disk cache, as the node has it.")] = None,
+    model: Annotated[str | None, typer.Option(help="Name of the model.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights; default: the model's own.")] = None,
+    cache_dir: Annotated[Path | None, typer.Option(help="Disk cache of the node.")] = None,
     header: Headers = None,
     api_key_env: KeyEnv = "",
 ) -> None:
-    """Check the installation, and a map and a checkpoint; exit code 1 if anything failed."""
+    """Check the installation, a map and a checkpoint. The exit code is 1 if a check failed."""
     failed = False
     for finding in _findings(map, model, checkpoint, cache_dir, header, api_key_env):
         line = Text(f"{finding.level.value:<9}", style=_STYLES[finding.level])

@@ -1,4 +1,4 @@
-"""``xview-loc map``: what a map covers, and fetching it ahead."""
+"""``xview-loc map``: print a map's properties, and download an area in advance."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ from xview_loc.cli.console import UsageError, console
 
 if TYPE_CHECKING:
     from xview_loc.geodesy import LocalProjection
-    from xview_loc.maps import open_map
     from xview_loc.maps.base import MapOptions
 
 app = typer.Typer(no_args_is_help=True, help="Aerial maps.")
 
-# More places than this is a slip of the pen (a box the wrong way around the globe), not a drive.
-MAX_PLACES = 1_000_000
+# A larger area is a mistake, such as a box the wrong way around the globe.
+MAX_POSITIONS = 1_000_000
 
 Source = Annotated[str, typer.Argument(metavar="MAP", help="GeoTIFF, .mbtiles, .pmtiles or a tile URL.")]
 Headers = Annotated[list[str] | None, typer.Option("--header", help="HTTP header, 'Name: value'.")]
@@ -30,7 +29,8 @@ KeyEnv = Annotated[str, typer.Option(help="Environment variable whose value repl
 
 @app.command()
 def info(source: Source, header: Headers = None, api_key_env: KeyEnv = "") -> None:
-    """Print what a map covers, and how finely."""
+    """Print a map's coverage and resolution."""
+    from xview_loc.maps import open_map
 
     with open_map(source, map_options(header, api_key_env)) as aerial:
         facts = aerial.info()
@@ -50,17 +50,18 @@ def info(source: Source, header: Headers = None, api_key_env: KeyEnv = "") -> No
 def prefetch(
     source: Source,
     bbox: Annotated[str, typer.Option(help="Area: LAT0,LON0,LAT1,LON1 in degrees.")] = "",
-    track: Annotated[Path | None, typer.Option(help="A drive: GPX file or ROS bag.")] = None,
-    topic: Annotated[str | None, typer.Option(help="The bag's NavSatFix topic.")] = None,
-    radius: Annotated[float, typer.Option(min=0.0, help="Metres to fetch around the track.")] = 100.0,
-    size: Annotated[int, typer.Option(min=1, help="Side of the model's aerial tile, pixels.")] = 512,
-    gsd: Annotated[float, typer.Option(min=0.01, help="The model's ground sample distance, m/px.")] = 0.14,
-    cache_dir: Annotated[Path | None, typer.Option(help="Disk cache; give the node the same.")] = None,
-    max_zoom: Annotated[int | None, typer.Option(help="The server's deepest zoom level.")] = None,
+    track: Annotated[Path | None, typer.Option(help="Track of a drive: GPX file or ROS bag.")] = None,
+    topic: Annotated[str | None, typer.Option(help="NavSatFix topic of the bag.")] = None,
+    radius: Annotated[float, typer.Option(min=0.0, help="Distance from the track to cover, metres.")] = 100.0,
+    size: Annotated[int, typer.Option(min=1, help="Side of the model's aerial tiles, pixels.")] = 512,
+    gsd: Annotated[float, typer.Option(min=0.01, help="Ground sample distance of the model, m/px.")] = 0.14,
+    cache_dir: Annotated[Path | None, typer.Option(help="Disk cache; use the same for the node.")] = None,
+    max_zoom: Annotated[int | None, typer.Option(help="Deepest zoom level of the server.")] = None,
     header: Headers = None,
     api_key_env: KeyEnv = "",
 ) -> None:
-    """Fill the disk cache with a tile server's imagery, to drive there without a network."""
+    """Download a tile server's imagery into the disk cache, to drive there offline."""
+    from xview_loc.maps import open_map
     from xview_loc.maps.pyramid import PyramidMap
     from xview_loc.maps.tile_server import HttpSource
     from xview_loc.recordings.tracks import read_track
@@ -68,24 +69,24 @@ def prefetch(
     if bool(bbox) == (track is not None):
         raise UsageError("give either --bbox or --track")
     if track is None:
-        places = list(_grid(*_parse_bbox(bbox), tile_m=size * gsd))
+        positions = list(_grid(*_parse_bbox(bbox), tile_m=size * gsd))
     else:
         step = size * gsd / 4.0
         drive = _thinned(read_track(track, topic), step)
-        # Tile centres snap to a grid of this step: half of it is how far a tile may lie off the vehicle.
-        places = [place for lat, lon in drive for place in _around(lat, lon, radius + step / 2.0, step)]
+        # Tile centres are snapped to a grid of this step, so they are up to half of it off the vehicle.
+        positions = [near for lat, lon in drive for near in _around(lat, lon, radius + step / 2.0, step)]
     options = map_options(header, api_key_env, cache_dir, max_zoom)
     with open_map(source, options) as aerial:
         if not isinstance(aerial, PyramidMap) or not isinstance(aerial.source, HttpSource):
-            raise UsageError(f"{source} is a file on this machine already: nothing to fetch")
+            raise UsageError(f"{source} is not a tile server: there is nothing to download")
         columns = (TextColumn("tiles"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         done = missing = 0
         with Progress(*columns, console=console) as progress:
             bar = progress.add_task("tiles", total=None)
-            for state in aerial.prefetch(places, size, gsd):
+            for state in aerial.prefetch(positions, size, gsd):
                 done, total, missing = state
                 progress.update(bar, completed=done, total=total)
-    console.print(f"{done - missing} tiles in {options.cache_dir}; the server has none for {missing} more")
+    console.print(f"{done - missing} tiles in {options.cache_dir}; the server has no imagery for {missing}")
 
 
 def map_options(
@@ -94,12 +95,12 @@ def map_options(
     cache_dir: Path | None = None,
     max_zoom: int | None = None,
 ) -> MapOptions:
-    """What the words of a command say about a map. Raises UsageError."""
+    """Make map options from a command's options. Raises UsageError."""
     from xview_loc.maps.base import MapOptions, default_cache_dir
 
     pairs = [header.partition(":") for header in headers or []]
     if any(not colon for _, colon, _ in pairs):
-        raise UsageError("a header is written 'Name: value'")
+        raise UsageError("--header must be 'Name: value'")
     if api_key_env and api_key_env not in os.environ:
         raise UsageError(f"the environment variable {api_key_env} is not set")
     return MapOptions(
@@ -115,18 +116,19 @@ def _parse_bbox(text: str) -> tuple[float, float, float, float]:
     try:
         lat0, lon0, lat1, lon1 = (float(part) for part in text.split(","))
     except ValueError:
-        raise UsageError(f"--bbox is four numbers LAT0,LON0,LAT1,LON1, not {text!r}") from None
+        raise UsageError(f"--bbox must be four numbers LAT0,LON0,LAT1,LON1, not {text!r}") from None
     if not all(abs(lat) <= 85.0 for lat in (lat0, lat1)) or not all(
         abs(lon) <= 180.0 for lon in (lon0, lon1)
     ):
-        raise UsageError("--bbox: latitudes go from -85 to 85 and longitudes from -180 to 180 degrees")
+        raise UsageError("--bbox: latitudes must be in -85 to 85, longitudes in -180 to 180 degrees")
     return min(lat0, lat1), min(lon0, lon1), max(lat0, lat1), max(lon0, lon1)
 
 
 def _grid(
     south: float, west: float, north: float, east: float, tile_m: float
 ) -> Iterator[tuple[float, float]]:
-    """Places half a tile apart that fill the box and a margin of a quarter of a tile, for snapped centres."""
+    """Yield positions (lat, lon) half a tile apart in the box and, as tile centres are snapped, in a margin
+    of a quarter of a tile."""
     metres = math.radians(1.0) * 6_371_000.0
     step, margin = tile_m / 2.0, tile_m / 4.0 / metres
     south, north = south - margin, north + margin
@@ -135,15 +137,15 @@ def _grid(
     west, east = west - margin / narrowest, east + margin / narrowest
     rows = max(1, math.ceil((north - south) * metres / step))
     columns = max(1, math.ceil((east - west) * metres * widest / step))
-    if rows * columns > MAX_PLACES:
-        raise UsageError("--bbox: the area is too large to fetch (are the corners right?)")
+    if rows * columns > MAX_POSITIONS:
+        raise UsageError("--bbox: the area is too large to download; check the corners")
     for row in range(rows + 1):
         for column in range(columns + 1):
             yield south + (north - south) * row / rows, west + (east - west) * column / columns
 
 
 def _thinned(track: list[tuple[float, float]], step_m: float) -> Iterator[tuple[float, float]]:
-    """The track's places, at least ``step_m`` apart."""
+    """Yield the track's positions, at least ``step_m`` apart."""
     from xview_loc.geodesy import LocalProjection
 
     last: LocalProjection | None = None
@@ -154,7 +156,7 @@ def _thinned(track: list[tuple[float, float]], step_m: float) -> Iterator[tuple[
 
 
 def _around(lat: float, lon: float, radius_m: float, step_m: float) -> Iterator[tuple[float, float]]:
-    """Places that fill the square of ``radius_m`` about a place."""
+    """Yield positions at most ``step_m`` apart in the square of half side ``radius_m``."""
     from xview_loc.geodesy import LocalProjection
 
     count = math.ceil(radius_m / step_m)

@@ -11,12 +11,12 @@ __all__ = ["open_map"]
 
 
 def open_map(source: str | Path, options: MapOptions | None = None) -> AerialMap:
-    """Open a raster that GDAL reads, an ``.mbtiles`` or ``.pmtiles`` file, or a ``.../{z}/{x}/{y}`` URL.
+    """Open a GDAL raster, an ``.mbtiles`` or ``.pmtiles`` file, or an XYZ tile URL (``.../{z}/{x}/{y}``).
 
     Raises:
-        MapOpenError: the source is missing, has no georeference, or is of an unsupported kind.
+        MapOpenError: the source is missing, not georeferenced, or of an unsupported kind.
     """
-    # Imported here: each kind of map loads libraries of its own.
+    # Imported late: each kind of map loads libraries of its own.
     from xview_loc.maps.pyramid import PyramidMap
     from xview_loc.maps.raster import RasterMap
     from xview_loc.maps.sources import MbtilesSource, PmtilesSource

@@ -1,7 +1,6 @@
-"""Aerial maps: north-up, metric tiles cut from rasters and tile pyramids.
+"""The interface of aerial maps, their tiles and errors.
 
-``AerialMap.open`` takes any of them; ``tile`` cuts a square whose pixels are metric in the tile's own
-true-north plane, whatever the source's projection. Rasters are handled here, pyramids in ``tile_pyramid``.
+A tile is a square image, metric in the true-north plane about its centre, whatever the map's projection.
 """
 
 from __future__ import annotations
@@ -28,34 +27,39 @@ SECRET = "***"
 
 
 class MapError(UserError):
-    """Something is wrong with the aerial map; the message is one clear line."""
+    """Base class of map errors; the message is one clear line."""
 
 
 class MapOpenError(MapError):
-    """The map cannot be opened: not there, not an image with a position, or of an unsupported kind."""
+    """The map cannot be opened: missing, not georeferenced, or of an unsupported kind."""
 
 
 class NoImageryError(MapError):
-    """The map has no imagery at the place asked for."""
+    """The map has no imagery at the requested position."""
 
 
 class MapUnavailableError(MapError):
-    """Imagery may exist, but cannot be had now: the server fails, or a file is damaged."""
+    """The map may have imagery, but cannot be read now: the server fails, or a file is damaged."""
 
 
 def default_cache_dir() -> Path:
-    """Where downloaded map tiles are kept unless told otherwise (follows XDG_CACHE_HOME)."""
+    """Return the default directory of downloaded tiles (under XDG_CACHE_HOME)."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xview_loc" / "tiles"
 
 
 @dataclass(frozen=True)
 class MapOptions:
-    """How to reach a map; only tile servers use more than ``attribution`` and ``deadline_s``.
+    """Options for reading a map; most are for tile servers.
 
-    headers: sent with every request. api_key: replaces ``{key}`` in the URL. max_zoom: the deepest zoom
-    the server has imagery for (finer tiles are enlarged from it). cache_dir: None keeps nothing on disk.
-    cache_mb: the least recently used tiles beyond it are deleted. deadline_s: longest wait for one aerial
-    tile, everything included. offline: use the disk cache alone.
+    Attributes:
+        headers: HTTP headers of every request.
+        api_key: replaces ``{key}`` in the URL.
+        max_zoom: deepest zoom level of the server; finer tiles are enlarged from it.
+        cache_dir: disk cache of tiles; None for no cache.
+        cache_mb: size limit of the cache; above it the least recently used tiles are deleted.
+        deadline_s: longest wait for an aerial tile, all requests and retries included.
+        offline: read the disk cache only.
+        attribution: replaces the attribution that the map itself gives.
     """
 
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
@@ -71,7 +75,7 @@ class MapOptions:
 
 @dataclass(frozen=True)
 class MapInfo:
-    """What ``xview-loc map info`` prints; bounds are (south, west, north, east) in degrees."""
+    """Properties of a map; ``bounds`` are (south, west, north, east) in degrees."""
 
     kind: str
     crs: str
@@ -83,12 +87,18 @@ class MapInfo:
 
 @dataclass(frozen=True, eq=False)
 class AerialTile:
-    """A square aerial image, metric in the true-north plane about its centre ``(lat, lon)``.
+    """A square aerial image, metric in the true-north plane about its centre.
 
-    image: uint8 (H, W, 3), RGB. gsd: metres per pixel. valid_fraction: share of pixels with imagery;
-    valid: which ones, bool (H, W), or None where not known pixel by pixel. rotation: ENU direction
-    (radians) in which columns grow; 0 is north-up. Pixel (row, col) names the pixel's centre; the tile's
-    centre is at ((H - 1) / 2, (W - 1) / 2).
+    Pixel coordinates (row, col) are those of pixel centres; the tile's centre is ((H - 1) / 2, (W - 1) / 2).
+
+    Attributes:
+        image: uint8 (H, W, 3), RGB.
+        lat: latitude of the centre in degrees.
+        lon: longitude of the centre in degrees.
+        gsd: ground sample distance in metres per pixel.
+        valid_fraction: share of pixels with imagery.
+        rotation: ENU direction in which columns increase, in radians; 0 is north-up.
+        valid: pixels with imagery, bool (H, W); None if not known per pixel.
     """
 
     image: NDArray[np.uint8]
@@ -101,45 +111,45 @@ class AerialTile:
 
     @property
     def size_px(self) -> int:
-        """Side in pixels."""
+        """Side length in pixels."""
         return int(self.image.shape[0])
 
     @cached_property
     def projection(self) -> LocalProjection:
-        """The plane about the tile's centre."""
+        """Local projection about the tile's centre."""
         return LocalProjection(self.lat, self.lon)
 
     @cached_property
     def key(self) -> str:
-        """Names this cut of a map; equal for equal centre, size, sampling distance and rotation."""
+        """Cache key: equal for equal centre, size, ground sample distance and rotation."""
         return f"{self.lat:.9f},{self.lon:.9f},{self.size_px},{self.gsd:.9g},{self.rotation:.6f}"
 
     def pixel_to_enu(self, row: Any, col: Any) -> tuple[Any, Any]:
-        """(east, north) in metres from the tile's centre."""
+        """Return (east, north) in metres from the tile's centre."""
         right = (col - (self.image.shape[1] - 1) / 2.0) * self.gsd
         down = (row - (self.image.shape[0] - 1) / 2.0) * self.gsd
         cos, sin = math.cos(self.rotation), math.sin(self.rotation)
         return right * cos + down * sin, right * sin - down * cos
 
     def enu_to_pixel(self, east: Any, north: Any) -> tuple[Any, Any]:
-        """(row, col) of metres from the tile's centre."""
+        """Return (row, col) of a position in metres from the tile's centre."""
         cos, sin = math.cos(self.rotation), math.sin(self.rotation)
         right, down = east * cos + north * sin, east * sin - north * cos
         row = down / self.gsd + (self.image.shape[0] - 1) / 2.0
         return row, right / self.gsd + (self.image.shape[1] - 1) / 2.0
 
     def pixel_to_latlon(self, row: Any, col: Any) -> tuple[Any, Any]:
-        """(lat, lon) in degrees."""
+        """Return (lat, lon) in degrees."""
         return self.projection.inverse(*self.pixel_to_enu(row, col))
 
     def latlon_to_pixel(self, lat: Any, lon: Any) -> tuple[Any, Any]:
-        """(row, col) of a place in degrees; it may lie outside the tile."""
+        """Return (row, col) of a position in degrees, which may lie outside the tile."""
         return self.enu_to_pixel(*self.projection.forward(lat, lon))
 
     def rotated(self, rotation: float, size_px: int) -> AerialTile:
-        """The same place turned so that columns grow in the ENU direction ``rotation`` (radians).
+        """Return the tile rotated so that columns increase in the ENU direction ``rotation`` (radians).
 
-        Corners that reach beyond this tile count as invalid, so cut the tile sqrt(2) times as large.
+        Pixels outside this tile are invalid: to avoid them, start from a tile sqrt(2) times as large.
         """
         rotation = wrap_angle(rotation)
         centre = (size_px - 1) / 2.0
@@ -167,24 +177,27 @@ class AerialTile:
 
 
 class AerialMap:
-    """A source of aerial imagery. Methods may be called from several threads."""
+    """Base class of maps. Methods may be called from several threads."""
 
     attribution: str = ""
 
     def tile(self, lat: float, lon: float, size_px: int, gsd: float) -> AerialTile:
-        """Cut the north-up square of ``size_px`` pixels of ``gsd`` metres about a place in degrees.
+        """Cut a north-up tile of ``size_px`` pixels of ``gsd`` metres, centred on a position in degrees.
 
-        Pixels without imagery are black and lower ``valid_fraction``. Raises NoImageryError where not one
-        pixel has imagery, MapUnavailableError where imagery cannot be had now.
+        Pixels without imagery are black.
+
+        Raises:
+            NoImageryError: no pixel has imagery.
+            MapUnavailableError: the map cannot be read now.
         """
         raise NotImplementedError
 
     def info(self) -> MapInfo:
-        """What is known about the map as a whole."""
+        """Return the map's properties."""
         raise NotImplementedError
 
     def close(self) -> None:
-        """Let go of files, connections and threads; the map cannot be used afterwards."""
+        """Close files and connections; the map cannot be used afterwards."""
 
     def __enter__(self) -> AerialMap:
         return self
@@ -194,7 +207,7 @@ class AerialMap:
 
 
 def redact(source: str, secrets: tuple[str, ...] = ()) -> str:
-    """``source`` without what may be a key: secrets, the query, credentials, long random-looking parts."""
+    """Hide what may be a key: ``secrets``, the query, credentials, long random-looking path segments."""
     for secret in secrets:
         if secret:
             source = source.replace(secret, SECRET)
@@ -211,14 +224,14 @@ def _looks_secret(segment: str) -> bool:
 
 
 class LogRedactor(logging.Filter):
-    """Keeps secrets of map URLs out of the log records of the libraries that fetch them."""
+    """Hide secrets of map URLs in log records of the libraries that fetch them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.secrets: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Rewrite the record where it holds a secret; every record passes."""
+        """Replace secrets in the record; no record is dropped."""
         message = record.getMessage()
         clean = message
         for secret in self.secrets:

@@ -1,8 +1,7 @@
-"""Web Mercator tile pyramids as aerial maps: tile servers (XYZ), MBTiles and PMTiles files.
+"""Web Mercator tile pyramids as aerial maps.
 
-Our own fetcher instead of GDAL's: a total deadline, named causes, single missing tiles, a cache whose
-contents are verified. A pyramid becomes an ``AerialTile`` by pasting the tiles that cover the place
-together and resampling once through a coarse grid of exact projections.
+The tiles under an aerial tile are merged into a mosaic, which is resampled once. Pixel coordinates are
+projected exactly on a coarse grid and interpolated in between.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xview_loc.geodesy import LocalProjection
-from xview_loc.images import check_encoded
+from xview_loc.images import ImageError, decode_with_alpha
 from xview_loc.maps.base import (
     AerialMap,
     AerialTile,
@@ -38,7 +37,7 @@ T = TypeVar("T")
 EARTH_CIRCUMFERENCE_M = 2.0 * math.pi * 6_378_137.0
 MAX_LATITUDE = 85.0511
 GRID_NODES = 17
-# Where a tile is missing, enlarge its ancestor: services stop at different zooms in different places.
+# A missing tile is enlarged from an ancestor: a server's deepest zoom differs between places.
 OVERZOOM_LEVELS = 2
 MAX_TILES = 400
 DECODED_TILES = 96
@@ -46,7 +45,7 @@ PREFETCH_GROUP = 16
 
 
 class PyramidMap(AerialMap):
-    """Cuts aerial tiles from a tile pyramid."""
+    """Aerial map of a tile server, an MBTiles or a PMTiles file."""
 
     def __init__(self, source: TileSource, options: MapOptions) -> None:
         self.source = source
@@ -65,15 +64,17 @@ class PyramidMap(AerialMap):
             tile = self._cut(lat, lon, size_px, gsd, deadline)
             if tile is not None:
                 return tile
-            # The server's tiles are of another size than assumed, so another zoom suits better.
+            # The server's tiles have another size than assumed, so another zoom fits better.
 
     def prefetch(
         self, places: Sequence[tuple[float, float]], size_px: int, gsd: float
     ) -> Iterator[tuple[int, int, int]]:
-        """Have the source fetch all that aerial tiles about ``places`` (lat, lon) are made of.
+        """Fetch the tiles of the pyramid that aerial tiles at ``places`` (lat, lon) need into the cache.
 
-        Yields (tiles done, tiles in all, tiles without imagery) as it goes on. Raises
-        MapUnavailableError; what was fetched until then stays in the cache.
+        Yields (tiles done, tiles in total, tiles without imagery).
+
+        Raises:
+            MapUnavailableError: a tile cannot be fetched; the tiles fetched before stay in the cache.
         """
         while True:
             side = self.source.side
@@ -85,7 +86,7 @@ class PyramidMap(AerialMap):
                 group = tiles[start : start + PREFETCH_GROUP]
                 missing += self._fetch(group)
                 if self.source.side != side:
-                    break  # another zoom suits better: work out anew what is needed
+                    break  # another zoom fits better: determine the tiles again
                 yield start + len(group), len(tiles), missing
             else:
                 return
@@ -111,17 +112,18 @@ class PyramidMap(AerialMap):
         return EARTH_CIRCUMFERENCE_M * math.cos(math.radians(lat)) / (self.source.side * 2.0**zoom)
 
     def _zoom(self, lat: float, gsd: float) -> int:
-        """The coarsest zoom at least as fine as ``gsd``, within what the source has."""
-        # A hair of tolerance, or rounding would fetch four times the tiles for an exact match.
+        """Return the coarsest zoom at least as fine as ``gsd``, within the source's zooms."""
+        # The tolerance is for an exact match: rounded up, it would take four times the tiles.
         zoom = math.ceil(math.log2(self._resolution(lat, 0) / (gsd * 1.001)))
         return max(self.source.min_zoom, min(self._max_zoom, zoom))
 
     def _grid(
         self, place: LocalProjection, size_px: int, gsd: float, zoom: int
     ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-        """World pixel coordinates (x, y) at ``zoom`` on a coarse grid over the tile, and the grid's pixels.
+        """Return world pixel coordinates (x, y) at ``zoom`` on a coarse grid over the aerial tile, and the
+        grid's pixel coordinates in that tile.
 
-        World x is not wrapped at the antimeridian: it goes on beyond the last column.
+        World x is not wrapped at the antimeridian: it continues beyond the last column.
         """
         nodes = np.linspace(-0.5, size_px - 0.5, GRID_NODES)
         metres = (nodes - (size_px - 1) / 2.0) * gsd
@@ -136,7 +138,7 @@ class PyramidMap(AerialMap):
     def _tiles(
         self, grid_x: NDArray[np.float64], grid_y: NDArray[np.float64], zoom: int
     ) -> list[tuple[tuple[int, int], TileId]]:
-        """((unwrapped column, row), tile) of all tiles under the grid, with room for interpolation."""
+        """Return ((unwrapped column, row), tile) of all tiles under the grid and a margin to interpolate."""
         side, count = self.source.side, 2**zoom
         columns = range(math.floor((grid_x.min() - 2) / side), math.floor((grid_x.max() + 2) / side) + 1)
         rows = range(
@@ -145,29 +147,29 @@ class PyramidMap(AerialMap):
         )
         if len(columns) * len(rows) > MAX_TILES:
             raise MapError(
-                f"{self.source.name}: its coarsest zoom {self.source.min_zoom} is far too fine for this tile"
-                f" ({len(columns) * len(rows)} tiles)"
+                f"{self.source.name}: the coarsest zoom {self.source.min_zoom} is too fine for so large a tile"
+                f" (it takes {len(columns) * len(rows)} tiles of the pyramid, at most {MAX_TILES} are merged)"
             )
         return [((x, y), TileId(zoom, x % count, y)) for y in rows for x in columns]
 
     def _covering(self, lat: float, lon: float, size_px: int, gsd: float) -> list[TileId]:
-        """The pyramid's tiles that an aerial tile about the place is made of."""
+        """Return the tiles under an aerial tile at this position."""
         zoom = self._zoom(lat, gsd)
         grid_x, grid_y, _ = self._grid(LocalProjection(lat, lon), size_px, gsd, zoom)
         return [tile for _, tile in self._tiles(grid_x, grid_y, zoom)]
 
     def _fetch(self, tiles: list[TileId]) -> int:
-        """Have the source fetch tiles, or what is enlarged in their place; how many have neither."""
+        """Fetch tiles, and ancestors of missing ones, into the cache; return how many have neither."""
         deadline = time.monotonic() + self._deadline_s
         sources, data = self._with_ancestors(tiles, lambda group: self.source.get(group, deadline))
         for tile, encoded in data.items():
             if encoded is not None:
-                self._decode(encoded, tile)  # one shows the size of all
+                self._decode(encoded, tile)  # a single tile shows the size of all
                 break
         return sum(data[sources[tile]] is None for tile in tiles)
 
     def _cut(self, lat: float, lon: float, size_px: int, gsd: float, deadline: float) -> AerialTile | None:
-        """The aerial tile, or None if the pyramid's tiles turned out to be of another size."""
+        """Return the aerial tile, or None if the tiles turned out to have another size than assumed."""
         place = LocalProjection(lat, lon)
         if abs(place.lat) > MAX_LATITUDE:
             raise NoImageryError(f"{self.source.name} ends at latitude {MAX_LATITUDE}, asked for {lat:.6f}")
@@ -194,11 +196,11 @@ class PyramidMap(AerialMap):
                 mosaic[area] = image[..., :3]
                 mask[area] = image[..., 3] if image.shape[2] == 4 else 255
 
-        # Shrinking by more than 1.5 would alias: sample a multiple finer, then average.
+        # Linear interpolation would alias when shrinking by more than 1.5: sample finer, then average.
         ratio = gsd / self._resolution(lat, zoom)
         fold = math.ceil(ratio) if ratio > 1.5 else 1
         weights = _interpolation(nodes, (np.arange(size_px * fold) + 0.5) / fold - 0.5)
-        # World coordinates count from a pixel's corner, remap's from its centre.
+        # World coordinates are relative to a pixel's corner, those of remap to its centre.
         map_x = (weights @ (grid_x - left * side - 0.5) @ weights.T).astype(np.float32)
         map_y = (weights @ (grid_y - top * side - 0.5) @ weights.T).astype(np.float32)
         kernel = cv2.INTER_CUBIC if ratio < 1.0 else cv2.INTER_LINEAR
@@ -219,7 +221,7 @@ class PyramidMap(AerialMap):
         return AerialTile(np.asarray(picture, np.uint8), place.lat, place.lon, gsd, fraction, valid=valid)
 
     def _load(self, tiles: Iterable[TileId], deadline: float) -> dict[TileId, NDArray[np.uint8] | None]:
-        """Decoded RGB(A) tiles; missing ones are enlarged from an ancestor where there is one."""
+        """Return decoded RGB(A) tiles; missing ones are enlarged from an ancestor, if any."""
         wanted = list(dict.fromkeys(tiles))
         sources, images = self._with_ancestors(wanted, lambda group: self._decode_all(group, deadline))
         return {tile: self._enlarge(images[sources[tile]], tile, sources[tile]) for tile in wanted}
@@ -227,7 +229,7 @@ class PyramidMap(AerialMap):
     def _with_ancestors(
         self, tiles: list[TileId], get: Callable[[list[TileId]], dict[TileId, T | None]]
     ) -> tuple[dict[TileId, TileId], dict[TileId, T | None]]:
-        """Which tile stands in for each tile (itself, where it is not missing), and what ``get`` gave."""
+        """Return the tile that replaces each tile (itself, unless missing), and the results of ``get``."""
         found = dict(get(tiles))
         sources = {tile: tile for tile in tiles}
         for _ in range(OVERZOOM_LEVELS):
@@ -242,13 +244,13 @@ class PyramidMap(AerialMap):
     def _enlarge(
         self, image: NDArray[np.uint8] | None, tile: TileId, ancestor: TileId
     ) -> NDArray[np.uint8] | None:
-        """The part of an ancestor's image that ``tile`` covers, at full tile size."""
+        """Return the part of an ancestor's image that ``tile`` covers, at full tile size."""
         levels = tile.z - ancestor.z
         if image is None or levels == 0:
             return image
         part = self.source.side >> levels
         x, y = (tile.x - (ancestor.x << levels)) * part, (tile.y - (ancestor.y << levels)) * part
-        # warpAffine reads neighbours beyond the part, so that no seam shows between enlarged tiles.
+        # warpAffine also reads pixels outside the part, so there are no seams between enlarged tiles.
         scale = 1.0 / 2**levels
         offset = (scale - 1.0) / 2.0
         matrix = np.array([[scale, 0.0, x + offset], [0.0, scale, y + offset]])
@@ -271,7 +273,7 @@ class PyramidMap(AerialMap):
             images[tile] = None if data is None else self._decode(data, tile)
         with self._lock:
             for tile in absent:
-                if images[tile] is not None:  # what is missing now may be there later
+                if images[tile] is not None:  # a missing tile may be there later
                     self._decoded[tile] = images[tile]
             while len(self._decoded) > DECODED_TILES:
                 self._decoded.popitem(last=False)
@@ -279,14 +281,16 @@ class PyramidMap(AerialMap):
 
     def _decode(self, data: bytes, tile: TileId) -> NDArray[np.uint8]:
         try:
-            image: NDArray[Any] = decode_tile(data)
-        except ValueError as error:
+            image: NDArray[Any] = decode_with_alpha(data)
+            if image.shape[0] != image.shape[1]:
+                raise ImageError(f"not square ({image.shape[1]} x {image.shape[0]} px)")
+        except ImageError as error:
             where = f"{tile.z}/{tile.x}/{tile.y}"
-            raise MapUnavailableError(f"{self.source.name}: tile {where} is damaged: {error}") from None
+            raise MapUnavailableError(f"{self.source.name}: tile {where}: {error}") from None
         if image.shape[0] != self.source.side:
             with self._lock:
                 if self._decoded:
-                    # Not the first tile seen: an odd one out.
+                    # Not the first tile: a single one of another size.
                     image = cv2.resize(
                         image, (self.source.side, self.source.side), interpolation=cv2.INTER_AREA
                     )
@@ -306,25 +310,6 @@ def _weights(start: float, step: float, first: float, pitch: float, count: int) 
 
 
 def _interpolation(nodes: NDArray[np.float64], positions: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(positions, nodes) matrix of linear interpolation from evenly spaced nodes to even positions."""
+    """Return the (positions, nodes) matrix of linear interpolation between evenly spaced nodes."""
     pitch = float(positions[1] - positions[0]) if len(positions) > 1 else 1.0
     return _weights(float(nodes[0]), float(nodes[1] - nodes[0]), float(positions[0]), pitch, len(positions))
-
-
-def decode_tile(data: bytes) -> NDArray[np.uint8]:
-    """RGB (H, W, 3) or RGBA (H, W, 4) of an encoded square tile; ValueError says what is wrong."""
-    if problem := check_encoded(data):
-        raise ValueError(problem)
-    decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    if decoded is None:
-        raise ValueError("cannot be decoded")
-    image: NDArray[Any] = decoded
-    if image.dtype == np.uint16:
-        image = (image >> 8).astype(np.uint8)
-    if image.ndim == 2:
-        image = cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
-    else:
-        image = cv2.cvtColor(image, cv2.COLOR_BGRA2RGBA if image.shape[2] == 4 else cv2.COLOR_BGR2RGB)
-    if image.shape[0] != image.shape[1]:
-        raise ValueError(f"not square: {image.shape[1]} x {image.shape[0]} px")
-    return np.asarray(image, np.uint8)

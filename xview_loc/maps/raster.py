@@ -1,8 +1,4 @@
-"""Aerial maps: north-up, metric tiles cut from rasters and tile pyramids.
-
-``AerialMap.open`` takes any of them; ``tile`` cuts a square whose pixels are metric in the tile's own
-true-north plane, whatever the source's projection. Rasters are handled here, pyramids in ``tile_pyramid``.
-"""
+"""Georeferenced rasters (GeoTIFF, COG, VRT, JPEG 2000 ...) as aerial maps, read with GDAL."""
 
 from __future__ import annotations
 
@@ -43,14 +39,14 @@ from xview_loc.maps.base import (
 
 @dataclass(frozen=True)
 class _Bands:
-    """Which bands make up the picture: three (or one, grey) colour bands and perhaps alpha; 1-based."""
+    """1-based indexes of the colour bands (three, or one for grey) and of the alpha band."""
 
     colour: tuple[int, ...]
     alpha: int | None
 
 
 class RasterMap(AerialMap):
-    """A georeferenced raster in any projection, through GDAL's on-the-fly warping."""
+    """Aerial map of a raster in any projection, warped by GDAL while reading."""
 
     def __init__(self, source: str, options: MapOptions) -> None:
         self._source = source
@@ -80,7 +76,7 @@ class RasterMap(AerialMap):
         place = LocalProjection(lat, lon)
         half = size_px * gsd / 2.0
         crs = CRS.from_proj4(
-            # A datum, not an ellipsoid alone: otherwise PROJ takes the source's datum for WGS 84.
+            # With an ellipsoid alone, PROJ would assume that the source's datum is WGS 84.
             f"+proj=tmerc +lat_0={place.lat!r} +lon_0={place.lon!r} +k=1 +x_0=0 +y_0=0 +datum=WGS84 +units=m"
         )
         ratio = gsd / self._info.resolution_m if self._info.resolution_m else 1.0
@@ -104,7 +100,7 @@ class RasterMap(AerialMap):
                 alpha = bands.alpha or warped.count
                 data = warped.read(indexes=[*bands.colour, alpha])
         except (RasterioError, OSError) as error:
-            if not self._near(lat, lon, half):
+            if not self._may_cover(lat, lon, half):
                 raise NoImageryError(f"{self._name} does not cover {lat:.6f}, {lon:.6f}") from None
             raise MapUnavailableError(f"cannot read {self._name}: {self._reason(error)}") from None
         valid = data[-1] > (127 if data.dtype == np.uint8 else 0)
@@ -120,7 +116,7 @@ class RasterMap(AerialMap):
         return self._info
 
     def close(self) -> None:
-        """See :meth:`AerialMap.close`; a read in another thread is not waited for."""
+        """See :meth:`AerialMap.close`; does not wait for a read in another thread."""
         with self._lock:
             self._closed = True
             idle, self._idle = self._idle, []
@@ -154,7 +150,7 @@ class RasterMap(AerialMap):
             raise error_type(f"cannot open {self._name}: {self._reason(error)}") from None
 
     def _reason(self, error: Exception) -> str:
-        # What GDAL says may hold the URL, key and all.
+        # GDAL's message may hold the URL with its key.
         text = (str(error) or type(error).__name__).replace(self._source, self._name)
         if (query := urlsplit(self._source).query) and "://" in self._source:
             text = text.replace(query, SECRET)
@@ -179,10 +175,10 @@ class RasterMap(AerialMap):
         return _Bands(tuple(colour[:3] if len(colour) >= 3 else colour[:1]), alpha)
 
     def _brightness_range(self, dataset: Any) -> tuple[float, float] | None:
-        """Pixel values that become black and white; None for 8-bit data, which stays as it is."""
+        """Return the pixel values that become black and white; None for 8-bit data."""
         if dataset.dtypes[0] == "uint8":
             return None
-        # A few windows spread over the raster: its cost does not grow with the file.
+        # Sample a few windows, so that the cost does not grow with the file.
         samples = []
         for i in range(4):
             for j in range(4):
@@ -201,7 +197,7 @@ class RasterMap(AerialMap):
         return float(low), max(float(high), float(low) + 1.0)
 
     def _to_rgb(self, data: NDArray[Any]) -> NDArray[np.uint8]:
-        """(bands, H, W) of the source's type -> (H, W, 3) RGB."""
+        """Convert (bands, H, W) of the source's type to RGB (H, W, 3)."""
         if self._scale is not None:
             low, high = self._scale
             data = np.clip((data.astype(np.float32) - low) * (255.0 / (high - low)) + 0.5, 0, 255)
@@ -211,37 +207,41 @@ class RasterMap(AerialMap):
         return np.ascontiguousarray(np.moveaxis(data, 0, -1))
 
     def _describe(self, dataset: Any, options: MapOptions) -> MapInfo:
-        try:
-            west, south, east, north = transform_bounds(dataset.crs, "EPSG:4326", *dataset.bounds)
-        except RasterioError as error:
-            raise MapOpenError(f"{self._name}: {self._reason(error)}") from None
-        # Metres on the ground per source pixel at the middle, whatever unit the source's projection is in.
+        # Metres on the ground per pixel at the centre, whatever the units of the source's projection.
         row, col = dataset.height // 2, dataset.width // 2
         xs, ys = zip(dataset.xy(row, col), dataset.xy(row + 1, col + 1), strict=True)
-        lons, lats = transform(dataset.crs, "EPSG:4326", xs, ys)
-        resolution = math.hypot(*LocalProjection(lats[0], lons[0]).forward(lats[1], lons[1])) / math.sqrt(2.0)
+        try:
+            west, south, east, north = transform_bounds(dataset.crs, "EPSG:4326", *dataset.bounds)
+            lons, lats = transform(dataset.crs, "EPSG:4326", xs, ys)
+            across, down = LocalProjection(lats[0], lons[0]).forward(lats[1], lons[1])
+        except (RasterioError, ValueError) as error:
+            raise MapOpenError(
+                f"{self._name}: its coordinate reference system has no known position on Earth"
+                f" ({self._reason(error)}); assign one, for example with gdal_edit.py -a_srs"
+            ) from None
         tags = dataset.tags()
         return MapInfo(
             kind=f"raster ({dataset.driver}, {dataset.width} x {dataset.height} px, {dataset.count} bands)",
             crs=dataset.crs.to_string(),
             bounds=(south, west, north, east),
-            resolution_m=resolution,
+            resolution_m=math.hypot(across, down) / math.sqrt(2.0),
             zooms=None,
             attribution=options.attribution or tags.get("TIFFTAG_COPYRIGHT", ""),
         )
 
-    def _near(self, lat: float, lon: float, half_m: float) -> bool:
-        """Whether a tile about the place may touch the raster."""
+    def _may_cover(self, lat: float, lon: float, half_m: float) -> bool:
+        """Return True if a tile of this half side may overlap the raster's bounds."""
         assert self._info.bounds is not None
         south, west, north, east = self._info.bounds
         margin = half_m / 111_000.0
         margin_lon = margin / max(0.01, math.cos(math.radians(lat)))
-        inside_lon = (lon - west + margin_lon) % 360.0 <= (east - west) % 360.0 + 2.0 * margin_lon
+        width = east - west if east > west else east - west + 360.0  # across the antimeridian east < west
+        inside_lon = (lon - west + margin_lon) % 360.0 <= width + 2.0 * margin_lon
         return south - margin <= lat <= north + margin and inside_lon
 
 
 def _resampling(ratio: float) -> Resampling:
-    """How to resample when an output pixel is ``ratio`` source pixels wide."""
+    """Return the resampling method for output pixels ``ratio`` source pixels wide."""
     if ratio < 1.0:
         return Resampling.cubic
     return Resampling.bilinear if ratio <= 1.5 else Resampling.average

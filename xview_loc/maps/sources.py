@@ -1,9 +1,4 @@
-"""Web Mercator tile pyramids as aerial maps: tile servers (XYZ), MBTiles and PMTiles files.
-
-Our own fetcher instead of GDAL's: a total deadline, named causes, single missing tiles, a cache whose
-contents are verified. A pyramid becomes an ``AerialTile`` by pasting the tiles that cover the place
-together and resampling once through a coarse grid of exact projections.
-"""
+"""Sources of encoded Web Mercator tiles: their interface, MBTiles and PMTiles files."""
 
 from __future__ import annotations
 
@@ -29,16 +24,13 @@ from pmtiles.tile import (
     zxy_to_tileid,
 )
 
-from xview_loc.maps.base import (
-    MapOpenError,
-    MapUnavailableError,
-)
+from xview_loc.maps.base import MapOpenError, MapUnavailableError
 
 DEFAULT_MAX_ZOOM = 19
 
 
 class TileId(NamedTuple):
-    """Zoom, column from 180 W eastwards, row from the north."""
+    """Zoom, column (eastwards from 180 W) and row (southwards)."""
 
     z: int
     x: int
@@ -46,14 +38,14 @@ class TileId(NamedTuple):
 
     @property
     def parent(self) -> TileId:
-        """The tile one zoom up that contains this one."""
+        """The tile of the next coarser zoom level that contains this one."""
         return TileId(self.z - 1, self.x >> 1, self.y >> 1)
 
 
 class TileSource:
-    """Where encoded tiles come from. Methods may be called from several threads.
+    """Base class of sources. Methods may be called from several threads.
 
-    ``side`` is that of its tiles in pixels, as far as known.
+    ``side`` is the side length of the tiles in pixels: an assumption until a tile was seen.
     """
 
     name: str
@@ -65,22 +57,23 @@ class TileSource:
     kind: str = ""
 
     def get(self, tiles: Sequence[TileId], deadline: float) -> dict[TileId, bytes | None]:
-        """Encoded images, None where there is none, by ``deadline`` (``time.monotonic``).
+        """Return encoded images, None for tiles without imagery.
 
-        Raises MapUnavailableError.
+        Raises:
+            MapUnavailableError: the source failed, or did not answer by ``deadline`` (``time.monotonic``).
         """
         raise NotImplementedError
 
     def learn_side(self, side: int) -> None:
-        """Note the side of the tiles, once one was seen."""
+        """Set the side length of the tiles, once one was seen."""
         self.side = side
 
     def close(self) -> None:
-        """Let go of everything held."""
+        """Close files and connections."""
 
 
 class MbtilesSource(TileSource):
-    """An MBTiles file: SQLite, rows counted from the south."""
+    """An MBTiles file: an SQLite database whose rows are counted from the south."""
 
     kind = "MBTiles"
 
@@ -133,7 +126,7 @@ class MbtilesSource(TileSource):
     def _query(self, sql: str, arguments: tuple[int, ...]) -> list[Any]:
         connection = getattr(self._local, "connection", None)
         if connection is None:
-            # Each thread queries through its own; close() may come from any thread.
+            # Each thread has its own connection; close() may be called from any thread.
             connection = sqlite3.connect(self._uri, uri=True, check_same_thread=False)
             self._local.connection = connection
             with self._lock:
@@ -153,7 +146,7 @@ class PmtilesSource(TileSource):
                 self._file = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
             raise MapOpenError(f"cannot open {path}: {error}") from None
-        # Parsing a directory takes milliseconds; a drive stays within a few.
+        # Parsing a directory takes milliseconds, and a drive needs only a few.
         self._directory = lru_cache(maxsize=64)(self._read_directory)
         try:
             if self._file[:7] != b"PMTiles" or self._file[7] != 3:

@@ -1,8 +1,7 @@
-"""Web Mercator tile pyramids as aerial maps: tile servers (XYZ), MBTiles and PMTiles files.
+"""Tiles of XYZ servers, fetched over HTTP and kept in a disk cache.
 
-Our own fetcher instead of GDAL's: a total deadline, named causes, single missing tiles, a cache whose
-contents are verified. A pyramid becomes an ``AerialTile`` by pasting the tiles that cover the place
-together and resampling once through a coarse grid of exact projections.
+Not GDAL's fetcher: this one has a total deadline, names causes, lets single tiles be missing, and verifies
+what it keeps.
 """
 
 from __future__ import annotations
@@ -11,20 +10,20 @@ import contextlib
 import hashlib
 import logging
 import os
+import queue
 import re
 import struct
 import tempfile
 import threading
 import time
 import zlib
+from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
 
 import httpx
 
-from xview_loc.images import check_encoded
+from xview_loc.images import ImageError, check_complete
 from xview_loc.maps.base import (
     LOG_REDACTOR,
     MapOpenError,
@@ -44,10 +43,10 @@ MAX_TILE_BYTES = 16 << 20
 
 
 class HttpSource(TileSource):
-    """Tiles of a server, fetched in parallel and kept on disk.
+    """Tiles of an XYZ server, fetched in parallel and kept on disk.
 
-    404, 204 and 410 say that there is no imagery. Everything else that is not a whole image raises
-    MapUnavailableError; what may be a passing failure is tried again while the deadline lasts.
+    HTTP 204, 404 and 410 mean no imagery. Any other answer that is not a complete image raises
+    MapUnavailableError; failures that may be temporary are retried until the deadline.
     """
 
     kind = "tile server (XYZ)"
@@ -70,7 +69,7 @@ class HttpSource(TileSource):
         if self._key:
             LOG_REDACTOR.secrets.add(self._key)
         fixed_query = template.partition("?")[2]
-        # Any value of the query may be a key, however short its name.
+        # Any value in the query may be a key, whatever its name.
         LOG_REDACTOR.secrets.update(re.findall(r"=([^&{}]{4,})(?=&|$)", fixed_query))
         self._cache: TileCache | None = None
         if options.cache_dir is not None:
@@ -87,9 +86,8 @@ class HttpSource(TileSource):
                 limits=httpx.Limits(max_connections=PARALLEL_REQUESTS),
             )
         except (httpx.InvalidURL, ValueError, TypeError):
-            # Their text may hold the key.
+            # The error's text may hold the key.
             raise MapOpenError(f"{self.name}: not a valid URL, or a header that cannot be sent") from None
-        self._pool = ThreadPoolExecutor(PARALLEL_REQUESTS, thread_name_prefix="map-tiles")
         self._closing = threading.Event()
 
     def get(self, tiles: Sequence[TileId], deadline: float) -> dict[TileId, bytes | None]:
@@ -104,27 +102,15 @@ class HttpSource(TileSource):
                 absent.append(tile)
             else:
                 found[tile] = cached or None
-        if not absent:
-            return found
-        if self._offline:
+        if absent and self._offline:
             raise MapUnavailableError(
                 f"{self._describe(absent[0])}: offline and not in the cache"
                 f" ({len(absent)} of {len(tiles)} tiles)"
             )
-        try:
-            futures = {tile: self._pool.submit(self._fetch, tile, deadline) for tile in absent}
-        except RuntimeError:
-            raise MapUnavailableError(f"{self.name}: the map is closed") from None
-        try:
-            for tile, future in futures.items():
-                found[tile] = self._await(tile, future, deadline)
-        finally:
-            for future in futures.values():
-                future.cancel()
-        return found
+        return found | self._fetch_all(absent, deadline)
 
     def learn_side(self, side: int) -> None:
-        """See :meth:`TileSource.learn_side`; kept on disk: an offline drive asks for the same tiles."""
+        """See :meth:`TileSource.learn_side`; kept on disk, for an offline drive to ask for the same tiles."""
         super().learn_side(side)
         if self._cache:
             self._cache.write_side(side)
@@ -132,16 +118,37 @@ class HttpSource(TileSource):
     def close(self) -> None:
         """See :meth:`TileSource.close`."""
         self._closing.set()
-        self._pool.shutdown(wait=False, cancel_futures=True)
         self._client.close()
 
-    def _await(self, tile: TileId, future: Future[bytes | None], deadline: float) -> bytes | None:
+    def _fetch_all(self, tiles: list[TileId], deadline: float) -> dict[TileId, bytes | None]:
+        """Fetch tiles in parallel. Raises the first error, and asks for no more tiles then."""
+        waiting, found = deque(tiles), dict[TileId, bytes | None]()
+        answers: queue.SimpleQueue[tuple[TileId, bytes | None, Exception | None]] = queue.SimpleQueue()
+
+        def work() -> None:
+            with contextlib.suppress(IndexError):  # nothing waits any more
+                while True:
+                    tile = waiting.popleft()
+                    try:
+                        answers.put((tile, self._fetch(tile, deadline), None))
+                    except Exception as error:
+                        answers.put((tile, None, error))
+
+        for _ in tiles[:PARALLEL_REQUESTS]:
+            # Not a pool: the end of the process waits for its threads, for as long as the server hangs.
+            threading.Thread(target=work, name="map-tiles", daemon=True).start()
         try:
-            return future.result(timeout=max(0.0, deadline - time.monotonic()))
-        except FutureTimeoutError:
-            raise MapUnavailableError(f"{self._describe(tile)}: no answer before the deadline") from None
-        except CancelledError:
-            raise MapUnavailableError(f"{self.name}: the map is closed") from None
+            for _ in tiles:
+                tile, data, error = answers.get(timeout=max(0.0, deadline - time.monotonic()))
+                if error is not None:
+                    raise error
+                found[tile] = data
+        except queue.Empty:
+            late = next(tile for tile in tiles if tile not in found)
+            raise MapUnavailableError(f"{self._describe(late)}: no answer before the deadline") from None
+        finally:
+            waiting.clear()
+        return found
 
     def _url(self, tile: TileId) -> str:
         flipped = 2**tile.z - 1 - tile.y
@@ -158,20 +165,22 @@ class HttpSource(TileSource):
     def _fetch(self, tile: TileId, deadline: float) -> bytes | None:
         problem = "no time left"
         for attempt in range(ATTEMPTS):
-            remaining = deadline - time.monotonic()
-            if remaining <= 0.0 or self._closing.is_set():
+            if self._closing.is_set():
+                problem = "the map is closed"
                 break
-            passing = True
+            if time.monotonic() >= deadline:
+                break
+            temporary = True
             try:
-                status, data, length = self._request(self._url(tile), deadline)
+                status, data = self._request(self._url(tile), deadline)
             except httpx.TimeoutException:
                 problem = "timed out"
             except httpx.RemoteProtocolError:
                 problem = "the connection broke off (truncated answer)"
             except httpx.HTTPError as error:
-                # Only the kind of the error: its text may hold the URL.
+                # Only the type of the error: its text may hold the URL.
                 problem = f"cannot reach the server ({type(error).__name__})"
-            except RuntimeError:
+            except RuntimeError:  # the client was closed meanwhile
                 if not self._closing.is_set():
                     raise
                 problem = "the map is closed"
@@ -180,22 +189,23 @@ class HttpSource(TileSource):
                     self._keep(tile, b"")
                     return None
                 if status == 200:
-                    fault = check_encoded(data)
-                    if fault is None:
+                    try:
+                        check_complete(data)
+                    except ImageError as error:
+                        problem = f"unusable answer: {error}"
+                    else:
                         self._keep(tile, data)
                         return data
-                    problem = f"the server sent {fault}" + (f" ({length} bytes)" if data else "")
                 else:
                     problem = f"HTTP {status}" + (" (is the key right?)" if status in (401, 403) else "")
-                    passing = status in (408, 425, 429) or status >= 500
-            if not passing:
+                    temporary = status in (408, 425, 429) or status >= 500
+            if not temporary or attempt + 1 == ATTEMPTS:
                 break
-            pause = min(FIRST_BACKOFF_S * 2**attempt, max(0.0, deadline - time.monotonic()))
-            if attempt + 1 < ATTEMPTS and self._closing.wait(pause):
-                break
+            self._closing.wait(min(FIRST_BACKOFF_S * 2**attempt, max(0.0, deadline - time.monotonic())))
         raise MapUnavailableError(f"{self._describe(tile)}: {problem}")
 
-    def _request(self, url: str, deadline: float) -> tuple[int, bytes, int]:
+    def _request(self, url: str, deadline: float) -> tuple[int, bytes]:
+        """Return the status and the body."""
         timeout = max(0.05, min(SOCKET_TIMEOUT_S, deadline - time.monotonic()))
         with self._client.stream("GET", url, timeout=timeout) as response:
             chunks, length = [], 0
@@ -203,11 +213,11 @@ class HttpSource(TileSource):
                 chunks.append(chunk)
                 length += len(chunk)
                 if time.monotonic() > deadline:
-                    # Socket timeouts bound each read alone; a dripping server must not win.
+                    # A socket's timeout bounds a single read; the server may send byte by byte.
                     raise httpx.ReadTimeout("deadline")
                 if length > MAX_TILE_BYTES:
                     raise httpx.DecodingError("too large")
-            return response.status_code, b"".join(chunks), length
+            return response.status_code, b"".join(chunks)
 
     def _keep(self, tile: TileId, data: bytes) -> None:
         if self._cache is not None:
@@ -217,9 +227,9 @@ class HttpSource(TileSource):
 class TileCache:
     """Encoded tiles on disk, each with a checksum; several processes may share it.
 
-    A file is a header (magic, CRC-32 of the rest, time of writing) and the image's bytes, none where the
-    server has no imagery. Files appear whole (rename) and are used only if the checksum holds. The least
-    recently used go when the size limit is passed.
+    A file is a header (magic, CRC-32 of time and image, time of writing) followed by the image, which is
+    empty if the server has no imagery. Files are renamed into place, and ignored unless the checksum matches.
+    Above the size limit the least recently used are deleted.
     """
 
     HEADER = struct.Struct("<4sId")
@@ -233,9 +243,9 @@ class TileCache:
         self._warned = False
 
     def read(self, tile: TileId, missing_kept_s: float | None) -> bytes | None:
-        """The image, b"" where the server had none, or None if not (validly) cached.
+        """Return the image, b"" if the server had none, or None if the tile is not in the cache.
 
-        That there was none is believed for ``missing_kept_s`` seconds (None: for ever).
+        An answer that there is no imagery counts for ``missing_kept_s`` seconds; None: for ever.
         """
         path = self._path(tile)
         try:
@@ -255,7 +265,7 @@ class TileCache:
         return data
 
     def write(self, tile: TileId, data: bytes) -> None:
-        """Keep a tile; a full or read-only disk costs the cache, not the tile."""
+        """Keep a tile. A full or read-only disk is logged once, and no error."""
         path = self._path(tile)
         now = time.time()
         content = self.HEADER.pack(self.MAGIC, self._crc(data, now), now) + data
@@ -263,7 +273,7 @@ class TileCache:
             self._account(len(content))
 
     def read_side(self) -> int | None:
-        """The side of the tiles in pixels, if it was ever seen."""
+        """Return the side of the server's tiles in pixels, None if it is not known yet."""
         try:
             side = int((self.directory / "tile_side").read_text())
         except (OSError, ValueError):
@@ -271,11 +281,11 @@ class TileCache:
         return side if 16 <= side <= 4096 else None
 
     def write_side(self, side: int) -> None:
-        """Keep the side of the tiles in pixels."""
+        """Keep the side of the server's tiles in pixels."""
         self._replace(self.directory / "tile_side", str(side).encode())
 
     def _replace(self, path: Path, content: bytes) -> bool:
-        """Write a file so that it is never seen half done; whether it worked."""
+        """Write a file and rename it into place; return False if that failed."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
@@ -300,29 +310,24 @@ class TileCache:
         return self.directory / str(tile.z) / str(tile.x) / f"{tile.y}.tile"
 
     def _account(self, added: int) -> None:
+        """Add a file's bytes; above the limit delete files down to nine tenths of it."""
         with self._lock:
-            if self._size is None:
-                self._size = float(sum(size for _, size, _ in self._files()))
-            else:
+            if self._size is not None and self._size + added <= self._limit:
                 self._size += added
-            if self._size <= self._limit:
                 return
             files = sorted(self._files())
-            size = float(sum(file_size for _, file_size, _ in files))
-            for _, file_size, path in files:
-                if size <= 0.9 * self._limit:
+            self._size = float(sum(size for _, size, _ in files))
+            if self._size <= self._limit:
+                return
+            for _, size, path in files:
+                if self._size <= 0.9 * self._limit:
                     break
-                try:
-                    path.unlink()
-                except FileNotFoundError:
-                    pass
-                except OSError:
-                    continue
-                size -= file_size
-            self._size = size
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
+                    self._size -= size
 
     def _files(self) -> list[tuple[float, int, Path]]:
-        """(time of last use, bytes, path) of all files."""
+        """Return (time of last use, bytes, path) of all files."""
         files = []
         for folder, _, names in os.walk(self.directory):
             for name in names:

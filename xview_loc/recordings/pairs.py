@@ -38,7 +38,7 @@ from xview_loc.bags.ros_types import (
 from xview_loc.bags.writer import BagLimits, BagWriter
 from xview_loc.camera import CameraModel
 from xview_loc.errors import reason
-from xview_loc.images import Image, decode_compressed
+from xview_loc.images import Image, decode_compressed, decode_with_alpha
 from xview_loc.maps.base import AerialTile
 from xview_loc.vehicle.messages import camera_from_info, yaw_of
 from xview_loc.vehicle.synchronisation import GnssFix, HeadingSample
@@ -132,13 +132,10 @@ def encode_tile(tile: AerialTile) -> bytes:
 
 def decode_tile(data: bytes, georeference: Mapping[str, Any]) -> AerialTile:
     """Inverse of :func:`encode_tile`. Raises ValueError on damaged bytes."""
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    if image is None or image.ndim != 3:
-        raise ValueError("the tile's image is damaged")
+    image = decode_with_alpha(data)
     valid = image[..., 3] > 0 if image.shape[2] == 4 else None
-    rgb = np.ascontiguousarray(image[..., 2::-1]).astype(np.uint8, copy=False)
     return AerialTile(
-        rgb,
+        np.ascontiguousarray(image[..., :3]),
         float(georeference["lat"]),
         float(georeference["lon"]),
         float(georeference["gsd"]),
