@@ -12,7 +12,7 @@ import torch
 from xview_loc.camera import CameraError, CameraModel
 from xview_loc.images import ENCODINGS, ImageError, decode_compressed, decode_image
 from xview_loc.models.base import IMAGENET_MEAN, IMAGENET_STD, ModelSpec
-from xview_loc.models.inputs import prepare_ground
+from xview_loc.models.inputs import ground_image, prepare_ground
 
 PHOTOGRAPHS = Path(__file__).resolve().parents[1] / ".." / "shared" / "data" / "ground"
 PANORAMA = ModelSpec("stub", "panorama", (32, 64), 64, 0.5, 8)
@@ -250,10 +250,10 @@ def test_turned_panorama_faces_north(width: int, heading_deg: float, mount_yaw_d
     distance = (np.arange(width) - position + width / 2) % width - width / 2
     spot = 255 * np.exp(-((distance * 64 / width) ** 2) / (2 * 2.0**2))
     image = np.repeat(np.repeat(spot.astype(np.uint8)[None, :, None], 32, 0), 3, 2)
-    tensor = prepare_ground(
+    turned = ground_image(
         image, PANORAMA, heading=math.radians(heading_deg), camera=None, mount_yaw=math.radians(mount_yaw_deg)
     )
-    profile = pixels_of(tensor)[16, :, 0]
+    profile = turned[16, :, 0]
     angle = np.arange(64) * (2 * math.pi / 64)
     found = np.angle((profile * np.exp(1j * angle)).sum()) / (2 * math.pi) * 64
     azimuth = math.pi / 2 - yaw

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from map_fixtures import TileServer, reproject_geotiff, texture, write_geotiff, write_mbtiles, write_pmtiles
 
-from xview_loc.images import check_encoded
+from xview_loc.images import ImageError, check_complete, decode_with_alpha
 from xview_loc.maps import open_map
 from xview_loc.maps.base import (
     MapError,
@@ -331,10 +331,10 @@ def test_threads_share_a_map(scene, tmp_path):
                 assert not wrong
 
 
-def test_check_encoded():
-    image = np.full((8, 8, 3), 7, np.uint8)
-    for suffix in (".png", ".jpg", ".webp"):
-        data = cv2.imencode(suffix, image)[1].tobytes()
-        assert check_encoded(data) is None
-        assert "truncated" in str(check_encoded(data[:-20]))
-    assert check_encoded(b"") == "empty"
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
+def test_tile_formats(suffix):
+    data = cv2.imencode(suffix, texture(64, 64))[1].tobytes()
+    assert decode_with_alpha(data).shape == (64, 64, 3)
+    for length in (len(data) // 2, len(data) - 20, len(data) - 1):
+        with pytest.raises(ImageError, match="truncated"):
+            check_complete(data[:length])

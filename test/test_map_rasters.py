@@ -11,6 +11,7 @@ import pytest
 import rasterio
 from map_fixtures import texture, write_geotiff
 from rasterio.enums import ColorInterp
+from rasterio.transform import from_origin
 
 from xview_loc.maps import open_map
 from xview_loc.maps.base import (
@@ -209,6 +210,36 @@ def test_a_raster_that_breaks_later(tmp_path):
         path.write_bytes(data[:2000])
         with pytest.raises(MapError, match=r"a\.tif"):
             aerial.tile(LAT, LON, 200, 0.2)
+
+
+def test_local_coordinates_are_refused(tmp_path):
+    """A site plan's engineering CRS has no relation to the Earth."""
+    path = tmp_path / "site.tif"
+    shape = {"width": 64, "height": 64, "count": 3, "dtype": "uint8"}
+    with rasterio.open(
+        path, "w", crs='LOCAL_CS["site",UNIT["metre",1]]', transform=from_origin(0, 64, 1, 1), **shape
+    ) as out:
+        out.write(np.full((3, 64, 64), 90, np.uint8))
+    with pytest.raises(
+        MapOpenError, match=r"site\.tif: its coordinate reference system has no known"
+    ) as caught:
+        open_map(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("west", [-180.0, 0.0])
+def test_a_damaged_world_map_is_not_taken_for_one_that_ends(tmp_path, west):
+    """East and west of a raster 360 degrees wide are the same meridian."""
+    path = tmp_path / "world.tif"
+    image = np.random.default_rng(0).integers(0, 256, (3, 256, 512), np.uint8)
+    shape = {"width": 512, "height": 256, "count": 3, "dtype": "uint8", "compress": "deflate"}
+    with rasterio.open(
+        path, "w", crs="EPSG:4326", transform=from_origin(west, 90, 360 / 512, 180 / 256), **shape
+    ) as out:
+        out.write(image)
+    path.write_bytes(path.read_bytes()[:-300_000])
+    with open_map(path) as world, pytest.raises(MapUnavailableError, match="cannot read"):
+        world.tile(-45.0, 100.0, 64, 20_000.0)
 
 
 def test_keys_of_remote_rasters_stay_secret(caplog):

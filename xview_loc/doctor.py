@@ -1,6 +1,6 @@
-"""Checks an installation, a map and a checkpoint before they go on a vehicle. Needs no ROS.
+"""Checks of an installation, a map and a checkpoint, without ROS.
 
-Every check gives one :class:`Finding`. What may be missing is imported inside the check that says so.
+Each check returns a :class:`Finding`. Packages that may be missing are imported inside the checks.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from xview_loc.models.base import CrossViewModel
     from xview_loc.models.runtimes import Backend
 
-# What setup.py asks for, and what Python calls it.
+# Required packages of setup.py, and their modules.
 PACKAGES = {
     "httpx": "httpx",
     "lightning-fabric": "lightning_fabric",
@@ -58,10 +58,10 @@ MESSAGES = (
     "std_srvs.srv",
 )
 PROFILE_VARIABLES = ("FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE")
-# GDAL's: without the first no map opens; the others read maps (or parts of one) in their formats.
+# GDAL drivers: without the first no map opens; the others are for maps in their formats.
 DRIVERS_NEEDED = ("GTiff", "VRT")
 DRIVERS_USEFUL = ("COG", "JPEG", "PNG", "WEBP", "JP2OpenJPEG")
-# The node's default, see config/localizer.yaml.
+# Default of the node's parameter, see config/localizer.yaml.
 MIN_VALID_FRACTION = 0.9
 CODECS = (".png", ".jpg", ".webp")
 TIMED_FRAMES = 5
@@ -70,7 +70,7 @@ _PROBE = "import rclpy; print(rclpy.get_rmw_implementation_identifier())"
 
 
 class Level(str, Enum):
-    """How bad it is; a failure keeps the localizer from working."""
+    """Severity; with a failure the localizer does not work."""
 
     ok = "ok"
     warning = "warning"
@@ -79,7 +79,7 @@ class Level(str, Enum):
 
 @dataclass(frozen=True)
 class Finding:
-    """The outcome of one check; ``advice`` says what to do, "" where nothing is to be done."""
+    """Result of a check; ``advice`` says what to do, "" for nothing."""
 
     level: Level
     check: str
@@ -88,28 +88,30 @@ class Finding:
 
 
 def check_packages() -> list[Finding]:
-    """Python and the packages that everything else, the other checks included, needs."""
+    """Check Python and the packages that all other checks need."""
     python = Finding(Level.ok, "python", f"{platform.python_version()}, {sys.executable}")
     broken = {}
     for name, module in PACKAGES.items():
         try:
             importlib.import_module(module)
-        except Exception as error:  # binaries that do not fit raise anything, not ImportError alone
+        except Exception as error:  # an incompatible binary may raise any error, not only ImportError
             broken[name] = reason(error)
     if broken:
         text = "; ".join(f"{name}: {why}" for name, why in broken.items())
         return [python, Finding(Level.failure, "packages", text, f"pip install {' '.join(broken)}")]
     shown = ", ".join(f"{name} {_version(name)}" for name in ("numpy", "opencv-python-headless", "rasterio"))
-    return [python, Finding(Level.ok, "packages", f"all {len(PACKAGES)} are here ({shown})")]
+    return [python, Finding(Level.ok, "packages", f"all {len(PACKAGES)} are installed ({shown})")]
 
 
 def check_installation(
     source: str, model: str | None, checkpoint: Path | None, options: MapOptions
 ) -> Iterator[Finding]:
-    """What :func:`check_packages` leaves: ROS, map formats, the cache, weights, the map, the speed.
+    """Check formats, projections, ROS, the tile cache, weights, the map and the frame rate.
 
-    ``source``: a map, "" for none. ``model``: its name; None: the checkpoint's own, or ``ccvpe-small``.
-    ``checkpoint``: None for the weights that come with the model.
+    Args:
+        source: map to check; "" for none.
+        model: name of the model; None for the checkpoint's, or ``ccvpe-small``.
+        checkpoint: file of weights; None for those shipped with the model.
     """
     yield _torch()
     yield _drivers()
@@ -119,7 +121,7 @@ def check_installation(
     yield _cache(options, needed="{z}" in source)
     net, finding = _weights(model or (None if checkpoint else "ccvpe-small"), checkpoint)
     yield finding
-    # An export of random weights would be made once and never used again.
+    # Do not export random weights: the export would never be used again.
     trained = finding.level is Level.ok
     tile = None
     if source:
@@ -138,7 +140,7 @@ def _version(name: str) -> str:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return "of the system"  # apt's OpenCV has another name
+        return "of the system"  # apt's OpenCV has another package name
 
 
 def _torch() -> Finding:
@@ -167,27 +169,17 @@ def _drivers() -> Finding:
 
 
 def _codecs() -> Finding:
-    """OpenCV decodes the tiles of servers, MBTiles and PMTiles."""
+    """Check that OpenCV decodes the images of tile pyramids."""
     import cv2
-    import numpy as np
 
-    missing = []
-    for suffix in CODECS:
-        try:
-            data = cv2.imencode(suffix, np.zeros((8, 8, 3), np.uint8))[1]
-            works = cv2.imdecode(data, cv2.IMREAD_UNCHANGED) is not None
-        except cv2.error:
-            works = False
-        if not works:
-            missing.append(suffix)
-    if missing:
+    if missing := [suffix for suffix in CODECS if not cv2.haveImageWriter(f"tile{suffix}")]:
         text = f"OpenCV {cv2.__version__} cannot decode {', '.join(missing)}"
-        return Finding(Level.warning, "tile formats", text, "tile pyramids in these formats show no imagery")
+        return Finding(Level.warning, "tile formats", text, "tile pyramids in these formats cannot be read")
     return Finding(Level.ok, "tile formats", f"OpenCV {cv2.__version__} decodes {', '.join(CODECS)}")
 
 
 def _projections() -> Finding:
-    """PROJ twice: GDAL's own and pyproj's; a database of another version breaks either."""
+    """Check GDAL's and pyproj's PROJ, which do not work with a database of another version."""
     advice = "unset PROJ_DATA and PROJ_LIB, which may point to another PROJ's database"
     try:
         from rasterio.warp import transform
@@ -197,7 +189,7 @@ def _projections() -> Finding:
         # One thousandth of a degree north of 48 N is 111.18 m on the ellipsoid.
         _, north = LocalProjection(48.0, 15.0).forward(48.001, 15.0)
         (x,), _ = transform("EPSG:4326", "EPSG:32633", [15.0], [48.0])
-    except Exception as error:  # CRSError, ProjError, CPLE errors: no common base
+    except Exception as error:  # CRSError, ProjError and CPLE errors have no common base class
         return Finding(Level.failure, "projections", reason(error), advice)
     if abs(float(north) - 111.18) > 0.1 or abs(x - 500_000.0) > 0.1:
         return Finding(Level.failure, "projections", "PROJ computes wrong coordinates", advice)
@@ -206,17 +198,17 @@ def _projections() -> Finding:
 
 def _ros() -> Iterator[Finding]:
     if importlib.util.find_spec("rclpy") is None:
-        advice = "source /opt/ros/<distribution>/setup.bash; all but the nodes works without"
+        advice = "for the nodes, source /opt/ros/<distribution>/setup.bash"
         yield Finding(Level.warning, "ros", "no rclpy", advice)
         return
-    # In a process of its own: where the middleware is missing, loading it ends the process.
+    # In a separate process: loading a missing middleware ends the process.
     try:
         probe = subprocess.run(
             [sys.executable, "-c", _PROBE], capture_output=True, text=True, timeout=PROBE_TIMEOUT_S
         )
     except subprocess.TimeoutExpired:
         text = f"rclpy does not answer within {PROBE_TIMEOUT_S:g} s"
-        yield Finding(Level.failure, "ros", text, "check RMW_IMPLEMENTATION and the network's set-up")
+        yield Finding(Level.failure, "ros", text, "check RMW_IMPLEMENTATION and the network configuration")
         return
     if probe.returncode:
         said = " ".join(probe.stderr.split())[-300:]
@@ -248,15 +240,15 @@ def _importable(module: str) -> bool:
 
 def _dds_profile(rmw: str) -> Finding:
     if "fastrtps" not in rmw:
-        return Finding(Level.ok, "dds profile", f"{rmw} takes none of Fast DDS")
+        return Finding(Level.ok, "dds profile", f"not needed by {rmw}")
     set_to = {name: os.environ[name] for name in PROFILE_VARIABLES if os.environ.get(name)}
     if not set_to:
         return Finding(
             Level.warning,
             "dds profile",
-            "none: camera images get lost with the default settings",
-            f"export {PROFILE_VARIABLES[0]}=<config/fastdds.xml>, for the camera driver too "
-            "(localize.launch.py does so for the node)",
+            "none: the default settings lose camera images",
+            f"export {PROFILE_VARIABLES[0]}=<config/fastdds.xml>, also for the camera driver "
+            "(localize.launch.py exports it for the node)",
         )
     name, path = next(iter(set_to.items()))
     try:
@@ -267,7 +259,7 @@ def _dds_profile(rmw: str) -> Finding:
 
 
 def _cache(options: MapOptions, needed: bool) -> Finding:
-    """The folder of downloaded tiles; only tile servers need it."""
+    """Check the folder of downloaded tiles, which only tile servers need."""
     assert options.cache_dir is not None
     existing = options.cache_dir.absolute()
     try:
@@ -278,17 +270,18 @@ def _cache(options: MapOptions, needed: bool) -> Finding:
     except OSError as error:
         level = Level.failure if needed else Level.warning
         text = f"{options.cache_dir} cannot be written: {error.strerror}"
-        return Finding(level, "tile cache", text, "name another with --cache-dir, map_cache_dir on the node")
+        advice = "choose another one with --cache-dir, and map_cache_dir for the node"
+        return Finding(level, "tile cache", text, advice)
     free = shutil.disk_usage(existing).free / 1e6
     text = f"{options.cache_dir}, {free:.0f} MB free"
     if free < options.cache_mb:
-        advice = f"it may grow to {options.cache_mb:.0f} MB: make room"
+        advice = f"free some space: the cache may grow to {options.cache_mb:.0f} MB"
         return Finding(Level.warning, "tile cache", text, advice)
     return Finding(Level.ok, "tile cache", text)
 
 
 def _weights(model: str | None, checkpoint: Path | None) -> tuple[CrossViewModel | None, Finding]:
-    """The model with its weights, None where they cannot be used."""
+    """Load the model with its weights; None if they cannot be used."""
     from xview_loc.estimation.localizer import LocalizationError
     from xview_loc.models import create_model
     from xview_loc.models.checkpoint import CheckpointError, load_checkpoint, shipped_checkpoint
@@ -297,37 +290,37 @@ def _weights(model: str | None, checkpoint: Path | None) -> tuple[CrossViewModel
     try:
         if path is None:
             assert model is not None
-            advice = "name its file with --checkpoint: with random weights poses mean nothing"
-            text = f"none come with {model}"
+            advice = "give a file with --checkpoint: poses of random weights mean nothing"
+            text = f"none is shipped with {model}"
             return create_model(model), Finding(Level.warning, "checkpoint", text, advice)
         loaded = load_checkpoint(path, model)
         _localizer(loaded.model, None, "cpu", "torch").warm_up()
     except CheckpointError as error:
-        advice = "name the model it was made for with --model, or get the file again"
+        advice = "give the model it was made for with --model, or download the file again"
         return None, Finding(Level.failure, "checkpoint", str(error), advice)
     except (LocalizationError, RuntimeError) as error:
-        text = f"checkpoint {path} fails its trial: {reason(error)}"
-        return None, Finding(Level.failure, "checkpoint", text, "get the file again")
+        text = f"checkpoint {path} does not work: {reason(error)}"
+        return None, Finding(Level.failure, "checkpoint", text, "download the file again")
     except ValueError as error:
         return None, Finding(Level.failure, "checkpoint", str(error), "correct --model")
-    text = f"{loaded.model.spec.name}, sha256 {loaded.sha256[:12]}, whole and finite: {path}"
+    text = f"{loaded.model.spec.name}, sha256 {loaded.sha256[:12]}, complete and finite: {path}"
     return loaded.model, Finding(Level.ok, "checkpoint", text)
 
 
 def _map(source: str, options: MapOptions, net: CrossViewModel | None) -> tuple[AerialTile | None, Finding]:
-    """A tile of the map as the model needs it, None where none was read."""
+    """Read an aerial tile for the model; None if there is none."""
     from xview_loc.maps import open_map
     from xview_loc.maps.base import MapError
 
     try:
-        # Without the cache: what was fetched once does not tell whether the server answers.
+        # Without the cache, to ask the server.
         with open_map(source, replace(options, cache_dir=None)) as aerial:
             return _read_map(aerial, options, net)
     except MapError as error:
-        advice = "check the path"
+        advice = "check the file"
         if "{z}" in source:
             # Some servers of a single region answer the request for the whole world with an error.
-            advice = "check URL, key and network; or fetch a place it covers: xview-loc map prefetch"
+            advice = "check URL, key and network; or download a covered area with xview-loc map prefetch"
         return None, Finding(Level.failure, "map", str(error), advice)
 
 
@@ -344,17 +337,17 @@ def _read_map(
     facts = aerial.info()
     if facts.bounds is None:
         if not isinstance(aerial, PyramidMap) or not isinstance(aerial.source, HttpSource):
-            text = f"{facts.kind}, opened; it does not say where it has imagery, so no tile was read"
+            text = f"{facts.kind}, opened; its coverage is not known, so no tile was read"
             return None, Finding(Level.warning, "map", text)
         started = time.perf_counter()
         found = aerial.source.get([TileId(0, 0, 0)], time.monotonic() + options.deadline_s)
         taken = (time.perf_counter() - started) * 1e3
-        what = "a tile of the whole world" if any(found.values()) else "no tile of the whole world, as it may"
-        text = f"{facts.kind}: answered one request in {taken:.0f} ms with {what}"
+        what = "imagery" if any(found.values()) else "no imagery, as for a single region"
+        text = f"{facts.kind}: answered one request (tile 0/0/0) in {taken:.0f} ms: {what}"
         return None, Finding(Level.ok, "map", text)
     spec = (net or create_model("ccvpe-small")).spec
     south, west, north, east = facts.bounds
-    # Coverage may be of any shape: the middle, then half-way to the corners.
+    # The covered area may have any shape: try the middle, then half-way to the corners.
     for v, u in ((0.5, 0.5), (0.25, 0.25), (0.25, 0.75), (0.75, 0.25), (0.75, 0.75)):
         place = south + v * (north - south), west + u * (east - west)
         started = time.perf_counter()
@@ -368,15 +361,15 @@ def _read_map(
             f"tile of {tile.size_px} px in {taken:.0f} ms, {tile.valid_fraction:.0%} imagery"
         )
         if tile.valid_fraction < MIN_VALID_FRACTION:
-            advice = "the node refuses tiles with less than min_valid_fraction: use a map that covers more"
+            advice = "the node rejects tiles below min_valid_fraction: use a map that covers more"
             return tile, Finding(Level.warning, "map", text, advice)
         return tile, Finding(Level.ok, "map", text)
-    text = f"{facts.kind}, no imagery at its middle nor half-way to its corners"
-    return None, Finding(Level.warning, "map", text, "see what it covers: xview-loc map info")
+    text = f"{facts.kind}, no imagery in the middle and half-way to the corners"
+    return None, Finding(Level.warning, "map", text, "check its bounds with xview-loc map info")
 
 
 def _localizer(net: CrossViewModel, tile: AerialTile | None, device: str, backend: Backend) -> Any:
-    """A localizer on the one tile; on noise where that is None."""
+    """Make a localizer on a single tile; None for noise."""
     import numpy as np
 
     from xview_loc.estimation.localizer import Localizer, required_tile_px
@@ -396,18 +389,18 @@ def _localizer(net: CrossViewModel, tile: AerialTile | None, device: str, backen
 
 
 def _rate(net: CrossViewModel, tile: AerialTile | None, device: str, backend: Backend) -> Iterator[Finding]:
-    """What the localizer reaches with this backend, with PyTorch where it cannot be had."""
+    """Measure the frame rate with this backend, or with PyTorch if it is not available."""
     from xview_loc.models.graph import RuntimeUnavailableError
 
     try:
         yield _rate_of(net, tile, device, backend)
     except RuntimeUnavailableError as error:
-        yield Finding(Level.warning, "backend", f"not {backend}: {reason(error)}", "torch does its work")
+        yield Finding(Level.warning, "backend", f"not {backend}: {reason(error)}", "torch is used instead")
         yield _rate_of(net, tile, device, "torch")
 
 
 def _rate_of(net: CrossViewModel, tile: AerialTile | None, device: str, backend: Backend) -> Finding:
-    """While the tile is at hand, as it is for most frames of a drive."""
+    """Measure the frame rate on an encoded tile, as for most frames of a drive."""
     import numpy as np
 
     from xview_loc.camera import CameraModel
@@ -429,7 +422,7 @@ def _rate_of(net: CrossViewModel, tile: AerialTile | None, device: str, backend:
     except (LocalizationError, RuntimeError) as error:
         return Finding(Level.failure, "rate", f"{net.spec.name} on {device}: {reason(error)}")
     median = statistics.median(durations)
-    hertz, milliseconds = 1.0 / median, median * 1e3
-    name = f"{net.spec.name} with {backend} on {device}"
-    text = f"{name}: {hertz:.1f} Hz ({milliseconds:.0f} ms a frame, the tile at hand)"
+    text = (
+        f"{net.spec.name} with {backend} on {device}: {1.0 / median:.1f} Hz ({median * 1e3:.0f} ms per frame)"
+    )
     return Finding(Level.ok, "rate", text)

@@ -147,8 +147,8 @@ class PyramidMap(AerialMap):
         )
         if len(columns) * len(rows) > MAX_TILES:
             raise MapError(
-                f"{self.source.name}: the coarsest zoom {self.source.min_zoom} is too fine for so large a tile"
-                f" (it takes {len(columns) * len(rows)} tiles of the pyramid, at most {MAX_TILES} are merged)"
+                f"{self.source.name}: its coarsest zoom {self.source.min_zoom} is too fine for this aerial"
+                f" tile ({len(columns) * len(rows)} tiles to merge, at most {MAX_TILES} are supported)"
             )
         return [((x, y), TileId(zoom, x % count, y)) for y in rows for x in columns]
 

@@ -1,7 +1,4 @@
-"""Camera images: decoding, lens distortion, and the ground input that a cross-view model expects.
-
-Images are RGB, uint8 (height, width, 3). Pixel (row, col) names the pixel's centre.
-"""
+"""Inputs of cross-view models from RGB images, uint8 (height, width, 3)."""
 
 from __future__ import annotations
 
@@ -20,16 +17,10 @@ from xview_loc.models.base import IMAGENET_MEAN, IMAGENET_STD, ModelSpec
 
 
 def prepare_ground(
-    image: Image,
-    spec: ModelSpec,
-    *,
-    heading: float | None,
-    camera: CameraModel | None,
-    mount_yaw: float = 0.0,
+    image: Image, spec: ModelSpec, *, heading: float | None, camera: CameraModel | None
 ) -> Tensor:
-    """The model's ground input, float32 (1, 3, h, w): the normalised :func:`ground_image`, whose errors it
-    raises."""
-    return normalise(ground_image(image, spec, heading=heading, camera=camera, mount_yaw=mount_yaw))
+    """Return a model's ground input, float32 (1, 3, h, w): the normalised :func:`ground_image`."""
+    return normalise(ground_image(image, spec, heading=heading, camera=camera))
 
 
 def ground_image(
@@ -40,35 +31,38 @@ def ground_image(
     camera: CameraModel | None,
     mount_yaw: float = 0.0,
 ) -> Image:
-    """What a model is to see of an RGB image, in its size (h, w, 3).
+    """Rotate or undistort a ground image, and resize it to the model's input (h, w, 3).
 
-    Panorama models take an equirectangular image over 360 degrees whose columns run clockwise and whose
-    centre column looks ``mount_yaw`` radians to the left of the vehicle's x axis. With the vehicle's
-    ``heading`` (true-north ENU yaw, radians) it is turned so that its centre column faces north, to within
-    half a pixel of the model's input; with None it stays as it is. It is resized in one go, whatever its
-    aspect, as VIGOR's 2:1 panoramas were.
+    Panoramas are equirectangular over 360 degrees, with columns clockwise; they are resized to the model's
+    aspect ratio, as VIGOR's 2:1 panoramas were. Pinhole images are undistorted and resized.
 
-    Pinhole models take an image of ``camera`` (None: one without distortion), undistorted and resized.
-    Raises ImageError.
+    Args:
+        heading: vehicle's true-north ENU yaw in radians. A panorama is rotated so that its centre column
+            faces north, to half a pixel of the model's input; None leaves it as recorded.
+        camera: calibration of a pinhole image; None for an image without distortion.
+        mount_yaw: direction of a panorama's centre column, in radians to the left of the vehicle's x axis.
+
+    Raises:
+        ImageError: not an RGB image, or not of the calibration's size.
     """
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:
-        raise ImageError(f"an RGB image of uint8 is needed, not {image.dtype} of shape {image.shape}")
+        raise ImageError(f"the image must be RGB, uint8 (H, W, 3), not {image.dtype} {image.shape}")
     if spec.camera == "pinhole":
         return _resize(camera.undistort(image) if camera else image, spec.ground_size)
     shift = 0.0 if heading is None else (math.pi / 2.0 - heading - mount_yaw) / (2.0 * math.pi)
-    # Turned at the larger of the two widths, where rounding to whole pixels costs less.
+    # Rotated at the larger of the two widths, where rounding to whole pixels costs less.
     if image.shape[1] > spec.ground_size[1]:
         return _resize(_roll(_average_rows(image, spec.ground_size[0]), shift), spec.ground_size)
     return _roll(_resize(image, spec.ground_size), shift)
 
 
 def normalise(image: Image) -> Tensor:
-    """Model input, float32 (1, 3, H, W) with ImageNet's mean and deviation taken out, of an RGB image.
+    """Normalise an RGB image with ImageNet's mean and standard deviation.
 
-    In memory the channels are last.
+    Returns float32 (1, 3, H, W), channels last in memory.
     """
     height, width, _ = image.shape
-    # By whole rows: many times faster than three values at a time.
+    # Broadcasting whole rows is many times faster than broadcasting three values.
     values = image.reshape(height, -1).astype(np.float32)
     values *= np.tile((1.0 / (255.0 * IMAGENET_STD)).numpy(), width)
     values += np.tile((-IMAGENET_MEAN / IMAGENET_STD).numpy(), width)
@@ -76,18 +70,18 @@ def normalise(image: Image) -> Tensor:
 
 
 def _roll(image: NDArray[Any], turns: float) -> NDArray[Any]:
-    """Columns moved to the right by a fraction of the width, around the back."""
+    """Shift columns to the right by a fraction of the width, cyclically."""
     columns = round(turns * image.shape[1]) % image.shape[1]
     return np.roll(image, columns, axis=1) if columns else image
 
 
 def _average_rows(image: Image, height: int) -> NDArray[Any]:
-    """Float32 (height, W, 3), averages of as many rows each; the image itself where that does not work out.
+    """Average groups of rows: float32 (height, W, 3), or the image itself if the rows do not divide evenly.
 
-    Up to five times faster than OpenCV's averaging over areas, which then has few rows left, and the same.
+    OpenCV's area interpolation is then up to five times faster, with the same result.
     """
     count = image.shape[0] // height
-    # More rows would overflow their sum.
+    # The sum of more rows would overflow.
     if image.shape[0] % height or not 1 < count <= 257:
         return image
     sums = np.add.reduce(image.reshape(height, count, -1), axis=1, dtype=np.uint16)
@@ -100,7 +94,7 @@ def _resize(image: NDArray[Any], size: tuple[int, int]) -> Image:
         shrinks = image.shape[0] >= height and image.shape[1] >= width
         if shrinks and image.dtype == np.uint8:
             image = _average_rows(image, height)
-        # Averaging areas avoids aliasing, but is nearest-neighbour when enlarging.
+        # Area interpolation avoids aliasing, but is nearest-neighbour when enlarging.
         how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
         image = np.asarray(cv2.resize(image, (width, height), interpolation=how))
     return image if image.dtype == np.uint8 else np.rint(image).astype(np.uint8)
