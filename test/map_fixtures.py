@@ -1,4 +1,4 @@
-"""Helpers that turn one raster into every kind of map, and a tile server that can misbehave."""
+"""Maps of every kind made from a raster, and a tile server with faults."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HALF_WORLD = math.pi * 6_378_137.0
 
 
 def texture(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
-    """A smooth random RGB picture: no detail finer than a few pixels, so that resampling is harmless."""
+    """Make a smooth random RGB image: without fine detail, so that resampling changes little."""
     rng = np.random.default_rng(seed)
     noise = rng.normal(size=(height, width, 3)).astype(np.float32)
     smooth = cv2.GaussianBlur(noise, (0, 0), 4.0) + 0.5 * cv2.GaussianBlur(noise, (0, 0), 12.0) * 3.0
@@ -40,7 +40,7 @@ def write_geotiff(
     crs: str,
     **profile: object,
 ) -> Path:
-    """Write (H, W) or (H, W, bands) north-up in ``crs`` with its middle at ``(lat, lon)``.
+    """Write an image (H, W) or (H, W, bands), north-up in ``crs`` and centred on ``(lat, lon)``.
 
     ``gsd`` is in the projection's units per pixel.
     """
@@ -63,7 +63,7 @@ def write_geotiff(
 
 
 def reproject_geotiff(source: Path, path: Path, crs: str, scale: float = 0.5) -> Path:
-    """The same scene in another projection; pixels ``scale`` times the size, to lose little."""
+    """Reproject a raster; its pixels are ``scale`` times the size, so that little is lost."""
     with rasterio.open(source) as src:
         affine, width, height = calculate_default_transform(src.crs, crs, src.width, src.height, *src.bounds)
         affine = Affine(affine.a * scale, 0.0, affine.c, 0.0, affine.e * scale, affine.f)
@@ -95,7 +95,7 @@ def reproject_geotiff(source: Path, path: Path, crs: str, scale: float = 0.5) ->
 
 
 class Renderer:
-    """Web Mercator tiles of a raster, as PNG (RGBA) or JPEG. Not for several threads at once."""
+    """Web Mercator tiles of a raster, as PNG (RGBA) or JPEG. Not thread-safe."""
 
     def __init__(self, source_tif: Path, side: int = 256) -> None:
         self.source = Path(source_tif)
@@ -104,7 +104,7 @@ class Renderer:
             self.bounds = transform_bounds(src.crs, "EPSG:4326", *src.bounds)  # west, south, east, north
 
     def tiles(self, zoom: int) -> Iterable[tuple[int, int, int]]:
-        """All (z, x, y) that touch the raster."""
+        """Yield all (z, x, y) that overlap the raster."""
         west, south, east, north = self.bounds
         (x0, x1), (y1, y0) = transform("EPSG:4326", "EPSG:3857", [west, east], [south, north])
         span = 2.0 * HALF_WORLD / 2**zoom
@@ -113,7 +113,7 @@ class Renderer:
                 yield zoom, x, y
 
     def render(self, z: int, x: int, y: int, encoding: str = ".png") -> bytes | None:
-        """The encoded tile, or None where the raster has nothing."""
+        """Return the encoded tile, or None outside the raster."""
         span = 2.0 * HALF_WORLD / 2**z
         pixel = span / self.side
         with rasterio.open(self.source) as src:
@@ -190,11 +190,14 @@ def write_pmtiles(path: Path, source_tif: Path, zooms: Iterable[int], encoding: 
 
 
 class TileServer:
-    """Serves a raster as XYZ tiles on loopback; with a raster of None every tile is a plain grey one.
+    """Serve a raster as XYZ tiles on the loopback interface; without a raster all tiles are grey.
 
-    ``fault`` may be set at any time: None, "404", "500", "403", "hang", "html", "truncated", "slow" or
-    "down" (hangs up without an answer).
-    ``requests`` counts; ``paths`` remembers what was asked for, query included; ``headers`` the last ones.
+    Attributes:
+        fault: may be set at any time: None, "404", "500", "403", "hang", "html", "truncated", "slow" or
+            "down" (closes the connection without an answer).
+        requests: number of requests.
+        paths: requested paths with their queries.
+        headers: headers of the last request.
     """
 
     def __init__(self, source_tif: Path | None, side: int = 256, max_zoom: int = 30) -> None:
@@ -258,7 +261,7 @@ class TileServer:
             self.headers = dict(handler.headers.items())
         try:
             if fault == "hang":
-                self._stop.wait(30.0)
+                self._stop.wait()
                 return
             if fault == "down":
                 return
@@ -273,7 +276,7 @@ class TileServer:
             if fault != "truncated":
                 handler.send_header("Content-Length", str(len(body)))
             handler.end_headers()
-            # Without a length only the image itself tells that it is incomplete.
+            # Without a length only the image itself shows that it is incomplete.
             handler.wfile.write(body[: len(body) // 2] if fault == "truncated" else body)
         except OSError:
             pass  # the client went away

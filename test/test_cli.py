@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from map_fixtures import TileServer, texture, write_geotiff
 
+from xview_loc.cli import main
 from xview_loc.maps import open_map
 from xview_loc.maps.base import MapOptions
 from xview_loc.maps.store import TileStore
@@ -14,16 +16,54 @@ from xview_loc.recordings.tracks import TrackError, read_track
 
 LAT, LON = 48.2, 16.37
 ROOT = Path(__file__).resolve().parent.parent
+HANGING = """
+from pathlib import Path
+from xview_loc.maps import base, open_map, store, tile_server
+
+tile_server.SOCKET_TIMEOUT_S = 1000.0
+aerial = open_map({url!r}, base.MapOptions(cache_dir=Path({cache!r}), deadline_s=1000.0))
+tiles = store.TileStore(aerial, 64, 0.5)
+try:
+    tiles.around(48.0, 16.0, wait_s=1.0)
+except base.MapUnavailableError as error:
+    print(error)
+tiles.close()
+aerial.close()
+"""
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
+@dataclass
+class Done:
+    """A finished command."""
+
+    code: int
+    out: str
+    err: str
+
+
+def process(*arguments: str) -> Done:
+    """Run the command as a user does."""
+    done = subprocess.run(
         [sys.executable, "-m", "xview_loc.cli", *arguments],
         capture_output=True,
         text=True,
         cwd=ROOT,
-        timeout=60,
+        timeout=300,
     )
+    return Done(done.returncode, done.out, done.stderr)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the command in this process."""
+
+    def call(*arguments: str) -> Done:
+        monkeypatch.setattr(sys, "argv", ["xview-loc", *arguments])
+        with pytest.raises(SystemExit) as exit:
+            main()
+        return Done(exit.value.code or 0, *capsys.readouterr())
+
+    return call
 
 
 def gpx(path: Path) -> Path:
@@ -36,13 +76,13 @@ def gpx(path: Path) -> Path:
 
 def test_info(tmp_path):
     tif = write_geotiff(tmp_path / "a.tif", texture(200, 300), LAT, LON, 0.25, "EPSG:32633")
-    done = run("map", "info", str(tif))
-    assert done.returncode == 0, done.stderr
-    assert "EPSG:32633" in done.stdout and "0.250 m/px" in done.stdout
+    done = process("map", "info", str(tif))
+    assert done.code == 0, done.err
+    assert "EPSG:32633" in done.out and "0.250 m/px" in done.out
 
 
 @pytest.mark.parametrize("by", ["bbox", "track"])
-def test_prefetched_tiles_serve_the_drive_offline(tmp_path, by):
+def test_prefetched_tiles_serve_the_drive_offline(run, tmp_path, by):
     cache = tmp_path / "cache"
     area = (
         ["--bbox", f"{LAT - 2e-4},{LON - 2e-4},{LAT + 2e-4},{LON + 2e-4}"]
@@ -52,14 +92,14 @@ def test_prefetched_tiles_serve_the_drive_offline(tmp_path, by):
     with TileServer(None) as server:
         url = server.url
         done = run("map", "prefetch", url, *area, "--size", "256", "--gsd", "0.3", "--cache-dir", str(cache))
-        assert done.returncode == 0, done.stderr
-        assert "tiles" in done.stdout
+        assert done.code == 0, done.err
+        assert "tiles" in done.out
     with open_map(url, MapOptions(cache_dir=cache, offline=True)) as offline:
         assert offline.tile(LAT + 1e-4, LON, 256, 0.3).valid_fraction == 1.0
 
 
 @pytest.mark.parametrize("server_is", [{}, {"side": 512}, {"max_zoom": 18}, {"side": 512, "max_zoom": 18}])
-def test_offline_needs_what_prefetch_got(tmp_path, server_is):
+def test_offline_needs_what_prefetch_got(run, tmp_path, server_is):
     """Whatever the server's tiles are like, and anywhere in the box, its edges included."""
     tif = write_geotiff(tmp_path / "a.tif", texture(900, 900), LAT, LON, 0.2, "EPSG:32633")
     cache, half = tmp_path / "cache", 1.5e-4
@@ -69,7 +109,7 @@ def test_offline_needs_what_prefetch_got(tmp_path, server_is):
         url = server.url
         model = ["--size", str(size), "--gsd", str(gsd), "--max-zoom", "20"]
         done = run("map", "prefetch", url, "--bbox", box, "--cache-dir", str(cache), *model)
-        assert done.returncode == 0, done.stderr
+        assert done.code == 0, done.err
     options = MapOptions(cache_dir=cache, offline=True, max_zoom=20)
     with open_map(url, options) as offline:
         store = TileStore(offline, size, gsd)
@@ -123,8 +163,23 @@ def test_bad_tracks(tmp_path, name, content, message):
         (["map", "info", "http://h/{z}/{x}/{y}", "--header", "nonsense"], 2, "Name: value"),
     ],
 )
-def test_bad_input_is_one_line(arguments, code, message):
+def test_bad_input_is_one_line(run, arguments, code, message):
     done = run(*arguments)
-    assert done.returncode == code
-    assert message in done.stderr and "Traceback" not in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    assert done.code == code
+    assert message in done.err and len(done.err.strip().splitlines()) == 1
+
+
+def test_a_process_ends_with_one_line_and_an_exit_code():
+    done = process("map", "info", "/nowhere.tif")
+    assert done.code == 1
+    assert "nowhere.tif" in done.err and len(done.err.strip().splitlines()) == 1
+
+
+def test_a_process_does_not_wait_for_a_hanging_server(tmp_path):
+    """Neither closing the store and the map nor the interpreter's exit waits for a request's timeout."""
+    with TileServer(None) as server:
+        server.fault = "hang"
+        code = HANGING.format(url=server.url, cache=str(tmp_path))
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "not answered" in done.stdout

@@ -422,7 +422,5 @@ def _rate_of(net: CrossViewModel, tile: AerialTile | None, device: str, backend:
     except (LocalizationError, RuntimeError) as error:
         return Finding(Level.failure, "rate", f"{net.spec.name} on {device}: {reason(error)}")
     median = statistics.median(durations)
-    text = (
-        f"{net.spec.name} with {backend} on {device}: {1.0 / median:.1f} Hz ({median * 1e3:.0f} ms per frame)"
-    )
-    return Finding(Level.ok, "rate", text)
+    rate = f"{1.0 / median:.1f} Hz ({median * 1e3:.0f} ms per frame)"
+    return Finding(Level.ok, "rate", f"{net.spec.name} with {backend} on {device}: {rate}")
