@@ -31,7 +31,7 @@ DOMAIN = pick_domain() + 1
 FRAMES = 12
 FORMS = ("geotiff", "mbtiles", "pmtiles", "xyz")
 SOURCES = ("EPSG:31256", "EPSG:3857")
-# A node starts for each: the others differ in the map alone, which test_the_same_ground_from_every_map covers.
+# The others start a node for another map only, which test_the_same_ground_from_every_map covers.
 QUICK = {("geotiff", "EPSG:31256"), ("xyz", "EPSG:3857")}
 
 
@@ -69,7 +69,7 @@ def drive() -> list[tuple[float, float]]:
 
 
 def shift(a: np.ndarray, b: np.ndarray) -> float:
-    """Return the offset between two nearly equal images in pixels, a least-squares fit to their difference."""
+    """Return the offset between two nearly equal images in pixels, by least squares."""
     first, second = (cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(float) for image in (a, b))
     down, right = (g[8:-8, 8:-8].ravel() for g in np.gradient((first + second) / 2.0))
     difference = (first - second)[8:-8, 8:-8].ravel()
