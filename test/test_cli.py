@@ -50,7 +50,7 @@ def process(*arguments: str) -> Done:
         cwd=ROOT,
         timeout=300,
     )
-    return Done(done.returncode, done.out, done.stderr)
+    return Done(done.returncode, done.stdout, done.stderr)
 
 
 @pytest.fixture
