@@ -177,7 +177,7 @@ def with_local_coordinates(path: Path) -> None:
         (lambda path: path.write_bytes(b"rubbish"), "cannot open"),
         (without_place, "no coordinate reference system"),
         (cut_short, "cannot read"),
-        (with_local_coordinates, "coordinate reference system has no known position"),
+        (with_local_coordinates, "local coordinate reference system"),
     ],
 )
 def test_a_broken_map_is_a_failure(no_rate, tif, damage, message):

@@ -221,7 +221,7 @@ def test_local_coordinates_are_refused(tmp_path):
     ) as out:
         out.write(np.full((3, 64, 64), 90, np.uint8))
     with pytest.raises(
-        MapOpenError, match=r"site\.tif: its coordinate reference system has no known"
+        MapOpenError, match=r"site\.tif has a local coordinate reference system has no known"
     ) as caught:
         open_map(path)
     assert "\n" not in str(caught.value)

@@ -159,6 +159,11 @@ class RasterMap(AerialMap):
     def _choose_bands(self, dataset: Any) -> _Bands:
         if dataset.crs is None:
             raise MapOpenError(f"{self._name} has no coordinate reference system")
+        if not (dataset.crs.is_projected or dataset.crs.is_geographic):
+            raise MapOpenError(
+                f"{self._name} has a local coordinate reference system with no known position on Earth:"
+                " assign another one, for example with gdal_edit.py -a_srs"
+            )
         if dataset.transform.is_identity:
             raise MapOpenError(f"{self._name} has no georeference (no position or pixel size)")
         if unsupported := {t for t in dataset.dtypes if t not in ("uint8", "uint16")}:
@@ -215,10 +220,7 @@ class RasterMap(AerialMap):
             lons, lats = transform(dataset.crs, "EPSG:4326", xs, ys)
             across, down = LocalProjection(lats[0], lons[0]).forward(lats[1], lons[1])
         except (RasterioError, ValueError) as error:
-            raise MapOpenError(
-                f"{self._name}: its coordinate reference system has no known position on Earth"
-                f" ({self._reason(error)}); assign one, for example with gdal_edit.py -a_srs"
-            ) from None
+            raise MapOpenError(f"{self._name} cannot be located on Earth: {self._reason(error)}") from None
         tags = dataset.tags()
         return MapInfo(
             kind=f"raster ({dataset.driver}, {dataset.width} x {dataset.height} px, {dataset.count} bands)",
