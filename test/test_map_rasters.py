@@ -220,9 +220,7 @@ def test_local_coordinates_are_refused(tmp_path):
         path, "w", crs='LOCAL_CS["site",UNIT["metre",1]]', transform=from_origin(0, 64, 1, 1), **shape
     ) as out:
         out.write(np.full((3, 64, 64), 90, np.uint8))
-    with pytest.raises(
-        MapOpenError, match=r"site\.tif has a local coordinate reference system has no known"
-    ) as caught:
+    with pytest.raises(MapOpenError, match=r"site\.tif has a local coordinate reference system") as caught:
         open_map(path)
     assert "\n" not in str(caught.value)
 
