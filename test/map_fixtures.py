@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import cv2
 import numpy as np
@@ -95,7 +96,12 @@ def reproject_geotiff(source: Path, path: Path, crs: str, scale: float = 0.5) ->
 
 
 class Renderer:
-    """Web Mercator tiles of a raster, as PNG (RGBA) or JPEG. Not thread-safe."""
+    """Web Mercator tiles of a raster, as PNG (RGBA) or JPEG. Not thread-safe.
+
+    All forms of a map share the rendered tiles: rendering is what takes the tests' time.
+    """
+
+    rendered: ClassVar[dict[tuple[object, ...], bytes | None]] = {}
 
     def __init__(self, source_tif: Path, side: int = 256) -> None:
         self.source = Path(source_tif)
@@ -114,6 +120,12 @@ class Renderer:
 
     def render(self, z: int, x: int, y: int, encoding: str = ".png") -> bytes | None:
         """Return the encoded tile, or None outside the raster."""
+        key = (self.source, self.source.stat().st_mtime_ns, self.side, z, x, y, encoding)
+        if key not in self.rendered:
+            self.rendered[key] = self._render(z, x, y, encoding)
+        return self.rendered[key]
+
+    def _render(self, z: int, x: int, y: int, encoding: str) -> bytes | None:
         span = 2.0 * HALF_WORLD / 2**z
         pixel = span / self.side
         with rasterio.open(self.source) as src:
@@ -209,7 +221,6 @@ class TileServer:
         self.delay_s = 0.3
         self._renderer = Renderer(source_tif, side) if source_tif is not None else None
         self._grey = cv2.imencode(".png", np.full((side, side, 3), 90, np.uint8))[1].tobytes()
-        self._rendered: dict[tuple[int, int, int], bytes | None] = {}
         self._lock = threading.Lock()
         self._stop = threading.Event()
         outer = self
@@ -249,9 +260,7 @@ class TileServer:
         if self._renderer is None:
             return self._grey
         with self._lock:
-            if (z, x, y) not in self._rendered:
-                self._rendered[z, x, y] = self._renderer.render(z, x, y)
-            return self._rendered[z, x, y]
+            return self._renderer.render(z, x, y)
 
     def _answer(self, handler: BaseHTTPRequestHandler) -> None:
         fault = self.fault
