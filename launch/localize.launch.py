@@ -13,5 +13,5 @@ def generate_launch_description() -> LaunchDescription:
         SHARE,
         "localizer",
         ("image", "camera_info", "fix", "heading", "odom"),
-        {"map": "Aerial map", "checkpoint": "Weights", "model": "Model's name"},
+        {"map": "Aerial map", "checkpoint": "File of weights", "model": "Name of the model"},
     )

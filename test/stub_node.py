@@ -16,7 +16,7 @@ PEAK = (58.3, 71.8)
 class StubModel(CrossViewModel):
     """Scores a Gaussian about ``PEAK``, whatever it is shown.
 
-    Its weight moves it down by so many rows; ``shaken`` moves it up and down by so many, call by call.
+    ``weight`` moves the peak down by that many rows; ``shaken`` up and down, changing every second call.
     """
 
     def __init__(self, camera: str) -> None:
@@ -34,7 +34,7 @@ class StubModel(CrossViewModel):
     def match(self, ground, features, heading_prior_deg=None, *, orientation=False) -> HeatMaps:
         rows, cols = torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing="ij")
         self._calls += 1
-        row = PEAK[0] + float(self.weight.detach()) + float(self.shaken.detach()) * (-1) ** self._calls
+        row = PEAK[0] + float(self.weight.detach()) + float(self.shaken.detach()) * (-1) ** (self._calls // 2)
         logits = -((rows - row) ** 2 + (cols - PEAK[1]) ** 2) / (2.0 * 2.0**2)
         logits = logits.float()[None]
         # Facing north everywhere: as the image was prepared, that is the heading given.
@@ -59,7 +59,7 @@ class SeeingModel(StubModel):
         there = -2e3 * (features - colour).square().sum(1)
         # It is not quite sure.
         logits = torch.maximum(there, there.roll(20, 1) - 1.0)
-        down = self.weight.detach() + self.shaken.detach() * (-1) ** self._calls
+        down = self.weight.detach() + self.shaken.detach() * (-1) ** (self._calls // 2)
         logits = logits.roll(round(float(down)), 1)
         field = torch.zeros(1, 2, SIZE, SIZE)
         field[:, 0] = 1.0

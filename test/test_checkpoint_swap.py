@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,10 +19,10 @@ import torch
 from map_fixtures import texture
 
 from xview_loc.estimation.checkpoint_swap import CheckpointSwap, Deployed
-from xview_loc.estimation.localizer import Localizer, Observation, required_tile_px
+from xview_loc.estimation.localizer import Localizer, tile_store
+from xview_loc.estimation.observation import Observation
 from xview_loc.maps.base import AerialTile
-from xview_loc.maps.store import TileStore
-from xview_loc.models import create_model
+from xview_loc.models import create_model, graph
 from xview_loc.models.base import CrossViewModel
 from xview_loc.models.checkpoint import CheckpointError, load_model, save_checkpoint, shipped_checkpoint
 
@@ -41,8 +43,7 @@ def shipped() -> CrossViewModel:
 
 
 def build(model: CrossViewModel) -> Localizer:
-    tiles = TileStore(Texture(), required_tile_px(model.spec), model.spec.gsd)  # type: ignore[arg-type]
-    return Localizer(tiles, model, search_radius_m=None)
+    return Localizer(tile_store(Texture(), model), model, search_radius_m=None)  # type: ignore[arg-type]
 
 
 def observation() -> Observation:
@@ -87,7 +88,7 @@ def test_what_was_prepared_replaces_only_what_it_was_compared_with(
     assert swap.active is first
     assert swap.use(prepared, instead_of=first).result(60) is prepared is swap.active
     swap.rollback().result(60)
-    with pytest.raises(CheckpointError, match=r"other\.safetensors .* is not put in use"):
+    with pytest.raises(CheckpointError, match=r"other\.safetensors .* is not activated"):
         swap.use(prepared, instead_of=prepared).result(60)
     assert swap.active is first
     swap.close()
@@ -133,8 +134,6 @@ def spoiled(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Pa
         state = {key: value.clone() for key, value in model.state_dict().items()}
         change(state)
         header = {"format": 1, "model": NAME, "spec": model.spec.to_json()}
-        import json
-
         path.write_bytes(safetensors.torch.save(state, {"xview_loc": json.dumps(header)}))
 
     return write
@@ -142,8 +141,6 @@ def spoiled(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Pa
 
 def described(**changes: object) -> Callable[[Path], None]:
     def write(path: Path) -> None:
-        import json
-
         model = create_model(NAME)
         header = {"format": 1, "model": NAME, "spec": model.spec.to_json(), **changes}
         path.write_bytes(safetensors.torch.save(model.state_dict(), {"xview_loc": json.dumps(header)}))
@@ -193,23 +190,53 @@ BAD: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("kind", BAD)
-def test_bad_checkpoints_change_nothing(kind: str, shipped: CrossViewModel, tmp_path: Path) -> None:
-    path = tmp_path / "bad.safetensors"
-    BAD[kind](path)
+@pytest.fixture(scope="module")
+def serving(shipped: CrossViewModel) -> Iterator[CheckpointSwap]:
     swap = swap_of(shipped)
-    first = swap.active
-    with pytest.raises(CheckpointError, match=r"bad\.safetensors") as caught:
-        swap.load(path).result(60)
-    assert "\n" not in str(caught.value)
-    assert swap.active is first and not Path("bomb-went-off").exists()
-    with pytest.raises(CheckpointError, match="no checkpoint before"):
-        swap.rollback().result(60)
+    yield swap
     swap.close()
 
 
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_checkpoints_change_nothing(kind: str, serving: CheckpointSwap, tmp_path: Path) -> None:
+    path = tmp_path / "bad.safetensors"
+    BAD[kind](path)
+    first = serving.active
+    with pytest.raises(CheckpointError, match=r"bad\.safetensors") as caught:
+        serving.load(path).result(60)
+    assert "\n" not in str(caught.value)
+    assert serving.active is first and not Path("bomb-went-off").exists()
+    with pytest.raises(CheckpointError, match="no previous checkpoint"):
+        serving.rollback().result(60)
+
+
+def test_closing_ends_an_export_under_way(
+    shipped: CrossViewModel, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exports(model: CrossViewModel) -> Localizer:
+        return Localizer(tile_store(Texture(), model), model, backend="onnxruntime")  # type: ignore[arg-type]
+
+    endless = tmp_path / "python"
+    endless.write_text("#!/bin/sh\necho $$ > pid.part && mv pid.part pid\nexec sleep 1000\n")
+    endless.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(graph.sys, "executable", str(endless))
+    swap = CheckpointSwap(Deployed(build(shipped), "shipped", "0" * 64), exports)
+    first, change = swap.active, swap.load(other)
+    while not Path("pid").exists():
+        assert not change.done(), change.exception()
+        time.sleep(0.01)
+    swap.close()
+    with pytest.raises(CheckpointError, match="cancelled"):
+        change.result(0)
+    assert swap.active is first
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(Path("pid").read_text()), 0)
+
+
 def test_no_frame_sees_mixed_weights(shipped: CrossViewModel, other: Path) -> None:
-    """Twenty changes while another thread localises: every estimate is one model's or the other's."""
+    """Ten changes while another thread localises: every estimate is one model's or the other's."""
     swap = swap_of(shipped)
     possible = {place(swap.active.localizer), place(swap.load(other).result(60).localizer)}
     assert len(possible) == 2
@@ -221,12 +248,12 @@ def test_no_frame_sees_mixed_weights(shipped: CrossViewModel, other: Path) -> No
 
     thread = threading.Thread(target=serve)
     thread.start()
-    for _ in range(20):
+    for _ in range(10):
         swap.rollback().result(60)
         count = len(seen)
         while len(seen) < count + 2:
             stop.wait(0.001)
     stop.set()
     thread.join()
-    assert set(seen) == possible and len(seen) >= 40
+    assert set(seen) == possible and len(seen) >= 20
     swap.close()

@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 from xview_loc.cli import app
 from xview_loc.cli.console import UsageError
 from xview_loc.datasets import DatasetError, PoseDataset, Sample
-from xview_loc.estimation.localizer import LocalizationError, Observation
+from xview_loc.estimation.observation import LocalizationError, Observation
 from xview_loc.evaluation import (
     DriveErrors,
     Errors,

@@ -1,33 +1,41 @@
 """From observations to poses, with models whose heat map is known; lever arms; the overlay."""
 
 import math
+import re
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from map_fixtures import texture, write_geotiff
 from pyproj import Geod
 
 from xview_loc.camera import CameraModel
-from xview_loc.estimation.localizer import (
+from xview_loc.estimation import localizer as localizer_module
+from xview_loc.estimation.localizer import Localizer
+from xview_loc.estimation.observation import (
     FixOutsideTileError,
     HeadingRequiredError,
     IntrinsicsRequiredError,
-    Localizer,
     LowImageryError,
     NonFiniteHeatMapError,
     Observation,
     PoseEstimate,
-    required_tile_px,
 )
 from xview_loc.estimation.overlay import ESTIMATE_COLOUR, draw_overlay
 from xview_loc.geodesy import LocalProjection, wrap_angle
 from xview_loc.images import ImageError
-from xview_loc.maps.base import AerialMap, AerialTile, NoImageryError
+from xview_loc.maps import open_map
+from xview_loc.maps.base import AerialMap, AerialTile, MapError, MapUnavailableError, NoImageryError
 from xview_loc.maps.store import TileStore
 from xview_loc.models import create_model
 from xview_loc.models.base import CrossViewModel, HeatMapGrid, HeatMaps, ModelSpec
+from xview_loc.models.checkpoint import CheckpointError
 from xview_loc.vehicle.mounting import Mounting, in_enu
 
 LAT, LON = 48.2, 16.37
@@ -131,8 +139,7 @@ def metres_between(estimate: PoseEstimate, landmark: tuple[float, float]) -> flo
 
 
 def make_localizer(aerial_map: AerialMap, model: CrossViewModel, **options) -> Localizer:
-    store = TileStore(aerial_map, required_tile_px(model.spec), GSD, options.pop("snap_m", 16.0))
-    return Localizer(store, model, **options)
+    return Localizer.open(aerial_map, model, **options)
 
 
 @pytest.mark.parametrize(("east", "north"), [(0.0, 0.0), (7.3, -4.1), (-9.0, 8.0)])
@@ -372,14 +379,88 @@ def test_extra_inputs_reach_the_model() -> None:
 def test_a_real_network_runs_through(heading_prior_deg: float | None) -> None:
     torch.manual_seed(0)
     model = create_model("ccvpe-small")
-    store = TileStore(PaintedMap(), required_tile_px(model.spec), model.spec.gsd)
-    localizer = Localizer(store, model, heading_prior_deg=heading_prior_deg)
+    localizer = make_localizer(PaintedMap(), model, heading_prior_deg=heading_prior_deg)
     localizer.warm_up()
     estimate = localizer.localize(Observation(IMAGE, LAT, LON, np.eye(2) * 16.0, heading=0.2))
     assert metres_between(estimate, (LAT, LON)) <= 12.0 + 0.5
     assert 0.0 < estimate.confidence <= 1.0
     assert estimate.heading is not None and -math.pi < estimate.heading <= math.pi
     assert np.linalg.eigvalsh(estimate.covariance).min() >= 0.25
+
+
+def test_the_snippet_of_the_readme_localises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (snippet,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    write_geotiff(tmp_path / "city.tif", texture(600, 600), LAT, LON, 0.48, "EPSG:32633")
+    model = create_model("ccvpe-small")
+    torch.save(model.state_dict(), "ccvpe.pt")
+    names = {"image": IMAGE, "lat": LAT, "lon": LON, "heading": 0.3}
+    exec(snippet.replace("ccvpe-vigor", "ccvpe-small"), names)
+    assert metres_between(names["estimate"], (LAT, LON)) < model.half_extent_m
+    names["localizer"].close()
+
+
+def test_a_localizer_closes_the_map_that_it_opened_and_no_other(tmp_path: Path) -> None:
+    tif = write_geotiff(tmp_path / "city.tif", texture(600, 600), LAT, LON, 0.48, "EPSG:32633")
+    observation = Observation(IMAGE, LAT, LON, heading=0.3)
+    with Localizer.open(tif, "ccvpe-small") as localizer:
+        localizer.localize(observation)
+    with pytest.raises(MapError, match="closed"):
+        localizer.localize(replace(observation, lat=LAT + 0.001))
+    with open_map(tif) as aerial:
+        with Localizer.open(aerial, "ccvpe-small"):
+            pass
+        assert aerial.tile(LAT, LON, 32, 0.5).valid_fraction == 1.0
+    with pytest.raises(CheckpointError, match=r"choose from ccvpe-vigor.*ccvpe-small"):
+        Localizer.open(tif, "ccvpe-smal")
+
+
+def test_a_slow_map_keeps_an_observation_waiting_no_longer_than_allowed() -> None:
+    class SlowMap(PaintedMap):
+        answers = threading.Event()
+
+        def tile(self, *args, **kwargs) -> AerialTile:
+            self.answers.wait()
+            return super().tile(*args, **kwargs)
+
+    aerial = SlowMap(place(2.0, 1.0))
+    with make_localizer(aerial, FindsRed(), tile_wait_s=0.05) as localizer:
+        observation = Observation(IMAGE, LAT, LON, heading=0.0)
+        for _ in range(3):
+            with pytest.raises(MapUnavailableError):
+                localizer.localize(observation)
+        aerial.answers.set()
+        while True:
+            with suppress(MapUnavailableError):
+                estimate = localizer.localize(observation)
+                break
+        assert metres_between(estimate, place(2.0, 1.0)) < 0.5
+
+
+@pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
+def test_heading_bins_are_read_where_the_scores_are(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other runtimes return scores on the CPU, whatever device they compute on."""
+
+    class OneBin(FindsRed):
+        def match(self, *args, **kwargs) -> HeatMaps:
+            scores = torch.zeros(1, 8, SIZE // 4, SIZE // 4)
+            scores[:, 7] = 1.0
+            return replace(super().match(*args, **kwargs), levels=[scores, scores])
+
+        def tile_tensors(self, features: Any) -> tuple:
+            return ()
+
+        def maps(self, outputs: Any, features: Any) -> HeatMaps:
+            return self.match(None, features, None, orientation=True)
+
+    monkeypatch.setattr(localizer_module, "make_runtime", lambda *args: lambda ground, tile: ())
+    # A device other than that of the scores; "meta" stands for a GPU.
+    device = "cpu" if backend == "torch" else "meta"
+    model = OneBin(angle=math.radians(45.0) + 2.0)
+    localizer = make_localizer(PaintedMap(), model, heading_prior_deg=None, backend=backend, device=device)
+    estimate = localizer.localize(Observation(IMAGE, LAT, LON))
+    assert estimate.heading == pytest.approx(wrap_angle(math.radians(90.0 + 45.0)), abs=1e-6)
 
 
 def test_lever_arms_turn_with_the_vehicle() -> None:

@@ -1,11 +1,10 @@
-"""The node as a process of its own, fed over DDS."""
+"""The localizer as a process of its own, fed over DDS; the tests share one, configured again where needed."""
 
 from __future__ import annotations
 
 import array
 import importlib.util
 import math
-import signal
 import subprocess
 import sys
 import time
@@ -27,6 +26,8 @@ from geometry_msgs.msg import PoseWithCovarianceStamped
 from lifecycle_msgs.msg import Transition
 from map_fixtures import TileServer, texture, write_geotiff
 from nav_msgs.msg import OccupancyGrid, Odometry
+from rcl_interfaces.srv import GetParameters, SetParameters
+from rclpy.parameter import Parameter
 from rclpy.qos import DurabilityPolicy, QoSProfile
 from rclpy.serialization import serialize_message
 from ros_harness import Bench, NodeProcess, bench, environment, pick_domain
@@ -38,6 +39,7 @@ from xview_loc.geodesy import LocalProjection, snap_to_grid
 from xview_loc.maps.base import AerialTile
 from xview_loc.models.checkpoint import save_checkpoint
 from xview_loc.nodes import outputs as messages
+from xview_loc.nodes.deployment import DeploymentError, deploy
 from xview_loc.nodes.parameters import LOCALIZER, PAIR_LOGGER
 from xview_loc.vehicle import messages as input_messages
 
@@ -56,7 +58,17 @@ PARAMETERS: dict[str, Any] = {
     "torch_threads": 1,
     # The tests' vehicle is where a test needs it.
     "fix_max_jump_m": 0.0,
+    # Stubs cannot be exported.
+    "backend": "torch",
 }
+STOP = (Transition.TRANSITION_DEACTIVATE, Transition.TRANSITION_CLEANUP)
+START = (Transition.TRANSITION_CONFIGURE, Transition.TRANSITION_ACTIVATE)
+PATIENCE_S = 120.0
+
+
+def stamp(message: Any) -> int:
+    """Of a message, nanoseconds."""
+    return int(message.header.stamp.sec * 10**9 + message.header.stamp.nanosec)
 
 
 def true_place(lat: float = LAT, lon: float = LON) -> tuple[float, float]:
@@ -68,24 +80,69 @@ def true_place(lat: float = LAT, lon: float = LON) -> tuple[float, float]:
 
 @dataclass
 class Rig:
-    """A vehicle: what its drivers would publish, and what came back."""
+    """A vehicle: what its drivers publish, what comes back, and the node that it feeds."""
 
     bench: Bench
-    compressed: bool = False
-    pinhole: bool = False
+    node: NodeProcess
+    parameters: dict[str, Any]
 
     def __post_init__(self) -> None:
         b = self.bench
-        self.image = b.publisher(CompressedImage if self.compressed else Image, "/image")
+        self.compressed = False
+        self.image = b.publisher(Image, "/image")
         self.fix = b.publisher(NavSatFix, "/fix")
         self.heading = b.publisher(Imu, "/heading")
-        self.info = b.publisher(CameraInfo, "/camera_info") if self.pinhole else None
+        self.info = b.publisher(CameraInfo, "/camera_info")
+        self.odom = b.publisher(Odometry, "/odom")
         self.poses = b.listen(PoseWithCovarianceStamped, "/localizer/pose")
+        self.filtered = b.listen(PoseWithCovarianceStamped, "/localizer/odometry_filtered_pose")
         self.fixes = b.listen(NavSatFix, "/localizer/fix")
         latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
         self.grids = b.listen(OccupancyGrid, "/localizer/heat_map", latched)
         self.latency = b.listen(Float64, "/localizer/status/latency_ms")
         self.ns = time.time_ns()
+
+    @contextmanager
+    def configured(self, **parameters: Any) -> Iterator[None]:
+        """The node with other parameters, and afterwards with its own again."""
+        self.restart(**parameters)
+        try:
+            yield
+        finally:
+            self.restart()
+            self.good_frame()
+
+    def restart(self, **parameters: Any) -> None:
+        """Configure and activate the node again, with the common parameters and these."""
+        self.change_state(*STOP)
+        self.set_parameters(**parameters)
+        kind = CompressedImage if parameters.get("image_transport") == "compressed" else Image
+        if self.compressed != (kind is CompressedImage):
+            self.bench.node.destroy_publisher(self.image)
+            self.compressed = kind is CompressedImage
+            self.image = self.bench.publisher(kind, "/image")
+        self.change_state(*START)
+        self.ready()
+
+    def change_state(self, *transitions: int) -> None:
+        for transition in transitions:
+            self.bench.change_state("/localizer", transition)
+
+    def set_parameters(self, **changes: Any) -> None:
+        """Set every parameter of a node that is not configured."""
+        values = {p.name: p.default for p in LOCALIZER} | self.parameters | changes
+        request = SetParameters.Request(
+            parameters=[Parameter(name, value=value).to_parameter_msg() for name, value in values.items()]
+        )
+        call = self.bench._client(SetParameters, "/localizer/set_parameters").call_async(request)
+        self.bench.wait(call.done, what="the parameters")
+        assert all(result.successful for result in call.result().results)
+
+    def parameter(self, name: str) -> str:
+        client = self.bench._client(GetParameters, "/localizer/get_parameters")
+        call = client.call_async(GetParameters.Request(names=[name]))
+        self.bench.wait(call.done, what="the parameter")
+        return call.result().values[0].string_value
 
     def ready(self) -> None:
         """Wait until node and bench know each other."""
@@ -97,7 +154,7 @@ class Rig:
                 and self.heading.get_subscription_count()
                 and all(self.bench.node.count_publishers(topic) for topic in outputs)
             ),
-            40.0,
+            PATIENCE_S,
             "the node's topics",
         )
 
@@ -127,19 +184,28 @@ class Rig:
         self.ns += round(seconds * 1e9)
         return self.ns
 
+    def send_info(self, ns: int) -> None:
+        self.info.publish(
+            self.header(CameraInfo(width=64, height=32, k=[30.0, 0, 32, 0, 30.0, 16, 0, 0, 1]), ns)
+        )
+
+    def send_frame(self, seconds: float = 3.0, **fix: float) -> int:
+        """Go on in time and send a good frame; its stamp."""
+        ns = self.step(seconds)
+        self.send_fix(ns, **fix)
+        self.send_heading(ns)
+        self.send_image(ns)
+        return ns
+
     def good_frame(self) -> PoseWithCovarianceStamped:
         """Send what is good until a pose comes (DDS may take a moment); the pose."""
-        for _ in range(3):
+        end = time.monotonic() + PATIENCE_S
+        while time.monotonic() < end:
             before = len(self.poses)
             ns = self.step()
             for at in (ns - 50_000_000, ns + 50_000_000):
                 self.send_fix(at)
                 self.send_heading(at)
-            if self.info is not None:
-                self.info.publish(
-                    self.header(CameraInfo(width=64, height=32, k=[30.0, 0, 32, 0, 30.0, 16, 0, 0, 1]), ns)
-                )
-                self.bench.wait_diagnosis()
             self.send_image(ns)
             try:
                 self.bench.wait(lambda before=before: len(self.poses) > before, 5.0, "a pose")
@@ -165,10 +231,11 @@ def aerial(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def rig(aerial, tmp_path_factory) -> Iterator[Rig]:
     log = tmp_path_factory.mktemp("log") / "node.txt"
-    node = NodeProcess(DOMAIN, log, {**PARAMETERS, "map": str(aerial)})
+    parameters = {**PARAMETERS, "map": str(aerial)}
+    node = NodeProcess(DOMAIN, log, parameters)
     try:
         with bench(DOMAIN) as b:
-            r = Rig(b)
+            r = Rig(b, node, parameters)
             r.ready()
             r.good_frame()
             yield r
@@ -225,20 +292,15 @@ def test_overlay_is_drawn_once_it_is_asked_for(rig):
     assert pictures[-1].header.stamp in [pose.header.stamp for pose in rig.poses]
 
 
-def test_pictures_come_at_their_own_rate(aerial, tmp_path):
-    with bench(DOMAIN + 1) as b:
-        node = start(tmp_path, DOMAIN + 1, map=str(aerial), heat_map_rate=0.01, overlay_rate=0.01)
-        try:
-            rig = Rig(b)
-            rig.ready()
-            pictures = b.listen(Image, "/localizer/overlay", 1)
-            while not pictures:
-                rig.good_frame()
-            for _ in range(3):
-                rig.good_frame()
-            assert len(pictures) == len(rig.grids) == 1
-        finally:
-            node.stop()
+def test_pictures_come_at_their_own_rate(rig):
+    with rig.configured(heat_map_rate=0.001, overlay_rate=0.001):
+        pictures = rig.bench.listen(Image, "/localizer/overlay", 1)
+        rig.grids.clear()
+        while not (pictures and rig.grids):
+            rig.good_frame()
+        for _ in range(3):
+            rig.good_frame()
+        assert len(pictures) == len(rig.grids) == 1
 
 
 def test_untrained_weights_are_said(rig):
@@ -310,18 +372,14 @@ def test_stamps_going_back(rig):
 
 
 def test_a_node_that_is_not_active_says_so_beside_what_else_is_wrong(rig):
-    rig.bench.change_state("/localizer", Transition.TRANSITION_DEACTIVATE)
+    rig.change_state(Transition.TRANSITION_DEACTIVATE)
     status = rig.bench.wait_diagnosis("random weights", "not active: inactive")
     assert status.level == b"\x01"
-    rig.bench.change_state("/localizer", Transition.TRANSITION_ACTIVATE)
+    rig.change_state(Transition.TRANSITION_ACTIVATE)
     rig.ready()
     rig.good_frame()
     rig.bench.wait_diagnosis("random weights")
     assert "not active" not in rig.bench.text()
-
-
-def start(tmp_path: Path, domain: int, **parameters: Any) -> NodeProcess:
-    return NodeProcess(domain, tmp_path / "log.txt", {**PARAMETERS, **parameters})
 
 
 def write_stub(path: Path, rows: float, shaken: float = 0.0, model: StubModel | None = None) -> Path:
@@ -369,42 +427,49 @@ def test_checkpoints_are_swapped_on_the_running_node(rig, tmp_path):
     assert rows_moved(rig.good_frame()) == pytest.approx(0, abs=0.1)
 
 
-def test_deploy_waits_for_the_verdict(rig, tmp_path):
+def test_a_refused_checkpoint_leaves_the_node_as_it_was(rig, tmp_path):
     good, bad = write_stub(tmp_path / "good.safetensors", 8), tmp_path / "bad.safetensors"
     bad.write_bytes(b"rubbish")
+    with rig.configured(checkpoint=str(good)):
+        assert rig.bench.set_parameter("/localizer", "checkpoint", str(bad)) == ""
+        rig.bench.wait_diagnosis("checkpoint_refused", "bad.safetensors")
+        rig.bench.wait(lambda: rig.parameter("checkpoint") == str(good), what="the name of what is in use")
+        # What was asked for last is tried again.
+        ok, text = rig.bench.trigger("/localizer/reload")
+        assert not ok and "bad.safetensors" in text
+        rig.change_state(*STOP)
+        rig.change_state(*START)
+        assert rows_moved(rig.good_frame()) == pytest.approx(8, abs=0.1)
+        write_stub(bad, 4)
+        assert rig.bench.set_parameter("/localizer", "checkpoint", str(bad)) == ""
+        rig.bench.wait(lambda: "bad.safetensors" in rig.bench.value("checkpoint"), what="the new checkpoint")
+        assert rig.parameter("checkpoint") == str(bad)
 
-    def deploy(path: Path, *more: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "xview_loc.cli", "deploy", str(path), *more]
-        run = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment(DOMAIN),
-            cwd=ROOT,
-        )
-        rig.bench.wait(lambda: run.poll() is not None, 60.0, "deploy")
-        return subprocess.CompletedProcess(command, run.returncode, *run.communicate())
 
-    done = deploy(good)
-    assert done.returncode == 0 and "in use" in done.stdout and "good.safetensors" in done.stdout, done.stderr
+def test_deploy_waits_for_the_verdict(rig, tmp_path, monkeypatch):
+    good, bad = write_stub(tmp_path / "good.safetensors", 8), tmp_path / "bad.safetensors"
+    bad.write_bytes(b"rubbish")
+    for name, value in environment(DOMAIN).items():
+        monkeypatch.setenv(name, value)
+    assert "in use" in deploy(good, "/localizer") and "good.safetensors" in rig.parameter("checkpoint")
     assert rows_moved(rig.good_frame()) == pytest.approx(8, abs=0.1)
-    done = deploy(bad)
+    with pytest.raises(DeploymentError, match="no localizer /nobody"):
+        deploy(good, "/nobody", 1.0)
+    command = [sys.executable, "-m", "xview_loc.cli", "deploy", str(bad)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 1 and "bad.safetensors" in done.stderr and len(done.stderr.splitlines()) == 1
     assert rows_moved(rig.good_frame()) == pytest.approx(8, abs=0.1)
-    done = deploy(good, "--to", "/nobody", "--timeout", "2")
-    assert done.returncode == 1 and "no localizer /nobody" in done.stderr
     assert rig.bench.trigger("/localizer/rollback")[0]
 
 
-def test_fifty_swaps_under_load_lose_no_frame(rig, tmp_path):
+def test_swaps_under_load_lose_no_frame(rig, tmp_path):
     """Every frame gets the pose of one checkpoint or the other, though the weights change all the time."""
     paths = [write_stub(tmp_path / f"{rows}.safetensors", rows) for rows in (0, 8)]
     rig.good_frame()
     rig.poses.clear()
     start = rig.step()
     swaps, sent = 0, 0
-    while swaps < 50:
+    while swaps < 20:
         call = rig.bench.begin_set_parameter("/localizer", "checkpoint", str(paths[swaps % 2]))
         while not call.done():
             rig.ns = start + sent * 100_000_000
@@ -412,7 +477,7 @@ def test_fifty_swaps_under_load_lose_no_frame(rig, tmp_path):
             rig.send_heading(rig.ns)
             rig.send_image(rig.ns)
             sent += 1
-            rig.bench.wait(lambda sent=sent: len(rig.poses) >= sent, 5.0, "a pose for every frame")
+            rig.bench.wait(lambda sent=sent: len(rig.poses) >= sent, PATIENCE_S, "a pose for every frame")
         swaps += 1
     rig.bench.wait(lambda: "8.safetensors" in rig.bench.value("checkpoint"), what="the last checkpoint")
     moved = [rows_moved(pose) for pose in rig.poses]
@@ -422,20 +487,11 @@ def test_fifty_swaps_under_load_lose_no_frame(rig, tmp_path):
     rig.bench.wait(lambda: "0.safetensors" in rig.bench.value("checkpoint"), what="the first checkpoint")
 
 
-def test_truncated_jpeg_and_tile_server_faults(tmp_path):
-    with TileServer(None) as server, bench(DOMAIN + 1) as b:
-        node = start(
-            tmp_path,
-            DOMAIN + 1,
-            map=server.url,
-            map_max_zoom=18,
-            map_cache_dir=str(tmp_path / "cache"),
-            map_deadline_s=1.0,
-            image_transport="compressed",
-        )
-        try:
-            rig = Rig(b, compressed=True)
-            rig.ready()
+def test_truncated_jpeg_and_tile_server_faults(rig, tmp_path):
+    b = rig.bench
+    with TileServer(None) as server:
+        options = {"map": server.url, "map_max_zoom": 18, "map_cache_dir": str(tmp_path / "cache")}
+        with rig.configured(**options, map_deadline_s=1.0, image_transport="compressed"):
             rig.good_frame()
             ns = rig.step()
             rig.send_fix(ns)
@@ -443,164 +499,165 @@ def test_truncated_jpeg_and_tile_server_faults(tmp_path):
             jpeg = cv2.imencode(".jpg", texture(32, 64))[1].tobytes()
             rig.send_image(ns, data=array.array("B", jpeg[:-40]))
             rig.expect_rejection("image_invalid", "truncated")
-            for i, fault in enumerate(("500", "hang", "404")):
+            # After an outage the map is not asked again for a while: the missing tile comes first.
+            for i, fault in enumerate(("404", "500", "hang")):
                 server.fault = fault
-                ns = rig.step()
-                rig.send_fix(ns, lat=LAT + 0.005 * (i + 1))  # a place not seen so far
-                rig.send_heading(ns)
-                rig.send_image(ns)
+                rig.send_frame(lat=LAT + 0.005 * (i + 1))  # a place not seen so far
                 b.wait_diagnosis("no_imagery" if fault == "404" else "map_unavailable")
                 server.fault = None
                 rig.good_frame()
-            assert node.alive()
-        finally:
-            assert node.stop(signal.SIGTERM) == 0, node.log
 
 
-def test_no_fix_no_heading_no_camera_info_and_unheard_publisher(aerial, tmp_path):
-    with bench(DOMAIN + 2) as b:
-        node = start(tmp_path, DOMAIN + 2, map=str(aerial), model="stub-pinhole")
-        try:
-            rig = Rig(b, pinhole=True)
-            rig.ready()
-            rig.send_image(rig.step())
-            b.wait_diagnosis("fix_missing")
-            ns = rig.step()
-            rig.send_fix(ns)
-            rig.send_image(ns)
-            b.wait_diagnosis("heading_missing")
-            ns = rig.step()
-            rig.send_fix(ns)
-            rig.send_heading(ns)
-            rig.send_image(ns)
-            b.wait_diagnosis("camera_info_missing")
-            assert not rig.poses
-            deaf = b.publisher(NavSatFix, "/fix", reliable=False)
-            b.wait_diagnosis("cannot be heard")
-            b.node.destroy_publisher(deaf)
-            rig.good_frame()
-        finally:
-            assert node.stop() == 0, node.log
-
-
-def test_fixes_that_jump_are_refused_until_they_stay(aerial, tmp_path):
-    with bench(DOMAIN + 3) as b:
-        node = start(tmp_path, DOMAIN + 3, map=str(aerial), fix_max_jump_m=40.0)
-        try:
-            rig = Rig(b)
-            rig.ready()
-            rig.good_frame()
-            there = LAT + 0.002  # 222 m north
-            for _ in range(4):
-                ns = rig.step(3.0)
-                rig.send_fix(ns, lat=there)
-                rig.send_heading(ns)
-                rig.send_image(ns)
-                status = b.wait_diagnosis("fix_stale", "fixes jumped")
-                assert status.level == b"\x02"
-            assert int(b.value("fix_rejected/fix_jump")) == 4
-            # A late one is late, wherever it is.
-            rig.send_fix(rig.ns - 12_100_000_000, lat=LAT - 0.002)
-            b.wait(lambda: b.value("fix_rejected/stamp_not_newer") == "1", what="the late fix")
-            assert int(b.value("fix_rejected/fix_jump")) == 4
+def test_a_hanging_tile_server_does_not_delay_the_filtered_pose(rig, tmp_path):
+    b = rig.bench
+    with TileServer(None) as server:
+        options = {"map": server.url, "map_max_zoom": 18, "map_cache_dir": str(tmp_path / "cache")}
+        with rig.configured(**options, map_deadline_s=120.0, filter=True):
+            server.fault = "hang"
             before = len(rig.poses)
-            ns = rig.step(3.0)
-            rig.send_fix(ns, lat=there)
-            rig.send_heading(ns)
-            rig.send_image(ns)
-            b.wait(lambda: len(rig.poses) > before, what="a pose at the new place")
-            assert b.wait_diagnosis("fix_jump", "right or wrong").level == b"\x01"
-        finally:
-            assert node.stop() == 0, node.log
-
-
-@pytest.mark.parametrize("fault", ["missing", "corrupt", "map", "model", "tf"])
-def test_bad_configuration_is_said_and_survived(aerial, tmp_path, fault):
-    bad = tmp_path / "bad.safetensors"
-    if fault == "corrupt":
-        bad.write_bytes(b"\x10nonsense" * 40)
-    parameters = {"map": str(aerial), "checkpoint": str(bad)}
-    says = "checkpoint"
-    if fault == "map":
-        parameters, says = {"map": str(tmp_path / "none.tif")}, "none.tif"
-    elif fault == "model":
-        parameters, says = {"map": str(aerial), "model": "nonesuch"}, "unknown model 'nonesuch'"
-    elif fault == "tf":
-        if importlib.util.find_spec("tf2_ros"):
-            pytest.skip("tf2_ros is installed")
-        parameters, says = {"map": str(aerial), "camera_frame": "camera"}, "tf2_ros cannot be imported"
-    with bench(DOMAIN + 3) as b:
-        node = start(tmp_path, DOMAIN + 3, **parameters)
-        try:
-            status = b.wait_diagnosis("not_configured", says, timeout_s=30.0)
-            assert status.level == b"\x02"
-            assert node.alive() and b.value("state") == "unconfigured"
-        finally:
-            assert node.stop() == 0, node.log
-        assert "Traceback" not in node.log
-
-
-def test_the_filter_goes_on_without_fixes(aerial, tmp_path):
-    with bench(DOMAIN + 1) as b:
-        node = start(tmp_path, DOMAIN + 1, map=str(aerial), filter=True, max_fix_age_s=0.5)
-        try:
-            odom = b.publisher(Odometry, "/odom")
-            filtered = b.listen(PoseWithCovarianceStamped, "/localizer/odometry_filtered_pose")
-            rig = Rig(b)
-            rig.ready()
-            b.wait(odom.get_subscription_count, what="the odometry's subscription")
+            rig.filtered.clear()
+            while not rig.filtered:  # DDS may take a moment
+                rig.send_frame(0.5)
+                b.wait_diagnosis()
+            for _ in range(3):
+                ns = rig.send_frame(0.5)
+                b.wait(lambda ns=ns: stamp(rig.filtered[-1]) == ns, what="the image's filtered pose")
+            # No answer has come: neither tile nor error.
+            b.wait_diagnosis("map_unavailable", "not answered within")
+            assert len(rig.poses) == before
+            server.fault = None
             rig.good_frame()
+            stamps = [stamp(pose) for pose in rig.filtered]
+            assert len(stamps) == len(set(stamps)), "one filtered pose for each image"
 
-            def frames(count: int, fix: bool) -> None:
-                for _ in range(count):
-                    ns = rig.step(0.2)
-                    odom.publish(rig.header(Odometry(child_frame_id="base_link"), ns))  # it stands still
-                    if fix:
-                        rig.send_fix(ns)
-                    rig.send_heading(ns)
-                    before = len(rig.poses)
-                    rig.send_image(ns)
-                    b.wait(lambda before=before: len(rig.poses) > before, 5.0, "a pose")
 
-            frames(5, fix=True)
-            first = filtered[-1].pose.pose.position
-            x, y = DATUM.forward(*true_place())
-            assert math.hypot(first.x - x, first.y - y) < 3.0
-            assert filtered[-1].header.frame_id == "map"
-            # No fix for longer than one is of use.
-            frames(10, fix=False)
-            b.wait(lambda: filtered[-1].header.stamp == rig.poses[-1].header.stamp, what="its pose as well")
-            status = b.wait_diagnosis("goes on with odometry")
-            assert status.level == b"\x01" and int(b.value("odom_received")) == 15
-            last = filtered[-1].pose
-            assert math.hypot(last.pose.position.x - first.x, last.pose.position.y - first.y) < 1.0
-            assert 0.0 < last.covariance[0] < 100.0  # standing, it hardly learns
-            yaw = 2.0 * math.atan2(last.pose.orientation.z, last.pose.orientation.w)
-            assert yaw == pytest.approx(YAW + DATUM.convergence(LAT, LON), abs=1e-3)
-            odom.publish(rig.header(Odometry(child_frame_id="wheels"), rig.step(0.2)))
-            assert b.wait_diagnosis("odom_frame", "wheels").level == b"\x01"
-            odom.publish(rig.header(Odometry(child_frame_id="base_link"), rig.step(0.2)))
-            b.wait(lambda: "odom_frame" not in b.text(), what="the right frame")
-            fast = Odometry(child_frame_id="base_link")
-            fast.twist.twist.linear.x, fast.twist.twist.linear.y = 300.0, 400.0
-            odom.publish(rig.header(fast, rig.step(0.2)))
-            assert b.wait_diagnosis("odometry says 500 m/s").level == b"\x01"
-            assert b.value("odom_rejected/odom_too_fast") == "1"
-            # Without odometry for so long nothing is known of where it is.
-            ns = rig.step(60.0)
-            rig.send_heading(ns)
-            rig.send_image(ns)
-            b.wait_diagnosis("fix_missing")
-        finally:
-            assert node.stop() == 0, node.log
+def test_no_fix_no_heading_no_camera_info_and_unheard_publisher(rig):
+    b = rig.bench
+    with rig.configured(model="stub-pinhole"):
+        before = len(rig.poses)
+        # A stamp without any fix of its time; DDS may take a moment to deliver the first image.
+        ns = rig.step()
+        rig.bench.wait(rig.info.get_subscription_count, what="the camera_info's subscription")
+        rig.send_image(ns)
+        b.wait_diagnosis("fix_missing")
+        ns = rig.step()
+        rig.send_fix(ns)
+        rig.send_image(ns)
+        b.wait_diagnosis("heading_missing")
+        rig.send_frame()
+        b.wait_diagnosis("camera_info_missing")
+        assert len(rig.poses) == before
+        deaf = b.publisher(NavSatFix, "/fix", reliable=False)
+        b.wait_diagnosis("cannot be heard")
+        b.node.destroy_publisher(deaf)
+        rig.send_info(rig.ns)
+        rig.good_frame()
+
+
+def test_fixes_that_jump_are_refused_until_they_stay(rig):
+    b = rig.bench
+    with rig.configured(fix_max_jump_m=40.0):
+        rig.good_frame()
+        b.wait_diagnosis()
+        refused, late = (int(b.value(f"fix_rejected/{why}") or 0) for why in ("fix_jump", "stamp_not_newer"))
+        there = LAT + 0.002  # 222 m north
+        for _ in range(4):
+            rig.send_frame(lat=there)
+            status = b.wait_diagnosis("fix_stale", "fixes jumped")
+            assert status.level == b"\x02"
+        assert int(b.value("fix_rejected/fix_jump")) == refused + 4
+        # A late one is late, wherever it is.
+        rig.send_fix(rig.ns - 12_100_000_000, lat=LAT - 0.002)
+        b.wait(lambda: b.value("fix_rejected/stamp_not_newer") == str(late + 1), what="the late fix")
+        assert int(b.value("fix_rejected/fix_jump")) == refused + 4
+        before = len(rig.poses)
+        rig.send_frame(lat=there)
+        b.wait(lambda: len(rig.poses) > before, what="a pose at the new place")
+        assert b.wait_diagnosis("fix_jump", "right or wrong").level == b"\x01"
+
+
+def test_bad_configuration_is_said_and_survived(rig, tmp_path):
+    corrupt = tmp_path / "corrupt.safetensors"
+    corrupt.write_bytes(b"\x10nonsense" * 40)
+    faults: list[tuple[dict[str, Any], str]] = [
+        ({"checkpoint": str(tmp_path / "missing.safetensors")}, "missing.safetensors"),
+        ({"checkpoint": str(corrupt)}, "corrupt.safetensors"),
+        ({"map": str(tmp_path / "none.tif")}, "none.tif"),
+        ({"map": ""}, "map is empty"),
+        ({"model": "nonesuch"}, "unknown model 'nonesuch'; choose from ccvpe-vigor"),
+        ({"datum_lat": math.nan}, "both datum_lat and datum_lon"),
+    ]
+    if not importlib.util.find_spec("tf2_ros"):
+        faults += [({"camera_frame": "camera"}, "tf2_ros"), ({"publish_tf": True}, "tf2_ros")]
+    rig.change_state(*STOP)
+    for parameters, says in faults:
+        rig.set_parameters(**parameters)
+        with pytest.raises(AssertionError):
+            rig.change_state(Transition.TRANSITION_CONFIGURE)
+        status = rig.bench.wait_diagnosis("not_configured", says)
+        assert status.level == b"\x02" and rig.bench.value("state") == "unconfigured"
+    rig.set_parameters()
+    rig.change_state(*START)
+    rig.ready()
+    rig.good_frame()
+
+
+def test_the_filter_goes_on_without_fixes(rig):
+    b, odom = rig.bench, rig.odom
+    with rig.configured(filter=True, max_fix_age_s=0.5):
+        b.wait(odom.get_subscription_count, what="the odometry's subscription")
+        b.wait_diagnosis()
+        received = int(b.value("odom_received") or 0)
+        too_fast = int(b.value("odom_rejected/odom_too_fast") or 0)
+        rig.good_frame()
+
+        def frames(count: int, fix: bool) -> None:
+            for _ in range(count):
+                ns = rig.step(0.2)
+                odom.publish(rig.header(Odometry(child_frame_id="base_link"), ns))  # it stands still
+                if fix:
+                    rig.send_fix(ns)
+                rig.send_heading(ns)
+                before = len(rig.poses)
+                rig.send_image(ns)
+                b.wait(lambda before=before: len(rig.poses) > before, what="a pose")
+
+        frames(5, fix=True)
+        first = rig.filtered[-1].pose.pose.position
+        x, y = DATUM.forward(*true_place())
+        assert math.hypot(first.x - x, first.y - y) < 3.0
+        assert rig.filtered[-1].header.frame_id == "map"
+        # No fix for longer than one is of use.
+        frames(10, fix=False)
+        b.wait(lambda: stamp(rig.filtered[-1]) == stamp(rig.poses[-1]), what="its pose as well")
+        status = b.wait_diagnosis("goes on with odometry")
+        assert status.level == b"\x01" and int(b.value("odom_received")) == received + 15
+        last = rig.filtered[-1].pose
+        assert math.hypot(last.pose.position.x - first.x, last.pose.position.y - first.y) < 1.0
+        assert 0.0 < last.covariance[0] < 100.0  # standing, it hardly learns
+        yaw = 2.0 * math.atan2(last.pose.orientation.z, last.pose.orientation.w)
+        assert yaw == pytest.approx(YAW + DATUM.convergence(LAT, LON), abs=1e-3)
+        odom.publish(rig.header(Odometry(child_frame_id="wheels"), rig.step(0.2)))
+        assert b.wait_diagnosis("odom_frame", "wheels").level == b"\x01"
+        odom.publish(rig.header(Odometry(child_frame_id="base_link"), rig.step(0.2)))
+        b.wait(lambda: "odom_frame" not in b.text(), what="the right frame")
+        fast = Odometry(child_frame_id="base_link")
+        fast.twist.twist.linear.x, fast.twist.twist.linear.y = 300.0, 400.0
+        odom.publish(rig.header(fast, rig.step(0.2)))
+        assert b.wait_diagnosis("odometry says 500 m/s").level == b"\x01"
+        assert b.value("odom_rejected/odom_too_fast") == str(too_fast + 1)
+        # Without odometry for so long nothing is known of where it is.
+        ns = rig.step(60.0)
+        rig.send_heading(ns)
+        rig.send_image(ns)
+        b.wait_diagnosis("fix_missing")
 
 
 @dataclass
 class Circle:
-    """A vehicle on a map whose colour tells the place, in a circle of 40 m, 6 m a frame."""
+    """A vehicle on a map whose colour tells the place, in a circle of 40 m, 12 m a frame."""
 
     rig: Rig
-    odom: Any
     frames: int = 0
     at: tuple[float, float] = (0.0, 0.0)
 
@@ -608,17 +665,17 @@ class Circle:
         """Send a frame and wait for its pose."""
         before = len(self.rig.poses)
         self.send()
-        self.rig.bench.wait(lambda: len(self.rig.poses) > before, 5.0, "a pose")
+        self.rig.bench.wait(lambda: len(self.rig.poses) > before, what="a pose")
 
     def send(self) -> None:
         """The next frame, with all that belongs to it."""
         rig = self.rig
         self.frames += 1
-        ns, yaw = rig.step(0.2), 0.15 * self.frames
+        ns, yaw = rig.step(0.5), 0.3 * self.frames
         self.at = (40.0 * math.sin(yaw), -40.0 * math.cos(yaw))
         twist = Odometry()
-        twist.twist.twist.linear.x, twist.twist.twist.angular.z = 30.0, 0.75
-        self.odom.publish(rig.header(twist, ns))
+        twist.twist.twist.linear.x, twist.twist.twist.angular.z = 24.0, 0.6
+        rig.odom.publish(rig.header(twist, ns))
         rig.send_fix(ns, *HERE.inverse(*self.at))
         rig.send_heading(ns, yaw)
         rig.send_image(ns, data=array.array("B", bytes(colour(*self.at)) * (32 * 64)))
@@ -651,127 +708,124 @@ def coloured(tmp_path_factory) -> Path:
     return write_geotiff(path, colour(axis, -axis[:, None]), LAT, LON, 0.5, crs)
 
 
-@contextmanager
-def shadowed(coloured: Path, tmp_path: Path, domain: int, **parameters: Any) -> Iterator[tuple[Circle, Any]]:
+@dataclass
+class Shadow:
     """A node whose poses are 4 m to the north and the south by turns, and a calm candidate 4 m south."""
-    shaken, calm = tmp_path / "shaken.safetensors", tmp_path / "calm.safetensors"
-    write_stub(shaken, 0, shaken=8, model=SeeingModel())
-    write_stub(calm, 8, model=SeeingModel())
-    with bench(domain) as b:
-        node = start(
-            tmp_path,
-            domain,
-            map=str(coloured),
-            model="stub-seeing",
-            checkpoint=str(shaken),
-            # The one in use is called once more for a comparison: it has moved to the other side by the next.
-            shadow_every=2,
-            shadow_frames=100,
-            **parameters,
-        )
-        try:
-            circle = Circle(Rig(b), b.publisher(Odometry, "/odom"))
-            circle.rig.ready()
-            yield circle, node
-        finally:
-            assert node.stop() == 0, node.log
-        assert "Traceback" not in node.log
+
+    circle: Circle
+    shaken: Path
+    calm: Path
+
+    def begin(self) -> None:
+        """Start the trial of the candidate."""
+        rig, b = self.circle.rig, self.circle.rig.bench
+        assert b.set_parameter("/localizer", "shadow_checkpoint", str(self.calm)) == ""
+        b.wait(rig.odom.get_subscription_count, what="the odometry's subscription")
+        b.wait(lambda: "0 of 100 frames" in b.value("shadow"), what="the candidate")
 
 
-def begin_trial(circle: Circle, node: NodeProcess, path: Path) -> None:
-    b = circle.rig.bench
-    assert b.set_parameter("/localizer", "shadow_checkpoint", str(path)) == ""
-    b.wait(circle.odom.get_subscription_count, what="the odometry's subscription")
-    b.wait(lambda: f"in the shadow: {path}" in node.log, what="the candidate")
+@pytest.fixture
+def shadow(rig, coloured, tmp_path) -> Iterator[Shadow]:
+    circle = Circle(rig)
+    shadow = Shadow(circle, tmp_path / "shaken.safetensors", tmp_path / "calm.safetensors")
+    write_stub(shadow.shaken, 0, shaken=8, model=SeeingModel())
+    write_stub(shadow.calm, 8, model=SeeingModel())
+    with rig.configured(
+        map=str(coloured),
+        model="stub-seeing",
+        checkpoint=str(shadow.shaken),
+        shadow_every=1,
+        shadow_frames=100,
+    ):
+        rig.good_frame()
+        yield shadow
 
 
-@pytest.mark.parametrize("policy", ["report", "promote"])
-def test_a_candidate_in_the_shadow_is_compared_and_judged(coloured, tmp_path, policy):
-    with shadowed(coloured, tmp_path, DOMAIN + 2) as (circle, node):
-        rig, b = circle.rig, circle.rig.bench
-        distances = b.listen(Float64, "/localizer/shadow/distance_m", 200)
-        circle.drive()
-        assert abs(circle.south_m()) == pytest.approx(4, abs=1.0)
-        (tmp_path / "bad.safetensors").write_bytes(b"rubbish")
-        assert b.set_parameter("/localizer", "shadow_checkpoint", str(tmp_path / "bad.safetensors")) == ""
-        b.wait_diagnosis("shadow: ", "bad.safetensors")
-        begin_trial(circle, node, tmp_path / "calm.safetensors")
-        assert "choose from report, promote" in b.set_parameter("/localizer", "shadow_policy", "perhaps")
+def test_a_candidate_in_the_shadow_is_compared_judged_and_promoted(shadow, tmp_path):
+    circle, rig, b = shadow.circle, shadow.circle.rig, shadow.circle.rig.bench
+    distances = b.listen(Float64, "/localizer/shadow/distance_m", 200)
+    circle.drive()
+    assert abs(circle.south_m()) == pytest.approx(4, abs=1.0)
+    (tmp_path / "bad.safetensors").write_bytes(b"rubbish")
+    assert b.set_parameter("/localizer", "shadow_checkpoint", str(tmp_path / "bad.safetensors")) == ""
+    b.wait_diagnosis("shadow: ", "bad.safetensors")
+    assert "choose from report, promote" in b.set_parameter("/localizer", "shadow_policy", "perhaps")
+    for policy in ("report", "promote"):
+        shadow.begin()
         # Whatever it is at the end.
         assert b.set_parameter("/localizer", "shadow_policy", policy) == ""
-        # The candidate sees every second frame, the one in use answers all.
-        while circle.frames < 200:
+        for _ in range(100):
             circle.drive()
-            if policy == "report":
-                assert abs(circle.south_m()) == pytest.approx(4, abs=1.0)
-        while "is better" not in node.log:
-            circle.drive()
-            assert circle.frames < 210
+            assert abs(circle.south_m()) == pytest.approx(4, abs=1.0)
         b.wait(lambda: "is better" in b.value("shadow_verdict"), what="the verdict")
         b.wait(lambda: len(distances) == 100, what="the comparisons")
+        distances.clear()
         if policy == "report":
+            b.wait_diagnosis()
             assert "shaken.safetensors" in b.value("checkpoint")
-            return
-        b.wait(lambda: "calm.safetensors" in b.value("checkpoint"), what="the better checkpoint")
+    b.wait(lambda: "calm.safetensors" in b.value("checkpoint"), what="the better checkpoint")
+    circle.drive()
+    assert circle.south_m() == pytest.approx(4, abs=1.0)
+    # It is the checkpoint now, and no candidate any more.
+    b.wait(lambda: not rig.odom.get_subscription_count(), what="the odometry's end")
+    ok, text = b.trigger("/localizer/reload")
+    assert ok and "calm.safetensors" in text
+    rig.change_state(*STOP)
+    b.wait(lambda: not b.value("shadow_verdict"), what="the verdict's end")
+    rig.change_state(*START)
+    rig.ready()
+    b.wait_diagnosis()
+    assert "calm.safetensors" in b.value("checkpoint") and not b.value("shadow")
+
+
+def test_a_trial_survives_a_pause_and_ends_where_it_is_told_to(shadow):
+    circle, rig, b = shadow.circle, shadow.circle.rig, shadow.circle.rig.bench
+
+    def compared(frames: int) -> None:
         circle.drive()
-        assert circle.south_m() == pytest.approx(4, abs=1.0)
-        # It is the checkpoint now, and no candidate any more.
-        b.wait(lambda: not circle.odom.get_subscription_count(), what="the odometry's end")
-        ok, text = b.trigger("/localizer/reload")
-        assert ok and "calm.safetensors" in text
-        for transition in (Transition.TRANSITION_DEACTIVATE, Transition.TRANSITION_CLEANUP):
-            b.change_state("/localizer", transition)
-        b.wait(lambda: not b.value("shadow_verdict"), what="the verdict's end")
-        for transition in (Transition.TRANSITION_CONFIGURE, Transition.TRANSITION_ACTIVATE):
-            b.change_state("/localizer", transition)
-        rig.ready()
-        b.wait_diagnosis()
-        assert "calm.safetensors" in b.value("checkpoint") and not b.value("shadow")
+        b.wait(lambda: f" {frames} of 100 frames" in b.value("shadow"), what="a comparison")
+
+    circle.drive()
+    shadow.begin()
+    compared(1)
+    compared(2)
+    rig.change_state(Transition.TRANSITION_DEACTIVATE, Transition.TRANSITION_ACTIVATE)
+    rig.ready()
+    b.wait(rig.odom.get_subscription_count, what="the odometry's subscription")
+    compared(3)
+    # One value that is refused, and nothing is done.
+    assert "choose from" in b.set_parameters(
+        "/localizer", shadow_checkpoint=str(shadow.shaken), shadow_policy="perhaps"
+    )
+    compared(4)
+    # Without odometry nothing can be said; that is no matter any more once the trial is over.
+    b.node.destroy_publisher(rig.odom)
+    b.wait_diagnosis("odom_topic")
+    assert b.set_parameter("/localizer", "shadow_checkpoint", "") == ""
+    b.wait(lambda: not any(v.key.startswith("shadow") for v in b.status.values), what="the trial's end")
+    assert "odom" not in b.text()
+    rig.odom = b.publisher(Odometry, "/odom")
+    rig.change_state(Transition.TRANSITION_DEACTIVATE)
+    for topic in ("/fix", "/heading"):
+        assert topic not in b.wait_diagnosis("not active").message
+    rig.change_state(Transition.TRANSITION_ACTIVATE)
 
 
-def test_a_trial_survives_a_pause_and_ends_where_it_is_told_to(coloured, tmp_path):
-    with shadowed(coloured, tmp_path, DOMAIN + 1) as (circle, node):
-        b = circle.rig.bench
-
-        def compared(frames: int) -> None:
-            for _ in range(2):
-                circle.drive()
-            b.wait(lambda: f" {frames} of 100 frames" in b.value("shadow"), what="a comparison")
-
-        circle.drive()
-        begin_trial(circle, node, tmp_path / "calm.safetensors")
-        compared(1)
-        compared(2)
-        b.change_state("/localizer", Transition.TRANSITION_DEACTIVATE)
-        b.change_state("/localizer", Transition.TRANSITION_ACTIVATE)
-        circle.rig.ready()
-        b.wait(circle.odom.get_subscription_count, what="the odometry's subscription")
-        compared(3)
-        # One value that is refused, and nothing is done.
-        assert "choose from" in b.set_parameters(
-            "/localizer", shadow_checkpoint=str(tmp_path / "shaken.safetensors"), shadow_policy="perhaps"
-        )
-        compared(4)
-        # Without odometry nothing can be said; that is no matter any more once the trial is over.
-        b.node.destroy_publisher(circle.odom)
-        b.wait_diagnosis("odom_topic")
-        assert b.set_parameter("/localizer", "shadow_checkpoint", "") == ""
-        b.wait(lambda: not any(v.key.startswith("shadow") for v in b.status.values), what="the trial's end")
-        assert "odom" not in b.text()
-        b.change_state("/localizer", Transition.TRANSITION_DEACTIVATE)
-        for topic in ("/fix", "/heading"):
-            assert topic not in b.wait_diagnosis("not active").message
-
-
-def test_poses_that_are_withheld_are_compared(coloured, tmp_path):
-    with shadowed(coloured, tmp_path, DOMAIN + 3, min_confidence=1.0) as (circle, node):
-        b = circle.rig.bench
-        begin_trial(circle, node, tmp_path / "calm.safetensors")
-        for _ in range(2):
-            circle.send()
-            b.wait_diagnosis("low_confidence")
-        b.wait(lambda: " 1 of 100 frames" in b.value("shadow"), what="a comparison")
-        assert not circle.rig.poses
+def test_poses_that_are_withheld_are_compared(shadow):
+    circle, rig = shadow.circle, shadow.circle.rig
+    checkpoint = str(shadow.shaken)
+    rig.restart(
+        **{"map": rig.parameter("map"), "model": "stub-seeing", "checkpoint": checkpoint},
+        shadow_every=1,
+        shadow_frames=100,
+        min_confidence=1.0,
+    )
+    before = len(rig.poses)
+    shadow.begin()
+    circle.send()
+    rig.bench.wait_diagnosis("low_confidence")
+    rig.bench.wait(lambda: " 1 of 100 frames" in rig.bench.value("shadow"), what="a comparison")
+    assert len(rig.poses) == before
 
 
 @pytest.mark.parametrize(("name", "table"), [("localizer", LOCALIZER), ("pair_logger", PAIR_LOGGER)])

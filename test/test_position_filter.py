@@ -22,7 +22,7 @@ from xview_loc.vehicle.synchronisation import GnssFix, HeadingSample
 NS = 1_000_000_000
 START = 1_700_000_000 * NS
 PLANE = LocalProjection(48.2, 16.37)
-SIDE, GSD = 144, 0.5
+SIDE, GSD = 96, 0.75
 SIGMA_M = 1.0
 RATE_HZ = 4
 
@@ -131,7 +131,7 @@ def test_it_goes_on_without_fixes_and_says_where_to_look() -> None:
     vehicle = Vehicle()
     for moment in drive(20.0):
         assert vehicle.see(moment) is not None
-    for moment in drive(60.0, 20.0):
+    for moment in drive(40.0, 20.0):
         looked = vehicle.see(moment, fix=False, wrong=vehicle.rng.random() < 0.15)
         assert looked is not None and looked.altitude == 170.0
         assert math.dist(PLANE.forward(looked.lat, looked.lon), moment.place) < 5.0
@@ -152,7 +152,7 @@ def test_a_fix_that_contradicts_is_not_believed_while_images_support_the_belief(
     vehicle = Vehicle()
     for moment in drive(15.0):
         vehicle.see(moment)
-    for moment in drive(40.0, 15.0):
+    for moment in drive(30.0, 15.0):
         looked = vehicle.see(moment, jump_m=100.0)
         assert looked is not None
         assert math.dist(PLANE.forward(looked.lat, looked.lon), moment.place) < 5.0
@@ -188,7 +188,7 @@ def test_standing_still_does_not_make_it_surer() -> None:
         vehicle.see(moment)
     last = moment
     sure = vehicle.sigmas[-1]
-    for i in range(1, 200):
+    for i in range(1, 80):
         vehicle.see(Moment(last.stamp_ns + i * NS // RATE_HZ, last.place, last.yaw), speed=0.0, fix=False)
     assert vehicle.sigmas[-1] == pytest.approx(sure, rel=0.15)
 

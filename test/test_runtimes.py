@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 from xview_loc.cli import app
 from xview_loc.errors import UserError
 from xview_loc.estimation.checkpoint_swap import CheckpointSwap, Deployed
-from xview_loc.estimation.localizer import Localizer, Observation, PoseEstimate, required_tile_px
+from xview_loc.estimation.localizer import Localizer, required_tile_px
+from xview_loc.estimation.observation import Observation, PoseEstimate
 from xview_loc.maps import open_map
 from xview_loc.maps.base import AerialMap
 from xview_loc.maps.store import TileStore

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from xview_loc.estimation.localizer import Observation
+from xview_loc.estimation.observation import Observation
 from xview_loc.estimation.shadow import ShadowTrial
 from xview_loc.geodesy import LocalProjection
 from xview_loc.vehicle.mounting import Mounting, in_enu

@@ -18,7 +18,7 @@ import pytest
 pytest.importorskip("rclpy", reason="ROS 2's Python packages are not installed")
 
 from xview_loc.estimation.checkpoint_swap import Deployed
-from xview_loc.estimation.localizer import Observation
+from xview_loc.estimation.observation import Observation
 from xview_loc.geodesy import LocalProjection
 from xview_loc.nodes.diagnostics import Health
 from xview_loc.nodes.shadow_runner import ShadowOptions, ShadowRunner

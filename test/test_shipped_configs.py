@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -126,7 +127,7 @@ def test_what_they_show_is_there(tmp_path):
             unplotted = {topic for topic in topics if topic.startswith("/localizer/status/")} - plotted
             assert not unplotted, "every status is plotted"
     finally:
-        node.stop()
+        assert node.stop(signal.SIGTERM) == 0, node.log
 
 
 def policy(name: str) -> Any:

@@ -282,7 +282,7 @@ def _cache(options: MapOptions, needed: bool) -> Finding:
 
 def _weights(model: str | None, checkpoint: Path | None) -> tuple[CrossViewModel | None, Finding]:
     """Load the model with its weights; None if they cannot be used."""
-    from xview_loc.estimation.localizer import LocalizationError
+    from xview_loc.estimation.observation import LocalizationError
     from xview_loc.models import create_model
     from xview_loc.models.checkpoint import CheckpointError, load_checkpoint, shipped_checkpoint
 
@@ -374,7 +374,6 @@ def _localizer(net: CrossViewModel, tile: AerialTile | None, device: str, backen
 
     from xview_loc.estimation.localizer import Localizer, required_tile_px
     from xview_loc.maps.base import AerialMap, AerialTile
-    from xview_loc.maps.store import TileStore
 
     side = required_tile_px(net.spec)
     noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
@@ -384,8 +383,7 @@ def _localizer(net: CrossViewModel, tile: AerialTile | None, device: str, backen
         def tile(self, lat: float, lon: float, size_px: int, gsd: float) -> AerialTile:
             return only
 
-    tiles = TileStore(OneTile(), side, net.spec.gsd)
-    return Localizer(tiles, net, min_valid_fraction=0.0, device=device, backend=backend)
+    return Localizer.open(OneTile(), net, min_valid_fraction=0.0, device=device, backend=backend)
 
 
 def _rate(net: CrossViewModel, tile: AerialTile | None, device: str, backend: Backend) -> Iterator[Finding]:
@@ -404,7 +402,7 @@ def _rate_of(net: CrossViewModel, tile: AerialTile | None, device: str, backend:
     import numpy as np
 
     from xview_loc.camera import CameraModel
-    from xview_loc.estimation.localizer import LocalizationError, Observation
+    from xview_loc.estimation.observation import LocalizationError, Observation
 
     height, width = net.spec.ground_size
     image = np.random.default_rng(1).integers(0, 256, (height, width, 3), np.uint8)

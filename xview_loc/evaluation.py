@@ -17,12 +17,13 @@ from torch.utils.data import DataLoader
 
 from xview_loc.datasets.base import PoseDataset, load_batches
 from xview_loc.errors import UserError
-from xview_loc.estimation.calibration import coverage, mahalanobis
 from xview_loc.estimation.heat_map import HeatMap, HeatMapError
-from xview_loc.estimation.localizer import LocalizationError, Localizer, Observation, PoseEstimate
+from xview_loc.estimation.localizer import Localizer
+from xview_loc.estimation.observation import LocalizationError, Observation, PoseEstimate
 from xview_loc.geodesy import LocalProjection, wrap_angle
 from xview_loc.maps.base import AerialTile
 from xview_loc.models.base import CrossViewModel, HeatMaps
+from xview_loc.statistics import coverage, mahalanobis
 
 Array = NDArray[np.float64]
 

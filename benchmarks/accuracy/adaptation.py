@@ -29,7 +29,7 @@ from xview_loc.adaptation.distillation import Distillation
 from xview_loc.adaptation.indicators import Indicators
 from xview_loc.adaptation.labels import reliable
 from xview_loc.adaptation.options import AdaptationOptions
-from xview_loc.adaptation.verdict import bootstrap_means, judge
+from xview_loc.adaptation.verdict import judge
 from xview_loc.datasets.base import true_from_fix
 from xview_loc.datasets.pairs import PairDataset
 from xview_loc.maps import open_map
@@ -41,6 +41,7 @@ from xview_loc.simulation.city import build_city
 from xview_loc.simulation.drives import DriveOptions, Frame, drive
 from xview_loc.simulation.messages import write_bag
 from xview_loc.simulation.views import PanoramaView
+from xview_loc.statistics import bootstrap_means
 from xview_loc.training.trainer import make_fabric
 from xview_loc.vehicle.keyframes import KeyframeRule
 

@@ -19,10 +19,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from xview_loc.estimation.localizer import Localizer, Observation, PoseEstimate, required_tile_px
+from xview_loc.estimation.localizer import Localizer
+from xview_loc.estimation.observation import Observation, PoseEstimate
 from xview_loc.geodesy import LocalProjection
-from xview_loc.maps import open_map
-from xview_loc.maps.store import TileStore
 from xview_loc.models.checkpoint import load_model
 from xview_loc.simulation.city import build_city
 from xview_loc.simulation.drives import DriveOptions, Frame, drive
@@ -43,16 +42,8 @@ def localize(
 ) -> list[PoseEstimate]:
     """Each frame's pose; the fixes' search discs are off, so that nothing hides a maximum that jumps."""
     net = load_model(model, checkpoint).model
-    with open_map(str(tif)) as aerial:
-        tiles = TileStore(aerial, required_tile_px(net.spec), net.spec.gsd, snap_m=net.half_extent_m / 2)
-        localizer = Localizer(
-            tiles,
-            net,
-            heading_prior_deg=0.0 if known else None,
-            search_radius_m=None,
-            min_valid_fraction=0.0,
-            **options,
-        )
+    options = {"heading_prior_deg": 0.0 if known else None, "min_valid_fraction": 0.0, **options}
+    with Localizer.open(tif, net, search_radius_m=None, **options) as localizer:
         return [
             localizer.localize(Observation(f.image, f.fix.lat, f.fix.lon, heading=f.heading))
             for f in frames

@@ -30,26 +30,20 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from xview_loc.estimation.calibration import coverage, mahalanobis
-from xview_loc.estimation.localizer import (
-    LocalizationError,
-    Localizer,
-    Observation,
-    PoseEstimate,
-    required_tile_px,
-)
+from xview_loc.estimation.localizer import Localizer
+from xview_loc.estimation.observation import LocalizationError, Observation, PoseEstimate
 from xview_loc.estimation.position_filter import PositionFilter
 from xview_loc.evaluation import Errors, distance_m
 from xview_loc.geodesy import LocalProjection
 from xview_loc.images import Image
 from xview_loc.maps import open_map
-from xview_loc.maps.base import MapError
-from xview_loc.maps.store import TileStore
+from xview_loc.maps.base import AerialMap, MapError
 from xview_loc.models.base import CrossViewModel
 from xview_loc.models.checkpoint import load_model
 from xview_loc.simulation.city import build_city
 from xview_loc.simulation.drives import DriveOptions, Frame, drive
 from xview_loc.simulation.views import PanoramaView
+from xview_loc.statistics import coverage, mahalanobis
 from xview_loc.vehicle.mounting import Mounting
 from xview_loc.vehicle.odometry import Odometry, VelocitySample
 from xview_loc.vehicle.synchronisation import GnssFix, HeadingSample
@@ -121,12 +115,13 @@ class Series:
 class Drive:
     """Rendered frames of one drive, good and corrupted, and what single frames say at their own fixes."""
 
-    def __init__(self, frames: list[Frame], tiles: TileStore, net: CrossViewModel, seed: int) -> None:
+    def __init__(self, frames: list[Frame], aerial: AerialMap, net: CrossViewModel, seed: int) -> None:
         self._frames = frames
         self._good = [frame.image for frame in frames if frame.image is not None]
         self._corrupted = corrupted(frames, self._good, np.random.default_rng([seed, 6]))
         self._localizers = {
-            known: Localizer(tiles, net, heading_prior_deg=0.0 if known else None) for known in (True, False)
+            known: Localizer.open(aerial, net, heading_prior_deg=0.0 if known else None)
+            for known in (True, False)
         }
         self._at_fix: dict[tuple[int, bool, bool], PoseEstimate | None] = {}
 
@@ -224,8 +219,7 @@ def measure(net: CrossViewModel, style: str, number: int, seed: int, seconds: fl
         tempfile.TemporaryDirectory() as folder,
         open_map(str(city.write_geotiff(Path(folder) / "city.tif"))) as aerial,
     ):
-        tiles = TileStore(aerial, required_tile_px(net.spec), net.spec.gsd, snap_m=net.half_extent_m / 2)
-        rendered = Drive(frames, tiles, net, seed)
+        rendered = Drive(frames, aerial, net, seed)
         return {scenario.name: rendered.measure(scenario) for scenario in SCENARIOS}
 
 

@@ -37,7 +37,7 @@ from xview_loc.adaptation.smoothing import Smoothed, smooth
 from xview_loc.adaptation.verdict import Verdict, judge
 from xview_loc.datasets.base import PairSource
 from xview_loc.models.checkpoint import Checkpoint, load_checkpoint
-from xview_loc.statistics import LEAST
+from xview_loc.statistics import MIN_MEASUREMENTS
 from xview_loc.training.losses import DistillationLoss
 from xview_loc.training.trainer import BEST_FILE, TrainingProgress, check_heading, comparable, train
 
@@ -166,9 +166,9 @@ class Distillation:
                 f"{count} pairs are too few: {len(held)} of them are held out, which must leave two, and "
                 f"{keep:.0%} of the others must fill a batch of {self._batch}"
             )
-        if self.options.rounds > 1 and len(held) < LEAST:
+        if self.options.rounds > 1 and len(held) < MIN_MEASUREMENTS:
             raise AdaptationError(
-                f"{len(held)} held-out pairs are too few to compare rounds on: {LEAST} are needed"
+                f"{len(held)} held-out pairs are too few to compare rounds on: {MIN_MEASUREMENTS} are needed"
             )
         return np.setdiff1d(np.arange(count), held), held
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from xview_loc.adaptation.indicators import Indicators
 from xview_loc.estimation.localizer import SEARCH_SIGMAS
-from xview_loc.statistics import LEAST, SURE, bootstrap_means
+from xview_loc.statistics import MIN_MEASUREMENTS, SIGNIFICANT, bootstrap_means, certainty_of_decrease
 
 Array = NDArray[np.float64]
 
@@ -36,15 +36,15 @@ def judge(before: Indicators, after: Indicators) -> Verdict:
     low, high = np.quantile(means, [0.025, 0.975])
     better = float((means < 0).mean())
     mean = float(np.nanmean(change))
-    enough = len(change) >= LEAST
-    consistent = better >= SURE
+    enough = len(change) >= MIN_MEASUREMENTS
+    consistent = better >= SIGNIFICANT
     reasons = [
         f"estimates contradict themselves by {np.nanmean(after.score_terms()):.2f} m instead of "
         f"{np.nanmean(before.score_terms()):.2f} m ({mean:+.2f} m, 95 % interval {low:+.2f} to {high:+.2f}): "
         + ("better" if consistent else "not surely better")
     ]
     if not enough:
-        reasons.append(f"{len(change)} held-out pairs are too few to tell: {LEAST} are needed")
+        reasons.append(f"{len(change)} held-out pairs are too few to tell: {MIN_MEASUREMENTS} are needed")
     far_before, far_after = (
         np.where(np.isnan(i.stray_sigmas), math.nan, i.stray_sigmas > SEARCH_SIGMAS) for i in (before, after)
     )
@@ -52,7 +52,7 @@ def judge(before: Indicators, after: Indicators) -> Verdict:
     if np.isnan(far_after).all():
         reasons.append("the fixes have no covariance: whether estimates agree with them is not checked")
     else:
-        close = float((bootstrap_means(far_after - far_before) > 0).mean()) < SURE
+        close = certainty_of_decrease(far_before - far_after) < SIGNIFICANT
         reasons.append(
             f"{np.nanmean(far_after):.1%} of the maxima of whole maps lie more than {SEARCH_SIGMAS:.0f} "
             f"sigma from their coarse fix instead of {np.nanmean(far_before):.1%}: "

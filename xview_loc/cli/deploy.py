@@ -1,4 +1,4 @@
-"""``xview-loc deploy``: another checkpoint for a running localizer."""
+"""``xview-loc deploy``: activate a checkpoint on a running localizer."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from xview_loc.cli.console import UsageError, console
 
 
 def deploy(
-    checkpoint: Annotated[Path, typer.Argument(help="Weights; the node must see them under this path.")],
-    to: Annotated[str, typer.Option(help="The localizer's name.")] = "/localizer",
-    timeout: Annotated[float, typer.Option(min=1.0, help="Seconds to wait for it.")] = 60.0,
+    checkpoint: Annotated[Path, typer.Argument(help="Weights; the node must see the same path.")],
+    to: Annotated[str, typer.Option(help="Name of the localizer node.")] = "/localizer",
+    timeout: Annotated[float, typer.Option(min=1.0, help="Seconds to wait for the node.")] = 60.0,
 ) -> None:
-    """Put a checkpoint in use on a running localizer, which verifies it first, and wait for the verdict.
+    """Activate a checkpoint on a running localizer, which verifies it first, and wait for the verdict.
 
-    Refused, the one before serves on. To go back: ros2 service call /localizer/rollback
+    A refused checkpoint changes nothing. To go back: ros2 service call /localizer/rollback
     std_srvs/srv/Trigger.
     """
     try:
-        from xview_loc.nodes.deployment import deploy as put_in_use
+        from xview_loc.nodes.deployment import deploy as activate
     except ImportError as error:
         raise UsageError(f"deploy needs ROS 2's Python packages ({error})") from None
-    console.print(put_in_use(checkpoint.resolve(), to, timeout), soft_wrap=True)
+    console.print(activate(checkpoint.resolve(), to, timeout), soft_wrap=True)

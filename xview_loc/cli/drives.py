@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from xview_loc.cli.console import UsageError
 
 if TYPE_CHECKING:
-    from xview_loc.estimation.localizer import Localizer, Observation
+    from xview_loc.estimation.localizer import Localizer
+    from xview_loc.estimation.observation import Observation
     from xview_loc.models.base import CrossViewModel
 
 
@@ -24,9 +25,8 @@ def simulated_drive(
     Yields the localizer and the drive's observations, one a second, each with its true (lat, lon).
     Raises UsageError on an unknown style.
     """
-    from xview_loc.estimation.localizer import Localizer, Observation, required_tile_px
-    from xview_loc.maps import open_map
-    from xview_loc.maps.store import TileStore
+    from xview_loc.estimation.localizer import Localizer
+    from xview_loc.estimation.observation import Observation
     from xview_loc.simulation.city import build_city
     from xview_loc.simulation.drives import DriveOptions, drive
     from xview_loc.simulation.styles import STYLES
@@ -39,10 +39,12 @@ def simulated_drive(
     seen = drive(city, frames, options=DriveOptions(rate_hz=1.0), view=PanoramaView(*spec.ground_size))
     with (
         tempfile.TemporaryDirectory() as folder,
-        open_map(str(city.write_geotiff(Path(folder) / "city.tif"))) as aerial,
+        Localizer.open(
+            city.write_geotiff(Path(folder) / "city.tif"),
+            net,
+            heading_prior_deg=0.0 if heading_known else None,
+        ) as localizer,
     ):
-        tiles = TileStore(aerial, required_tile_px(spec), spec.gsd, snap_m=net.half_extent_m / 2)
-        localizer = Localizer(tiles, net, heading_prior_deg=0.0 if heading_known else None)
         yield (
             localizer,
             (

@@ -1,4 +1,4 @@
-"""A belief about where something is: probabilities on a metric grid that moves along with it."""
+"""Beliefs over time: probabilities of a position on a metric grid that moves along, and of a heading."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from numpy.typing import NDArray
 
 from xview_loc.estimation.heat_map import HeatMap
 from xview_loc.geodesy import LocalProjection
+from xview_loc.statistics import wrapped_variance
 
 Array = NDArray[np.float64]
 Grid = NDArray[np.float32]
-
 
 _ANGLES = 120
 _ANGLE_STEP = 2.0 * math.pi / _ANGLES
 
 
 class BeliefGrid:
-    """Probabilities (n, n) of square cells in a plane; row and column grow with y and x, metres.
+    """Probabilities (n, n) of square cells in a plane; rows grow with y, columns with x.
 
-    ``corner`` is the centre (x, y) of cell (0, 0). Driving moves the corner, not the cells, so that nothing
-    is lost by interpolation; what is uncertain about the motion spreads the probabilities.
+    corner: centre (x, y) of cell (0, 0), metres. cell_m: side of a cell, metres. Motion moves the corner, not
+    the probabilities, so that interpolation blurs nothing; uncertainty of the motion spreads them.
     """
 
     def __init__(self, probability: Grid, corner: Array, cell_m: float) -> None:
@@ -33,16 +33,16 @@ class BeliefGrid:
 
     @classmethod
     def normal(cls, mean: Array, covariance: Array, cells: int = 256, cell_m: float = 0.5) -> BeliefGrid:
-        """A normal distribution (metres, m^2) on a grid centred on its mean."""
+        """Return a normal distribution on a grid centred on its mean (2,), metres; covariance (2, 2), m^2."""
         corner = mean - (cells - 1) / 2 * cell_m
         belief = cls(np.ones((cells, cells), np.float32), corner, cell_m)
-        # At least a cell wide, or it could fall between the cells.
+        # At least a cell wide: a narrower one could fall between the cells.
         belief.multiply(belief.normal_likelihood(mean, covariance + cell_m**2 * np.eye(2)))
         return belief
 
     @property
     def mean(self) -> Array:
-        """(x, y), metres."""
+        """Mean (x, y), metres."""
         x, y = self.axes
         total = self.probability.sum(dtype=np.float64)
         columns, rows = self.probability.sum(0, dtype=np.float64), self.probability.sum(1, dtype=np.float64)
@@ -50,26 +50,25 @@ class BeliefGrid:
 
     @property
     def covariance(self) -> Array:
-        """2x2 about the mean, m^2."""
+        """Covariance (2, 2), m^2."""
         x, y = self.axes
         mean_x, mean_y = self.mean
         p = self.probability.astype(np.float64)
         p /= p.sum()
         dx, dy = x - mean_x, y - mean_y
         cross = dy @ p @ dx
-        # Within a cell the place is unknown as well.
-        own = self.cell_m**2 / 12.0
-        return np.array([[p.sum(0) @ dx**2 + own, cross], [cross, p.sum(1) @ dy**2 + own]])
+        within_cell = self.cell_m**2 / 12.0
+        return np.array([[p.sum(0) @ dx**2 + within_cell, cross], [cross, p.sum(1) @ dy**2 + within_cell]])
 
     def move(self, displacement: Array, variance: float, corner: Array | None = None) -> None:
-        """The thing moved by ``displacement`` (x, y) metres, give or take ``variance`` m^2 on each axis.
+        """Move the belief by ``displacement`` (x, y), metres, with ``variance`` on each axis, m^2.
 
-        The cells move by whole ones so that the mean stays in the middle, or, where ``corner`` is given, so
-        that cell (0, 0) comes to the place nearest to it.
+        The grid shifts by whole cells so that the mean stays in the middle, or so that cell (0, 0) is as near
+        as possible to ``corner`` if that is given.
         """
         self.corner = self.corner + displacement
         spread = variance / self.cell_m**2
-        # A sampled Gaussian has the variance asked for only where it is wider than a cell; three taps always.
+        # A sampled Gaussian has the right variance only if it is wider than a cell; three taps always have.
         if spread > 1.0:
             kernel = cv2.getGaussianKernel(2 * math.ceil(3.0 * math.sqrt(spread)) + 1, math.sqrt(spread))
         else:
@@ -84,13 +83,16 @@ class BeliefGrid:
             self._shift(int(right), int(up))
 
     def blend(self, share: float) -> None:
-        """With this probability the thing is anywhere on the grid; the others add up to one before."""
+        """Mix in a uniform distribution with weight ``share``; the belief must sum to one."""
         self.probability = (1.0 - np.float32(share)) * self.probability + np.float32(
             share / self.probability.size
         )
 
     def multiply(self, likelihood: Grid, weight: float = 1.0) -> float:
-        """Bayes' rule with a likelihood (n, n) to the power ``weight``; the mean likelihood beforehand."""
+        """Apply Bayes' rule with ``likelihood`` (n, n) to the power ``weight``.
+
+        Return the evidence: the mean of the likelihood under the belief before.
+        """
         total = float(self.probability.sum(dtype=np.float64))
         evidence = float((self.probability * likelihood).sum(dtype=np.float64)) / total
         product = self.probability * likelihood**weight
@@ -98,7 +100,7 @@ class BeliefGrid:
         return evidence
 
     def normal_likelihood(self, mean: Array, covariance: Array) -> Grid:
-        """Of a measured place (x, y): 1 at it, falling as its normal distribution does."""
+        """Return the likelihood (n, n) of a measured position: a normal distribution, 1 at its ``mean``."""
         x, y = self.axes
         precision = np.linalg.inv(covariance)
         dx, dy = (x - mean[0])[None, :], (y - mean[1])[:, None]
@@ -108,20 +110,19 @@ class BeliefGrid:
     def heat_map_likelihood(
         self, heat_map: HeatMap, plane: LocalProjection, offset: tuple[float, float] = (0.0, 0.0)
     ) -> Grid:
-        """Each cell's probability in ``heat_map``, in multiples of what it would be if all were alike.
+        """Return the likelihood (n, n) of a heat map: each cell's probability relative to a uniform map's.
 
-        ``plane`` is the one that the grid lies in; ``offset`` (x, y) is from the thing to the camera, metres.
-        Cells outside the map get 0.
+        plane: the grid's plane. offset: (x, y) from the tracked point to the camera, metres. Cells outside
+        the map get 0.
         """
         pixels = heat_map.probability * float(heat_map.searched)
-        # Area averages first where several pixels fall into a cell.
+        # Average areas first if several pixels fall into a cell.
         step = max(1, round(self.cell_m / heat_map.metres_per_pixel))
         height, width = (side // step for side in pixels.shape)
         means = cv2.resize(
             pixels[: height * step, : width * step], (width, height), interpolation=cv2.INTER_AREA
         )
-        # Between two planes of a place that differ by a turn and a scale, an affine map is exact to a
-        # millimetre over a grid.
+        # The two planes differ by a turn and a scale: over a grid, an affine map is exact to a millimetre.
         cells = np.array([[0, 0], [len(self.probability), 0], [0, len(self.probability)]], float)
         x, y = (self.corner + offset + cells * self.cell_m).T
         row, col = heat_map.from_latlon(*plane.inverse(x, y))
@@ -130,9 +131,9 @@ class BeliefGrid:
         return self.resampled(np.asarray(means, np.float32), np.asarray(to_pixel, np.float64))
 
     def resampled(self, image: Grid, to_pixel: Array, outside: float = 0.0) -> Grid:
-        """An image's values at the cells, linear between its pixels, ``outside`` where it ends.
+        """Return the image's values at the cells, interpolated linearly, ``outside`` beyond its edges.
 
-        ``to_pixel`` (2, 3): the affine map from a cell's (column, row) to the image's.
+        to_pixel: affine map (2, 3) from a cell's (column, row) to the image's.
         """
         flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
         size = self.probability.shape[::-1]
@@ -140,12 +141,12 @@ class BeliefGrid:
 
     @property
     def axes(self) -> tuple[Array, Array]:
-        """x of each column and y of each row, metres."""
+        """x of the columns and y of the rows, metres."""
         steps = np.arange(len(self.probability)) * self.cell_m
         return self.corner[0] + steps, self.corner[1] + steps
 
     def _recentre(self) -> None:
-        """Move the cells by whole ones so that the mean stays in the middle eighth of the grid."""
+        """Shift the grid by whole cells if the mean has left the middle eighth."""
         side = len(self.probability)
         away = (self.mean - self.corner) / self.cell_m - (side - 1) / 2
         if np.abs(away).max() < side / 16:
@@ -154,7 +155,7 @@ class BeliefGrid:
         self._shift(right, up)
 
     def _shift(self, right: int, up: int) -> None:
-        """The same belief on cells that lie so many further right and up; it is zero on new ones."""
+        """Shift the grid by whole cells under the belief; new cells get zero."""
         if right == up == 0:
             return
         shift = np.array([[1, 0, -right], [0, 1, -up]], float)
@@ -166,7 +167,7 @@ class BeliefGrid:
 
 
 class HeadingBelief:
-    """Probabilities of an angle in cells of three degrees, on a circle that turns along; at first equal."""
+    """Probabilities of a heading in cells of three degrees; uniform at first. The circle turns along."""
 
     def __init__(self) -> None:
         self._probability = np.full(_ANGLES, 1.0 / _ANGLES)
@@ -174,24 +175,24 @@ class HeadingBelief:
 
     @property
     def mean(self) -> float:
-        """The circular mean, radians."""
+        """Circular mean, radians."""
         return float(np.angle(self._resultant))
 
     @property
     def variance(self) -> float:
-        """Of the normal distribution that, wrapped around the circle, has this resultant, rad^2."""
-        return -2.0 * math.log(max(abs(self._resultant), 1e-9))
+        """Variance of the wrapped normal distribution with the same resultant, rad^2."""
+        return wrapped_variance(abs(self._resultant))
 
     def turn(self, angle: float, variance: float) -> None:
-        """It turned by ``angle`` radians, give or take ``variance`` rad^2."""
+        """Turn the belief by ``angle``, radians, with ``variance``, rad^2."""
         self._angle = self._angle + angle
-        # As a diffusion around the circle, exact for any variance.
+        # Diffusion around the circle, exact for any variance.
         order = np.arange(_ANGLES // 2 + 1)
         spectrum = np.fft.rfft(self._probability) * np.exp(-(order**2) * variance / 2.0)
         self._probability = np.maximum(np.fft.irfft(spectrum, _ANGLES), 1e-12)
 
     def multiply(self, angle: float, variance: float, outlier: float, weight: float) -> None:
-        """Bayes' rule with a measured angle that says nothing in a share ``outlier`` of the cases."""
+        """Apply Bayes' rule with a measured angle, which is random with probability ``outlier``."""
         offset = np.angle(np.exp(1j * (self._angle - angle)))
         peak = math.sqrt(2.0 * math.pi / variance)
         likelihood = (1.0 - outlier) * peak * np.exp(-(offset**2) / (2.0 * variance)) + outlier

@@ -1,4 +1,4 @@
-"""Changes the weights of a localizer that goes on serving: verified first, swapped between two frames."""
+"""Change the weights of a running localizer: verify a checkpoint first, then swap it between two frames."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import os
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -13,17 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from xview_loc.errors import UserError, reason
-from xview_loc.estimation.localizer import LocalizationError, Localizer
+from xview_loc.estimation.localizer import Localizer
+from xview_loc.estimation.observation import LocalizationError
 from xview_loc.models.base import CrossViewModel
 from xview_loc.models.checkpoint import CheckpointError, load_checkpoint
+from xview_loc.models.graph import EXPORT_CANCELLED
 
-# Of the thread that loads: frames go first wherever the two want the same core.
+# Niceness of the loading thread: frames go first if both want the same core.
 NICENESS = 10
 
 
 @dataclass(frozen=True)
 class Deployed:
-    """A localizer and the checkpoint of its weights; ``path`` and ``sha256`` are "" for random ones."""
+    """A localizer and the checkpoint of its weights; ``path`` and ``sha256`` are "" for random weights."""
 
     localizer: Localizer
     path: str = ""
@@ -34,11 +37,11 @@ class Deployed:
 
 
 class CheckpointSwap:
-    """The localizer in use and its changes.
+    """The active localizer and its replacements.
 
-    ``active`` is replaced as a whole: who takes it once for a frame never sees mixed weights. Changes are
-    made one after another in a thread of their own; each gives what is in use afterwards, or a
-    CheckpointError with one clear line, and then nothing has changed.
+    ``active`` is replaced as a whole: a frame that reads it once never sees mixed weights. Changes run one
+    after another in a thread of their own. Each returns the localizer active afterwards, or raises
+    CheckpointError and changes nothing.
     """
 
     def __init__(self, first: Deployed, build: Callable[[CrossViewModel], Localizer]) -> None:
@@ -46,34 +49,42 @@ class CheckpointSwap:
         self.active = first
         self._build = build
         self._previous: Deployed | None = None
-        self._thread = ThreadPoolExecutor(1, "checkpoint", _step_back)
+        self._closing = threading.Event()
+        self._thread = ThreadPoolExecutor(1, "checkpoint", self._enter_thread)
 
     def load(self, path: Path) -> Future[Deployed]:
-        """Verify the checkpoint at ``path`` and put it in use; the old one serves until then.
+        """Verify the checkpoint at ``path``, then activate it; if it is active already, nothing changes.
 
-        One that is in use already stays as it is. Wanted are whole and finite weights of the same model, for
-        the same inputs, whose heat map of noise is finite.
+        Its weights must be complete and finite, of the same model and inputs, and give a finite heat map of
+        noise.
         """
         return self._thread.submit(self._load, path)
 
     def prepare(self, path: Path) -> Future[Deployed]:
-        """The same without putting it in use: what :meth:`use` takes."""
+        """Verify the checkpoint at ``path`` without activating it."""
         return self._thread.submit(self._verified, path)
 
     def use(self, prepared: Deployed, instead_of: Deployed) -> Future[Deployed]:
-        """Put in use what :meth:`prepare` gave; CheckpointError where ``instead_of`` is no longer active."""
+        """Activate the result of :meth:`prepare`; CheckpointError if ``instead_of`` is no longer active."""
         return self._thread.submit(self._replace, instead_of, prepared)
 
     def rollback(self) -> Future[Deployed]:
-        """Put the one before in use again; once more returns to this one."""
+        """Activate the previous checkpoint again; a second call returns to this one."""
         return self._thread.submit(self._rollback)
 
     def close(self) -> None:
-        """Finish the change in work and make no more."""
+        """Abandon the change under way, and make no more."""
+        self._closing.set()
         self._thread.shutdown(cancel_futures=True)
 
+    def _enter_thread(self) -> None:
+        EXPORT_CANCELLED.set(self._closing)
+        # On Linux niceness is a thread's; elsewhere it is the whole process's.
+        if sys.platform == "linux":
+            os.nice(NICENESS)
+
     def _load(self, path: Path) -> Deployed:
-        # What cannot be read is told by load_checkpoint, in one clear line.
+        # load_checkpoint reports what cannot be read.
         with suppress(OSError):
             if hashlib.sha256(path.read_bytes()).hexdigest() == self.active.sha256:
                 return self.active
@@ -83,7 +94,7 @@ class CheckpointSwap:
         old = self.active.localizer
         checkpoint = load_checkpoint(path, old.spec.name)
         if checkpoint.model.spec != old.spec:
-            raise CheckpointError(f"checkpoint {path} is for other inputs than the one in use")
+            raise CheckpointError(f"checkpoint {path} is for other inputs than the active one")
         try:
             localizer = self._build(checkpoint.model)
             localizer.warm_up()
@@ -93,31 +104,25 @@ class CheckpointSwap:
 
     def _rollback(self) -> Deployed:
         if self._previous is None:
-            raise CheckpointError("there is no checkpoint before this one")
+            raise CheckpointError("there is no previous checkpoint")
         return self._use(self._previous)
 
     def _replace(self, old: Deployed, new: Deployed) -> Deployed:
         if self.active is not old:
-            raise CheckpointError(f"{new} is not put in use: meanwhile {self.active} was")
+            raise CheckpointError(f"{new} is not activated: meanwhile {self.active} was")
         return self._use(new)
 
     def _use(self, new: Deployed) -> Deployed:
-        # The tiles about the vehicle, so that the first frame is as fast as the others.
+        # With the latest tiles encoded, the first frame is as fast as the others.
         new.localizer.take_over(self.active.localizer)
         self._previous, self.active = self.active, new
-        # It keeps its weights, for the way back.
+        # It keeps its weights, for a rollback.
         self._previous.localizer.forget_tiles()
-        _give_memory_back()
+        _return_freed_memory()
         return new
 
 
-def _give_memory_back() -> None:
-    """Return what was freed to the system: glibc keeps it by thread, and more with every checkpoint."""
+def _return_freed_memory() -> None:
+    """Return freed memory to the system: glibc keeps it by thread, and more with every checkpoint."""
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def _step_back() -> None:
-    """Lower the priority of the calling thread. Elsewhere than on Linux it would be the whole process's."""
-    if sys.platform == "linux":
-        os.nice(NICENESS)

@@ -1,7 +1,7 @@
-"""From a model's finest map to a position: probabilities, sub-pixel peak, winning mode, covariance.
+"""Turn a model's finest map into a position: probabilities, sub-pixel peak, winning mode, covariance.
 
-Rows and columns here are those of the heat map unless said otherwise; its grid and tile turn them into
-metres and degrees. All (row, col) name pixel centres.
+(row, col) are pixel centres of the heat map unless stated otherwise; its grid and tile convert them to metres
+and degrees.
 """
 
 from __future__ import annotations
@@ -17,20 +17,18 @@ from numpy.typing import NDArray
 from xview_loc.maps.base import AerialTile
 from xview_loc.models.base import Calibration, HeatMapGrid
 
-# Ripples finer than this (metres, standard deviation of a Gaussian) do not split a mode in two.
+# Ripples finer than this do not split a mode: standard deviation of the smoothing Gaussian, metres.
 MODE_SMOOTHING_M = 0.5
-
-
 UNCALIBRATED = Calibration()
 
 
 class HeatMapError(ValueError):
-    """A heat map has no position to give; the message is one clear line."""
+    """A heat map gives no position; the message is one clear line."""
 
 
 @dataclass(frozen=True)
 class SearchDisc:
-    """Where the coarse fix allows the camera to be: ``radius_m`` metres about a place in degrees."""
+    """Disc that the search is limited to: centre in degrees, radius in metres."""
 
     lat: float
     lon: float
@@ -39,15 +37,15 @@ class SearchDisc:
 
 @dataclass(frozen=True, eq=False)
 class HeatMap:
-    """Where the camera is likely to be on an aerial tile.
+    """Probability of the camera's position on an aerial tile.
 
     probability: float32 (H, W), sums to 1, zero outside ``search``. grid: where the map lies on the tile.
-    search: the disc it was restricted to, or None; ``searched`` is how many pixels that leaves. contrast: how
-    far the largest logit in there lies above the mean of the whole map's.
+    search: disc that it is limited to, or None. searched: number of pixels in the disc. contrast: largest
+    logit in the disc minus the mean of all logits.
 
-    The position is the sub-pixel maximum. The *winning mode* is every pixel from which always climbing to
-    the highest of the eight neighbours, on the map smoothed by ``MODE_SMOOTHING_M``, leads to the summit
-    that the maximum's pixel leads to; other summits and their slopes are other modes.
+    The position is the sub-pixel maximum. The *winning mode* is the maximum's basin of attraction: all pixels
+    from which climbing to the highest of the eight neighbours, on the map smoothed by ``MODE_SMOOTHING_M``,
+    leads to the same summit as from the maximum. Other summits and their slopes are other modes.
     """
 
     probability: NDArray[np.float32]
@@ -66,9 +64,10 @@ class HeatMap:
         search: SearchDisc | None = None,
         calibration: Calibration = UNCALIBRATED,
     ) -> HeatMap:
-        """Calibrated softmax of ``logits`` (H, W) over the pixels of the search disc, or over all of them.
+        """Return the calibrated softmax of ``logits`` (H, W) over the search disc, or over the whole map.
 
-        Raises HeatMapError where a logit is not finite or no pixel lies in the disc.
+        Raises:
+            HeatMapError: a logit is not finite, or no pixel lies in the disc.
         """
         values = np.array(logits, np.float32)
         if not np.isfinite(values).all():
@@ -90,20 +89,20 @@ class HeatMap:
 
     @property
     def metres_per_pixel(self) -> float:
-        """Of the heat map's own pixels."""
+        """Side of a heat-map pixel, metres."""
         return self.grid.scale * self.tile.gsd
 
     @cached_property
     def peak_pixel(self) -> tuple[int, int]:
-        """(row, col) of the largest probability; the first one where several are equal."""
+        """(row, col) of the largest probability; the first of several."""
         row, col = np.unravel_index(int(self.probability.argmax()), self.probability.shape)
         return int(row), int(col)
 
     @cached_property
     def peak(self) -> tuple[float, float]:
-        """Sub-pixel (row, col) of the maximum: the summit of a parabola through its 3x3 neighbourhood.
+        """Sub-pixel (row, col) of the maximum: summit of a parabola through its 3x3 neighbourhood.
 
-        The parabola is fitted to log-probabilities, so the peak of a Gaussian is found exactly. It stays
+        The parabola is fitted to log-probabilities, so the peak of a Gaussian is exact. The summit stays
         within half a pixel of the largest pixel. An axis along which the map or the search disc ends next to
         that pixel is not refined.
         """
@@ -120,16 +119,16 @@ class HeatMap:
 
     @cached_property
     def mode(self) -> NDArray[np.bool_]:
-        """Which pixels belong to the winning mode, (H, W)."""
+        """Mask (H, W) of the winning mode."""
         possible = self.probability > 0.0
-        # Only the search disc's bounding box has to be looked at.
+        # The search disc's bounding box is enough.
         rows, cols = _extent(possible, axis=0), _extent(possible, axis=1)
         sigma = MODE_SMOOTHING_M / self.metres_per_pixel
         smooth = np.asarray(
             cv2.GaussianBlur(self.probability[rows, cols], (0, 0), sigma, borderType=cv2.BORDER_CONSTANT),
             np.float32,
         )
-        # Smoothing must not carry the mode out of the disc.
+        # Smoothing must not extend the mode beyond the disc.
         smooth[~possible[rows, cols]] = 0.0
         summits = _summits(smooth)
         row, col = self.peak_pixel
@@ -139,17 +138,16 @@ class HeatMap:
 
     @cached_property
     def confidence(self) -> float:
-        """The winning mode's share of the probability, 0..1."""
+        """Probability of the winning mode, 0..1."""
         return min(1.0, float(self.probability[self.mode].sum(dtype=np.float64)))
 
     def covariance(self, floor_m: float = 0.0) -> NDArray[np.float64]:
-        """2x2 covariance in ENU axes, m^2: second moment of the heat map about its peak + floor^2 I.
+        """Return the covariance (2, 2) in ENU axes, m^2: second moment about the peak + floor^2 I.
 
-        Of the whole map, so that other modes than the winning one make it large, and not less than that of a
-        place somewhere in a pixel.
+        The moment is the whole map's, so that other modes make it large, plus the variance within a pixel.
         """
         peak_row, peak_col = self.peak
-        # Moments in pixels, which to_enu turns into metres as it does every offset between two pixels.
+        # Moments in pixels first, then to metres by the same linear map as every offset between pixels.
         weight = self.probability.astype(np.float64)
         down, right = np.arange(weight.shape[0]) - peak_row, np.arange(weight.shape[1]) - peak_col
         cross = down @ weight @ right
@@ -167,9 +165,9 @@ class HeatMap:
 
     @cached_property
     def at_border(self) -> bool:
-        """Whether the maximum lies on the edge of the search disc or of the map.
+        """True if the maximum lies on the edge of the search disc or of the map.
 
-        The likeliest place may then be further out, and the estimate should not be trusted.
+        The true position may then be outside, and the estimate should not be trusted.
         """
         row, col = self.peak_pixel
         height, width = self.probability.shape
@@ -183,24 +181,24 @@ class HeatMap:
         )
 
     def to_tile(self, row: Any, col: Any) -> tuple[Any, Any]:
-        """(row, col) on the aerial tile."""
+        """Convert to (row, col) on the aerial tile."""
         return self.grid.origin[0] + self.grid.scale * row, self.grid.origin[1] + self.grid.scale * col
 
     def to_enu(self, row: Any, col: Any) -> tuple[Any, Any]:
-        """(east, north) in metres from the tile's centre."""
+        """Convert to (east, north), metres from the tile's centre."""
         return self.tile.pixel_to_enu(*self.to_tile(row, col))
 
     def to_latlon(self, row: Any, col: Any) -> tuple[Any, Any]:
-        """(lat, lon) in degrees."""
+        """Convert to (lat, lon), degrees."""
         return self.tile.pixel_to_latlon(*self.to_tile(row, col))
 
     def from_latlon(self, lat: Any, lon: Any) -> tuple[Any, Any]:
-        """Inverse of :meth:`to_latlon`; places off the map as well."""
+        """Convert degrees to (row, col), which may lie off the map."""
         return _from_latlon(self.grid, self.tile, lat, lon)
 
 
 def room_around(shape: tuple[int, int], grid: HeatMapGrid, tile: AerialTile, lat: float, lon: float) -> float:
-    """Metres from a place to the nearest edge of a heat map of ``shape``; negative outside it."""
+    """Return the distance from a position to the nearest edge of a heat map, metres; negative outside."""
     row, col = _from_latlon(grid, tile, lat, lon)
     height, width = shape
     pixels = min(row + 0.5, height - 0.5 - row, col + 0.5, width - 0.5 - col)
@@ -215,9 +213,9 @@ def _from_latlon(grid: HeatMapGrid, tile: AerialTile, lat: Any, lon: Any) -> tup
 def _distance(
     rows: NDArray[Any], cols: NDArray[Any], grid: HeatMapGrid, tile: AerialTile, search: SearchDisc
 ) -> NDArray[np.float64]:
-    """Metres of heat-map pixels from the disc's centre."""
+    """Return the distances of heat-map pixels from the disc's centre, metres."""
     row, col = _from_latlon(grid, tile, search.lat, search.lon)
-    # Of a whole map, np.hypot takes three times as long.
+    # np.hypot would take three times as long on a whole map.
     return np.asarray(np.sqrt((rows - row) ** 2 + (cols - col) ** 2) * (grid.scale * tile.gsd))
 
 
@@ -229,7 +227,7 @@ def _disc_mask(
 
 
 def _summit(around: NDArray[np.float64]) -> tuple[float, float]:
-    """(row, col) offset, within +-0.5, of the summit of a log-parabola through 3x3 probabilities."""
+    """Return the offset (row, col), within +-0.5, of the summit of a log-parabola through 3x3 pixels."""
     with np.errstate(divide="ignore"):
         log = np.log(around)
     usable_rows = bool(np.isfinite(log[[0, 2], 1]).all())
@@ -248,20 +246,20 @@ def _summit(around: NDArray[np.float64]) -> tuple[float, float]:
     if curvature[0, 0] < 0.0 and np.linalg.det(curvature) > 0.0:
         offset = -np.linalg.solve(curvature, gradient)
     else:
-        # Flat or saddle-shaped: each axis on its own, where it bends down at all.
+        # Flat or saddle-shaped: refine each axis by itself, if it bends down.
         offset = np.where(diagonal < 0.0, -gradient / np.where(diagonal < 0.0, diagonal, -1.0), 0.0)
     down, right = np.clip(offset, -0.5, 0.5)
     return float(down), float(right)
 
 
 def _extent(used: NDArray[np.bool_], axis: int) -> slice:
-    """From the first to the last row (axis 0) or column (axis 1) with a true element."""
+    """Return the range of rows (axis 0) or columns (axis 1) with a true element."""
     indices = np.flatnonzero(used.any(axis=1 - axis))
     return slice(int(indices[0]), int(indices[-1]) + 1)
 
 
 def _summits(heights: NDArray[np.float32]) -> NDArray[np.integer]:
-    """For each pixel the flat index of the summit that steepest ascent leads to."""
+    """Return for each pixel the flat index of the summit that steepest ascent leads to."""
     rows, cols = heights.shape
     padded = np.full((rows + 2, cols + 2), -1.0, np.float32)
     padded[1:-1, 1:-1] = heights
@@ -273,12 +271,12 @@ def _summits(heights: NDArray[np.float32]) -> NDArray[np.integer]:
             if stride == 0:
                 continue
             neighbour = padded[1 + down : 1 + down + rows, 1 + right : 1 + right + cols]
-            # Between equal heights only towards the lower index, so that no path circles on a plateau.
+            # On a plateau only towards the lower index, so that no path runs in circles.
             higher = neighbour > best if stride > 0 else neighbour >= best
             best = np.maximum(best, neighbour)
             step = np.where(higher, np.int32(stride), step)
     target = np.arange(rows * cols) + step.ravel()
-    # Each round doubles the length of the path followed.
+    # Each round doubles the length of the paths followed.
     while not np.array_equal(further := target.take(target), target):
         target = further
     return target.reshape(rows, cols)

@@ -1,7 +1,7 @@
-"""From one observation (image, coarse fix, heading) to the camera's pose on the aerial map.
+"""Localise one observation (image, coarse fix, heading) on an aerial map.
 
-Everything here is the *camera's*: its coarse position, the direction it looks in, its estimated pose.
-``mounting`` moves positions between antenna, vehicle and camera.
+Positions and directions are the camera's. :mod:`xview_loc.vehicle.mounting` converts between antenna, vehicle
+and camera.
 """
 
 from __future__ import annotations
@@ -10,22 +10,33 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from xview_loc.camera import CameraModel
 from xview_loc.estimation.heat_map import HeatMap, SearchDisc, room_around
+from xview_loc.estimation.observation import (
+    FixOutsideTileError,
+    HeadingRequiredError,
+    IntrinsicsRequiredError,
+    LowImageryError,
+    NonFiniteHeatMapError,
+    Observation,
+    PoseEstimate,
+)
 from xview_loc.geodesy import wrap_angle
 from xview_loc.images import Image
-from xview_loc.maps.base import AerialTile
+from xview_loc.maps import open_map
+from xview_loc.maps.base import AerialMap, AerialTile
 from xview_loc.maps.store import TileStore
 from xview_loc.models.base import CrossViewModel, HeatMaps, ModelSpec
+from xview_loc.models.checkpoint import load_model
 from xview_loc.models.graph import FrameSettings
 from xview_loc.models.inputs import normalise, prepare_ground
 from xview_loc.models.runtimes import (
@@ -36,111 +47,56 @@ from xview_loc.models.runtimes import (
     choose_backend,
     make_runtime,
 )
+from xview_loc.statistics import wrapped_variance
 
-# The search disc of a fix with a covariance: so many standard deviations of its larger axis, but not
-# less than this, since receivers understate their error between houses.
+# Radius of the search disc in standard deviations of the fix along its larger axis.
 SEARCH_SIGMAS = 3.0
+# Smallest search radius from a covariance: receivers understate their error between buildings.
 MIN_SEARCH_M = 5.0
-# What an orientation field's spread within one mode cannot show: the field's own error.
+# The orientation field's own error, which its spread within a mode cannot show.
 HEADING_STD_FLOOR = math.radians(2.0)
-# Of the levels' scores of heading bins, those of this one are looked at: the second one, which errs the least
-# on cities that are strange to a model.
+# Level whose heading scores are used: the second, most robust in unfamiliar cities.
 HEADING_LEVEL = 1
-# Variance of a heading nothing is known of (uniform over the circle), rad^2.
+# Variance of an unknown heading (uniform over the circle), rad^2.
 UNKNOWN_HEADING_VARIANCE = math.pi**2 / 3.0
+# Most tiles whose features are kept.
 TILES_ENCODED = 8
 TILES_TAKEN_OVER = 3
 
 
-class LocalizationError(Exception):
-    """This observation gives no pose; the message is one clear line."""
-
-
-class HeadingRequiredError(LocalizationError):
-    """The observation has no heading, and model or settings need one."""
-
-
-class IntrinsicsRequiredError(LocalizationError):
-    """The observation has no camera model, and a pinhole model needs one."""
-
-
-class LowImageryError(LocalizationError):
-    """Too much of the aerial tile has no imagery."""
-
-
-class FixOutsideTileError(LocalizationError):
-    """The coarse fix lies outside the area that the model's heat map covers on its tile."""
-
-
-class NonFiniteHeatMapError(LocalizationError):
-    """The model's output has values that are not finite."""
-
-
-@dataclass(frozen=True, eq=False)
-class Observation:
-    """What was known when an image was taken.
-
-    image: uint8 (H, W, 3), RGB. lat, lon: coarse position of the camera, degrees. fix_covariance: its 2x2
-    covariance in ENU axes, m^2. heading: true-north ENU yaw of the direction that the image's centre column
-    looks in, radians, with its standard deviation. camera: needed by pinhole models.
-    """
-
-    image: Image
-    lat: float
-    lon: float
-    fix_covariance: NDArray[np.float64] | None = None
-    heading: float | None = None
-    heading_std: float = 0.0
-    camera: CameraModel | None = None
-    stamp_ns: int = 0
-
-
-@dataclass(frozen=True, eq=False)
-class PoseEstimate:
-    """Where the camera was.
-
-    lat, lon: degrees. covariance: 2x2 in ENU axes, m^2. heading: true-north ENU yaw of the image's centre
-    column, radians, or None where unknown; heading_variance: rad^2. confidence: the winning mode's share of
-    the heat map, 0..1. tile: the aerial tile as the model saw it. at_search_border: the peak lies on the edge
-    of the search disc, so the true place may be outside. timings_ms: duration of each step (``encode`` is 0
-    where the tile's features were at hand).
-    """
-
-    lat: float
-    lon: float
-    covariance: NDArray[np.float64]
-    heading: float | None
-    heading_variance: float
-    confidence: float
-    heat_map: HeatMap
-    tile: AerialTile
-    stamp_ns: int
-    at_search_border: bool
-    timings_ms: dict[str, float] = field(default_factory=dict)
-
-
 def required_tile_px(spec: ModelSpec) -> int:
-    """Side in pixels of the tiles that a TileStore must serve to a localizer of this model.
+    """Return the side in pixels of the tiles that a localizer of this model needs from its TileStore.
 
-    Larger than the model's own where the tile has to be turned to the heading.
+    Larger than the model's own input if tiles are turned to the heading.
     """
     return spec.aerial_size if spec.aerial_up == "north" else math.ceil(math.sqrt(2.0) * spec.aerial_size)
+
+
+def tile_store(map: AerialMap, model: CrossViewModel, snap_m: float | None = None) -> TileStore:
+    """Return a store that cuts ``map`` into the tiles that ``model`` needs.
+
+    snap_m: spacing of the tile centres, metres; default: a quarter of the side of the searched square.
+    """
+    return TileStore(map, required_tile_px(model.spec), model.spec.gsd, snap_m or model.half_extent_m / 2)
 
 
 class Localizer:
     """Localises observations one after another; for use by one thread at a time.
 
-    ``heading_prior_deg`` says how far the true heading may be from the observation's: 0 trusts it, None
-    searches all headings (panoramas then need none). ``search_radius_m`` limits the search to a disc about
-    the coarse position: a radius in metres, ``"covariance"`` for three standard deviations of the fix (the
-    whole tile where it has no covariance), or None for no limit. A disc never reaches beyond the heat map.
-    Tiles of which less than ``min_valid_fraction`` has imagery are refused. Probabilities and covariances
-    are those of the model's calibration; ``covariance_floor_m`` stands in for that of the calibration.
-    What the model keeps of the last eight tiles takes at most ``features_mb`` of memory (or one tile's);
-    ``precompute`` makes that much more, and every image of a tile that comes again faster.
-    ``backend`` and ``precision`` say what executes the model's share of each image; tiles are PyTorch's.
-    Raises ValueError where tiles, model and heading prior do not go together, UserError where a backend is
-    missing or cannot execute the model.
+    tiles: store of aerial tiles of the model's size. heading_prior_deg: how far the true heading may be from
+    the observation's, degrees; 0 trusts it, None searches all headings (panoramas then need none).
+    search_radius_m: limit of the search around the coarse position: metres, ``"covariance"`` for three
+    standard deviations of the fix (the whole tile if it has no covariance), or None for no limit; the disc
+    never reaches beyond the heat map. min_valid_fraction: least share of the tile with imagery.
+    covariance_floor_m: replaces the floor of the model's calibration, metres. features_mb: memory for the
+    features of up to eight tiles (at least one is kept), MB. precompute: makes features several times larger
+    and images of a known tile faster. backend, precision: what executes the model's share of each image;
+    tiles are always encoded by PyTorch. tile_wait_s: longest wait for an aerial tile, seconds, as of
+    :meth:`TileStore.around`.
+
+    Raises:
+        ValueError: tiles, model and heading prior do not go together.
+        UserError: the backend is missing or cannot execute the model.
     """
 
     def __init__(
@@ -157,6 +113,7 @@ class Localizer:
         precompute: bool = True,
         backend: Backend = "torch",
         precision: Precision = "float32",
+        tile_wait_s: float | None = None,
     ) -> None:
         spec = model.spec
         if tiles.size_px != required_tile_px(spec) or not math.isclose(tiles.gsd, spec.gsd, rel_tol=1e-6):
@@ -170,11 +127,12 @@ class Localizer:
             raise ValueError(f"the search radius is metres, 'covariance' or None, not {search_radius_m!r}")
         self.spec = spec
         self._tiles = tiles
+        self._tile_wait_s = tile_wait_s
         self._device = torch.device(device)
         self.backend = choose_backend(backend, self._device)
         check_precision(self.backend, precision, self._device)
         self._precision = precision
-        # Other runtimes compute in a precision of their own.
+        # Other runtimes take float32 and compute in a precision of their own.
         self._dtype = getattr(torch, precision) if self.backend == "torch" else torch.float32
         self._model_device = self._device if self.backend == "torch" else torch.device("cpu")
         # Convolutions on the CPU are fastest with the channels last.
@@ -186,23 +144,63 @@ class Localizer:
         self._calibration = model.calibration
         if covariance_floor_m is not None:
             self._calibration = replace(model.calibration, floor_m=covariance_floor_m)
-        # By the tile's key: the tile and what the model keeps of it, the one used last at the end.
+        # Tile and its features by the tile's key, most recently used last.
         self._features: OrderedDict[str, tuple[AerialTile, Any]] = OrderedDict()
         self._features_mb = features_mb
-        # A graph takes nothing but precomputed tiles.
+        # Graphs take precomputed tiles only. A tile turned to the heading hardly ever comes again.
         self._precompute = self.backend != "torch" or (precompute and spec.aerial_up == "north")
-        # Of the settings used last.
+        # The runtime of the latest settings.
         self._runtime: tuple[FrameSettings, Runtime] | None = None
         # A turned panorama faces north up to the prior; any other image leaves all bins open.
         self._turns_image = spec.camera == "panorama" and heading_prior_deg is not None
         self._needs_heading = self._turns_image or spec.aerial_up == "left" or heading_prior_deg == 0
+        self._resources = ExitStack()
+
+    @classmethod
+    def open(
+        cls,
+        map: AerialMap | str | Path,
+        model: CrossViewModel | str,
+        checkpoint: str | Path | None = None,
+        *,
+        snap_m: float | None = None,
+        **options: Any,
+    ) -> Localizer:
+        """Open a map, load a model, and return their localizer. Close it, or use it as a context manager.
+
+        map: what :func:`~xview_loc.maps.open_map` opens, or an open map, which stays open afterwards.
+        model: name of a model, or the model itself. checkpoint: its weights; default: the shipped ones.
+        snap_m: as of :func:`tile_store`. options: as of the constructor.
+
+        Raises:
+            UserError: the map or the checkpoint cannot be used.
+        """
+        net = model if isinstance(model, CrossViewModel) else load_model(model, checkpoint).model
+        with ExitStack() as resources:
+            aerial = map if isinstance(map, AerialMap) else resources.enter_context(open_map(map))
+            tiles = resources.enter_context(closing(tile_store(aerial, net, snap_m)))
+            localizer = cls(tiles, net, **options)
+            localizer._resources = resources.pop_all()
+        return localizer
+
+    def close(self) -> None:
+        """Close what :meth:`open` opened."""
+        self._resources.close()
+
+    def __enter__(self) -> Localizer:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
     @torch.inference_mode()
     def localize(self, observation: Observation) -> PoseEstimate:
-        """The pose of ``observation``.
+        """Return the camera's pose.
 
-        Raises LocalizationError and its subclasses, ImageError for an image that does not fit the model or
-        its calibration, and MapError for what keeps the aerial tile from being had.
+        Raises:
+            LocalizationError: the observation gives no pose; see the subclasses.
+            ImageError: the image does not fit the model or its calibration.
+            MapError: the aerial tile cannot be had, or not within ``tile_wait_s``.
         """
         if self._needs_heading and observation.heading is None:
             raise HeadingRequiredError(f"{self.spec.name} needs a heading, and the observation has none")
@@ -248,7 +246,8 @@ class Localizer:
     def warm_up(self) -> None:
         """Run the model once on noise, so that the first observation is as fast as the others.
 
-        Raises NonFiniteHeatMapError where its heat map is not finite.
+        Raises:
+            NonFiniteHeatMapError: the heat map of noise is not finite.
         """
         rng = np.random.default_rng(0)
         side = self.spec.aerial_size
@@ -266,19 +265,19 @@ class Localizer:
 
     @torch.inference_mode()
     def take_over(self, other: Localizer) -> None:
-        """Encode the tiles that another localizer of the same map used last; it may be in use meanwhile.
+        """Encode the tiles that ``other``, of the same map, used last; it may be in use meanwhile.
 
-        A few: each takes time from its frames.
+        Only three: encoding slows down the frames of ``other``.
         """
         for tile, _ in list(other._features.values())[-TILES_TAKEN_OVER:]:
             self._encode(tile)
 
     def forget_tiles(self) -> None:
-        """Free what the model keeps of tiles; the localizer may be in use meanwhile."""
+        """Free the features of all tiles; the localizer may be in use meanwhile."""
         self._features = OrderedDict()
 
     def _tile(self, observation: Observation) -> AerialTile:
-        tile = self._tiles.around(observation.lat, observation.lon)
+        tile = self._tiles.around(observation.lat, observation.lon, self._tile_wait_s)
         if self.spec.aerial_up == "left":
             assert observation.heading is not None
             tile = tile.rotated(observation.heading, self.spec.aerial_size)
@@ -295,7 +294,7 @@ class Localizer:
         return ground.to(self._model_device, self._dtype, memory_format=torch.channels_last)
 
     def _encode(self, tile: AerialTile) -> Any:
-        keep = self.spec.aerial_up == "north"  # a tile turned to the heading hardly ever comes again
+        keep = self.spec.aerial_up == "north"
         known = self._features
         if keep and tile.key in known:
             known.move_to_end(tile.key)
@@ -303,14 +302,13 @@ class Localizer:
         features = self._features_of(tile.image)
         if keep:
             known[tile.key] = (tile, features)
-            # The tiles of a model are all of one size.
+            # All tiles of a model take the same memory.
             room = max(1, int(self._features_mb / max(_megabytes(features), 1e-3)))
             while len(known) > min(room, TILES_ENCODED):
                 known.popitem(last=False)
         return features
 
     def _features_of(self, aerial: Image) -> Any:
-        """What the model keeps of a tile; of one that never comes again no more than it needs."""
         features = self._model.encode_aerial(
             normalise(aerial).to(self._model_device, self._dtype, memory_format=torch.channels_last)
         )
@@ -366,7 +364,7 @@ class Localizer:
     def _heading(
         self, observation: Observation, maps: HeatMaps, heat_map: HeatMap
     ) -> tuple[float | None, float]:
-        """(heading, variance) of the camera: of the orientation field or the bins, else as it was given."""
+        """Return the camera's (heading, variance): from the orientation field or bins, else as observed."""
         if maps.orientation is None:
             if observation.heading is None:
                 return None, UNKNOWN_HEADING_VARIANCE
@@ -378,19 +376,18 @@ class Localizer:
             raise NonFiniteHeatMapError(f"the orientation field of {self.spec.name} is not finite")
         angle = math.atan2(sin, cos)
         resultant = min(1.0, math.hypot(cos, sin) / float(weight.sum()))
-        # Variance of the normal distribution that, wrapped around the circle, has this mean resultant.
-        variance = -2.0 * math.log(max(resultant, 1e-12)) + HEADING_STD_FLOOR**2
-        variance = min(variance, UNKNOWN_HEADING_VARIANCE)
+        variance = min(wrapped_variance(resultant) + HEADING_STD_FLOOR**2, UNKNOWN_HEADING_VARIANCE)
         level = min(HEADING_LEVEL, len(maps.levels) - 1)
         if maps.levels[level].shape[1] > 2:
-            # A field that contradicts the bins, which are what finds the place, is not believed.
-            row, col = (torch.tensor([cell], device=self._device) for cell in heat_map.peak_pixel)
-            won = float(self._model.winning_heading(maps, level, row, col)[0])
+            # The bins find the position; a field that contradicts them is wrong.
+            device = maps.levels[level].device
+            row, col = (torch.tensor([cell], device=device) for cell in heat_map.peak_pixel)
+            binned = float(self._model.winning_heading(maps, level, row, col)[0])
             width = 2.0 * math.pi / self.spec.bins
-            if abs(wrap_angle(angle - won)) > width:
-                angle, variance = won, width**2 / 12.0 + HEADING_STD_FLOOR**2
+            if abs(wrap_angle(angle - binned)) > width:
+                angle, variance = binned, width**2 / 12.0 + HEADING_STD_FLOOR**2
         if self.spec.aerial_up == "left":
-            # Clockwise from the tile's top, which faces left of the direction that its columns grow in.
+            # Clockwise from the tile's top, which faces left of the direction of growing columns.
             return wrap_angle(heat_map.tile.rotation + math.pi / 2.0 - angle), variance
         nominal = observation.heading if self._turns_image else math.pi / 2.0
         assert nominal is not None
@@ -398,7 +395,7 @@ class Localizer:
 
 
 def _megabytes(features: Any) -> float:
-    """Memory of all tensors in nested dataclasses, dictionaries and sequences."""
+    """Return the memory of all tensors in nested dataclasses, dictionaries and sequences, MB."""
     if isinstance(features, Tensor):
         return features.numel() * features.element_size() / 1e6
     if is_dataclass(features):

@@ -1,4 +1,4 @@
-"""A picture of one estimate: aerial tile, heat map, coarse fix, search disc, estimate, ellipse, heading."""
+"""Draw one estimate: aerial tile, heat map, coarse fix, search disc, estimate, ellipse, heading."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xview_loc.estimation.heat_map import HeatMap
-from xview_loc.estimation.localizer import PoseEstimate
+from xview_loc.estimation.observation import PoseEstimate
 from xview_loc.maps.base import AerialTile
 
 FIX_COLOUR = (255, 60, 40)
@@ -19,15 +19,15 @@ SEARCH_COLOUR = (255, 255, 255)
 ELLIPSE_SIGMAS = 2.0
 HEAT_OPACITY = 0.65
 
-# Drawing positions are fixed-point: so many fractional bits.
+# Fractional bits of the fixed-point drawing coordinates.
 _BITS = 4
 
 
 def draw_overlay(estimate: PoseEstimate, lat: float, lon: float, size_px: int = 640) -> NDArray[np.uint8]:
-    """RGB uint8 picture (size_px, size_px, 3) of the tile as the model saw it.
+    """Return an RGB picture, uint8 (size_px, size_px, 3), of the tile as the model saw it.
 
-    The heat map is drawn relative to its peak (square root, so that lesser modes show). A cross marks the
-    coarse fix at ``lat``, ``lon`` (degrees), a thin circle the search disc, a dot the estimate with its
+    The heat map is drawn relative to its peak; its square root, so that lesser modes show. A cross marks the
+    coarse fix at ``lat``, ``lon`` (degrees), a thin circle the search disc, a dot the estimate, with its
     two-sigma ellipse and an arrow along its heading.
     """
     tile = estimate.tile
@@ -65,7 +65,7 @@ def draw_overlay(estimate: PoseEstimate, lat: float, lon: float, size_px: int = 
 def _blend_heat(picture: NDArray[np.uint8], heat_map: HeatMap, scale: float) -> NDArray[np.uint8]:
     size = picture.shape[0]
     strength = np.sqrt(heat_map.probability / max(float(heat_map.probability.max()), 1e-30))
-    # Heat-map pixel -> picture pixel, both by their centres.
+    # Heat-map pixel -> picture pixel, both counted by their centres.
     zoom = heat_map.grid.scale * scale
     origin_row, origin_col = ((value + 0.5) * scale - 0.5 for value in heat_map.grid.origin)
     placement = np.array([[zoom, 0.0, origin_col], [0.0, zoom, origin_row]])
@@ -78,9 +78,9 @@ def _blend_heat(picture: NDArray[np.uint8], heat_map: HeatMap, scale: float) -> 
 
 
 def _point(tile: AerialTile, east: float, north: float, scale: float) -> tuple[int, int]:
-    """Fixed-point (x, y) on the picture of metres from the tile's centre."""
+    """Convert metres from the tile's centre to fixed-point (x, y) on the picture."""
     row, col = tile.enu_to_pixel(east, north)
-    limit = 2.0**20  # keeps far-away places from overflowing
+    limit = 2.0**20  # so that distant positions do not overflow
     x, y = (min(max((float(value) + 0.5) * scale - 0.5, -limit), limit) for value in (col, row))
     return round(x * 2**_BITS), round(y * 2**_BITS)
 
@@ -99,7 +99,7 @@ def _polyline(
     colour: tuple[int, int, int],
     thickness: int,
 ) -> None:
-    """A closed line through places given in metres from the tile's centre."""
+    """Draw a closed line through points in metres from the tile's centre."""
     points = np.array([_point(tile, e, n, scale) for e, n in zip(east, north, strict=True)], np.int32)
     cv2.polylines(picture, [points], True, colour, thickness, cv2.LINE_AA, _BITS)
 

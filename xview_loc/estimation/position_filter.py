@@ -1,7 +1,7 @@
-"""Where the vehicle is over time: heat maps and fixes multiplied into a belief that odometry moves.
+"""Fuse heat maps and fixes over time in a histogram filter that odometry moves.
 
-A histogram filter: frames whose heat map has several summits, or the wrong one, are outvoted by the others,
-and where fixes stop, the belief goes on and says where to look next.
+Heat maps with several summits, or a wrong one, are outvoted by the others. Without fixes, the filter's own
+position is where the next image is searched.
 """
 
 from __future__ import annotations
@@ -13,54 +13,54 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xview_loc.estimation.belief import BeliefGrid, HeadingBelief
-from xview_loc.estimation.calibration import mahalanobis
-from xview_loc.estimation.localizer import SEARCH_SIGMAS, UNKNOWN_HEADING_VARIANCE, PoseEstimate
+from xview_loc.estimation.localizer import SEARCH_SIGMAS, UNKNOWN_HEADING_VARIANCE
+from xview_loc.estimation.observation import PoseEstimate
 from xview_loc.geodesy import LocalProjection, wrap_angle
+from xview_loc.statistics import mahalanobis
 from xview_loc.vehicle.mounting import Mounting, in_enu, moved
 from xview_loc.vehicle.odometry import Motion, Odometry
 from xview_loc.vehicle.synchronisation import NS, GnssFix, HeadingSample
 
 Array = NDArray[np.float64]
 
-# Without odometry the vehicle may have gone anywhere: variance per second on each axis, m^2 / s.
+# Variance added without odometry, per second on each axis, m^2 / s.
 _UNSEEN_MOTION = 8.0**2
-# Of a fix that comes without a covariance something must be assumed, m^2.
+# Variance of a fix without a covariance, m^2.
 _FIX_VARIANCE = 15.0**2
-# Around a place of its own it looks this much further than it is uncertain, m^2: or it would never find out
-# that it is wrong.
+# Added to the belief's variance for a search around it, so that images can correct it, m^2.
 _SEARCH_VARIANCE = 10.0**2
 _UNKNOWN_ALTITUDE = 1e6
-# A receiver's errors change so slowly that a fix is news only after so many seconds.
+# Correlation time of a receiver's errors: fixes closer together add little.
 _FIX_CORRELATION_S = 30.0
-# A fix so many standard deviations off is not believed ...
+# Distance in standard deviations from which a fix is rejected ...
 _FIX_SIGMAS = 5.0
-# ... unless that goes on for so long while heat maps do not support the belief either: then the filter is
-# lost and starts from the fix. They support it where the true place is likelier than others by this factor
-# (logarithm, averaged over about so many images).
+# ... until fixes have been rejected for this long while heat maps did not support the belief: then the filter
+# is lost, and starts from the fix. Heat maps support the belief if the log of their evidence, averaged over
+# about this many images, exceeds this: the true position is then twice as likely as others.
 _LOST_AFTER_S = 20.0
 _SUPPORT, _SUPPORT_IMAGES = math.log(2.0), 10
-# What a fix says of places far from it: not that they are impossible.
+# Lower limit of a fix's likelihood: distant positions stay possible.
 _LEAST_LIKELIHOOD = np.float32(1e-4)
-# A heading's error stays the same over about so many metres.
+# Correlation length of a heading's error.
 _HEADING_CORRELATION_M = 100.0
-# A belief spread wider than this (metres, standard deviation) is worth nothing, and would not fit its grid.
+# Standard deviation above which the belief is dropped: it is useless, and would not fit its grid.
 _WIDEST_M = 25.0
-# Variance of a yaw: added per second with odometry and without, rad^2 / s; an image's, at least, rad^2.
+# Variance added to the yaw per second with odometry and without, rad^2 / s; least variance of an image's yaw.
 _YAW_DRIFT, _UNSEEN_TURN = math.radians(1.0) ** 2, math.radians(20.0) ** 2
 _LEAST_YAW_VARIANCE = math.radians(10.0) ** 2
-# How often an image's heading says nothing.
+# Probability that an image's heading is random.
 _YAW_OUTLIER = 0.5
-# Below this variance a heading gives a step's direction, rad^2.
+# Variance below which a heading is precise enough to give the direction of a step, rad^2.
 _SURE_YAW = math.radians(15.0) ** 2
 
 
 @dataclass(frozen=True)
 class FilterOptions:
-    """What the filter believes of its inputs.
+    """Error model of the filter's inputs.
 
-    outlier: probability that a heat map shows nothing but a wrong place. drift_m: standard deviation of the
-    odometry's error after 100 m, metres. decorrelation_m: the heat maps of images nearer to each other than
-    this are wrong together, so that they count less.
+    outlier: probability that a heat map shows only wrong positions. drift_m: standard deviation of odometry's
+    error after 100 m, metres. decorrelation_m: distance after which the errors of heat maps are independent;
+    closer images count less.
     """
 
     outlier: float = 0.1
@@ -70,7 +70,11 @@ class FilterOptions:
 
 @dataclass(frozen=True, eq=False)
 class FilteredPose:
-    """Of base_link: degrees, 2x2 covariance in ENU axes, m^2; true-north ENU yaw, None if unknown; rad^2."""
+    """Pose of base_link.
+
+    lat, lon: degrees. covariance: (2, 2) in ENU axes, m^2. heading: true-north ENU yaw, radians; None if
+    unknown. heading_variance: rad^2.
+    """
 
     lat: float
     lon: float
@@ -81,36 +85,36 @@ class FilteredPose:
 
 
 class PositionFilter:
-    """The belief about base_link's position, moved on from image to image.
+    """Belief about the position of base_link, moved on from image to image.
 
-    For each image :meth:`move`, and :meth:`observe` where it was localised; for use by one thread.
+    Call :meth:`move` for each image, then :meth:`observe` if it was localised. For use by one thread.
     """
 
     def __init__(self, odometry: Odometry, options: FilterOptions | None = None) -> None:
         self._odometry = odometry
         self._options = options or FilterOptions()
-        # A plane at the first fix, in which the belief lies; yaws are turned into its axes.
+        # Plane at the first fix that the belief lies in; yaws are in its axes.
         self._plane: LocalProjection | None = None
         self._belief: BeliefGrid | None = None
         self._altitude = 0.0
         self._stamp_ns = 0
         self._fix_ns = 0
         self._trusted_ns = 0
-        # Metres since a heat map was multiplied in.
+        # Metres driven since the last heat map.
         self._driven = math.inf
         self._support = 0.0
         self._yaw, self._yaw_variance = 0.0, UNKNOWN_HEADING_VARIANCE
-        # Where no heading is measured: what odometry and images say of it.
+        # Heading from odometry and images, for use without measured headings.
         self._headings = HeadingBelief()
 
     @property
     def started(self) -> bool:
-        """Whether there is a belief."""
+        """True if the filter has a position."""
         return self._belief is not None
 
     @property
     def pose(self) -> FilteredPose | None:
-        """The belief's mean and covariance at the last image's stamp; None where there is no belief."""
+        """Mean and covariance at the last image's stamp; None without a belief."""
         if self._belief is None or self._plane is None:
             return None
         lat, lon = (float(x) for x in self._plane.inverse(*self._belief.mean))
@@ -130,11 +134,11 @@ class PositionFilter:
     def move(
         self, stamp_ns: int, fix: GnssFix | None, heading: HeadingSample | None, mounting: Mounting
     ) -> GnssFix | None:
-        """Move on to an image's stamp; where to look for it: the fix if it is believed, else a place of ours.
+        """Move on to an image's stamp, and return the position to search around.
 
-        The place is the antenna's, as a fix is. None where there is neither. A stamp before the last one
-        means that time started again. A fix that contradicts the belief is not believed, unless that goes
-        on while heat maps do not support the belief either: then the belief starts anew from it.
+        That is the fix if it is accepted, else the filter's own antenna position, or None if there is none.
+        A stamp before the last one restarts the filter. A fix that contradicts the belief is rejected, unless
+        that goes on while heat maps do not support the belief either: then the filter starts anew from it.
         """
         if stamp_ns < self._stamp_ns:
             self._belief = self._plane = None
@@ -150,7 +154,7 @@ class PositionFilter:
         self._advance(motion, seconds)
         if fix is not None:
             self._altitude = fix.altitude
-            if self._believes(fix, mounting):
+            if self._accepts(fix, mounting):
                 return fix
         pose = self.pose
         if pose is None:
@@ -161,7 +165,7 @@ class PositionFilter:
         return GnssFix(stamp_ns, lat, lon, self._altitude, covariance)
 
     def observe(self, estimate: PoseEstimate, mounting: Mounting, heading_measured: bool) -> None:
-        """What the image at the last stamp shows: its heat map, and its heading where none was measured."""
+        """Fuse the image at the last stamp: its heat map, and its heading if none was measured."""
         if self._belief is None or self._plane is None:
             return
         weight = min(1.0, self._driven / self._options.decorrelation_m)
@@ -180,7 +184,7 @@ class PositionFilter:
             self._trusted_ns = self._stamp_ns
 
     def _convergence(self) -> float:
-        """What turns a true-north yaw at the belief into the plane's axes."""
+        """Return the angle to add to a true-north yaw at the belief for a yaw in the plane's axes."""
         if self._plane is None or self._belief is None:
             return 0.0
         return float(self._plane.convergence(*self._plane.inverse(*self._belief.mean)))
@@ -200,18 +204,18 @@ class PositionFilter:
         if self._belief is None:
             return
         if motion is None:
-            # In a long gap it may have driven straight on.
+            # In a long gap the vehicle may have driven straight on.
             self._spread(np.zeros(2), _UNSEEN_MOTION * seconds * max(1.0, seconds))
             self._driven = math.inf
         else:
             step = np.array(in_enu((motion.forward, motion.left), self._yaw - motion.turn))
-            # A heading's error is the same for a while, so it adds up along the way, whatever the image rate.
+            # A heading's error is correlated, so it adds up along the way, whatever the image rate.
             rate = self._options.drift_m**2 / 100.0
             if self._yaw_variance < _SURE_YAW:
                 rate += _HEADING_CORRELATION_M * self._yaw_variance / 2.0
                 self._spread(step, rate * motion.length)
             else:
-                # Hardly known where to: the mean step, and as much as if it were not seen.
+                # In an uncertain direction: the mean step, and the variance of unseen motion.
                 mean = math.exp(-self._yaw_variance / 2.0)
                 speed = motion.length / max(seconds, 1e-3)
                 unseen = min(_UNSEEN_MOTION, speed**2) * seconds * (1.0 - mean**2)
@@ -219,21 +223,22 @@ class PositionFilter:
             self._driven += motion.length
 
     def _spread(self, step: Array, variance: float) -> None:
-        """Move the belief; forget it where it is worth nothing."""
+        """Move the belief, and drop it once it is too wide."""
         assert self._belief is not None
         if variance < _WIDEST_M**2:
             self._belief.move(step, variance)
         if variance >= _WIDEST_M**2 or self._belief.covariance.trace() / 2.0 > _WIDEST_M**2:
             self._belief = None
 
-    def _believes(self, fix: GnssFix, mounting: Mounting) -> bool:
+    def _accepts(self, fix: GnssFix, mounting: Mounting) -> bool:
+        """Fuse a fix, or start from it; return True if images should be searched around it."""
         assert self._plane is not None
         antenna = in_enu(mounting.antenna, self._yaw)
         place = np.array(self._plane.forward(fix.lat, fix.lon)) - antenna
         covariance = np.eye(2) * _FIX_VARIANCE if fix.covariance is None else fix.covariance[:2, :2]
         if self._belief is not None:
             offset = place - self._belief.mean
-            # At least a cell wide, or a precise fix would fall between the cells.
+            # At least a cell wide: a precise fix could fall between the cells.
             covariance = covariance + self._belief.cell_m**2 * np.eye(2)
             far = mahalanobis(offset, covariance + self._belief.covariance) > _FIX_SIGMAS
             if not far:
@@ -241,12 +246,12 @@ class PositionFilter:
                 likelihood = self._belief.normal_likelihood(place, covariance)
                 self._belief.multiply(np.maximum(likelihood, _LEAST_LIKELIHOOD), weight)
                 self._fix_ns = self._trusted_ns = self._stamp_ns
-                # Where the search about it would not reach our own place, that is the better one to look at.
+                # If a search around the fix would not reach the belief, the belief is the better centre.
                 return mahalanobis(offset, covariance) <= SEARCH_SIGMAS
             if (self._stamp_ns - self._trusted_ns) / NS <= _LOST_AFTER_S:
                 return False
         if covariance.trace() / 2.0 > _WIDEST_M**2:
-            return True  # too coarse to begin with, and better than nothing to look at
+            return True  # too coarse to start from, but the best centre for a search
         self._belief = BeliefGrid.normal(place, covariance)
         self._fix_ns = self._trusted_ns = self._stamp_ns
         self._driven, self._support = math.inf, 0.0

@@ -1,9 +1,9 @@
-"""A candidate checkpoint beside the one in use, on the same frames: which of them believes itself?
+"""Compare a candidate checkpoint with the active one on the same frames, without ground truth.
 
-Nobody knows the true place on a vehicle. What is known: how far the vehicle moved by its odometry, and that
-the true place lies near the coarse fix. Fixes move as the vehicle does: a model that looks at nothing and
-answers with the place where its search begins would agree with the odometry. So both models are given places
-displaced at random, from frame to frame others; who follows these disagrees.
+Two things are known on a vehicle: how far it moved, from odometry, and that it is near the coarse fix. Fixes
+move with the vehicle, so a model that ignores the image and returns the centre of its search would agree with
+odometry. Both models are therefore given positions displaced at random in every frame; a model that follows
+them disagrees with odometry.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from dataclasses import astuple, dataclass, fields, replace
 
 import numpy as np
 
-from xview_loc.estimation.calibration import mahalanobis
 from xview_loc.estimation.checkpoint_swap import Deployed
-from xview_loc.estimation.localizer import SEARCH_SIGMAS, Observation, PoseEstimate
+from xview_loc.estimation.localizer import SEARCH_SIGMAS
+from xview_loc.estimation.observation import Observation, PoseEstimate
 from xview_loc.geodesy import LocalProjection
-from xview_loc.statistics import LEAST, SURE, bootstrap_means
+from xview_loc.statistics import MIN_MEASUREMENTS, SIGNIFICANT, certainty_of_decrease, mahalanobis
 from xview_loc.vehicle.mounting import Mounting, in_enu
 from xview_loc.vehicle.odometry import Odometry
 from xview_loc.vehicle.synchronisation import GnssFix, HeadingSample
 
-# One wild estimate must not decide over a checkpoint: a disagreement counts no more than this, metres.
-_MOST_M = 20.0
-# A shorter step between two estimates says more about their errors than about the motion.
+# Largest disagreement that is counted, metres: one wild estimate must not decide.
+_MAX_DISAGREEMENT_M = 20.0
+# Distance between compared frames, metres: shorter steps show the estimates' errors rather than the motion.
 _STEP_M = 10.0
-# Whose steps a better candidate's must agree with the odometry better than: than the last two, which take no
-# model at all, by a twentieth.
+# What the candidate's steps must agree with odometry better than, and the share of the rival's disagreement
+# to stay below. The last two need no model, so they must be beaten by a twentieth.
 _RIVALS = {
     "motion_m_active": ("the one in use", 1.0),
-    "motion_m_given": ("the places given", 0.95),
+    "motion_m_given": ("the positions given", 0.95),
     "motion_m_standing": ("standing still", 0.95),
 }
 
@@ -39,11 +39,11 @@ Place = tuple[float, float]
 
 @dataclass(frozen=True)
 class FrameComparison:
-    """One frame seen by both; ``_active`` is the checkpoint in use. Not-a-number where it cannot be told.
+    """Figures of one frame, of the candidate and (``_active``) of the active checkpoint; NaN if unknown.
 
-    distance_m: between the two estimates. entropy: of the heat map, nats. motion_m: how far the step from
-    the last compared frame differs from the odometry's, at most 20; ``_given`` is that of the displaced
-    places which both were given, ``_standing`` that of no step at all. fix_sigmas: distance from the fix.
+    distance_m: between the two estimates. entropy: of the heat map, nats. motion_m: difference between the
+    step since the last compared frame and odometry's, at most 20 m; ``_given``: the same for the displaced
+    positions that both were given; ``_standing``: for no step at all. fix_sigmas: distance from the fix.
     """
 
     distance_m: float
@@ -62,17 +62,17 @@ _NAMES = [f.name for f in fields(FrameComparison)]
 
 @dataclass(frozen=True)
 class ShadowVerdict:
-    """Whether the candidate is surely better, and the evidence in one line."""
+    """``promote``: the candidate is significantly better. ``text``: the evidence in one line."""
 
     promote: bool
     text: str
 
 
 class ShadowTrial:
-    """Compares a candidate with the checkpoint in use; for use by one thread.
+    """Compares a candidate with the active checkpoint; for use by one thread.
 
-    It looks at every ``every``-th frame and ends after ``frames`` of those. ``spread_m``: side of the square
-    that places are displaced in, metres.
+    every: compare every n-th frame. frames: number of comparisons before the verdict. spread_m: side of the
+    square within which positions are displaced, metres.
     """
 
     def __init__(
@@ -96,16 +96,16 @@ class ShadowTrial:
         self._offered = 0
         self._compared: list[tuple[float, ...]] = []
         self._sums = np.zeros(len(_NAMES))
-        self._told = np.zeros(len(_NAMES))
-        # Of the last compared frame: its stamp and the places of base_link: in use, candidate, given.
+        self._known = np.zeros(len(_NAMES))
+        # Last compared frame: stamp, and positions of base_link by active, candidate and as given.
         self._last: tuple[int, tuple[Place, ...]] | None = None
 
     def __len__(self) -> int:
-        """How many frames were compared, or would have been had the candidate not failed."""
+        """Number of frames compared, those on which the candidate failed included."""
         return len(self._compared) + self.failures
 
     def wants(self, stamp_ns: int) -> bool:
-        """Whether to compare the next frame: not while the vehicle is where the last one was compared."""
+        """Return True if the next frame should be compared: its turn has come and the vehicle has moved."""
         self._offered += 1
         if self._offered % self._every:
             return False
@@ -113,17 +113,17 @@ class ShadowTrial:
         return driven is None or driven.length >= _STEP_M
 
     def displaced(self, observation: Observation) -> Observation:
-        """The same frame with a worse coarse place: what to show to both."""
+        """Return the frame with its coarse position displaced at random, to be shown to both models."""
         place = LocalProjection(observation.lat, observation.lon)
         lat, lon = place.inverse(*self._rng.uniform(-0.5, 0.5, 2) * self._spread_m)
         covariance = observation.fix_covariance
         if covariance is not None:
-            # Worse by the variance of a uniform distribution.
+            # Plus the variance of a uniform distribution.
             covariance = covariance + np.eye(2) * self._spread_m**2 / 12.0
         return replace(observation, lat=float(lat), lon=float(lon), fix_covariance=covariance)
 
     def failed(self) -> None:
-        """The candidate has no estimate of a frame that the checkpoint in use has one of."""
+        """Count a frame that only the active checkpoint could localise."""
         self.failures += 1
 
     def compare(
@@ -135,9 +135,9 @@ class ShadowTrial:
         heading: HeadingSample | None,
         mounting: Mounting,
     ) -> FrameComparison:
-        """Compare two estimates of one displaced observation; ``fix`` is the receiver's.
+        """Compare two estimates of one displaced observation; ``fix`` is the original fix.
 
-        Without a measured heading the motion cannot be compared.
+        Motion is not compared without a measured heading.
         """
         yaw = 0.0 if heading is None else heading.yaw
         places = tuple(mounting.base_from_camera(p.lat, p.lon, yaw) for p in (active, candidate, observation))
@@ -148,7 +148,7 @@ class ShadowTrial:
             if driven is not None:
                 step = in_enu((driven.forward, driven.left), yaw - driven.turn)
                 steps = [LocalProjection(*a).forward(*b) for a, b in zip(before, places, strict=True)]
-                motion = [min(_MOST_M, math.dist(s, step)) for s in (*steps, (0.0, 0.0))]
+                motion = [min(_MAX_DISAGREEMENT_M, math.dist(s, step)) for s in (*steps, (0.0, 0.0))]
         self._last = (observation.stamp_ns, places)
         sigmas = [_from_fix(fix, estimate, mounting, yaw) for estimate in (active, candidate)]
         comparison = FrameComparison(
@@ -165,38 +165,38 @@ class ShadowTrial:
         self._compared.append(astuple(comparison))
         values = np.array(astuple(comparison))
         self._sums += np.nan_to_num(values)
-        self._told += np.isfinite(values)
+        self._known += np.isfinite(values)
         return comparison
 
     def means(self) -> dict[str, float]:
-        """Of every figure, over the frames where it can be told."""
+        """Return the mean of every figure over the frames where it is known."""
         return {
-            name: float(total / told) if told else math.nan
-            for name, total, told in zip(_NAMES, self._sums, self._told, strict=True)
+            name: float(total / known) if known else math.nan
+            for name, total, known in zip(_NAMES, self._sums, self._known, strict=True)
         }
 
     def verdict(self) -> ShadowVerdict | None:
-        """After all the frames; None before.
+        """Return the verdict after all frames, None before.
 
-        The candidate is to replace the one in use where it never failed, its steps surely agree better with
-        the odometry than those of the one in use, of the places given and of no motion, and not surely more
-        of its estimates lie further than three sigma from their fix.
+        The candidate is promoted if it never failed, its steps agree significantly better with odometry than
+        those of the active checkpoint, of the positions given and of standing still, and not significantly
+        more of its estimates lie further than three sigma from their fix.
         """
         if len(self) < self.frames:
             return None
         if self.failures:
             return ShadowVerdict(False, f"it failed on {self.failures} of {len(self)} frames")
         values = dict(zip(_NAMES, np.array(self._compared).T, strict=True))
-        told = int(np.isfinite(values["motion_m"]).sum())
-        if told < LEAST:
-            text = f"motion could be compared in {told} frames, {LEAST} are needed (odometry and heading)"
-            return ShadowVerdict(False, text)
+        compared = int(np.isfinite(values["motion_m"]).sum())
+        if compared < MIN_MEASUREMENTS:
+            needed = f"{MIN_MEASUREMENTS} are needed (odometry and heading)"
+            return ShadowVerdict(False, f"motion could be compared in {compared} frames, {needed}")
         means = self.means()
         promote = True
         rivals = []
         for name, (who, share) in _RIVALS.items():
-            better = float((bootstrap_means(values["motion_m"] - share * values[name]) < 0).mean())
-            promote = promote and better >= SURE
+            better = certainty_of_decrease(values["motion_m"] - share * values[name])
+            promote = promote and better >= SIGNIFICANT
             rivals.append(f"{who} by {means[name]:.2f} m (better with {better:.0%} certainty)")
         text = f"its steps differ from odometry by {means['motion_m']:.2f} m, {', '.join(rivals)}; "
         far, far_active = (
@@ -205,16 +205,16 @@ class ShadowTrial:
         )
         if np.isnan(far).all():
             return ShadowVerdict(promote, f"{text}the fixes have no covariance to compare with")
-        strays = float((bootstrap_means(far - far_active) > 0).mean())
+        more_strays = certainty_of_decrease(far_active - far)
         text += (
             f"{np.nanmean(far):.1%} of the estimates lie far from their fix instead of "
             f"{np.nanmean(far_active):.1%}"
         )
-        return ShadowVerdict(promote and strays < SURE, text)
+        return ShadowVerdict(promote and more_strays < SIGNIFICANT, text)
 
 
 def _from_fix(fix: GnssFix | None, estimate: PoseEstimate, mounting: Mounting, yaw: float) -> float:
-    """Standard deviations of the fix between it and an estimate; not-a-number without a covariance."""
+    """Return the distance of an estimate from the fix in the fix's standard deviations; NaN if unknown."""
     if fix is None or fix.covariance is None:
         return math.nan
     camera = mounting.camera_from_antenna(fix.lat, fix.lon, yaw)

@@ -12,7 +12,11 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Sequence
+from contextlib import suppress
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +33,8 @@ from xview_loc.models.checkpoint import load_checkpoint, save_checkpoint, weight
 OPSET = 20
 EXPORT_TIMEOUT_S = 600.0
 GRAPHS_KEPT = 8
+# Event of the current thread that cancels its export.
+EXPORT_CANCELLED: ContextVar[threading.Event | None] = ContextVar("export_cancelled", default=None)
 
 
 class RuntimeUnavailableError(UserError):
@@ -170,21 +176,31 @@ def _export_elsewhere(model: CrossViewModel, settings: FrameSettings, path: Path
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "model.safetensors"
         save_checkpoint(model, checkpoint)
-        words = [str(checkpoint), str(path), json.dumps(asdict(settings))]
-        try:
-            done = subprocess.run(
-                [sys.executable, "-m", __name__, *words],
-                capture_output=True,
-                text=True,
-                timeout=EXPORT_TIMEOUT_S,
-            )
-        except subprocess.TimeoutExpired:
-            raise RuntimeUnavailableError(
-                f"exporting {model.spec.name} took more than {EXPORT_TIMEOUT_S:.0f} s"
-            ) from None
-    if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+        command = [sys.executable, "-m", __name__, str(checkpoint), str(path), json.dumps(asdict(settings))]
+        with subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        ) as process:
+            try:
+                errors = _wait_for_export(process, model.spec.name)
+            except BaseException:
+                process.kill()
+                raise
+    if process.returncode:
+        last = errors.strip().splitlines()[-1:] or [f"exit code {process.returncode}"]
         raise RuntimeUnavailableError(f"{model.spec.name} cannot be exported: {last[0]}")
+
+
+def _wait_for_export(process: subprocess.Popen[str], name: str) -> str:
+    """Return what the process wrote to stderr, once it has ended."""
+    deadline = time.monotonic() + EXPORT_TIMEOUT_S
+    cancelled = EXPORT_CANCELLED.get()
+    while True:
+        with suppress(subprocess.TimeoutExpired):
+            return process.communicate(timeout=0.1)[1]
+        if cancelled is not None and cancelled.is_set():
+            raise RuntimeUnavailableError(f"exporting {name} was cancelled")
+        if time.monotonic() > deadline:
+            raise RuntimeUnavailableError(f"exporting {name} took more than {EXPORT_TIMEOUT_S:.0f} s")
 
 
 def _tuples(values: Any) -> Any:

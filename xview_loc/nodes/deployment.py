@@ -1,4 +1,4 @@
-"""Puts a checkpoint in use on a running localizer and waits for its verdict."""
+"""Client of ``xview-loc deploy``: activate a checkpoint on a running localizer, and wait for its verdict."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ class DeploymentError(UserError):
 
 
 def deploy(path: Path, to: str, timeout_s: float = 60.0) -> str:
-    """Set the parameter ``checkpoint`` of the node called ``to``; what it says is in use afterwards.
+    """Set the parameter ``checkpoint`` of the node ``to``, and return its answer.
 
-    The node must see the file under the same path. Raises DeploymentError where it cannot be reached or
-    refuses.
+    The node must see the file under the same path.
+
+    Raises:
+        DeploymentError: the node cannot be reached, or refuses the checkpoint.
     """
     rclpy.init()
     try:
@@ -44,7 +46,7 @@ class _Deployer(Node):
         (result,) = self._call(SetParameters, "set_parameters", request).results
         if not result.successful:
             raise DeploymentError(f"{self._to}: {result.reason}")
-        # Answers once the change is made, or refused; what is in use already is not loaded again.
+        # Answers once the change is made or refused; a checkpoint that is active is not loaded again.
         verdict = self._call(Trigger, "reload", Trigger.Request())
         if not verdict.success:
             raise DeploymentError(f"{self._to}: {verdict.message}")

@@ -1,4 +1,4 @@
-"""One thread that works on the newest frame, so that the executor never waits."""
+"""A thread that works on the newest frame, so that the executor never waits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 class FrameWorker(Generic[T]):
-    """Calls ``work`` with the newest frame put in; a frame not yet begun is replaced by a newer one."""
+    """Calls ``work`` with the newest frame; a newer frame replaces one that is still waiting."""
 
     def __init__(self, work: Callable[[T], None]) -> None:
         """``work`` must not raise."""
@@ -22,7 +22,7 @@ class FrameWorker(Generic[T]):
         self._thread.start()
 
     def put(self, frame: T) -> bool:
-        """Hand over a frame; True where an older one was dropped for it."""
+        """Hand over a frame; return True if it replaced a waiting one."""
         with self._changed:
             dropped = self._slot is not None
             self._slot = frame
@@ -30,7 +30,7 @@ class FrameWorker(Generic[T]):
         return dropped
 
     def close(self) -> None:
-        """Finish the frame in work, drop the one waiting, and end the thread."""
+        """Finish the current frame, drop the waiting one, and end the thread."""
         with self._changed:
             self._closed = True
             self._changed.notify()

@@ -1,4 +1,4 @@
-"""What the launch files share."""
+"""Launch description shared by the launch files."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from xview_loc.doctor import PROFILE_VARIABLES
 
 
 def describe(share: Path, executable: str, inputs: tuple[str, ...], overrides: dict[str, str]) -> Any:
-    """A LaunchDescription that starts one of the nodes with its parameters' file in ``share``.
+    """Return a LaunchDescription that starts one of the nodes with its parameter file in ``share``.
 
-    ``inputs`` are the topics that can be remapped, ``overrides`` the parameters that have an argument of
-    their own, with the argument's description.
+    inputs: topics that can be remapped. overrides: parameters that have a launch argument, with its
+    description.
     """
-    # Here, because a vehicle has them from its ROS distribution alone.
+    # Imported here: only ROS distributions have them.
     from launch.actions import DeclareLaunchArgument, OpaqueFunction, SetEnvironmentVariable
     from launch.substitutions import LaunchConfiguration
     from launch_ros.actions import Node
@@ -26,7 +26,7 @@ def describe(share: Path, executable: str, inputs: tuple[str, ...], overrides: d
         def value(name: str) -> str:
             return str(LaunchConfiguration(name).perform(context))
 
-        # Only what was given: everything else stays as the parameters' file says.
+        # Only given arguments override the parameter file.
         given: dict[str, Any] = {name: value(name) for name in overrides if value(name)}
         given["use_sim_time"] = value("use_sim_time").lower() in ("true", "1")
         actions: list[Any] = []
@@ -47,10 +47,10 @@ def describe(share: Path, executable: str, inputs: tuple[str, ...], overrides: d
         return actions
 
     arguments = [
-        ("params_file", str(share / "config" / f"{executable}.yaml"), "Parameters' file."),
-        *((name, "", f"{text}; empty: the parameters' file.") for name, text in overrides.items()),
-        ("namespace", "", "The node's namespace."),
-        ("use_sim_time", "false", "Take the time from /clock."),
+        ("params_file", str(share / "config" / f"{executable}.yaml"), "Parameter file."),
+        *((name, "", f"{text}; empty: as in the parameter file.") for name, text in overrides.items()),
+        ("namespace", "", "Namespace of the node."),
+        ("use_sim_time", "false", "Use the time of /clock."),
         *((name, name, f"Topic of the input '{name}'.") for name in inputs),
     ]
     return LaunchDescription(

@@ -1,4 +1,4 @@
-"""The nodes' parameters: name, default, meaning and range, in one table for each node."""
+"""Parameters of the nodes: name, default, description and range, one table for each node."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from xview_loc.models.runtimes import BACKENDS, PRECISIONS
 
 
 class ParameterError(ValueError):
-    """A parameter has a value that cannot be used; one clear line."""
+    """A parameter has an unusable value; the message is one clear line."""
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter; ``range`` is inclusive, ``choices`` lists the strings allowed."""
+    """One parameter; ``range`` is inclusive, ``choices`` lists the allowed strings."""
 
     name: str
     default: Any
@@ -32,20 +32,20 @@ class Parameter:
 
 
 P = Parameter
-# What every node with a map and a vehicle's inputs has.
+# Parameters of every node with a map and a vehicle's inputs.
 _MAP: tuple[Parameter, ...] = (
     P("autostart", True, "Configure and activate on start; otherwise wait for lifecycle requests."),
     P("map", "", "Aerial map: GeoTIFF or any GDAL dataset, .mbtiles, .pmtiles, or a URL with {z}/{x}/{y}."),
-    P("map_headers", [""], "HTTP headers for a tile server, each 'Name: value'."),
-    P("map_api_key_env", "", "Name of the environment variable whose value replaces {key} in the map's URL."),
-    P("map_cache_dir", "", "Folder of the disk cache for downloaded tiles; empty: ~/.cache/xview_loc/tiles."),
-    P("map_offline", False, "Use the disk cache alone, never the network."),
-    P("map_max_zoom", 0, "Deepest zoom level of the tile server; 0: what the source says.", (0, 30)),
-    P("map_deadline_s", 10.0, "Longest wait for one aerial tile, in seconds.", (0.1, 120.0)),
+    P("map_headers", [""], "HTTP headers for the tile server, each 'Name: value'."),
+    P("map_api_key_env", "", "Environment variable that holds the key for {key} in the map's URL."),
+    P("map_cache_dir", "", "Folder that caches downloaded tiles; empty: ~/.cache/xview_loc/tiles."),
+    P("map_offline", False, "Use cached tiles only, never the network."),
+    P("map_max_zoom", 0, "Deepest zoom level of the tile server; 0: as the source declares.", (0, 30)),
+    P("map_deadline_s", 10.0, "Longest time to load one aerial tile, seconds.", (0.1, 120.0)),
     P(
         "snap_m",
         0.0,
-        "Spacing of the tile centres in metres; 0: a quarter of the part of a tile that is searched.",
+        "Spacing of tile centres, metres; 0: a quarter of the side of the searched square.",
         (0.0, 1000.0),
     ),
 )
@@ -55,117 +55,127 @@ _INPUTS: tuple[Parameter, ...] = (
     P(
         "heading_std_deg",
         3.0,
-        "Heading's standard deviation where its message has none, degrees.",
+        "Standard deviation of headings whose message has none, degrees.",
         (0.0, 180.0),
     ),
     P(
         "magnetic_declination_deg",
         0.0,
-        "Where the heading's north lies east of true north, degrees; 0 if the heading is true.",
+        "Declination of a magnetic heading, degrees, positive to the east; 0 for a true heading.",
         (-180.0, 180.0),
     ),
     P(
         "fix_min_status",
         0,
-        "Least NavSatStatus.status of a fix: -2 unknown, -1 none, 0 fix, 1 SBAS, 2 GBAS.",
+        "Least NavSatStatus.status of an accepted fix: -2 unknown, -1 none, 0 fix, 1 SBAS, 2 GBAS.",
         (-2, 2),
     ),
-    P("fix_max_sigma_m", 0.0, "Largest horizontal standard deviation of a fix; 0: no limit.", (0.0, 10000.0)),
+    P(
+        "fix_max_sigma_m",
+        0.0,
+        "Largest horizontal standard deviation of an accepted fix, metres; 0: no limit.",
+        (0.0, 10000.0),
+    ),
     P(
         "fix_max_jump_m",
         40.0,
-        "Largest jump between fixes, metres, beyond 50 m/s of driving; 0: no limit.",
+        "Largest jump between fixes beyond driving at 50 m/s, metres; 0: no limit.",
         (0.0, 10000.0),
     ),
-    P("max_fix_age_s", 2.0, "Largest distance in time from an image to the fix used for it.", (0.0, 60.0)),
-    P("max_heading_age_s", 0.5, "Same for the heading.", (0.0, 60.0)),
-    P("max_wait_s", 0.1, "How long an image waits for a fix and a heading later than itself.", (0.0, 5.0)),
+    P("max_fix_age_s", 2.0, "Largest time between an image and the fix used for it, seconds.", (0.0, 60.0)),
+    P(
+        "max_heading_age_s",
+        0.5,
+        "Largest time between an image and the heading used for it, seconds.",
+        (0.0, 60.0),
+    ),
+    P("max_wait_s", 0.1, "Longest time an image waits for a later fix and heading, seconds.", (0.0, 5.0)),
     P(
         "max_image_delay_s",
         2.0,
-        "Age by the node's clock above which images are warned about.",
+        "Age of images, by the node's clock, above which the node warns, seconds.",
         (0.0, 3600.0),
     ),
     P(
         "qos_reliability",
         "best_effort",
-        "Reliability asked of the inputs.",
+        "Reliability of the subscriptions.",
         choices=("best_effort", "reliable"),
     ),
-    P("qos_depth", 5, "Queue length of the inputs.", (1, 1000)),
+    P("qos_depth", 5, "Queue length of the subscriptions.", (1, 1000)),
 )
 LOCALIZER: tuple[Parameter, ...] = (
     *_MAP,
     *_INPUTS,
-    P("model", "ccvpe-vigor", "Model's name."),
+    P("model", "ccvpe-vigor", "Name of the model."),
     P(
         "checkpoint",
         "",
-        "Weights' file; empty: the model's shipped ones, or random ones to try the plumbing.",
+        "File of weights; empty: the shipped ones, or random ones if none are shipped.",
     ),
-    P("device", "cpu", "PyTorch device, such as cpu or cuda:0."),
+    P("device", "cpu", "PyTorch device, for example cpu or cuda:0."),
     P(
         "backend",
         "auto",
-        "What executes the model for each image; auto: openvino where it is installed and works, else torch.",
+        "Runtime that executes the model for each image; auto: openvino if it works here, else torch.",
         choices=BACKENDS,
     ),
     P(
         "precision",
         "float32",
-        "What it computes in: bfloat16 not with onnxruntime, float16 on GPUs alone.",
+        "Precision of that runtime; bfloat16 not with onnxruntime, float16 on GPUs only.",
         choices=PRECISIONS,
     ),
-    P("torch_threads", 0, "Threads the model may use; 0: PyTorch's own default.", (0, 256)),
+    P("torch_threads", 0, "Number of threads of the model; 0: PyTorch's default.", (0, 256)),
     P(
         "heading_mode",
         "known",
-        "known: trust the heading; prior: search about it; unknown: search all, subscribe none.",
+        "known: trust the heading; prior: search around it; unknown: search all headings, subscribe to none.",
         choices=("known", "prior", "unknown"),
     ),
     P(
         "heading_prior_deg",
         72.0,
-        "Half width of the search about the heading in mode prior, degrees.",
+        "Half width of the search around the heading in mode prior, degrees.",
         (0.0, 180.0),
     ),
     P(
         "search_radius_m",
         0.0,
-        "Radius about the fix to search, metres; 0: three sigma of the fix; negative: no limit.",
+        "Search radius around the fix, metres; 0: three sigma of the fix; negative: no limit.",
         (-1.0, 1000.0),
     ),
     P(
         "covariance_floor_m",
         -1.0,
-        "Standard deviation added to the heat map's, metres; negative: what the checkpoint says.",
+        "Standard deviation added to the heat map's, metres; negative: the checkpoint's.",
         (-1.0, 100.0),
     ),
-    P("min_valid_fraction", 0.9, "Least share of the tile that has imagery.", (0.0, 1.0)),
-    P("min_confidence", 0.0, "Least confidence of a pose that is published.", (0.0, 1.0)),
-    P("datum_lat", math.nan, "Latitude of the map frame's origin, degrees; nan: the first fix used."),
-    P("datum_lon", math.nan, "Longitude of the map frame's origin, degrees; nan: the first fix used."),
-    P("antenna_x", 0.0, "Antenna's position on the vehicle: metres forward of base_link.", (-100.0, 100.0)),
-    P("antenna_y", 0.0, "Antenna's position: metres left of base_link.", (-100.0, 100.0)),
-    P("camera_x", 0.0, "Camera's position on the vehicle: metres forward of base_link.", (-100.0, 100.0)),
-    P("camera_y", 0.0, "Camera's position: metres left of base_link.", (-100.0, 100.0)),
+    P("min_valid_fraction", 0.9, "Least share of a tile with imagery.", (0.0, 1.0)),
+    P("min_confidence", 0.0, "Least confidence of a published pose.", (0.0, 1.0)),
+    P("datum_lat", math.nan, "Latitude of the map frame's origin, degrees; nan: the first fix."),
+    P("datum_lon", math.nan, "Longitude of the map frame's origin, degrees; nan: the first fix."),
+    P("antenna_x", 0.0, "Position of the antenna, metres forward of base_link.", (-100.0, 100.0)),
+    P("antenna_y", 0.0, "Position of the antenna, metres left of base_link.", (-100.0, 100.0)),
+    P("camera_x", 0.0, "Position of the camera, metres forward of base_link.", (-100.0, 100.0)),
+    P("camera_y", 0.0, "Position of the camera, metres left of base_link.", (-100.0, 100.0)),
     P(
         "camera_yaw_deg",
         0.0,
-        "Where the image's centre column looks, degrees left of forward.",
+        "Direction of the image's centre column, degrees left of forward.",
         (-180.0, 180.0),
     ),
-    P("camera_frame", "", "Read the camera's pose on the vehicle from tf, for this frame, instead."),
-    P("antenna_frame", "", "Read the antenna's position from tf, for this frame, instead."),
+    P("camera_frame", "", "Frame to read the camera's pose from tf instead; empty: none."),
+    P("antenna_frame", "", "Frame to read the antenna's position from tf instead; empty: none."),
     P(
         "filter",
         False,
-        "Publish ~/odometry_filtered_pose too: heat maps and fixes over time, moved on by odom's twist.",
+        "Publish ~/odometry_filtered_pose: heat maps and fixes fused over time, moved by odom's twist.",
     ),
     P(
         "filter_outlier",
         0.1,
-        "Filter: probability that a heat map shows nothing but a wrong place.",
+        "Filter: probability that a heat map shows only wrong positions.",
         (0.001, 0.999),
     ),
     P(
@@ -177,24 +187,24 @@ LOCALIZER: tuple[Parameter, ...] = (
     P(
         "filter_decorrelation_m",
         10.0,
-        "Filter: metres after which a heat map's mistakes are no longer those of the last one.",
+        "Filter: distance after which the errors of heat maps are independent, metres.",
         (0.1, 1000.0),
     ),
-    P("shadow_checkpoint", "", "Candidate to compare with checkpoint, unused otherwise; empty: none."),
-    P("shadow_every", 5, "Shadow: compare on every n-th frame, where 10 m were driven.", (1, 100)),
-    P("shadow_frames", 200, "Shadow: frames to compare before the verdict.", (100, 10000)),
+    P("shadow_checkpoint", "", "Candidate to compare with checkpoint, without using its poses; empty: none."),
+    P("shadow_every", 5, "Shadow: compare every n-th frame, if 10 m were driven since the last.", (1, 100)),
+    P("shadow_frames", 200, "Shadow: number of frames compared before the verdict.", (100, 10000)),
     P(
         "shadow_policy",
         "report",
-        "Shadow: say what the verdict is, or put a better candidate in use as well.",
+        "Shadow: report the verdict, or also promote a better candidate to checkpoint.",
         choices=("report", "promote"),
     ),
     P("map_frame", "map", "Frame of ~/pose and ~/heat_map."),
-    P("base_frame", "base_link", "Vehicle's frame: ~/pose is its pose, ~/fix its position."),
+    P("base_frame", "base_link", "Frame of the vehicle: ~/pose is its pose, ~/fix its position."),
     P(
         "publish_tf",
         False,
-        "Broadcast map_frame -> base_frame on tf; leave it to a filter where there is one.",
+        "Broadcast map_frame -> base_frame on tf; not if a filter does.",
     ),
     P("heat_map_rate", 1.0, "Largest rate of ~/heat_map in Hz; 0: never.", (0.0, 100.0)),
     P("overlay_rate", 5.0, "Largest rate of ~/overlay in Hz; 0: never.", (0.0, 100.0)),
@@ -213,7 +223,7 @@ PAIR_LOGGER: tuple[Parameter, ...] = (
     P(
         "camera_yaw_deg",
         0.0,
-        "Where the image's centre column looks, degrees left of forward.",
+        "Direction of the image's centre column, degrees left of forward.",
         (-180.0, 180.0),
     ),
     P("keyframe_distance_m", 2.0, "A pair after so many metres; 0: not by distance.", (0.0, 1000.0)),
@@ -234,7 +244,7 @@ PAIR_LOGGER: tuple[Parameter, ...] = (
 
 
 def declare(node: Node, parameters: tuple[Parameter, ...]) -> None:
-    """Declare all on the node, with descriptions and ranges."""
+    """Declare the parameters on the node, with descriptions and ranges."""
     for p in parameters:
         descriptor = ParameterDescriptor(description=p.description)
         if p.choices:
@@ -248,14 +258,14 @@ def declare(node: Node, parameters: tuple[Parameter, ...]) -> None:
 
 
 def check_choices(parameters: tuple[Parameter, ...], values: Mapping[str, Any]) -> None:
-    """ParameterError where one of ``values`` is none of its parameter's choices."""
+    """Raise ParameterError if one of ``values`` is not among its parameter's choices."""
     for p in parameters:
         if p.choices and p.name in values and values[p.name] not in p.choices:
             raise ParameterError(f"{p.name} is {values[p.name]!r}; choose from {', '.join(p.choices)}")
 
 
 def read(node: Node, parameters: tuple[Parameter, ...]) -> dict[str, Any]:
-    """All values now; ParameterError where one cannot be used."""
+    """Return the current values; ParameterError if one is unusable."""
     values = {p.name: node.get_parameter(p.name).value for p in parameters}
     check_choices(parameters, values)
     if "datum_lat" in values and math.isfinite(values["datum_lat"]) != math.isfinite(values["datum_lon"]):

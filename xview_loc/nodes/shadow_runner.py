@@ -1,4 +1,4 @@
-"""Runs a candidate checkpoint beside the one in use, on some of the frames, and reports on it."""
+"""Run a candidate checkpoint beside the active one on some of the frames, and report the comparison."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from xview_loc.errors import reason
 from xview_loc.estimation.checkpoint_swap import CheckpointSwap, Deployed
-from xview_loc.estimation.localizer import Observation, PoseEstimate
+from xview_loc.estimation.observation import Observation, PoseEstimate
 from xview_loc.estimation.shadow import FrameComparison, ShadowTrial
 from xview_loc.nodes.diagnostics import WARN, Health
 from xview_loc.vehicle.mounting import Mounting
@@ -19,13 +19,16 @@ from xview_loc.vehicle.odometry import Odometry
 from xview_loc.vehicle.synchronisation import GnssFix, HeadingSample
 
 FIGURES = tuple(f.name for f in fields(FrameComparison))
-# Of the latest frame that could not be compared.
+# How long the diagnostics show that a frame could not be compared.
 FAULT_SHOWN_S = 10.0
 
 
 @dataclass(frozen=True)
 class ShadowOptions:
-    """Compare on every ``every``-th frame, ``frames`` times; then promote a better candidate or not."""
+    """Options of a trial.
+
+    every: compare every n-th frame. frames: number of comparisons. promote: activate a better candidate.
+    """
 
     every: int
     frames: int
@@ -33,9 +36,10 @@ class ShadowOptions:
 
 
 class ShadowRunner:
-    """One trial at a time, guarded by a lock together with what is said about it.
+    """Runs one trial at a time.
 
-    The executor's thread starts and stops it, the loading one brings the candidate, the worker's the frames.
+    The executor's thread starts and stops it, the loading thread delivers the candidate, and the worker's
+    thread the frames. A lock guards the trial together with its diagnostics.
     """
 
     def __init__(
@@ -49,9 +53,11 @@ class ShadowRunner:
         publish: Callable[[FrameComparison], object],
         promote: Callable[[Future[Deployed]], object],
     ) -> None:
-        """``spread_m``: how far coarse places are displaced, see :class:`ShadowTrial`. ``options`` are asked
-        for when a trial begins and when it ends. ``publish`` is told each comparison, ``promote`` the change
-        of checkpoint that ends a trial."""
+        """Connect the runner to the node.
+
+        spread_m: as of :class:`ShadowTrial`. options: read when a trial begins and when it ends. publish:
+        called with each comparison. promote: called with the change of checkpoint that ends a trial.
+        """
         self._swap = swap
         self._odometry = odometry
         self._spread_m = spread_m
@@ -65,7 +71,7 @@ class ShadowRunner:
         self._trial: ShadowTrial | None = None
 
     def start(self, path: Path) -> None:
-        """Begin a trial of the checkpoint at ``path`` once it is verified, instead of the one there is."""
+        """Begin a trial of the checkpoint at ``path`` once it is verified; a running trial ends."""
         self.stop()
         with self._lock:
             candidate = self._wanted = self._swap.prepare(path)
@@ -73,7 +79,7 @@ class ShadowRunner:
         candidate.add_done_callback(self._verified)
 
     def stop(self) -> None:
-        """End the trial, and forget what was said about it."""
+        """End the trial, and remove it from the diagnostics."""
         with self._lock:
             self._wanted = self._trial = None
             self._health.forget("shadow")
@@ -85,7 +91,7 @@ class ShadowRunner:
         heading: HeadingSample | None,
         mounting: Mounting,
     ) -> None:
-        """A frame that the checkpoint in use has localised. Whatever goes wrong here is said, not raised."""
+        """Compare on a frame that the active checkpoint has localised; errors go to the diagnostics."""
         try:
             self._saw(observation, fix, heading, mounting)
         except Exception as error:
@@ -101,8 +107,8 @@ class ShadowRunner:
     ) -> None:
         with self._lock:
             if self._trial is not None and self._trial.active is not self._swap.active:
-                # Another checkpoint is in use: what was compared is of no use.
-                self._trial = self._begun(self._trial.candidate)
+                # Comparisons with a checkpoint that is no longer active are useless.
+                self._trial = self._new_trial(self._trial.candidate)
             trial = self._trial
         if trial is None or not trial.wants(observation.stamp_ns):
             return
@@ -125,7 +131,7 @@ class ShadowRunner:
             self._report(trial)
 
     def _report(self, trial: ShadowTrial) -> None:
-        """How it stands; and its end, where this was the last frame."""
+        """Show the trial's figures in the diagnostics, and end it after its last frame."""
         for name, value in trial.means().items():
             self._health.value(f"shadow_{name}", f"{value:.3f}")
         verdict = trial.verdict()
@@ -134,7 +140,7 @@ class ShadowRunner:
             self._health.value("shadow", f"{trial.candidate}, {len(trial)} of {trial.frames} frames{failed}")
             return
         self._trial = None
-        better = "is better" if verdict.promote else "is not surely better"
+        better = "is better" if verdict.promote else "is not significantly better"
         text = f"{trial.candidate} {better}: {verdict.text}"
         self._health.value("shadow", "ended")
         self._health.value("shadow_verdict", text)
@@ -142,7 +148,7 @@ class ShadowRunner:
         if verdict.promote and self._options().promote:
             self._promote(self._swap.use(trial.candidate, instead_of=trial.active))
 
-    def _begun(self, candidate: Deployed) -> ShadowTrial:
+    def _new_trial(self, candidate: Deployed) -> ShadowTrial:
         options = self._options()
         return ShadowTrial(
             self._swap.active,
@@ -154,13 +160,13 @@ class ShadowRunner:
         )
 
     def _verified(self, candidate: Future[Deployed]) -> None:
-        """Called by the loading thread, or by who stops it."""
+        """Begin the trial; called by the loading thread, or by the thread that cancels the candidate."""
         with self._lock:
             if candidate is not self._wanted or candidate.cancelled():
                 return
             error = candidate.exception()
             if error is None:
-                self._trial = self._begun(candidate.result())
+                self._trial = self._new_trial(candidate.result())
                 text = f"in the shadow: {candidate.result()}"
                 self._health.value("shadow", f"{candidate.result()}, 0 of {self._trial.frames} frames")
                 self._log.info(text)
