@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT.parent / "shared" / "reference"
 RECORDED = ROOT / "test" / "data" / "ccvpe_expected.npz"
 TOLERANCE = 1e-4
+ONE_VIGOR = ("ccvpe-vigor", None)
 NAMES = [name for name in MODEL_NAMES if name.startswith("ccvpe-")]
 RECORDED_RUNS = [
     *((name, None) for name in NAMES),
@@ -139,7 +140,14 @@ def run_key(name: str, prior: float | None) -> str:
     return name if prior is None else f"{name}-prior{prior:g}"
 
 
-@pytest.mark.parametrize(("name", "prior"), sorted(RECORDED_RUNS, key=str))
+@pytest.mark.parametrize(
+    ("name", "prior"),
+    [
+        # Full-size models once; their variants and priors are those of the small one.
+        pytest.param(*run, marks=pytest.mark.slow if "vigor" in run[0] and run != ONE_VIGOR else ())
+        for run in sorted(RECORDED_RUNS, key=str)
+    ],
+)
 def test_agrees_with_the_recorded_outputs(name: str, prior: float | None) -> None:
     recorded = np.load(RECORDED)
     model = hashed_model(name)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
-import subprocess
-import sys
 from base64 import b64decode
-from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,8 +37,8 @@ from xview_loc.geodesy import LocalProjection
 from xview_loc.models.base import CrossViewModel, HeatMapGrid, HeatMaps, ModelSpec
 from xview_loc.models.ccvpe import CCVPE, CONFIGS
 from xview_loc.report import Page
+from xview_loc.simulation.city import City, build_city
 
-ROOT = Path(__file__).resolve().parent.parent
 PLANE = LocalProjection(48.2, 16.37)
 
 
@@ -99,35 +97,28 @@ def test_a_page_is_one_file(tmp_path: Path) -> None:
     assert picture is not None and picture.shape[1] > 100
 
 
-def run_process(*words: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "xview_loc.cli", *words], capture_output=True, text=True, cwd=ROOT, timeout=600
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def run_here(*words: str) -> str:
+def command(*words: str) -> str:
     done = CliRunner().invoke(app, words, catch_exceptions=False, env={"COLUMNS": "100"})
     assert done.exit_code == 0
     return done.output
 
 
+@lru_cache(maxsize=1)
+def small_city(seed: int, style: str) -> City:
+    return build_city(seed, style, size_m=420.0)
+
+
 @pytest.mark.parametrize(
-    ("model", "heading", "run"),
-    [
-        ("ccvpe-small", "known", run_process),
-        ("ccvpe-small", "unknown", run_here),
-        ("ggcvt-small", "known", run_here),
-    ],
+    ("model", "heading"), [("ccvpe-small", "known"), ("ccvpe-small", "unknown"), ("ggcvt-small", "known")]
 )
 def test_the_shipped_models_find_their_way(
-    tmp_path: Path, model: str, heading: str, run: Callable[..., str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, heading: str
 ) -> None:
     """Much nearer than the coarse fix, in a city that was not trained on."""
+    monkeypatch.setattr("xview_loc.simulation.city.build_city", small_city)
     out = tmp_path / "errors.json"
     words = ["evaluate", "--model", model, "--cities", "950", "--frames", "16", "--heading", heading]
-    printed = run(*words, "--out", str(out))
+    printed = command(*words, "--out", str(out))
     figures = re.search(r"estimate\D+(\d+)\D+([\d.]+)\D+([\d.]+)", printed)
     coarse = re.search(r"coarse fix\D+(\d+)\D+([\d.]+)\D+([\d.]+)", printed)
     assert figures and coarse and int(figures[1]) >= 14
@@ -314,7 +305,7 @@ def run(root: Path, dataset: str, *more: str) -> tuple[str, dict]:
     """Return what the command prints and what it writes."""
     out = root / "errors.json"
     words = ["evaluate", "--dataset", dataset, "--root", str(root / dataset), "--out", str(out), *more]
-    return run_here(*words), json.loads(out.read_text())
+    return command(*words), json.loads(out.read_text())
 
 
 @pytest.mark.parametrize("heading", ["known", "unknown"])

@@ -33,14 +33,16 @@ from xview_loc.simulation.city import City, build_city
 from xview_loc.simulation.drives import DriveOptions, Frame, drive
 
 METRES_PER_DEGREE = 111_200.0
-EXPORT_ELSEWHERE = graph._export_elsewhere
+EXPORT, EXPORT_ELSEWHERE = graph.export, graph._export_elsewhere
+EXPORTED: dict[tuple[str, FrameSettings], bytes] = {}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A cache of graphs for this module.
 
-    The first graph is exported in a process of its own, the others here, which saves importing PyTorch again.
+    The first graph is exported in a process of its own. The others are exported here, and once each, which
+    saves importing PyTorch again.
     """
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
@@ -48,16 +50,24 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("OMP_NUM_THREADS", "1")
         assert kept_graph(load_model("ccvpe-small").model, FrameSettings()).is_file()
         patch.setattr(graph, "_export_elsewhere", export_here)
+        patch.setattr(graph, "export", export_once)
         yield
 
 
 def export_here(model: CrossViewModel, settings: FrameSettings, path: Path) -> None:
-    path.write_bytes(graph.export(model, settings))
+    path.write_bytes(export_once(model, settings))
+
+
+def export_once(model: CrossViewModel, settings: FrameSettings) -> bytes:
+    key = weights_digest(model), settings
+    if key not in EXPORTED:
+        EXPORTED[key] = EXPORT(model, settings)
+    return EXPORTED[key]
 
 
 @pytest.fixture(scope="module")
 def city() -> City:
-    return build_city(7, "source")
+    return build_city(7, "source", size_m=420.0)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +78,7 @@ def tif(city: City, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def world(city: City, tif: Path) -> Iterator[tuple[AerialMap, list[Frame]]]:
     """The city's map and a drive through it."""
-    frames = list(drive(city, 8, seed=2, options=DriveOptions(rate_hz=0.2)))
+    frames = list(drive(city, 5, seed=2, options=DriveOptions(rate_hz=0.5)))
     with open_map(str(tif)) as aerial:
         yield aerial, frames
 

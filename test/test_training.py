@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from xview_loc.models.base import CrossViewModel, HeatMaps
 from xview_loc.models.ccvpe import CONFIGS
 from xview_loc.models.checkpoint import load_checkpoint
 from xview_loc.models.inputs import normalise
+from xview_loc.simulation.city import build_city
 from xview_loc.training.losses import CCVPELoss, GGCVTLoss
 from xview_loc.training.trainer import (
     PoseValidation,
@@ -47,10 +49,16 @@ def cities(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def samples(cities: Path) -> SimulatedDataset:
-    dataset = open_dataset("simulated:source:0:12", SPEC, cache_dir=cities, augment=True)
-    assert isinstance(dataset, SimulatedDataset)
-    dataset.prepare()
-    return dataset
+    """The training data; both it and the validation data are rendered, from small cities."""
+    training, validation = (
+        open_dataset(text, SPEC, cache_dir=cities, augment=True) for text in (DATA[1], DATA[3])
+    )
+    assert isinstance(training, SimulatedDataset) and isinstance(validation, SimulatedDataset)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("xview_loc.datasets.simulated.build_city", partial(build_city, size_m=300.0))
+        training.prepare()
+        validation.prepare()
+    return training
 
 
 def words(out: Path, cities: Path) -> list[str]:
