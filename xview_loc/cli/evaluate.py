@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import Progress, track
@@ -55,32 +55,25 @@ Root = Annotated[Path | None, typer.Option(help="Folder of the benchmark.")]
 Split = Annotated[str, typer.Option(help="Split of the benchmark.")]
 
 
-class _Errors(NamedTuple):
-    """Metres."""
-
-    mean: float
-    median: float
-
-
-# Published errors, metres: teacher and student on the last 20 % of the target area (Xia et al., ECCV 2024,
-# table 1).
+# Published errors, (mean, median) in metres: teacher and student on the last 20 % of the target area (Xia et
+# al., ECCV 2024, table 1).
 _MEASURES = {Benchmark.vigor: ("distance",), Benchmark.kitti: ("longitudinal", "lateral")}
 _PUBLISHED = {
     (Benchmark.vigor, Heading.known): {
-        "CCVPE, teacher": [_Errors(4.38, 1.76)],
-        "CCVPE, student": [_Errors(3.85, 1.57)],
-        "GGCVT, teacher": [_Errors(5.19, 1.39)],
-        "GGCVT, student": [_Errors(4.34, 1.32)],
+        "CCVPE, teacher": [(4.38, 1.76)],
+        "CCVPE, student": [(3.85, 1.57)],
+        "GGCVT, teacher": [(5.19, 1.39)],
+        "GGCVT, student": [(4.34, 1.32)],
     },
     (Benchmark.vigor, Heading.unknown): {
-        "CCVPE, teacher": [_Errors(5.35, 1.97)],
-        "CCVPE, student": [_Errors(4.27, 1.67)],
+        "CCVPE, teacher": [(5.35, 1.97)],
+        "CCVPE, student": [(4.27, 1.67)],
     },
     (Benchmark.kitti, Heading.known): {
-        "CCVPE, teacher": [_Errors(6.55, 2.55), _Errors(1.82, 0.98)],
-        "CCVPE, student": [_Errors(6.18, 2.35), _Errors(1.76, 0.98)],
-        "GGCVT, teacher": [_Errors(9.27, 4.66), _Errors(2.19, 0.85)],
-        "GGCVT, student": [_Errors(8.56, 4.35), _Errors(1.90, 0.79)],
+        "CCVPE, teacher": [(6.55, 2.55), (1.82, 0.98)],
+        "CCVPE, student": [(6.18, 2.35), (1.76, 0.98)],
+        "GGCVT, teacher": [(9.27, 4.66), (2.19, 0.85)],
+        "GGCVT, student": [(8.56, 4.35), (1.90, 0.79)],
     },
 }
 
@@ -172,7 +165,7 @@ def open_benchmark(
 def _print_benchmark(errors: PoseErrors, name: str, dataset: Benchmark, split: str, heading: Heading) -> None:
     figures = errors.summary()
     measures = _MEASURES[dataset]
-    own = [_Errors(figures[f"{m}_m_mean"], figures[f"{m}_m_median"]) for m in measures]
+    own = [(figures[f"{m}_m_mean"], figures[f"{m}_m_median"]) for m in measures]
     published = _PUBLISHED.get((dataset, heading), {})
     table = Table(title=f"{dataset.value} {split}, heading {heading.value}, metres")
     table.add_column("")

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xview_loc.estimation.localizer import MIN_SEARCH_M, SEARCH_SIGMAS
-from xview_loc.models.base import CrossViewModel, HeatMaps
+from xview_loc.models.base import CrossViewModel
 from xview_loc.models.ccvpe import CCVPE
 from xview_loc.models.ggcvt import ranking_loss
 
@@ -126,12 +126,6 @@ class CCVPELoss:
         assert isinstance(model, CCVPE)
         features = model.encode_aerial(batch["aerial"])
         maps = model.match(batch["ground"], features, heading_prior_deg, orientation=heading_prior_deg != 0)
-        return self.of_maps(model, maps, batch, heading_prior_deg)
-
-    def of_maps(
-        self, model: CCVPE, maps: HeatMaps, batch: Mapping[str, Tensor], heading_prior_deg: float | None
-    ) -> Tensor:
-        """Compute the loss of the heat maps that the model returned for a batch."""
         label = gaussian_label(batch["position"], model.spec.aerial_size, self.sigma)
         bins = bin_weights(batch["heading"], model.spec.bins)[:, model.prior_bins(heading_prior_deg)]
         levels = [info_nce(scores, label, bins) for scores in maps.levels]
