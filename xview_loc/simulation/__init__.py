@@ -1,1 +1,1 @@
-"""A procedural city to drive, log, adapt and measure in, with known truth."""
+"""A procedural city with known truth, to drive, record, adapt and measure in."""

@@ -1,4 +1,4 @@
-"""A vehicle drives through a simulated city: images, fixes, a compass, odometry and the truth."""
+"""Drives through a simulated city: images, fixes, headings, odometry and the truth."""
 
 from __future__ import annotations
 
@@ -11,28 +11,30 @@ from numpy.typing import NDArray
 
 from xview_loc.errors import UserError
 from xview_loc.geodesy import wrap_angle
-from xview_loc.simulation.city import Cars, City, Image, car_looks
+from xview_loc.simulation.city import City
+from xview_loc.simulation.objects import Cars, Image, car_looks
 from xview_loc.simulation.views import CameraPose, PanoramaView, PinholeView, render_panorama, render_pinhole
 
 Array = NDArray[np.float64]
 
-# West, south, east and north border, metres from the city's centre.
+# Borders in the west, south, east and north, metres from the city's centre.
 Area = tuple[float, float, float, float]
 
-_STEP_M = 0.5  # of the sampled route
-_MARGIN_M = 70.0  # the route keeps this far from the city's border, so that every tile is whole
+_STEP_M = 0.5  # between points of the route
+_MARGIN_M = 70.0  # between the route and the border, so that no tile reaches beyond the city
 
 
 class RouteError(UserError, ValueError):
-    """There is no street to drive on; the message is one clear line."""
+    """There is no street to drive on."""
 
 
 @dataclass(frozen=True)
 class DriveOptions:
-    """How a drive goes; metres, seconds, radians.
+    """Parameters of a drive and its sensors; metres, seconds, radians.
 
-    The fix's error is a Gauss-Markov bias (standard deviation ``bias_open_m`` per axis under an open sky,
-    up to ``bias_canyon_m`` between tall buildings, correlation time ``bias_time_s``) plus white noise.
+    The error of fixes is a Gauss-Markov bias plus white noise. The bias has a standard deviation per axis of
+    ``bias_open_m`` under an open sky, up to ``bias_canyon_m`` between tall buildings, and the correlation
+    time ``bias_time_s``.
     """
 
     rate_hz: float = 5.0
@@ -54,7 +56,7 @@ class DriveOptions:
 
 @dataclass(frozen=True)
 class Truth:
-    """Where the vehicle really is: metres in the city's plane, degrees, true-north ENU yaw, m/s, rad/s."""
+    """True state of the vehicle: metres in the city's plane, degrees, true-north ENU yaw, m/s, rad/s."""
 
     east: float
     north: float
@@ -67,7 +69,7 @@ class Truth:
 
 @dataclass(frozen=True)
 class Fix:
-    """A receiver's fix: degrees and the covariance (2, 2) it claims, ENU m^2."""
+    """A receiver's fix in degrees, with the covariance (2, 2) it claims, ENU m^2."""
 
     lat: float
     lon: float
@@ -76,10 +78,10 @@ class Fix:
 
 @dataclass(frozen=True)
 class Frame:
-    """Everything a vehicle knows at one instant, and the truth.
+    """All measurements of one instant, and the truth.
 
-    ``heading`` is the measured ENU yaw from true north with standard deviation ``heading_std``; ``speed``
-    and ``yaw_rate`` are the wheel odometry's. ``image`` is None for a drive without a camera.
+    ``heading`` is the measured true-north ENU yaw with standard deviation ``heading_std``, radians; ``speed``
+    and ``yaw_rate`` come from wheel odometry. ``image`` is None for a drive without a camera.
     """
 
     stamp_ns: int
@@ -93,7 +95,7 @@ class Frame:
 
 
 def sky_blocked(city: City, east: float, north: float) -> float:
-    """Share (0..1) of the sky behind buildings: the mean over the compass of the skyline's elevation / 90."""
+    """Return the share (0..1) of the sky behind buildings: mean elevation of the skyline / 90 degrees."""
     yaw = np.linspace(0, 2 * math.pi, 24, endpoint=False)[:, None]
     radius = np.geomspace(3.0, 90.0, 24)
     row, col = city.to_pixel(east + radius * np.cos(yaw), north + radius * np.sin(yaw))
@@ -105,15 +107,15 @@ def sky_blocked(city: City, east: float, north: float) -> float:
 
 
 def plan_route(city: City, length_m: float, rng: np.random.Generator, area: Area | None = None) -> Array:
-    """Points (n, 2), 0.5 m apart, along the right-hand lane of streets chosen at random at each crossing.
+    """Return points (n, 2), 0.5 m apart, along the right-hand lane of streets chosen at random.
 
-    ``area``: only streets that lie in it as a whole. Raises RouteError where the city has no street there, or
-    none far enough from its border.
+    With ``area``, only streets that lie entirely inside it are driven. Raises RouteError if there is no such
+    street, or none far enough from the border of the city.
     """
     streets, reach = city.streets.streets, city.size_m / 2 - _MARGIN_M
     usable = {i for i, s in enumerate(streets) if np.abs(s.points).max() < reach}
     if not usable:
-        # A small city: any street whose middle is inside will do, and the route is cut at the border.
+        # In a small city, take any street whose middle is inside, and cut the route at the border.
         usable = {i for i, s in enumerate(streets) if np.abs(s.at(s.length / 2)).max() < reach}
     if not usable:
         raise RouteError(f"a city of {city.size_m:.0f} m has no street {_MARGIN_M:.0f} m inside its border")
@@ -128,7 +130,7 @@ def plan_route(city: City, length_m: float, rng: np.random.Generator, area: Area
         street = streets[index]
         forward = street.nodes[0] == node
         s = np.arange(0.0, street.length, _STEP_M)
-        # The rightmost lane; to the left of the centre line is negative when driven backwards.
+        # The rightmost lane; driven backwards, it lies on the other side of the centre line.
         lateral = -(street.lanes - 0.5) * street.lane_m
         pieces.append(street.at(s, lateral) if forward else street.at(s, -lateral)[::-1])
         visits[index] += 1
@@ -138,7 +140,7 @@ def plan_route(city: City, length_m: float, rng: np.random.Generator, area: Area
         if onward:
             weight = np.array([0.2 ** visits[i] for i in onward])
             index = int(rng.choice(onward, p=weight / weight.sum()))
-        # Otherwise it turns round and drives back.
+        # In a dead end, turn round and drive back.
     points = np.concatenate(pieces)
     points = points[(np.abs(points) < reach + _MARGIN_M / 2).all(axis=1)]
     for width in (13, 9):  # round off the corners
@@ -159,7 +161,7 @@ def _smooth(values: Array, width: int) -> Array:
 
 
 def _speed_profile(route: Array, options: DriveOptions) -> tuple[Array, Array]:
-    """(speed, yaw) at each point of the route."""
+    """Return speed in m/s and yaw in radians at each point of the route."""
     step = np.gradient(route, axis=0)
     yaw = np.unwrap(np.arctan2(step[:, 1], step[:, 0]))
     curvature = np.abs(np.gradient(_smooth(yaw, 7))) / _STEP_M
@@ -174,7 +176,7 @@ def _speed_profile(route: Array, options: DriveOptions) -> tuple[Array, Array]:
 
 
 def _traffic(city: City, east: float, north: float, time_s: float, seed: int) -> Cars:
-    """Cars that move along the streets around a place; each street's flow is fixed by the seed."""
+    """Return the cars that move along the streets around a place; the seed fixes the flow of each street."""
     centres, axes, picks = [], [], []
     for index, street in enumerate(city.streets.streets):
         if np.hypot(*(street.points - (east, north)).T).min() > 80.0:
@@ -192,7 +194,7 @@ def _traffic(city: City, east: float, north: float, time_s: float, seed: int) ->
     colour = np.concatenate([c for c, _ in looks]) if count else np.zeros((0, 3), np.float32)
     scale = np.concatenate([s for _, s in looks]) if count else np.zeros(0, np.float32)
     place = np.array(centres).reshape(-1, 2)
-    # No car drives into the vehicle.
+    # Keep cars from driving into the vehicle.
     clear = np.hypot(*(place - (east, north)).T) > 5.5
     return Cars(place[clear], np.array(axes).reshape(-1, 2)[clear], colour[clear], scale[clear])
 
@@ -206,10 +208,10 @@ def drive(
     view: PanoramaView | PinholeView | None = PanoramaView(),  # noqa: B008 - frozen
     area: Area | None = None,
 ) -> Iterator[Frame]:
-    """Drive ``frames`` frames along random streets; the same arguments give the same frames.
+    """Drive along random streets for a number of frames; the same arguments give the same frames.
 
     ``view`` is the camera, or None for a drive without images. ``area`` keeps the drive to the streets in it.
-    Raises RouteError where there is none.
+    Raises RouteError if there is none.
     """
     options = options or DriveOptions()
     rng = np.random.default_rng([seed, city.seed, 4])
@@ -217,7 +219,7 @@ def drive(
     period = 1.0 / options.rate_hz
     route = plan_route(city, frames * period * options.top_speed + 10.0, rng, area)
     speeds, yaws = _speed_profile(route, options)
-    # Time at each point of the route, so that frames are evenly spaced in time.
+    # Times at the points of the route; frames are evenly spaced in time.
     times = np.concatenate([[0.0], np.cumsum(_STEP_M / np.maximum(0.5 * (speeds[1:] + speeds[:-1]), 0.5))])
     s_of_time = np.arange(len(route)) * _STEP_M
     keep = math.exp(-period / options.bias_time_s)
@@ -243,7 +245,7 @@ def drive(
         yaw_rate = 0.0 if previous_yaw is None else (yaw - previous_yaw) / period
         previous_yaw = yaw
         lat, lon = (float(v) for v in city.to_latlon(east, north))
-        # `yaw` is in the plane's axes; true north turns by the convergence.
+        # `yaw` is in the axes of the plane; true north differs by the meridian convergence.
         heading = wrap_angle(yaw - city.projection.convergence(lat, lon))
         truth = Truth(east, north, lat, lon, heading, speed, yaw_rate)
 

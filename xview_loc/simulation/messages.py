@@ -1,4 +1,4 @@
-"""A simulated drive as serialized ROS 2 messages: what a bag holds and what goes over DDS. Needs no ROS."""
+"""Serialized ROS 2 messages of a simulated drive, for bags and for DDS. Needs no ROS."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from xview_loc.bags.ros_types import header, message, nav_sat_fix, quaternion, s
 from xview_loc.bags.writer import BagWriter
 from xview_loc.simulation.drives import Frame
 
-# A bag of a simulated drive starts at this time (14 November 2023), so that it is the same every time; zero
-# stands for no time in ROS.
+# Start of bags, 14 November 2023: fixed, so that equal drives give equal bags. In ROS, zero means no time.
 START_NS = 1_700_000_000 * 1_000_000_000
 CAMERA_FRAME, ANTENNA_FRAME, BASE_FRAME, ODOM_FRAME = "camera", "antenna", "base_link", "odom"
 TOPICS = {
@@ -27,9 +26,9 @@ TOPICS = {
 
 
 def frame_messages(frame: Frame, stamp_ns: int) -> list[tuple[str, bytes]]:
-    """(topic, CDR bytes) of the frame's messages, stamped ``stamp_ns``; the image comes last.
+    """Return (topic, CDR bytes) of the messages of a frame, stamped ``stamp_ns``; the image comes last.
 
-    Headings are true-north ENU yaws. ``/odom`` has the wheels' twist alone: its pose is marked as unknown.
+    Headings are true-north ENU yaws. ``/odom`` holds the twist of the wheels; its pose is marked as unknown.
     """
     fix, truth = frame.fix, frame.truth
     messages = [
@@ -45,9 +44,9 @@ def frame_messages(frame: Frame, stamp_ns: int) -> list[tuple[str, bytes]]:
 
 
 def write_bag(frames: Iterable[Frame], folder: Path, start_ns: int = START_NS) -> None:
-    """Write a drive into a new rosbag2 (MCAP); stamps count from ``start_ns``.
+    """Write a drive to a new rosbag2 (MCAP); stamps count from ``start_ns``.
 
-    Raises FileExistsError where ``folder`` exists, OSError where it cannot be written.
+    Raises FileExistsError if ``folder`` exists, OSError if it cannot be written.
     """
     writer = BagWriter(folder, TOPICS)
     try:
@@ -68,7 +67,7 @@ def _heading(stamp_ns: int, yaw: float) -> Any:
 def _fix(stamp_ns: int, lat: float, lon: float, covariance: Any, frame_id: str) -> Any:
     full = np.zeros((3, 3))
     full[:2, :2] = covariance
-    # Receivers' heights are about twice as uncertain as their positions.
+    # Heights of receivers are about twice as uncertain as positions.
     full[2, 2] = 4.0 * max(covariance[0, 0], covariance[1, 1])
     return nav_sat_fix(header(stamp_ns, frame_id), lat, lon, 0.0, full)
 

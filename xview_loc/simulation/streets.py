@@ -27,11 +27,11 @@ class Street:
 
     @property
     def length(self) -> float:
-        """Metres along the centre line."""
+        """Length of the centre line in metres."""
         return float(self.s[-1])
 
     def at(self, s: Array | float, lateral: Array | float = 0.0) -> Array:
-        """(n, 2) points at arc length ``s``, ``lateral`` metres to the left of the centre line."""
+        """Return points (n, 2) at arc length ``s``, ``lateral`` metres to the left of the centre line."""
         s = np.atleast_1d(np.asarray(s, float))
         tangent = self.tangent(s)
         x = np.interp(s, self.s, self.points[:, 0]) - tangent[:, 1] * lateral
@@ -39,7 +39,7 @@ class Street:
         return np.stack([x, y], axis=1)
 
     def tangent(self, s: Array | float) -> Array:
-        """(n, 2) unit directions at arc length ``s``."""
+        """Return unit directions (n, 2) at arc length ``s``."""
         s = np.atleast_1d(np.asarray(s, float))
         a, b = np.clip(s - 1.5, 0.0, self.length), np.clip(s + 1.5, 0.0, self.length)
         dx = np.interp(b, self.s, self.points[:, 0]) - np.interp(a, self.s, self.points[:, 0])
@@ -48,7 +48,7 @@ class Street:
         return np.stack([dx / norm, dy / norm], axis=1)
 
     def strip(self, s0: float, s1: float, lateral: float, width: float, step: float = 2.0) -> Array:
-        """Polygon (n, 2) of the band of ``width`` around ``lateral`` between two arc lengths."""
+        """Return the polygon (n, 2) of the band of ``width`` around ``lateral`` between two arc lengths."""
         s = np.linspace(s0, s1, max(2, int((s1 - s0) / step) + 1))
         left, right = self.at(s, lateral + width / 2), self.at(s, lateral - width / 2)
         return np.concatenate([left, right[::-1]])
@@ -58,8 +58,8 @@ class Street:
 class StreetNetwork:
     """Crossings (n, 2), streets, the streets that meet at each crossing, and the blocks between them.
 
-    ``blocks`` are polygons (n, 2), counter-clockwise, along the streets' centre lines; ``block_edges``
-    holds for each its (points, half width) sides.
+    A block is a list of its sides, counter-clockwise: (points along the centre line (n, 2), half width of the
+    street in metres).
     """
 
     nodes: Array
@@ -68,7 +68,7 @@ class StreetNetwork:
     blocks: list[list[tuple[Array, float]]]
 
     def node_clearance(self, node: int, street: int) -> float:
-        """Metres from the crossing's centre along ``street`` to the edge of the widest other street."""
+        """Return the metres along ``street`` from a crossing's centre to the edge of the widest other."""
         own = self.streets[street]
         start = own.nodes[0] == node
         d0 = own.tangent(0.0 if start else own.length)[0] * (1.0 if start else -1.0)
@@ -81,7 +81,7 @@ class StreetNetwork:
             d1 = d1 * (1.0 if other.nodes[0] == node else -1.0)
             cos, sin = float(d0 @ d1), abs(float(d0[0] * d1[1] - d0[1] * d1[0]))
             if sin < 0.35:
-                reach = 0.0 if cos < 0 else own.half_width * 2.0  # straight on: nothing to clear
+                reach = 0.0 if cos < 0 else own.half_width * 2.0  # straight on: no clearance
             else:
                 # Where the two kerbs meet.
                 reach = (other.half_width + own.half_width * cos) / sin
@@ -90,11 +90,11 @@ class StreetNetwork:
 
 
 def make_streets(style: Style, half_size: float, rng: np.random.Generator) -> StreetNetwork:
-    """A random network that covers the square of +-``half_size`` metres and runs on beyond its border."""
+    """Return a random network that covers the square of +-``half_size`` metres and continues beyond it."""
     block = style.block_m
     reach = half_size * 1.5 + block
     count = math.ceil(2 * reach / block) + 1
-    # Uneven spacing of the grid lines, so that no two blocks are alike.
+    # Uneven spacing, so that no two blocks are alike.
     spacing = block * rng.uniform(0.7, 1.3, size=(2, count))
     lines = np.cumsum(spacing, axis=1)
     lines -= lines[:, count // 2 : count // 2 + 1] + rng.uniform(-0.5, 0.5, (2, 1)) * block

@@ -1,7 +1,7 @@
-"""How a simulated city looks: everything that makes the domain gap between two cities is a number here.
+"""Styles of simulated cities: the numbers that make the domain gap between two cities.
 
-Colours are linear-ish RGB in 0..255. Every field is a number, a tuple of numbers or a name, so that two
-styles can be blended (:func:`blend`) and a style can be varied (:func:`vary`) field by field.
+Colours are roughly linear RGB in 0..255. Every field is a number, a tuple of numbers or a name, so that
+styles can be blended (:func:`blend`) and varied (:func:`vary`) field by field.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 Rgb = tuple[float, float, float]
 Palette = tuple[Rgb, Rgb, Rgb, Rgb, Rgb]
@@ -17,18 +18,18 @@ Palette = tuple[Rgb, Rgb, Rgb, Rgb, Rgb]
 
 @dataclass(frozen=True)
 class Style:
-    """One look of a city, its light, its aerial sensor and its vehicle camera.
+    """Look of a city, its light, its aerial sensor and the vehicle's camera.
 
-    Layout: ``block_m`` is the mean distance of parallel streets, ``jitter`` moves crossings by that share
-    of a block, ``bend_m`` bends streets sideways by up to so many metres, ``missing`` is the share of side
-    streets left out. ``avenue_every`` grid lines there is a wide street.
+    Layout: ``block_m`` is the mean distance of parallel streets, ``jitter`` the displacement of crossings as
+    a share of a block, ``bend_m`` the largest sideways bend of streets, ``missing`` the share of side streets
+    left out. Every ``avenue_every``-th street is wide.
     Streets: widths in metres; ``dash_m`` is (length, gap) of the centre line; ``zebra`` is the share of
-    junction arms with a crossing, ``crossing`` its look; ``edge_line`` draws a line along the kerb where
-    it is at least 0.5. ``wear`` is the share of a marking worn off.
-    Buildings: ``floors`` (least, most), ``pitched`` share with pitched roofs, ``frontage_m`` mean width,
-    ``gap`` share of lots left open, ``facade_match`` how much the facade's colour follows the roof's.
-    Light: azimuths clockwise from north, elevations above the horizon, in degrees; a shadow takes away the
-    share ``*_shadow`` of the light. ``haze_m`` is the range at which 63 % of the contrast is gone.
+    junction arms with a crossing, ``crossing`` its look; ``edge_line`` of at least 0.5 draws a line along the
+    kerb; ``wear`` is the share of a marking worn off.
+    Buildings: ``floors`` is (least, most), ``pitched`` the share with pitched roofs, ``frontage_m`` the mean
+    width, ``gap`` the share of lots left open, ``facade_match`` the share of facades matched to the roof.
+    Light: azimuths are clockwise from north, elevations above the horizon, in degrees; a shadow takes away
+    the share ``*_shadow`` of the light. ``haze_m`` is the range at which 63 % of the contrast is gone.
     Sensors: blur in pixels (standard deviation), noise in grey levels, gain per colour channel.
     """
 
@@ -229,10 +230,10 @@ VALIDATION = replace(
 )
 
 STYLES = {style.name: style for style in (SOURCE, TARGET, VALIDATION)}
-# How far a city of each style strays from the named style: the source is randomised, for training.
+# How far cities stray from the named style; the source is varied widely, for training.
 _STRENGTH = {"source": 1.0, "target": 0.25, "validation": 0.25}
 
-# Fields whose spread is not proportional to their value: (spread, least, most) at strength 1.
+# Fields that vary by an absolute amount: (standard deviation at strength 1, least, most).
 _SPREAD: dict[str, tuple[float, float, float]] = {
     "jitter": (0.06, 0.05, 0.3),
     "missing": (0.1, 0.0, 0.35),
@@ -278,9 +279,10 @@ def _mix(a: Any, b: Any, t: float) -> Any:
 
 
 def blend(a: Style, b: Style, t: float) -> Style:
-    """The style a share ``t`` (0..1) of the way from ``a`` to ``b``: the dial of the domain gap.
+    """Return the style at a share ``t`` (0..1) of the way from ``a`` to ``b``, to set the domain gap.
 
-    Numbers and colours are interpolated; names (the look of crossings) switch at one half.
+    Numbers and colours are interpolated; names (the look of crossings) switch at one half. Raises ValueError
+    for another ``t``.
     """
     if not 0.0 <= t <= 1.0:
         raise ValueError(f"a blend lies between 0 and 1, got {t}")
@@ -298,7 +300,7 @@ def _vary_colour(colour: Rgb, rng: np.random.Generator, strength: float) -> Rgb:
 
 
 def vary(style: Style, rng: np.random.Generator, strength: float = 1.0) -> Style:
-    """A random style around ``style``; ``strength`` 0 gives it back, 1 is the training cities' spread."""
+    """Return a random style around ``style``; ``strength`` 1 is the spread of the training cities, 0 none."""
     values: dict[str, Any] = {}
     for field in fields(Style):
         name, value = field.name, getattr(style, field.name)
@@ -331,7 +333,7 @@ def vary(style: Style, rng: np.random.Generator, strength: float = 1.0) -> Style
 
 
 def style_for(name: str, seed: int) -> Style:
-    """The named style as city ``seed`` has it; "source" strays far from its mean, the others a little.
+    """Return the named style as varied for a city: "source" strays far from its mean, the others a little.
 
     Raises ValueError for an unknown name.
     """
@@ -339,3 +341,9 @@ def style_for(name: str, seed: int) -> Style:
         raise ValueError(f"unknown style {name!r}; choose from {', '.join(STYLES)}")
     rng = np.random.default_rng([seed, sum(name.encode()), 1])
     return vary(STYLES[name], rng, _STRENGTH[name])
+
+
+def colour_matrix(gain: Rgb, saturation: float) -> NDArray[np.float32]:
+    """Return the 3 x 3 matrix of a gain per channel and a saturation (1: unchanged, 0: grey)."""
+    mix = saturation * np.eye(3) + (1.0 - saturation) / 3.0
+    return (np.diag(gain) @ mix).astype(np.float32)
