@@ -1,4 +1,4 @@
-"""The demo of the whole loop, small: both drives, the student on the running node, and no process left."""
+"""Both demos, small, over DDS: drives, pages, the student on the running node, and no process left."""
 
 from __future__ import annotations
 
@@ -18,21 +18,30 @@ pytest.importorskip("rclpy", reason="ROS 2's Python packages are not installed")
 
 from ros_harness import environment, pick_domain
 
-from xview_loc.demo.adapt import AFTER, BEFORE, MODEL, Plan, Story, make_page
-from xview_loc.demo.live import Track
+from xview_loc.demo.adapt import AFTER, BEFORE, MODEL, Plan, Results, make_page
+from xview_loc.demo.live import DriveLog
 from xview_loc.geodesy import LocalProjection
 from xview_loc.models.checkpoint import shipped_checkpoint
 
 DOMAIN = pick_domain()
 FRAMES, RECORDED = 24, 80
+DRIVE = "import xview_loc.demo.localize as demo; demo.FRAMES = 10; demo.main()"
 SMALL = ["--size", "600", "--frames", str(FRAMES), "--recorded", str(RECORDED), "--epochs", "1"]
 
 
-def start(out: Path, *words: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "xview_loc.demo.adapt", "--out", str(out), *SMALL, *words]
+def start(folder: Path, *words: str) -> subprocess.Popen:
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(DOMAIN)
+        [sys.executable, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=folder,
+        env=environment(DOMAIN),
     )
+
+
+def start_adapt(folder: Path, *words: str) -> subprocess.Popen:
+    return start(folder, "-m", "xview_loc.demo.adapt", "--out", str(folder), *SMALL, *words)
 
 
 def processes_that_name(folder: Path) -> list[str]:
@@ -51,11 +60,29 @@ def text_of(page: str) -> str:
     return html.unescape(" ".join(re.sub("<[^>]*>", " ", page).split()))
 
 
-def test_the_whole_loop(tmp_path: Path) -> None:
-    """So few pairs make no student that may be deployed: it is deployed because we say so."""
-    process = start(tmp_path, "--deploy-anyway")
+def test_a_drive_is_localised_live(tmp_path: Path) -> None:
+    process = start(tmp_path, "-c", DRIVE)
     try:
         log, _ = process.communicate(timeout=280)
+    finally:
+        process.terminate()
+        process.wait()
+    assert process.returncode == 0, log
+    page = (tmp_path / "demo_output" / "demo.html").read_text()
+    localised = re.search(r"localised (\d+) of 10 frames", text_of(page))
+    assert localised and int(localised[1]) >= 5
+    assert page.count("data:image/png;base64,") == 3
+    assert "the estimate's median error is" in log
+    assert not processes_that_name(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_whole_loop(tmp_path: Path) -> None:
+    """So few pairs make no student worth deploying; --deploy-anyway deploys it."""
+    process = start_adapt(tmp_path, "--deploy-anyway")
+    try:
+        log, _ = process.communicate(timeout=1700)
     finally:
         process.terminate()
         process.wait()
@@ -69,23 +96,23 @@ def test_the_whole_loop(tmp_path: Path) -> None:
     files = (Path(str(shipped_checkpoint(MODEL))), adapted / "student.safetensors")
     digests = [hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in files]
     assert hashes == dict(zip((BEFORE, AFTER), digests, strict=True))
-    answered = re.search(r"(\d+) were answered in the first drive and (\d+) in the second", text)
+    answered = re.search(r"(\d+) were localised in the first drive and (\d+) in the second", text)
     assert answered and all(int(count) >= FRAMES / 2 for count in answered.groups())
-    assert "The verdict was not to deploy the student. It was deployed all the same" in text
+    assert "The verdict was not to deploy the student. It was deployed anyway" in text
     assert page.count("data:image/png;base64,") == 3
     (link,) = re.findall('<a href="([^"]+)"', page)
     assert (tmp_path / link).read_text().startswith("<!doctype html>")
     assert not processes_that_name(tmp_path)
 
 
-def test_told_to_end_it_leaves_no_process(tmp_path: Path) -> None:
-    process = start(tmp_path)
+def test_a_terminated_demo_leaves_no_process(tmp_path: Path) -> None:
+    process = start_adapt(tmp_path)
     assert process.stdout is not None
     try:
         assert any("[localizer]: active" in line for line in process.stdout)
         assert len(processes_that_name(tmp_path)) > 1
         process.send_signal(signal.SIGTERM)
-        log, _ = process.communicate(timeout=60)
+        log, _ = process.communicate(timeout=120)
     finally:
         process.kill()
     assert process.returncode == 128 + signal.SIGTERM
@@ -94,31 +121,31 @@ def test_told_to_end_it_leaves_no_process(tmp_path: Path) -> None:
 
 
 def test_the_page_of_a_student_that_is_not_deployed(tmp_path: Path) -> None:
-    """It says so and why; errors are of the frames that both drives answered."""
+    """It says why; errors cover the frames that both drives localised."""
     aerial = write_geotiff(tmp_path / "map.tif", texture(600, 600), 48.2, 16.37, 0.5, "EPSG:32633")
     plane = LocalProjection(48.2, 16.37)
-    tracks = {}
-    for name, first_stamp, off_m, unanswered in ((BEFORE, 100, 4.0, 0), (AFTER, 9000, 3.0, 5)):
-        track = tracks[name] = Track()
+    drives = {}
+    for name, first_stamp, off_m, missing in ((BEFORE, 100, 4.0, 0), (AFTER, 9000, 3.0, 5)):
+        log = drives[name] = DriveLog()
         for k in range(6):
-            track.truth[first_stamp + k] = plane.inverse(5.0 * k, 0.0)
-            track.fix[first_stamp + k] = plane.inverse(5.0 * k, 20.0)
-            if k != unanswered:
-                track.estimate[first_stamp + k] = plane.inverse(5.0 * k, off_m)
-    story = Story(
+            log.truth[first_stamp + k] = plane.inverse(5.0 * k, 0.0)
+            log.fix[first_stamp + k] = plane.inverse(5.0 * k, 20.0)
+            if k != missing:
+                log.estimate[first_stamp + k] = plane.inverse(5.0 * k, off_m)
+    results = Results(
         Plan(600.0, 6, 60, 1, deploy_anyway=False),
         aerial,
-        tracks,
-        served=dict.fromkeys(tracks, "/weights/teacher.safetensors sha256:0123456789ab"),
+        drives,
+        checkpoints=dict.fromkeys(drives, "/weights/teacher.safetensors sha256:0123456789ab"),
         metrics={
             "verdict": {"deploy": False, "reasons": ["worse than <before>"]},
             "student_sha256": "cd" * 32,
         },
     )
-    make_page(story, "report.html").write(tmp_path / "page.html")
+    make_page(results, "report.html").write(tmp_path / "page.html")
     text = text_of((tmp_path / "page.html").read_text())
-    assert "it was not deployed: the node kept its weights" in text
-    assert "worse than <before>" in text and "The node's answer" not in text
+    assert "The node kept its weights" in text
+    assert "worse than <before>" in text and "Answer of the node" not in text
     assert f"{BEFORE} 4.00 m 4.00 m 4.00 m 4 teacher" in text
     assert f"{AFTER} 3.00 m 3.00 m 3.00 m 4 teacher" in text
-    assert "5 were answered in the first drive and 5 in the second" in text
+    assert "5 were localised in the first drive and 5 in the second" in text

@@ -1,1 +1,1 @@
-"""``make demo`` and ``make demo-adapt``: the nodes at work in the simulated city, shown on a page."""
+"""``make demo`` and ``make demo-adapt``: the nodes run in a simulated city, and a page shows the results."""

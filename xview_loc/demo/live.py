@@ -1,4 +1,4 @@
-"""What the demos share: a simulated drive and the nodes as processes, and who listens to them over DDS."""
+"""Shared by both demos: simulated drives and nodes as processes, and a node that records their output."""
 
 from __future__ import annotations
 
@@ -35,33 +35,33 @@ Place = tuple[float, float]
 
 
 @dataclass
-class Track:
-    """Places (lat, lon) in degrees by stamp in nanoseconds: the truth, the coarse fixes and the estimates."""
+class DriveLog:
+    """Truth, coarse fixes and estimates of a drive: (lat, lon) in degrees by stamp in nanoseconds."""
 
     truth: dict[int, Place] = field(default_factory=dict)
     fix: dict[int, Place] = field(default_factory=dict)
     estimate: dict[int, Place] = field(default_factory=dict)
 
-    def errors(self, of: dict[int, Place]) -> dict[int, float]:
-        """Distance from the truth in metres of the frames that were localised, by stamp."""
+    def errors(self, places: dict[int, Place]) -> dict[int, float]:
+        """Return the distances from the truth in metres by stamp, for the frames that were localised."""
         return {
-            stamp: distance_m(*of[stamp], *self.truth[stamp])
+            stamp: distance_m(*places[stamp], *self.truth[stamp])
             for stamp in sorted(self.estimate)
             if stamp in self.truth and stamp in self.fix
         }
 
 
 class Listener(Node):
-    """Collects what goes over DDS and prints the errors of each frame, or of one in ``tell_every``.
+    """Record a drive over DDS, and print the errors of one frame in ``print_every``.
 
-    ``track`` may be replaced by an empty one for another drive. ``state`` and ``checkpoint``: the localizer's
-    lifecycle state, and what it says that it uses.
+    Replace ``drive`` by an empty log to record another drive. ``state`` and ``checkpoint`` are the lifecycle
+    state and the checkpoint that the localizer reports.
     """
 
     def __init__(self) -> None:
         super().__init__("demo")
-        self.track = Track()
-        self.tell_every = 1
+        self.drive = DriveLog()
+        self.print_every = 1
         self.state = self.checkpoint = ""
         self.grid: OccupancyGrid | None = None
         self.grid_stamp = 0
@@ -73,14 +73,14 @@ class Listener(Node):
         self.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, 10)
 
     def _collect(self, kind: str, message: NavSatFix) -> None:
-        getattr(self.track, kind)[valid_stamp_ns(message)] = (message.latitude, message.longitude)
+        getattr(self.drive, kind)[valid_stamp_ns(message)] = (message.latitude, message.longitude)
 
     def _on_estimate(self, message: NavSatFix) -> None:
         self._collect("estimate", message)
-        stamp, count = valid_stamp_ns(message), len(self.track.estimate)
-        truth, fix = self.track.truth.get(stamp), self.track.fix.get(stamp)
-        if truth and fix and count % self.tell_every == 0:
-            coarse, own = (distance_m(*place, *truth) for place in (fix, self.track.estimate[stamp]))
+        stamp, count = valid_stamp_ns(message), len(self.drive.estimate)
+        truth, fix = self.drive.truth.get(stamp), self.drive.fix.get(stamp)
+        if truth and fix and count % self.print_every == 0:
+            coarse, own = (distance_m(*place, *truth) for place in (fix, self.drive.estimate[stamp]))
             print(f"frame {count:3d}: coarse fix {coarse:5.1f} m off, estimate {own:5.1f} m off", flush=True)
 
     def _on_grid(self, grid: OccupancyGrid) -> None:
@@ -95,10 +95,10 @@ class Listener(Node):
 
 
 class Demo:
-    """The processes of a demo and the node that listens to them; leaving the context ends them all."""
+    """The processes of a demo and the node that listens to them; leaving the context ends all of them."""
 
     def __init__(self, name: str) -> None:
-        """``name`` begins the line with which the demo ends where something fails."""
+        """``name`` begins the error message."""
         os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
         if FASTDDS_PROFILE.exists():
             os.environ.setdefault("FASTDDS_DEFAULT_PROFILES_FILE", str(FASTDDS_PROFILE))
@@ -108,83 +108,83 @@ class Demo:
         self._processes: list[subprocess.Popen] = []
         self._executor = SingleThreadedExecutor()
         self._executor.add_node(self.listener)
-        self._told_to_end = 0
+        self._signal = 0
         self._handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Demo:
-        # Noted, and obeyed where it cannot cut into anything: no process is left behind.
-        for told in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            self._handlers[told] = signal.signal(told, self._on_signal)
+        # Noted here and obeyed in wait(), so that no process is left behind.
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            self._handlers[number] = signal.signal(number, self._on_signal)
         return self
 
     def _on_signal(self, number: int, frame: object) -> None:
-        self._told_to_end = number
+        self._signal = number
 
     def __exit__(self, *error: object) -> None:
         running = [process for process in self._processes if process.poll() is None]
         for process in running:
-            _signal(process, signal.SIGTERM)
+            _send(process, signal.SIGTERM)
         for process in running:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(20)
-            _signal(process, signal.SIGKILL)  # and what it may have left behind
+            _send(process, signal.SIGKILL)  # its children may still run
         self._executor.shutdown()
         self.listener.destroy_node()
         rclpy.try_shutdown()
-        for told, handler in self._handlers.items():
-            signal.signal(told, handler)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
 
     def start(self, module: str, *words: Any, **options: Any) -> subprocess.Popen:
-        """Start one of this package's modules as a process of its own; ``options`` are Popen's."""
+        """Start a module of this package as a process; ``options`` go to Popen."""
         command = [sys.executable, "-m", module, *map(str, words)]
-        # In a group of its own, so that it ends with all that it starts.
+        # In its own group, so that its children end with it.
         process = subprocess.Popen(command, start_new_session=True, **options)
         self._processes.append(process)
         return process
 
     def start_node(self, module: str, parameters: dict[str, Any]) -> subprocess.Popen:
-        """Start one of this package's nodes with these parameters."""
+        """Start a node of this package."""
         words = [word for name, value in parameters.items() for word in ("-p", f"{name}:={value}")]
         return self.start(f"xview_loc.nodes.{module}", "--ros-args", *words)
 
     def wait(self, condition: Callable[[], object], timeout_s: float) -> bool:
-        """Spin until ``condition`` holds; False when it took too long or a process failed.
+        """Spin until ``condition`` holds; return False if that takes too long or a process failed.
 
-        SystemExit where the demo is told to end.
+        Raises SystemExit after a signal to end.
         """
         end = time.monotonic() + timeout_s
         while not condition():
-            if self._told_to_end:
-                raise SystemExit(128 + self._told_to_end)
+            if self._signal:
+                raise SystemExit(128 + self._signal)
             if time.monotonic() > end or any(p.poll() not in (None, 0) for p in self._processes):
                 return False
             self._executor.spin_once(timeout_sec=0.1)
         return True
 
     def need(self, condition: Callable[[], object], timeout_s: float, problem: str) -> None:
-        """Wait for ``condition``; SystemExit that names the ``problem`` where that fails."""
+        """Wait for ``condition``. Raises SystemExit that names the ``problem`` on failure."""
         if not self.wait(condition, timeout_s):
             raise SystemExit(f"{self._name}: {problem}; see the messages above")
 
     def finish(self, process: subprocess.Popen, timeout_s: float, problem: str) -> None:
-        """Wait until a process has ended, well or badly; SystemExit where that takes too long."""
+        """Wait until a process has ended, also with an error. Raises SystemExit if that takes too long."""
         self.need(lambda: process.poll() is not None, timeout_s, problem)
         self._processes.remove(process)
-        _signal(process, signal.SIGKILL)  # what it may have left behind
+        _send(process, signal.SIGKILL)  # its children may still run
 
     def stop(self, process: subprocess.Popen, problem: str) -> None:
-        """Tell a process to end, and wait until it has; SystemExit where it takes too long."""
-        _signal(process, signal.SIGTERM)
+        """Terminate a process and wait until it has ended. Raises SystemExit if that takes too long."""
+        _send(process, signal.SIGTERM)
         self.finish(process, START_TIMEOUT_S, problem)
 
     def start_drive(self, folder: Path, *words: Any) -> subprocess.Popen:
-        """Start ``xview-loc simulate --ros``; returns once its map, ``folder / "city.tif"``, is written.
+        """Start ``xview-loc simulate --ros`` and wait until its map, ``folder / "city.tif"``, is written.
 
-        It drives when somebody subscribes to the image.
+        The drive starts when somebody subscribes to the image.
         """
         self.wait(lambda: not self.listener.count_publishers("/image"), START_TIMEOUT_S)
         drive = self.start("xview_loc.cli", "simulate", folder, "--ros", *words)
-        # The drive's topics appear once the map is written.
+        # Its topics appear once the map is written.
         started = partial(self.listener.count_publishers, "/image")
         self.need(started, START_TIMEOUT_S, "the simulated drive did not start")
         return drive
@@ -203,26 +203,26 @@ class Demo:
         self.start_node("localizer_node", {**common, **(parameters or {})})
         self.need(lambda: self.listener.state == "active", START_TIMEOUT_S, "the localizer did not start")
 
-    def follow(self, drive: subprocess.Popen, frames: int, seconds: float) -> Track:
-        """Collect a drive of so many frames and seconds to its end.
+    def follow(self, drive: subprocess.Popen, frames: int, seconds: float) -> DriveLog:
+        """Record a drive of ``frames`` frames in ``seconds`` to its end.
 
-        SystemExit where fewer than half of them were localised.
+        Raises SystemExit if fewer than half of the frames were localised.
         """
         self.wait(lambda: drive.poll() is not None, START_TIMEOUT_S + seconds)
-        track = self.listener.track
-        self.wait(lambda: len(track.estimate) == frames, LAST_FRAME_TIMEOUT_S)
-        if len(track.estimate) < frames / 2:
-            raise SystemExit(f"{self._name}: only {len(track.estimate)} of {frames} frames were localised")
-        return track
+        log = self.listener.drive
+        self.wait(lambda: len(log.estimate) == frames, LAST_FRAME_TIMEOUT_S)
+        if len(log.estimate) < frames / 2:
+            raise SystemExit(f"{self._name}: only {len(log.estimate)} of {frames} frames were localised")
+        return log
 
 
-def _signal(process: subprocess.Popen, number: int) -> None:
+def _send(process: subprocess.Popen, number: int) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, number)
 
 
 def map_middle(map_path: Path) -> Place:
-    """Latitude and longitude of a map's middle, degrees."""
+    """Return latitude and longitude of the middle of a map, degrees."""
     with open_map(str(map_path)) as aerial:
         bounds = aerial.info().bounds
     assert bounds is not None

@@ -1,4 +1,4 @@
-"""``make demo``: a drive through a city the model has never seen, localised live by the node."""
+"""``make demo``: a drive through a city that the model has never seen, localised live by the node."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MODELS = ("ccvpe-small", "ggcvt-small")
 
 
 def run_drive(folder: Path, model: str) -> tuple[Listener, Path]:
-    """Simulate and localise over DDS; what was heard, and the map's path. Raises SystemExit on failure."""
+    """Drive and localise over DDS; return the listener and the map. Raises SystemExit on failure."""
     map_path = folder / "city.tif"
     map_path.unlink(missing_ok=True)
     with Demo("demo") as demo:
@@ -32,7 +32,7 @@ def run_drive(folder: Path, model: str) -> tuple[Listener, Path]:
 
 
 def main() -> None:
-    """Drive, localise, compare, and write the page."""
+    """Run the demo and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=MODELS, default=MODELS[0])
     model = parser.parse_args().model
@@ -40,29 +40,28 @@ def main() -> None:
     folder.mkdir(exist_ok=True)
     print(f"building a simulated city the model has never seen ({STYLE} style, seed {CITY}) ...", flush=True)
     listener, map_path = run_drive(folder, model)
-    track = listener.track
-    coarse, own = track.errors(track.fix), track.errors(track.estimate)
+    log = listener.drive
+    coarse, own = log.errors(log.fix), log.errors(log.estimate)
     rows = {
         name: Errors.of(np.array(list(e.values()))) for name, e in (("coarse fix", coarse), ("estimate", own))
     }
     page = Page("xview_loc: a drive through a city it has never seen")
     page.text(
-        f"{len(own)} of {FRAMES} frames of a simulated drive were localised, each by itself, by the "
-        f"localizer node with {model}, live over DDS. The city (style {STYLE}, seed {CITY}) was not in its "
-        "training."
+        f"The localizer node with {model} localised {len(own)} of {FRAMES} frames of a simulated drive, live "
+        f"over DDS, each frame on its own. The city (style {STYLE}, seed {CITY}) was not used in training."
     )
     header = ["distance from the truth", "mean", "median", "95 %"]
     page.table(header, [[n, *(f"{v:.1f} m" for v in (e.mean, e.median, e.p95))] for n, e in rows.items()])
-    page.heading("Where it drove")
-    page.figure(draw_map(track, map_path), "Truth, coarse fixes and estimates over the aerial image")
-    page.heading("How far off")
-    page.figure(draw_errors(coarse, own), "Distance from the truth of the coarse fix and of the estimate")
+    page.heading("Route")
+    page.figure(draw_map(log, map_path), "Truth, coarse fixes and estimates over the aerial image")
+    page.heading("Errors")
+    page.figure(draw_errors(coarse, own), "Distance from the truth: coarse fix and estimate")
     if listener.grid is not None:
         datum = LocalProjection(*map_middle(map_path))
-        page.heading("One heat map")
+        page.heading("Heat map")
         page.figure(
-            draw_heat_map(track, listener.grid, listener.grid_stamp, map_path, datum),
-            "The last frame's aerial tile and heat map",
+            draw_heat_map(log, listener.grid, listener.grid_stamp, map_path, datum),
+            "Aerial tile and heat map of the last frame",
         )
     page.write(folder / "demo.html")
     for name, errors in rows.items():

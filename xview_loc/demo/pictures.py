@@ -1,4 +1,4 @@
-"""Pictures of localised drives, for the demos' pages."""
+"""Figures of localised drives, for the pages of the demos."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from nav_msgs.msg import OccupancyGrid
 from numpy.typing import NDArray
 
-from xview_loc.demo.live import Track
+from xview_loc.demo.live import DriveLog
 from xview_loc.geodesy import LocalProjection
 from xview_loc.maps import open_map
 
@@ -19,60 +19,60 @@ Array = NDArray[np.float64]
 COARSE = "tab:orange"
 
 
-def draw_map(track: Track, map_path: Path) -> Figure:
-    """Truth, coarse fixes and estimates over the aerial image, in metres about the drive's middle."""
+def draw_map(log: DriveLog, map_path: Path) -> Figure:
+    """Draw truth, coarse fixes and estimates over the aerial image, in metres about the drive's middle."""
     figure = Figure(figsize=(9, 9))
     axes = figure.add_subplot()
-    _draw_track(axes, track, map_path)
+    _draw_drive(axes, log, map_path)
     axes.set(ylabel="north, m")
     axes.legend(loc="upper right")
     return figure
 
 
-def draw_maps(tracks: Mapping[str, Track], map_path: Path) -> Figure:
-    """The same route driven several times, side by side, no wider than it is."""
+def draw_maps(drives: Mapping[str, DriveLog], map_path: Path) -> Figure:
+    """Draw several drives along the same route side by side, cropped to the route."""
     figure = Figure(layout="constrained")
-    panels = figure.subplots(1, len(tracks), sharex=True, sharey=True)
-    for axes, (title, track) in zip(panels, tracks.items(), strict=True):
-        low, high = _draw_track(axes, track, map_path, spokes=True)
+    panels = figure.subplots(1, len(drives), sharex=True, sharey=True)
+    for axes, (title, log) in zip(panels, drives.items(), strict=True):
+        low, high = _draw_drive(axes, log, map_path, spokes=True)
         axes.set(title=title, xlim=(low[0], high[0]), ylim=(low[1], high[1]))
     width = 6.0
-    figure.set_size_inches(width * len(tracks), width * (high[1] - low[1]) / (high[0] - low[0]) + 0.8)
+    figure.set_size_inches(width * len(drives), width * (high[1] - low[1]) / (high[0] - low[0]) + 0.8)
     panels[0].set(ylabel="north, m")
     panels[-1].legend(loc="best", fontsize=8, facecolor="0.6")
     return figure
 
 
-def _draw_track(axes: Axes, track: Track, map_path: Path, spokes: bool = False) -> tuple[Array, Array]:
-    """Draw a track over the square of the map about it; ``spokes``: each estimate's line to its truth.
+def _draw_drive(axes: Axes, log: DriveLog, map_path: Path, spokes: bool = False) -> tuple[Array, Array]:
+    """Draw a drive over the map around it; ``spokes`` adds a line from each estimate to its truth.
 
-    Returns the south-western and north-eastern corner (2,), metres, of what there is to see.
+    Returns the south-western and the north-eastern corner (2,) of the drive, metres.
     """
-    truth = np.array(list(track.truth.values()))
+    truth = np.array(list(log.truth.values()))
     plane = LocalProjection(*truth.mean(0))
-    reach = max(float(np.abs(plane.forward(*truth.T)).max()) + 40.0, 80.0)
+    half_extent = max(float(np.abs(plane.forward(*truth.T)).max()) + 40.0, 80.0)
     with open_map(str(map_path)) as aerial:
-        tile = aerial.tile(plane.lat, plane.lon, 1000, 2 * reach / 1000)
-    axes.imshow(tile.image, extent=(-reach, reach, -reach, reach))
+        tile = aerial.tile(plane.lat, plane.lon, 1000, 2 * half_extent / 1000)
+    axes.imshow(tile.image, extent=(-half_extent, half_extent, -half_extent, half_extent))
     shown = []
     for label, look, colour, places in (
-        ("truth", "-", "white", track.truth),
-        ("coarse fix", ".-", COARSE, track.fix),
-        ("estimate", ".", "cyan", track.estimate),
+        ("truth", "-", "white", log.truth),
+        ("coarse fix", ".-", COARSE, log.fix),
+        ("estimate", ".", "cyan", log.estimate),
     ):
         east, north = plane.forward(*np.array([places[s] for s in sorted(places)]).T)
         axes.plot(east, north, look, color=colour, linewidth=1.5, markersize=5, label=label)
         shown.append(np.stack([east, north], axis=1))
-    for stamp in track.estimate.keys() & track.truth.keys() if spokes else ():
-        ends = np.array([track.truth[stamp], track.estimate[stamp]])
+    for stamp in log.estimate.keys() & log.truth.keys() if spokes else ():
+        ends = np.array([log.truth[stamp], log.estimate[stamp]])
         axes.plot(*plane.forward(*ends.T), color="cyan", linewidth=0.7)
-    axes.set(xlabel="east, m", xlim=(-reach, reach), ylim=(-reach, reach))
+    axes.set(xlabel="east, m", xlim=(-half_extent, half_extent), ylim=(-half_extent, half_extent))
     every = np.concatenate(shown)
-    return np.maximum(every.min(0) - 30.0, -reach), np.minimum(every.max(0) + 30.0, reach)
+    return np.maximum(every.min(0) - 30.0, -half_extent), np.minimum(every.max(0) + 30.0, half_extent)
 
 
 def draw_errors(coarse: Mapping[int, float], own: Mapping[int, float]) -> Figure:
-    """Errors (metres by stamp) over time."""
+    """Draw errors (metres by stamp) over time."""
     figure = Figure(figsize=(9, 3.5))
     axes = figure.add_subplot()
     start = min(own)
@@ -84,24 +84,22 @@ def draw_errors(coarse: Mapping[int, float], own: Mapping[int, float]) -> Figure
     return figure
 
 
-def draw_distribution(
-    errors: Mapping[str, Array], colours: Mapping[str, str], half_extent_m: float
-) -> Figure:
-    """Share of the frames that lie within so many metres of the truth, up to ``half_extent_m``."""
+def draw_distribution(errors: Mapping[str, Array], colours: Mapping[str, str], largest_m: float) -> Figure:
+    """Draw the cumulative share of frames over the error, up to ``largest_m``."""
     figure = Figure(figsize=(9, 4))
     axes = figure.add_subplot()
     for name, values in errors.items():
         share = np.arange(1, len(values) + 1) / len(values)
         axes.step(np.sort(values), share, where="post", color=colours[name], label=name)
-    axes.set(xlabel="distance from the truth, m", ylabel="share of the frames")
-    axes.set(xlim=(0, half_extent_m), ylim=(0, 1))
+    axes.set(xlabel="distance from the truth, m", ylabel="share of frames")
+    axes.set(xlim=(0, largest_m), ylim=(0, 1))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     return figure
 
 
 def draw_change(errors: Mapping[str, Array], colours: Mapping[str, str]) -> Figure:
-    """Errors of the first and the second drive frame by frame, and by how much each has changed."""
+    """Draw the errors of the first and the second drive frame by frame, and their change."""
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
     for name, values in errors.items():
@@ -113,16 +111,16 @@ def draw_change(errors: Mapping[str, Array], colours: Mapping[str, str]) -> Figu
     frames = np.arange(len(change))
     below.bar(frames, change, 1.0, color=np.where(change < 0, "tab:green", "tab:red"))
     below.axhline(0.0, color="black", linewidth=0.8)
-    below.set(xlabel="frame", ylabel="second less first, m\n(green: nearer)")
+    below.set(xlabel="frame", ylabel="second minus first, m\n(green: closer)")
     for axes in (above, below):
         axes.grid(alpha=0.3)
     return figure
 
 
 def draw_heat_map(
-    track: Track, grid: OccupancyGrid, stamp: int, map_path: Path, datum: LocalProjection
+    log: DriveLog, grid: OccupancyGrid, stamp: int, map_path: Path, datum: LocalProjection
 ) -> Figure:
-    """A heat map, taken at ``stamp``, over its aerial tile, in map-frame metres."""
+    """Draw the heat map of the frame at ``stamp`` over its aerial tile, in metres of the map frame."""
     info = grid.info
     cells = np.array(grid.data, np.float32).reshape(info.height, info.width)
     side = info.width * info.resolution
@@ -136,9 +134,9 @@ def draw_heat_map(
         if index:
             axes.imshow(np.flipud(cells), extent=extent, cmap="inferno", alpha=0.65)
         for label, colour, marker, places in (
-            ("truth", "white", "o", track.truth),
-            ("coarse fix", COARSE, "x", track.fix),
-            ("estimate", "cyan", "+", track.estimate),
+            ("truth", "white", "o", log.truth),
+            ("coarse fix", COARSE, "x", log.fix),
+            ("estimate", "cyan", "+", log.estimate),
         ):
             if stamp in places:
                 east, north = datum.forward(*places[stamp])
