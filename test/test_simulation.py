@@ -1,9 +1,8 @@
-"""The simulated city: the same place in both views, the same from the same seed, and where it says it is."""
+"""The simulated city: both views show the same place, seeds repeat, and positions are right."""
 
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -41,8 +40,8 @@ def poses(city: City, count: int, seed: int = 0) -> list[CameraPose]:
 
 
 def test_same_seed_same_city_and_drive() -> None:
-    first, second = (build_city(11, "target", size_m=200.0) for _ in range(2))
-    other = build_city(12, "target", size_m=200.0)
+    first, second = (build_city(11, "target", size_m=160.0) for _ in range(2))
+    other = build_city(12, "target", size_m=160.0)
     assert np.array_equal(first.aerial, second.aerial) and np.array_equal(first.height, second.height)
     assert not np.array_equal(first.aerial, other.aerial)
     a, b = (list(drive(c, 3, seed=4)) for c in (first, second))
@@ -51,10 +50,10 @@ def test_same_seed_same_city_and_drive() -> None:
 
 @pytest.mark.parametrize("style", STYLES)
 def test_any_seed_renders(style: str) -> None:
-    for seed in range(20):
+    for seed in range(6):
         small = build_city(seed, style, size_m=150.0)
         image = render_panorama(
-            small, CameraPose(3.0 * seed - 30.0, 5.0, 0.3 * seed), rng=np.random.default_rng(0)
+            small, CameraPose(10.0 * seed - 30.0, 5.0, seed), rng=np.random.default_rng(0)
         )
         assert image.shape == (128, 512, 3) and image.dtype == np.uint8 and image.std() > 5.0
 
@@ -98,7 +97,7 @@ def test_both_views_show_the_same_place(city: City) -> None:
     radius = np.hypot(*np.meshgrid(*[(np.arange(size) - size // 2) * gsd] * 2))
     shifts = [(d * math.cos(a), d * math.sin(a)) for d in (3.0, 6.0) for a in np.arange(0, 6.2, math.pi / 4)]
     at_truth, elsewhere, wins = [], [], 0
-    where = poses(city, 12)
+    where = poses(city, 9)
     for pose in where:
         ground, seen = overhead_view(render_panorama(city, pose, view), pose, size, gsd, view)
         mask = seen & (radius < 11.0) & (radius > 1.0)
@@ -108,7 +107,7 @@ def test_both_views_show_the_same_place(city: City) -> None:
         elsewhere.append(float(np.mean(false)))
         wins += true > max(false)
     assert np.mean(at_truth) > 0.25 and np.mean(at_truth) > np.mean(elsewhere) + 0.2, (at_truth, elsewhere)
-    assert wins >= 9, wins
+    assert wins >= 7, wins
 
 
 def test_pinhole_agrees_with_panorama(city: City) -> None:
@@ -150,10 +149,10 @@ def test_geotiff_is_where_the_city_is(tmp_path: Path, place: tuple[float, float]
 
 
 def test_drive_is_smooth_and_its_fixes_are_off(city: City) -> None:
-    frames = list(drive(city, 600, seed=1, view=None))
+    frames = list(drive(city, 400, seed=1, view=None))
     place = np.array([(f.truth.east, f.truth.north) for f in frames])
     step = np.hypot(*np.diff(place, axis=0).T)
-    assert step.max() < 12.5 / 5 + 0.3 and step.sum() > 300.0
+    assert step.max() < 12.5 / 5 + 0.3 and step.sum() > 200.0
     assert np.abs(np.diff([f.truth.speed for f in frames])).max() < 0.6
     # The reported heading is the direction of travel.
     travel = np.arctan2(np.diff(place[:, 1]), np.diff(place[:, 0]))[step > 1.0]
@@ -166,7 +165,6 @@ def test_drive_is_smooth_and_its_fixes_are_off(city: City) -> None:
     assert 0.1 < np.mean(error**2 / (2 * claimed)) < 4.0
 
 
-@pytest.mark.skipif(not TRACK.is_dir(), reason="no recorded track beside the checkout")
 def test_drive_keeps_to_its_area(city: City) -> None:
     area = (-210.0, -210.0, 0.0, 210.0)
     frames = list(drive(city, 120, seed=1, view=None, area=area))
@@ -177,8 +175,9 @@ def test_drive_keeps_to_its_area(city: City) -> None:
         list(drive(city, 1, view=None, area=(0.0, 0.0, 5.0, 5.0)))
 
 
+@pytest.mark.skipif(not TRACK.is_dir(), reason="no recorded track beside the checkout")
 def test_receiver_error_against_a_real_one(city: City) -> None:
-    """The real drive is under an open sky and a minute long: ours must be larger, and mostly bias too."""
+    """A real drive of a minute under an open sky: simulated errors are larger, and also mostly bias."""
     load = lambda name: np.load(TRACK / name)  # noqa: E731
     stamps, values = load("live_gnss_ublox_t"), load("live_gnss_ublox_value")
     to_geo = Transformer.from_crs("EPSG:4978", "EPSG:4979", always_xy=True)
@@ -205,13 +204,3 @@ def test_receiver_error_against_a_real_one(city: City) -> None:
     assert np.hypot(*ours.T).mean() > np.hypot(*real.T).mean()
     assert jitter(real, rate) < 0.2 * np.hypot(*real.T).mean()
     assert jitter(ours, 5) < 0.2 * np.hypot(*ours.T).mean()
-
-
-def test_panorama_is_fast(city: City) -> None:
-    """A generous bound that only a wrong algorithm misses; the benchmark measures."""
-    (pose,) = poses(city, 1)
-    render_panorama(city, pose)
-    start = time.perf_counter()
-    for _ in range(5):
-        render_panorama(city, pose)
-    assert (time.perf_counter() - start) / 5 < 0.15

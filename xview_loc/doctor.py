@@ -87,6 +87,14 @@ class Finding:
     advice: str = ""
 
 
+def advice_for(module: str) -> str:
+    """Return how to install a module that cannot be imported."""
+    for name, imported in PACKAGES.items():
+        if imported == module:
+            return f"pip install {name}"
+    return "source /opt/ros/<distribution>/setup.bash, or pip install 'xview_loc[ros]'"
+
+
 def check_packages() -> list[Finding]:
     """Check Python and the packages that all other checks need."""
     python = Finding(Level.ok, "python", f"{platform.python_version()}, {sys.executable}")

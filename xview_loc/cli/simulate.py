@@ -13,23 +13,23 @@ from xview_loc.cli.console import UsageError, console
 
 def simulate(
     out: Annotated[Path, typer.Argument(help="Folder for the map (city.tif) and the bag (drive).")],
-    style: Annotated[str, typer.Option(help="Style of the city.")] = "source",
+    style: Annotated[str, typer.Option(help="Style of the city: source, target or validation.")] = "source",
     city: Annotated[int, typer.Option(min=0, help="Seed of the city.")] = 7,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the drive.")] = 0,
-    frames: Annotated[int, typer.Option(min=1, help="Length of the drive.")] = 300,
-    rate: Annotated[float, typer.Option(min=0.1, help="Frames a second.")] = 5.0,
-    height: Annotated[int, typer.Option(min=16, help="Of the panorama, pixels; four times as wide.")] = 128,
+    frames: Annotated[int, typer.Option(min=1, help="Number of frames.")] = 300,
+    rate: Annotated[float, typer.Option(min=0.1, help="Frames per second.")] = 5.0,
+    height: Annotated[
+        int, typer.Option(min=16, help="Height of the panorama, pixels; width: 4 times.")
+    ] = 128,
     size: Annotated[float, typer.Option(min=150.0, help="Side of the city, metres.")] = 1020.0,
     area: Annotated[
         tuple[float, float, float, float] | None,
-        typer.Option(
-            help="Keep to the streets within: west, south, east, north border, metres from the centre."
-        ),
+        typer.Option(help="Borders of the drive: west, south, east, north, metres from the centre."),
     ] = None,
     ros: Annotated[bool, typer.Option("--ros", help="Publish live instead of writing a bag.")] = False,
     speed: Annotated[
         float,
-        typer.Option(min=0.01, help="Times real time, with --ros; if not 1, stamps are the vehicle's time."),
+        typer.Option(min=0.01, help="Speed-up of --ros; unless 1, stamps are the vehicle's time."),
     ] = 1.0,
 ) -> None:
     """Build a city, write its aerial map, and drive through it.
@@ -42,6 +42,8 @@ def simulate(
     from xview_loc.simulation.styles import STYLES
     from xview_loc.simulation.views import PanoramaView
 
+    if ros:
+        from xview_loc.nodes.drive_publisher import publish_drive
     if style not in STYLES:
         raise UsageError(f"unknown style {style!r}; choose from {', '.join(STYLES)}")
     bag = out / "drive"
@@ -55,10 +57,6 @@ def simulate(
     seen = drive(built, frames, seed, options=DriveOptions(rate_hz=rate), view=view, area=area)
     console.print(f"map: {map_path}", soft_wrap=True)
     if ros:
-        try:
-            from xview_loc.nodes.drive_publisher import publish_drive
-        except ImportError as error:
-            raise UsageError(f"--ros needs ROS 2's Python packages ({error})") from None
         console.print(f"topics: {' '.join(TOPICS)}; waiting for a subscriber to the image", soft_wrap=True)
         console.print(f"published {publish_drive(seen, rate, speed)} frames")
         return

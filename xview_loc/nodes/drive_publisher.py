@@ -1,4 +1,4 @@
-"""Publishes a simulated drive live: camera, GNSS, heading, wheel odometry, and the truth beside them."""
+"""Publish a simulated drive live: camera, GNSS, heading, wheel odometry, and the truth."""
 
 from __future__ import annotations
 
@@ -14,18 +14,17 @@ from xview_loc.simulation.drives import Frame
 from xview_loc.simulation.messages import TOPICS, frame_messages
 
 _POLL_S = 0.05
-# Discovery matches listeners, and each one's topics, one after the other: this long after the last one.
+# Discovery matches subscriptions one after the other: wait this long after the last one.
 _SETTLE_S = 1.0
 _LAST_MESSAGES_S = 0.5
 
 
 def publish_drive(frames: Iterable[Frame], rate_hz: float, speed: float = 1.0) -> int:
-    """Publish each frame at ``rate_hz`` once somebody listens to the image; how many were published.
+    """Publish frames at ``rate_hz`` times ``speed``; return how many were published.
 
-    It waits until no listener has come for a second. Stamps are the times of publishing. At another ``speed``
-    than real time they are the vehicle's, counted from the first frame's publishing. A frame that takes
-    longer to render than its turn comes late, and the ones after it follow at the same rate. Ends early when
-    ROS shuts down.
+    Wait for a subscriber to the image, and until no further one has come for a second. Stamps are the times
+    of publishing if ``speed`` is 1, else the vehicle's time, counted from the first frame. A frame that takes
+    longer to render comes late and delays those after it. Ends early when ROS shuts down.
     """
     rclpy.init()
     node = Node("drive")
@@ -37,7 +36,7 @@ def publish_drive(frames: Iterable[Frame], rate_hz: float, speed: float = 1.0) -
         for topic, kind in TOPICS.items():
             package, _, name = kind.split("/")
             message_type = getattr(import_module(f"{package}.msg"), name)
-            # Relative names, so that a namespace applies.
+            # Relative names, so that namespaces apply.
             outputs[topic] = node.create_publisher(message_type, topic[1:], 10)
         listeners: list[int] = []
         due = 0.0
@@ -57,7 +56,7 @@ def publish_drive(frames: Iterable[Frame], rate_hz: float, speed: float = 1.0) -
             for topic, data in frame_messages(frame, stamp_ns):
                 outputs[topic].publish(data)
             count += 1
-        # Reliable or not, what was just published leaves with the process unless it stays a moment.
+        # Messages just published are lost if the process ends at once.
         executor.spin_once(_LAST_MESSAGES_S)
     except (KeyboardInterrupt, ExternalShutdownException):
         pass
