@@ -1,11 +1,11 @@
-"""What adaptation gains in simulated cities of the target style: teacher, students with and without parts.
+"""Measure the gain of adaptation in simulated cities of the target style: teacher, and students.
 
 benchmarks/accuracy/adaptation.py [--model ccvpe-small] [--cities 700 701 702] [--headings known unknown]
     [--work DIR] [--json FILE]
 
-Each city is one drive of 45 minutes, one frame a second. Pairs come from the streets on one side of a line
-through the city, the held-out drive from those on the other side, 60 m apart. Everything is kept in the work
-folder: cut off, the same command goes on. City and seed of the training change together.
+Each city has one drive of 45 minutes, one frame per second. Pairs come from the streets on one side of a line
+through the city, the held-out drive from those on the other side, 60 m apart. Results are kept in the work
+folder, where an interrupted run continues. City and seed of the training change together.
 """
 
 from __future__ import annotations
@@ -45,21 +45,21 @@ from xview_loc.statistics import bootstrap_means
 from xview_loc.training.trainer import make_fabric
 from xview_loc.vehicle.keyframes import KeyframeRule
 
-# Side of the cities, and the frames of their drives, one a second.
+# Side of the cities, and length of their drives, frames at 1 Hz.
 CITY_M, FRAMES = 1500.0, 2700
-# The pairs' streets lie on one side of a line at this easting, the held-out drive's on the other.
+# Pairs and held-out drive lie on opposite sides of a line at this easting.
 LINE_M, GAP_M = 150.0, 60.0
-# Large enough for both small models, which take its middle.
+# Large enough for both small models, which crop its middle.
 TILE_PX, TILE_GSD = 192, 0.48
 STYLE = "target"
-# Of the pseudo ground truth, pixels of the finest map: as the small models' training labels.
+# Standard deviation of the labels, pixels of the finest map: as in the training of the small models.
 SIGMA = 2.0
 
 Source = tuple[PairDataset, NDArray[np.float64]]
 
 
 def make_pairs(seed: int, folder: Path, count: int = FRAMES) -> None:
-    """Drive through a city; make bags of pairs of the larger part (``pairs``) and of the other (``held``)."""
+    """Drive through a city; make bags of pairs of the larger side (``pairs``) and the other (``held``)."""
     if (folder / "held").exists():
         return
     city = build_city(seed, STYLE, size_m=CITY_M)
@@ -87,14 +87,14 @@ def pair_drive(folder: Path, name: str) -> None:
 
 
 def write_drive(frames: Iterable[Frame], folder: Path) -> None:
-    """A bag of a whole drive."""
+    """Write a bag of a drive."""
     if folder.exists():
-        shutil.rmtree(folder)  # cut off
+        shutil.rmtree(folder)  # of an interrupted run
     write_bag(frames, folder)
 
 
 def open_pairs(folder: Path, name: str, spec: ModelSpec) -> Source:
-    """A bag of pairs with the metres from its coarse fixes to the true places."""
+    """Open a bag of pairs, with the metres from coarse fixes to true places."""
     source = PairDataset([folder / name], spec)
     track = source.track()
     truth = read_timed_track(folder / f"{name}-drive", "/truth/fix")
@@ -102,7 +102,7 @@ def open_pairs(folder: Path, name: str, spec: ModelSpec) -> Source:
 
 
 class Rates:
-    """Pairs (or training pairs) per second of each stage, as far as it was not done before."""
+    """Pairs per second of each stage, without the part done by an earlier run."""
 
     def __init__(self, batch_size: int) -> None:
         self.per_second: dict[str, float] = {}
@@ -118,7 +118,7 @@ class Rates:
 
 
 def adapt_once(teacher: Checkpoint, folder: Path, seed: int, heading: str) -> dict[str, Any]:
-    """All four rows of one city, with errors on its held-out drive."""
+    """Return all four rows of a city, with errors on its held-out drive."""
     spec = teacher.model.spec
     pairs, truth = open_pairs(folder, "pairs", spec)
     held = open_pairs(folder, "held", spec)

@@ -1,4 +1,4 @@
-"""How far each way of computing moves the pose from plain float32, over drives through simulated cities.
+"""Measure how far backends and precisions move the pose from plain float32, on simulated drives.
 
 benchmarks/accuracy/drift.py [--model ccvpe-small] [--checkpoint FILE] [--styles source target]
     [--cities 910 911] [--frames 150] [--heading known] [--json FILE]
@@ -40,7 +40,7 @@ WAYS: dict[str, dict[str, Any]] = {
 def localize(
     frames: list[Frame], tif: Path, model: str, checkpoint: Path | None, known: bool, options: dict[str, Any]
 ) -> list[PoseEstimate]:
-    """Each frame's pose; the fixes' search discs are off, so that nothing hides a maximum that jumps."""
+    """Localise each frame without search discs, which would hide maxima that jump."""
     net = load_model(model, checkpoint).model
     options = {"heading_prior_deg": 0.0 if known else None, "min_valid_fraction": 0.0, **options}
     with Localizer.open(tif, net, search_radius_m=None, **options) as localizer:
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--styles", nargs="+", default=("source", "target"))
     parser.add_argument("--cities", type=int, nargs="+", default=(910, 911))
-    parser.add_argument("--frames", type=int, default=150, help="of each drive, one a second")
+    parser.add_argument("--frames", type=int, default=150, help="length of each drive, frames at 1 Hz")
     parser.add_argument("--heading", choices=("known", "unknown"), default="known")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()

@@ -1,14 +1,16 @@
-"""What the filter over time gains in simulated cities: ``benchmarks/accuracy/filter.py [--json FILE]``.
+"""Measure the gain of the filter over time in simulated cities.
 
-Drives at 4 Hz, rendered once and localised in four scenarios: ``plain``; ``corrupted``, where 15 % of the
-images are wrong, half of them blind (black or noise), half ambiguous (the panorama of another place of the
-drive); ``outage``, the same and 60 s without a fix in the middle; ``no heading``, corrupted and with all
-headings searched. The filter is fed as the node feeds it. The first 5 s are left out of all figures.
+benchmarks/accuracy/filter.py [--cities 970 971 972 973] [--seconds 150] [--json FILE]
 
-Single frames are localised at their own fixes in every scenario, in the outage as well, where a vehicle
-without the filter would have nothing. NEES is the mean squared Mahalanobis distance of the truth from the
-filtered pose, 2 for honest normal errors. ``lost`` counts frames without a filtered pose;
-``ms`` is the filter's own processor time per frame.
+Drives at 4 Hz are rendered once and localised in four scenarios: ``plain``; ``corrupted``, with 15 % wrong
+images, half of them blind (black or noise), half ambiguous (the panorama of another place of the drive);
+``outage``, corrupted and 60 s without a fix in the middle; ``no heading``, corrupted and with all headings
+searched. The filter gets its input as in the node. Figures leave out the first 5 s.
+
+Single frames are localised at their own fixes in every scenario, also in the outage, where a vehicle without
+the filter would have none. NEES is the mean squared Mahalanobis distance of the truth from the filtered pose;
+2 for correct normal errors. ``lost`` counts frames without a filtered pose; ``ms`` is the processor time of
+the filter per frame.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ from xview_loc.vehicle.synchronisation import GnssFix, HeadingSample
 RATE_HZ = 4.0
 SKIPPED_S, OUTAGE_S = 5.0, 60.0
 CORRUPTED = 0.15
-# An ambiguous image shows a place at least so far away.
+# Least distance to the place that an ambiguous image shows.
 ELSEWHERE_M = 30.0
 WITHIN_M = 5.0
 
@@ -74,7 +76,7 @@ SCENARIOS = (
 
 @dataclass(frozen=True)
 class Series:
-    """One value for each frame: errors in metres and standard deviations, whether in the outage, ms."""
+    """Values per frame: errors in metres and in standard deviations, in the outage or not, milliseconds."""
 
     single_m: NDArray[np.float64]
     filtered_m: NDArray[np.float64]
@@ -113,7 +115,7 @@ class Series:
 
 
 class Drive:
-    """Rendered frames of one drive, good and corrupted, and what single frames say at their own fixes."""
+    """Rendered frames of a drive, good and corrupted, and estimates of single frames at their own fixes."""
 
     def __init__(self, frames: list[Frame], aerial: AerialMap, net: CrossViewModel, seed: int) -> None:
         self._frames = frames
@@ -174,7 +176,7 @@ class Drive:
         frame, image = self._frames[i], self._good[i]
         if scenario.corrupted:
             image = self._corrupted[i]
-        # Scenarios share what frames alone say.
+        # Scenarios share the estimates of single frames.
         key = (i, image is not self._good[i], scenario.heading_known)
         if at_fix and key in self._at_fix:
             return self._at_fix[key]
@@ -194,7 +196,7 @@ class Drive:
 
 
 def corrupted(frames: list[Frame], images: list[Image], rng: np.random.Generator) -> list[Image]:
-    """The images, of which some are replaced by black, noise, or a panorama of another place."""
+    """Replace some images by black, noise, or a panorama of another place."""
     places = np.array([(f.truth.east, f.truth.north) for f in frames])
     out = list(images)
     for i in np.flatnonzero(rng.random(len(images)) < CORRUPTED):
@@ -210,7 +212,7 @@ def corrupted(frames: list[Frame], images: list[Image], rng: np.random.Generator
 
 
 def measure(net: CrossViewModel, style: str, number: int, seed: int, seconds: float) -> dict[str, Series]:
-    """All scenarios of one drive."""
+    """Measure all scenarios of one drive."""
     city = build_city(number, style)
     view = PanoramaView(*net.spec.ground_size)
     options = DriveOptions(rate_hz=RATE_HZ)
@@ -258,14 +260,14 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=None)
     parser.add_argument("--styles", nargs="+", default=("source", "target"))
     parser.add_argument("--cities", type=int, nargs="+", default=(970, 971, 972, 973))
-    parser.add_argument("--seeds", type=int, nargs="+", default=(0,), help="of the drives in each city")
+    parser.add_argument("--seeds", type=int, nargs="+", default=(0,), help="seeds of the drives in each city")
     parser.add_argument("--seconds", type=float, default=150.0, help="length of a drive")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     arguments = parser.parse_args()
     if arguments.seconds <= SKIPPED_S + OUTAGE_S:
         parser.error(f"an outage of {OUTAGE_S:g} s needs a longer drive")
 
-    # The filter's times are this thread's, so that others on the machine do not count.
+    # Times of the filter are those of this thread, to exclude other load.
     cv2.setNumThreads(1)
     net = load_model(arguments.model, arguments.checkpoint).model
     console = Console(width=None if sys.stdout.isatty() else 160)

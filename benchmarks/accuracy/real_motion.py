@@ -1,11 +1,11 @@
-"""Students of whole drives whose motion and fixes are real: a minute of San Francisco, a simulated camera.
+"""Measure students of whole drives with real motion and fixes, and a simulated camera.
 
 benchmarks/accuracy/real_motion.py TRACK [--model ccvpe-small] [--scales 1 10] [--work DIR] [--json FILE]
 
-TRACK is a folder of comma2k19's arrays: poses of a tightly coupled solution, and the fixes of the vehicle's
-own receiver beside them. Simulated cities of the target style with straight streets get the drive on one of
-their avenues, turned to it as a whole, errors of the fixes included, ``--scales`` times as large. Each city
-is another drive: some for training, others held out. Odometry and heading have the simulation's errors.
+TRACK is a folder of comma2k19 arrays, a minute of San Francisco: poses of a tightly coupled solution, and
+fixes of the vehicle's receiver. The drive is rotated onto an avenue of simulated cities of the target style
+with straight streets, with the errors of its fixes ``--scales`` times as large. Each city is one drive: some
+for training, others held out. Odometry and heading have simulated errors.
 """
 
 from __future__ import annotations
@@ -37,15 +37,17 @@ from xview_loc.simulation.views import CameraPose, PanoramaView, render_panorama
 
 Array = NDArray[np.float64]
 TRAINING, HELD_OUT = range(850, 858), range(858, 862)
-# Of the drive's 20 frames a second, every so many; and what its fixes claim, an axis, times the scale.
+# Frame interval in the recording (20 Hz), and the claimed standard deviation of fixes per axis at scale 1.
 EVERY, CLAIMED_M = 8, 1.5
 ROWS = ("teacher", "paper", "smoothed", "oracle")
 
 
 @dataclass(frozen=True, eq=False)
 class Motion:
-    """Seconds (N,); places (N,), complex, metres along and to the left of the drive's main direction from its
-    start; the fixes' errors (N,) in the same axes."""
+    """Motion of a drive: seconds (N,), and places and errors of fixes (N,), complex metres.
+
+    Axes are the main direction of the drive and its left; the origin is the start.
+    """
 
     seconds: Array
     place: NDArray[np.complex128]
@@ -79,15 +81,17 @@ def straight_city(seed: int) -> City:
 
 
 def avenue(city: City, length: float) -> tuple[complex, complex, float]:
-    """(start, direction, how far right of the centre line its outer lane is) of ``length`` metres of a
-    straight avenue, whose middle is the nearest to the city's."""
+    """Return start, direction and lateral distance of the outer lane for ``length`` metres of an avenue.
+
+    The avenue is the one nearest to the centre of the city.
+    """
     best: tuple[float, complex, complex, float] | None = None
     for street in city.streets.streets:
         if street.lanes < 2:
             continue
         first, last = street.points[0] @ (1, 1j), street.points[-1] @ (1, 1j)
         along = (last - first) / abs(last - first)
-        # The place on the street's line that is the nearest to the city's centre.
+        # Point of the street's line nearest to the centre of the city.
         foot = first - along * (first * along.conjugate()).real
         if best is None or abs(foot) < best[0]:
             best = abs(foot), foot - along * length / 2, along, (street.lanes - 0.5) * street.lane_m
@@ -124,7 +128,7 @@ def frames(city: City, motion: Motion, scale: float) -> Iterator[Frame]:
 
 
 def make_drive(seed: int, motion: Motion, scale: float, folder: Path) -> Path:
-    """A bag of pairs, ``pairs``, of the drive through a city."""
+    """Make a bag of pairs of the drive through a city."""
     if not (folder / "pairs").exists():
         city = straight_city(seed)
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,12 +1,12 @@
-"""What whole drives make of a teacher's labels in simulated cities, and when inputs degrade.
+"""Measure labels smoothed along whole drives in simulated cities, also with degraded inputs.
 
 benchmarks/accuracy/smoothing.py [--model ccvpe-small] [--cities 810 811 812] [--frames 1300]
     [--heading known] [--work DIR] [--json FILE]
 
-Pairs as ``adaptation.py`` makes them, of the larger side of each city of the target style. Errors
-of the teacher's maxima and of the smoothed labels are of the same pairs, all of them: also those that are
-said to be unsure, or off their map. Wrong is a maximum more than 5 m off: the shares of these found out, and
-of the others blamed, are of pairs for which smoothing had grounds. Everything is kept in the work folder.
+Pairs come from the larger side of each city of the target style, as in ``adaptation.py``. Errors of the
+teacher's maxima and of the smoothed labels cover all pairs, also those labelled unsure or off their map. A
+maximum is wrong if it is more than 5 m off; the shares of wrong ones found and of right ones blamed cover
+pairs with evidence for smoothing. Results are kept in the work folder.
 
 Cases: ``plain``; ``no odometry``; ``scale, drift``, odometry 5 % long that turns by 2 degrees a minute;
 ``gaps``, 20 of each 60 pairs missing; ``short``, drives of ten pairs; ``jumps``, every three minutes the
@@ -50,7 +50,7 @@ JUMP_M, JUMP_S, EVERY_S = 30.0, 30, 180
 
 @dataclass(frozen=True, eq=False)
 class Labelled:
-    """Pairs along drives, what the teacher makes of them, and metres from fixes to true places."""
+    """Pairs along drives, the labels and heat maps of a teacher, and metres from fixes to true places."""
 
     track: Track
     labels: PseudoLabels
@@ -59,7 +59,7 @@ class Labelled:
 
 
 def label(teacher: Checkpoint, pairs: Source, folder: Path, prior: float | None) -> Labelled:
-    """What it makes of pairs with their true places, kept in a folder."""
+    """Label pairs with a teacher; results are kept in a folder."""
     source, truth = pairs
     fabric = make_fabric("cpu")
     stage = f"{teacher.model.spec.name}-{teacher.sha256[:12]}-{source.name.removeprefix('pairs:')}-{prior}"
@@ -104,12 +104,12 @@ CASES: dict[str, Callable[[Labelled], Labelled]] = {
 
 
 def make_jumping_pairs(folder: Path) -> None:
-    """The same drive with fixes that jump, and tiles about these: ``jumps`` beside ``pairs``."""
+    """Make ``jumps`` beside ``pairs``: the same drive with fixes that jump, and tiles around these."""
     if (folder / "jumps").exists():
         return
     out = folder / "jumps-drive"
     if out.exists():
-        shutil.rmtree(out)  # cut off
+        shutil.rmtree(out)  # of an interrupted run
     writer = BagWriter(out, TOPICS)
     with AnyReader([folder / "pairs-drive"]) as reader:
         start = reader.start_time
@@ -127,7 +127,7 @@ def make_jumping_pairs(folder: Path) -> None:
 
 
 def figures(case: Labelled) -> dict[str, Any]:
-    """Errors before and after, and how well the smoothing knows them."""
+    """Return errors before and after smoothing, and how well they are predicted."""
     start = time.thread_time()
     smoothed = smooth(case.track, case.labels, case.heat_maps)
     seconds = time.thread_time() - start
@@ -172,13 +172,13 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=None)
     parser.add_argument("--cities", type=int, nargs="+", default=(810, 811, 812))
     parser.add_argument(
-        "--frames", type=int, default=1300, help="of the drive through each city, one a second"
+        "--frames", type=int, default=1300, help="length of the drive in each city, frames at 1 Hz"
     )
     parser.add_argument("--heading", choices=("known", "unknown"), default="known")
     parser.add_argument("--work", type=Path, default=Path("sequence_benchmark"))
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    # Times are this thread's, so that others on the machine do not count.
+    # Times are those of this thread, to exclude other load.
     cv2.setNumThreads(1)
     teacher = load_model(arguments.model, arguments.checkpoint)
     prior = 0.0 if arguments.heading == "known" else None

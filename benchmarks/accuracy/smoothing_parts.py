@@ -1,4 +1,4 @@
-"""What each part of smoothing whole drives is good for: the labels' errors without it.
+"""Measure what each part of smoothing contributes: the errors of labels without it.
 
 benchmarks/accuracy/smoothing_parts.py [--model ccvpe-small] [--cities 810 811 812] [--frames 1300]
     [--cases plain "no odometry" short] [--work DIR]
@@ -35,7 +35,7 @@ Array = Any
 def _forwards(
     corners: Array, steps: Steps, likelihood: Likelihood, cells: int, cell_m: float
 ) -> Iterator[tuple[int, BeliefGrid]]:
-    """As the vehicle's own filter would have it: of each pair, what those before it tell."""
+    """Yield the belief of each pair from the pairs before it, as the filter on the vehicle would."""
     belief: BeliefGrid | None = None
     for k in range(len(corners)):
         if belief is None or not steps.linked[k]:
@@ -55,7 +55,7 @@ def _constant(name: str, value: Any) -> Iterator[None]:
 
 
 def _fitted_to_fixes() -> Callable[..., Array]:
-    """The gain of the first pass, which the second keeps."""
+    """Return a function that keeps the gain of the first pass for the second."""
     gains: list[Array] = []
 
     def gain(*arguments: Any) -> Array:
@@ -106,7 +106,7 @@ def main() -> None:
             for part, without in PARTS.items():
                 with without():
                     found.setdefault((part, case), []).append(_errors(labelled))
-    table = Table(title="mean / > 10 m of the labels' errors, metres, mean over the cities")
+    table = Table(title="label errors: mean, m / share > 10 m, mean over the cities")
     for column in ("without", *arguments.cases):
         table.add_column(column, no_wrap=True)
     for part in PARTS:

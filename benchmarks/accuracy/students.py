@@ -1,19 +1,19 @@
-"""What students gain where whole drives correct their labels, against the paper's recipe and true places.
+"""Compare students of labels smoothed along whole drives with the paper's recipe and with true positions.
 
 benchmarks/accuracy/students.py [--model ccvpe-small] [--styles target validation varied] [--seeds 0 1 2]
     [--rows paper smoothed rounds oracle ...] [--work DIR] [--json FILE]
 
 Each cell is a city, 1500 m wide, of a style and seed that no model was trained on: ``target`` and
-``validation`` as the simulation has them, ``varied`` strays from the target style as far as the training
-cities do from theirs. Pairs come from a drive through its western part, errors from one through its eastern
-part, 60 m apart. All students start as copies of the teacher and take the same number of steps: where labels
-are left out, some of the others come twice an epoch.
+``validation`` are the simulation's styles, ``varied`` strays from the target style as far as training cities
+do from theirs. Pairs come from a drive through its western part, errors from one through its eastern part,
+60 m apart. All students start as copies of the teacher and take the same number of steps: if labels are left
+out, some of the others are repeated.
 
 Rows: ``teacher``; ``paper``, filtered maxima, the first K' levels; ``smoothed``, labels from whole drives,
-all levels; ``rounds``, the smoothed student labels the pairs anew; ``oracle``, true positions, all levels;
-then smoothed labels with inputs as degraded as in ``smoothing.py``. Of the fixes that jump, which
-have tiles of their own, there is the teacher's and the paper's row as well. Everything is kept in the work
-folder: cut off, the same command goes on.
+all levels; ``rounds``, the smoothed student labels the pairs again; ``oracle``, true positions, all levels;
+then smoothed labels with inputs degraded as in ``smoothing.py``. Jumping fixes have their own tiles, and
+therefore their own rows of teacher and paper. Results are kept in the work folder, where an interrupted run
+continues.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ from xview_loc.simulation.views import PanoramaView
 from xview_loc.statistics import bootstrap_means
 from xview_loc.training.trainer import make_fabric
 
-# Errors of "labels" and of the "student", metres.
+# Errors in metres of "labels" and "student".
 Row = dict[str, list[float]]
-# First city of each style; seeds count on from it.
+# First city of each style; the seed is added.
 CITIES = {"target": 820, "validation": 830, "varied": 840}
 _HALF = CITY_M / 2
 AREAS: dict[str, tuple[Area, int]] = {
@@ -57,7 +57,7 @@ ROWS = ("paper", "smoothed", "rounds", "oracle", "no odometry", "scale, drift", 
 
 
 def make_cell(style: str, city_seed: int, folder: Path) -> None:
-    """Bags of pairs of both drives through a city."""
+    """Make bags of pairs of both drives through a city."""
     if (folder / "held").exists():
         return
     look: Style | str = style
@@ -74,7 +74,7 @@ def make_cell(style: str, city_seed: int, folder: Path) -> None:
 
 
 class Cell:
-    """A teacher and what it becomes on pairs, with errors on others; stages are kept in a folder."""
+    """A teacher and its students, tested on held-out pairs; stages are kept in a folder."""
 
     def __init__(self, teacher: Checkpoint, pairs: Source, held: Source, folder: Path, seed: int) -> None:
         options = AdaptationOptions.published(teacher.model, sigma=SIGMA, seed=seed)
@@ -85,7 +85,7 @@ class Cell:
         self._maxima = self._own(self._plain.labels)
 
     def row(self, name: str) -> Row:
-        """Errors of the labels, and of the student on the held-out pairs."""
+        """Return the errors of the labels, and of the student on the held-out pairs."""
         labels, student = self._maxima, self._teacher
         if name != "teacher":
             labels, student = self._paper() if name == "paper" else self._of_drives(name)
@@ -123,7 +123,7 @@ class Cell:
         return replace(labels, position=position).rows(on_map)
 
     def _own(self, labels: PseudoLabels) -> PseudoLabels:
-        """Those to train on; the others pick the epoch."""
+        """Return the labels to train on; the others choose the epoch."""
         return labels.of(self._run.training_index)
 
     def _student(self, labels: PseudoLabels, levels: int) -> Checkpoint:
@@ -134,7 +134,7 @@ class Cell:
 
 
 def summary(results: dict[str, dict[str, Row]], console: Console) -> None:
-    """Tables of all cells together."""
+    """Print the tables of all cells."""
     table = Table(title="mean / median / > 10 m, of labels and students; gain over the teacher's mean error")
     for column in ("cell", "row", "labels", "students", "gain, 95 %", "against the paper, 95 %"):
         table.add_column(column, no_wrap=True)

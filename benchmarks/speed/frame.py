@@ -1,12 +1,12 @@
-"""What a frame costs: every way to compute it, for each model and kind of heading, on this machine.
+"""Measure the time per frame of every backend and precision, for each model, with known and unknown heading.
 
 benchmarks/speed/frame.py [--models ccvpe-small ccvpe-vigor ...] [--threads 2] [--runs 30] [--json FILE]
 
-All ways of one model take turns, so that whatever else the machine does falls on all of them. ``everything``
-is the published forward pass: the tile encoded with every image, heat map and orientation field, in float32
-by plain PyTorch; ``plain`` the same without the orientation field where the heading is known. The others keep
-the tile (``cached``) or see it for the first time (``cold``, in PyTorch for all). Arithmetic is that of
-convolutions and matrix products; the floor is the fastest matrix product that PyTorch manages here.
+The variants of a model take turns, so that other load on the machine affects all alike. ``everything`` is the
+published forward pass in float32 with plain PyTorch: it encodes the tile with every image and computes heat
+map and orientation field. ``plain`` omits the orientation field if the heading is known. The others keep the
+tile (``cached``) or see it for the first time (``cold``, in PyTorch for all). GFLOP count convolutions and
+matrix products; the floor is the fastest matrix product of PyTorch on this machine.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ WARM_UP = 3
 
 
 def peak_rss_mb() -> float:
-    """Of this process since it started; Linux only."""
+    """Return the peak memory of this process; Linux only."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) / 1024
@@ -51,7 +51,7 @@ def median_ms(function: Callable[[], object], runs: int, warm_up: int = WARM_UP)
 def times_ms(
     functions: dict[Any, Callable[[], object]], runs: int, warm_up: int = WARM_UP
 ) -> dict[Any, list[float]]:
-    """Each in turn, ``runs`` times over."""
+    """Time functions in turn, ``runs`` times; return milliseconds."""
     times: dict[Any, list[float]] = {name: [] for name in functions}
     for run in range(warm_up + runs):
         for name, function in functions.items():
@@ -63,7 +63,7 @@ def times_ms(
 
 
 def floor_gflops(threads: int) -> dict[str, float]:
-    """Billions of operations per second of a plain matrix product, as the faster of two libraries does it."""
+    """Return GFLOP/s of a plain matrix product by precision, the faster of two implementations."""
     import torch
     import torch.nn.functional as F
 
@@ -82,7 +82,7 @@ def floor_gflops(threads: int) -> dict[str, float]:
 
 
 class Frame:
-    """One image of noise on one tile of noise, in every way."""
+    """One image and one tile of noise, for every variant."""
 
     def __init__(self, name: str, known: bool, threads: int) -> None:
         import torch
@@ -114,7 +114,7 @@ class Frame:
         )
 
     def kept(self, backend: str, precision: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
-        """The frame on a tile that is kept, and on a new one."""
+        """Return functions that compute the frame on a cached tile and on a new one."""
         import torch
 
         from xview_loc.models.runtimes import make_runtime
@@ -146,7 +146,7 @@ class Frame:
 
 
 def measure(name: str, known: bool, threads: int, runs: int) -> list[dict[str, Any]]:
-    """The rows of one model and kind of heading."""
+    """Return the rows of one model, with known or unknown heading."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -195,7 +195,7 @@ def measure(name: str, known: bool, threads: int, runs: int) -> list[dict[str, A
 
 
 def measure_parts(name: str, threads: int, runs: int) -> list[dict[str, Any]]:
-    """Time and arithmetic of a model's parts in PyTorch, float32, heading known."""
+    """Return time and GFLOP of the parts of a model in PyTorch, float32, with known heading."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -226,7 +226,7 @@ def measure_parts(name: str, threads: int, runs: int) -> list[dict[str, Any]]:
 
 
 def peak_memory(name: str, known: bool, threads: int, backend: str, precision: str) -> float:
-    """In a process of its own: of the frame on one kept tile."""
+    """Return the peak memory of frames on a cached tile; run it in its own process."""
     import torch
 
     cached, _ = Frame(name, known, threads).kept(backend, precision)
@@ -249,9 +249,9 @@ def main() -> None:
     parser.add_argument("--headings", nargs="+", default=("known", "unknown"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--runs", type=int, default=30)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     arguments = parser.parse_args()
-    # Idle threads of one library must not spin where another one computes.
+    # Keep idle threads of one library from spinning while another computes.
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
     threads, runs = arguments.threads, arguments.runs
     console = Console(width=130)

@@ -1,7 +1,9 @@
-"""GGCVT against its direct formulation on this machine: ``benchmarks/speed/ggcvt.py [--json FILE]``.
+"""Compare GGCVT with its direct formulation.
 
-The direct formulation encodes the tile with every frame, slides the overhead view over it with an ordinary
-convolution and projects every cell's keys and values anew, as published.
+benchmarks/speed/ggcvt.py [--models ggcvt-vigor ...] [--runs 9] [--json FILE]
+
+The direct formulation, as published, encodes the tile with every frame, slides the overhead view over it with
+an ordinary convolution, and projects the keys and values of every cell again.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from rich.table import Table
 
 
 def measure(name: str, formulation: str, threads: int, runs: int) -> dict[str, float | str]:
-    """In a process of its own, so that the peak memory is this formulation's."""
+    """Measure one formulation; run it in its own process, so that the peak memory is its own."""
     import torch
     import torch.nn.functional as F
 
@@ -92,7 +94,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=("ggcvt-vigor", "ggcvt-kitti", "ggcvt-small"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--runs", type=int, default=9)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     arguments = parser.parse_args()
 
     table = Table(title=f"batch 1, float32, {arguments.threads} CPU threads, median of {arguments.runs} runs")

@@ -1,4 +1,4 @@
-"""Latency of the whole node, image in to pose out, at several rates; and a soak test of its memory.
+"""Measure the latency of the node, image in to pose out, at several rates, and its memory over time.
 
 benchmarks/speed/node.py [--rates 2 5 20] [--frames 100] [--image 1920x960] [--compressed]
     [--backend auto] [--soak MINUTES] [--model ccvpe-small] [--json FILE]
@@ -31,14 +31,14 @@ SOAK_TIMEOUT_S = 0.5
 
 
 def at_rate(vehicle: Vehicle, frames: list[Frame], rate: float, pid: int) -> dict[str, float]:
-    """Publish ``frames`` at ``rate`` Hz; latencies in ms, from a frame's publishing to its pose's coming."""
+    """Publish ``frames`` at ``rate`` Hz; return latencies in ms, from publishing a frame to its pose."""
     before = vehicle.counts()
-    for noted in (vehicle.latencies, vehicle.sent, vehicle.inference_ms):
-        noted.clear()
+    for record in (vehicle.latencies, vehicle.sent, vehicle.inference_ms):
+        record.clear()
     begin, cpu = time.monotonic(), cpu_seconds(pid)
     for number, frame in enumerate(frames, 1):
         vehicle.publish(frame)
-        # From the beginning, so that a frame that was late delays no other one.
+        # Due times count from the beginning, so that a late frame delays no other.
         vehicle.spin_until(begin + number / rate)
     seconds, cpu = time.monotonic() - begin, cpu_seconds(pid) - cpu
     vehicle.wait(lambda: len(vehicle.latencies) == len(frames), 2.0)
@@ -62,7 +62,7 @@ def at_rate(vehicle: Vehicle, frames: list[Frame], rate: float, pid: int) -> dic
 
 
 def driven(city: City, count: int, rate: float, size: tuple[int, int] | None) -> list[Frame]:
-    """So many frames of a drive at a rate; images enlarged to (width, height) if that is given."""
+    """Return ``count`` frames of a drive, with images resized to (width, height) if given."""
     frames = list(drive(city, count, seed=1, options=DriveOptions(rate_hz=rate)))
     if size is None:
         return frames
@@ -70,12 +70,12 @@ def driven(city: City, count: int, rate: float, size: tuple[int, int] | None) ->
 
 
 def soak(vehicle: Vehicle, frames: list[Frame], minutes: float, pid: int) -> dict[str, Any]:
-    """Publish each frame as soon as the last one's pose is there; memory minute by minute, in MB."""
+    """Publish each frame as soon as the previous pose arrives; return the memory by minute, MB."""
     vehicle.latencies.clear()
     begin, published, missed = time.monotonic(), 0, 0
     samples: list[tuple[float, float]] = []
     while (now := time.monotonic() - begin) < minutes * 60:
-        # There and back again, so that the vehicle never jumps.
+        # Back and forth, so that the vehicle never jumps.
         index = published % (2 * len(frames) - 2)
         stamp = vehicle.publish(frames[min(index, 2 * len(frames) - 2 - index)])
         published += 1
@@ -105,10 +105,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rates", type=float, nargs="*", default=[2.0, 5.0, 20.0])
     parser.add_argument("--frames", type=int, default=100)
-    parser.add_argument("--image", help="WIDTHxHEIGHT of the images; default: the model's own")
-    parser.add_argument("--compressed", action="store_true", help="images as JPEG")
+    parser.add_argument("--image", help="WIDTHxHEIGHT of the images; default: the input size of the model")
+    parser.add_argument("--compressed", action="store_true", help="send images as JPEG")
     parser.add_argument("--backend", default="auto", choices=BACKENDS)
-    parser.add_argument("--soak", type=float, default=0.0, help="minutes")
+    parser.add_argument("--soak", type=float, default=0.0, help="duration of the memory test, minutes")
     parser.add_argument("--model", default="ccvpe-small")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""What logging and reading pairs costs: the node at 10 Hz full HD, and random access to a large bag.
+"""Measure logging and reading of pairs: the node at 10 Hz in full HD, and random access to a large bag.
 
 benchmarks/speed/pairs.py [--seconds 30] [--gigabytes 5] [--json FILE]
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import array
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from vehicle import cpu_seconds, isolate, memory_mb
 
 from xview_loc.bags.writer import BagLimits
 from xview_loc.datasets.pairs import PairDataset
@@ -29,14 +29,13 @@ from xview_loc.maps.base import AerialTile
 from xview_loc.models import create_model
 from xview_loc.recordings.pairs import Pair, PairBag, PairWriter
 
-ROOT = Path(__file__).resolve().parents[2]
 PLANE = LocalProjection(48.2, 16.37)
 RATE_HZ = 10.0
 SAMPLES = 400
 
 
 def photograph(seed: int) -> bytes:
-    """A full HD JPEG of about half a megabyte, as a street camera's are."""
+    """Return a full HD JPEG of about half a megabyte, typical of a street camera."""
     rng = np.random.default_rng(seed)
     coarse = rng.normal(size=(135, 240, 3)).astype(np.float32)
     image = 128 + 40 * cv2.resize(coarse, (1920, 1080), interpolation=cv2.INTER_CUBIC)
@@ -44,25 +43,14 @@ def photograph(seed: int) -> bytes:
     return bytes(cv2.imencode(".jpg", np.clip(image, 0, 255).astype(np.uint8))[1])
 
 
-def resident_mb(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/statm").read_text().split()
-    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
-
-
-def cpu_seconds(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 def log_full_hd(folder: Path, seconds: float) -> dict[str, float]:
-    """Every frame is a keyframe; images come as CompressedImage."""
+    """Measure the pair logger; every frame is a keyframe, images are CompressedImage."""
     import rclpy
     from geometry_msgs.msg import QuaternionStamped
     from rclpy.node import Node
     from sensor_msgs.msg import CompressedImage, NavSatFix
 
-    os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
-    os.environ.setdefault("FASTDDS_DEFAULT_PROFILES_FILE", str(ROOT / "config" / "fastdds.xml"))
+    isolate()
     parameters = {
         "directory": str(folder),
         "heading_source": "quaternion",
@@ -101,8 +89,8 @@ def log_full_hd(folder: Path, seconds: float) -> dict[str, float]:
         time.sleep(max(0.0, began + (k + 1) / RATE_HZ - time.monotonic()))
     elapsed = time.monotonic() - began
     used = cpu_seconds(node_process.pid) - cpu
-    memory = resident_mb(node_process.pid)
-    time.sleep(1.0)  # what is on its way arrives
+    memory = memory_mb(node_process.pid, "VmRSS")
+    time.sleep(1.0)  # let the last messages arrive
     node_process.terminate()
     node_process.wait(20)
     node.destroy_node()
@@ -119,7 +107,7 @@ def log_full_hd(folder: Path, seconds: float) -> dict[str, float]:
 
 
 def read_at_random(folder: Path, gigabytes: float) -> dict[str, float]:
-    """Two workers decode pairs of a bag of this size in random order."""
+    """Measure two workers that decode pairs of a bag in random order."""
     spec = create_model("ccvpe-small").spec
     pictures = [photograph(k) for k in range(8)]
     count = round(gigabytes * 1e9 / np.mean([len(p) for p in pictures]))
@@ -143,12 +131,12 @@ def read_at_random(folder: Path, gigabytes: float) -> dict[str, float]:
     batches = iter(loader)
     next(batches)
     workers = [w.pid for w in batches._workers]  # type: ignore[attr-defined]
-    first = max(resident_mb(pid) for pid in workers)
+    first = max(memory_mb(pid, "VmRSS") for pid in workers)
     began, seen, peak = time.monotonic(), 0, first
     for batch in batches:
         seen += len(batch["index"])
-        # The last batches come when their worker has ended.
-        peak = max([peak, *(resident_mb(pid) for pid in workers if Path(f"/proc/{pid}").exists())])
+        # A worker may end before its last batches arrive.
+        peak = max([peak, *(memory_mb(pid, "VmRSS") for pid in workers if Path(f"/proc/{pid}").exists())])
     elapsed = time.monotonic() - began
     return {
         "pairs": count,

@@ -1,6 +1,8 @@
-"""Seconds to build a city and milliseconds per view: ``benchmarks/speed/simulation.py [--json FILE]``.
+"""Measure the seconds to build a city and the milliseconds per view, in one thread.
 
-One thread; views at ten places of a drive, the median over all of them.
+benchmarks/speed/simulation.py [--size 1020] [--json FILE]
+
+Figures are medians over views at ten places of a drive.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""A long drive on which everything fails now and then: what the localizer says, publishes and costs.
-
-One fault at a time, with quiet periods between: was it named in /diagnostics, did poses resume, was a wrong
-pose published without a warning, was all well again afterwards, and does the node's memory grow?
+"""Drive for an hour through sensor, map and checkpoint faults, and check diagnostics, poses and memory.
 
 benchmarks/speed/soak.py [--minutes 60] [--seed 0] [--rate 5] [--wrong 20] [--json FILE]
+
+One fault at a time, with quiet periods between. Checked: /diagnostics name the fault, poses resume, no wrong
+pose is published without a warning, warnings end after the fault, and memory does not grow.
 """
 
 from __future__ import annotations
@@ -55,16 +55,16 @@ from map_fixtures import TileServer
 
 MODEL = "ccvpe-small"
 FRAMES = 700
-# Small tiles, so that those on the way are more than the node keeps in memory.
+# Small tiles, so that the route needs more of them than the node keeps in memory.
 TILE_SIDE, TILE_ZOOM = 64, 20
 MAP_DEADLINE_S = 1.0
 QUIET_S = (5.0, 10.0)
 ALL_WELL_TIMEOUT_S = 70.0
 RESUME_S = 5.0
-REPORT_S = 2.5  # a report comes every second, and may be on its way
+REPORT_S = 2.5  # reports come once per second; one may already be on its way
 LARGEST_GROWTH = 5.0  # per cent over the run
 JUMP_M = 100.0
-# So few that a trial in the shadow ends in its verdict.
+# Few, so that a shadow trial ends with a verdict.
 SHADOW_FRAMES = 100
 TABLE_WIDTH = 140
 METRES_PER_DEGREE = 111_200.0
@@ -72,7 +72,7 @@ METRES_PER_DEGREE = 111_200.0
 
 @dataclass(frozen=True)
 class Pose:
-    """When its image was sent and when it came (monotonic seconds), and how far it is off in metres."""
+    """Times of its image and of its arrival (monotonic seconds), and its error in metres."""
 
     sent: float
     arrived: float
@@ -81,7 +81,7 @@ class Pose:
 
 @dataclass(frozen=True)
 class Report:
-    """One status of /diagnostics."""
+    """A status of /diagnostics."""
 
     at: float
     warns: bool
@@ -90,7 +90,7 @@ class Report:
 
 
 class Rig(Vehicle):
-    """A vehicle whose drivers can be made to fail."""
+    """A vehicle whose sensor drivers can fail."""
 
     def __init__(self, datum: LocalProjection, server: TileServer, folder: Path, rng: random.Random) -> None:
         super().__init__()
@@ -108,14 +108,14 @@ class Rig(Vehicle):
         self._truth: dict[int, tuple[float, float]] = {}
         self._before: tuple[int, Frame] | None = None
         self.odometry = self.create_publisher(Odometry, "odom", 5)
-        # When each came (monotonic seconds), and its error.
+        # Time of arrival (monotonic seconds) and error in metres.
         self.filtered: list[tuple[float, float]] = []
         topic = "/localizer/odometry_filtered_pose"
         self.create_subscription(PoseWithCovarianceStamped, topic, self._on_filtered, 50)
         self._change_state = self.create_client(ChangeState, "/localizer/change_state")
 
     def publish(self, frame: Frame) -> int:
-        """Send what works of one frame."""
+        """Send the messages of a frame whose drivers work."""
         stamp_ns = time.time_ns() + self.clock_ns
         heading, fix, image = self.messages(frame, stamp_ns)
         self.spoil_fix(fix)
@@ -133,7 +133,7 @@ class Rig(Vehicle):
         return stamp_ns
 
     def _velocity(self, frame: Frame, stamp_ns: int) -> Odometry:
-        """Since the last frame, of the truth: the drive goes backwards as well."""
+        """Return the true velocity since the last frame; the drive also goes backwards."""
         message = Odometry()
         message.header.stamp = Time(nanoseconds=stamp_ns).to_msg()
         since_ns, before = self._before or (stamp_ns, frame)
@@ -150,7 +150,7 @@ class Rig(Vehicle):
         return message
 
     def change_state(self, transition: int) -> None:
-        """Ask the node for a change of its lifecycle's state."""
+        """Request a lifecycle transition."""
         self._change_state.call_async(ChangeState.Request(transition=Transition(id=transition)))
 
     def _on_pose(self, pose: PoseWithCovarianceStamped) -> None:
@@ -261,7 +261,7 @@ def tile_server(kind: str) -> Callable[[Rig], AbstractContextManager[None]]:
     @contextmanager
     def fault(rig: Rig) -> Iterator[None]:
         rig.server.fault = kind
-        # What the disk keeps would hide it.
+        # The disk cache would hide the fault.
         shutil.rmtree(rig.folder / "cache", ignore_errors=True)
         yield
         rig.server.fault = None
@@ -288,7 +288,7 @@ def bad_checkpoint(rig: Rig) -> Iterator[None]:
 
 @contextmanager
 def shadowed(rig: Rig) -> Iterator[None]:
-    """The one of the two checkpoints that is not in use, until there is a verdict."""
+    """Shadow the checkpoint that is not in use, until there is a verdict."""
     other = rig.folder / "other.safetensors"
     rig.set_parameter("shadow_checkpoint", str(other if rig.checkpoint == SHIPPED else SHIPPED))
     yield
@@ -304,7 +304,7 @@ def deactivated(rig: Rig) -> Iterator[None]:
 
 @contextmanager
 def subscriber_storm(rig: Rig) -> Iterator[None]:
-    """Participants that come and go, each with subscribers of which half are never served."""
+    """Start and stop participants; half of their subscribers are never served."""
     stop = threading.Event()
 
     def storm() -> None:
@@ -349,10 +349,10 @@ SHIPPED = _shipped
 
 @dataclass(frozen=True)
 class Fault:
-    """``named``: the message, or the count that grows, by which docs/diagnostics.md knows it; "": there is
-    nothing to name.
+    """A fault, and how long it lasts.
 
-    It lasts a time from ``seconds``, and up to ``patience_s`` longer until it is named.
+    ``named`` is the message, or the count that grows, in docs/diagnostics.md; "" if nothing is reported. The
+    fault lasts between ``seconds``, and up to ``patience_s`` longer until it is named.
     """
 
     during: Callable[[Rig], AbstractContextManager[None]]
@@ -367,7 +367,7 @@ FAULTS = {
     "no heading": Fault(heading_loss, "frames_rejected/heading_stale"),
     "no fixes": Fault(gnss_loss, "frames_rejected/fix_stale"),
     "fixes jump": Fault(gnss_jump, "fix_rejected/fix_jump"),
-    # They are believed in the meantime, so that the way back is a jump as well.
+    # The filter accepts them meanwhile, so that the way back is also a jump.
     "fixes jump and stay": Fault(gnss_jump, "fix_rejected/fix_jump", (13.0, 16.0), resume_s=10.0 + RESUME_S),
     "fixes are NaN": Fault(bad_fixes(not_a_number), "fix_rejected/fix_not_finite"),
     "fix status -1": Fault(bad_fixes(no_fix), "fix_rejected/fix_status"),
@@ -394,7 +394,7 @@ FAULTS = {
 
 @dataclass
 class Event:
-    """One fault as it went; times are monotonic seconds."""
+    """A fault that happened; times are monotonic seconds."""
 
     name: str
     began: float
@@ -404,7 +404,7 @@ class Event:
 
 
 class Soak:
-    """Drives there and back again at a steady rate and watches the node."""
+    """Drive back and forth at a steady rate, and watch the node."""
 
     def __init__(self, rig: Rig, node: Popen, frames: list[Frame], rate_hz: float) -> None:
         self.rig, self._node = rig, node
@@ -413,20 +413,20 @@ class Soak:
         self._due = time.monotonic()
         self.memory: list[tuple[float, float]] = []
         self.events: list[Event] = []
-        # The fault (or "the start") after which warnings did not end.
+        # Faults (or "the start") after which warnings did not end.
         self.not_well_again: list[str] = []
 
     def alive(self) -> bool:
         return self._node.poll() is None
 
     def until(self, condition: Callable[[], bool], timeout_s: float) -> bool:
-        """Drive on until the condition holds; False where it did not, or the node is gone."""
+        """Drive until the condition holds; return False on timeout or if the node ended."""
         end = time.monotonic() + timeout_s
         while not condition():
             if time.monotonic() > end or not self.alive():
                 return False
             self.rig.spin_until(self._due)
-            # A camera that comes late does not catch up: the vehicle would jump.
+            # A late frame is not caught up: the vehicle would jump.
             self._due = max(self._due, time.monotonic()) + self._period
             self.rig.publish(next(self._frames))
             if self.alive() and (not self.memory or time.monotonic() - self.memory[-1][0] >= 1.0):
@@ -437,13 +437,13 @@ class Soak:
         self.until(lambda: False, seconds)
 
     def quiet(self, seconds: float) -> None:
-        """Drive so long, and on until nothing of the last fault is left in /diagnostics."""
+        """Drive for ``seconds``, and until /diagnostics warn no more."""
         self.drive(seconds)
         if not self.until(lambda: not self.rig.history[-1].warns, ALL_WELL_TIMEOUT_S):
             self.not_well_again.append(self.events[-1].name if self.events else "the start")
 
-    def suffer(self, name: str) -> Event:
-        """Let one fault happen, and wait until it is over."""
+    def cause(self, name: str) -> Event:
+        """Cause a fault and wait until it is over."""
         fault, rig = FAULTS[name], self.rig
         event = Event(name, time.monotonic())
         self.events.append(event)
@@ -459,7 +459,7 @@ class Soak:
         return event
 
     def _named(self, by: str, before: int) -> bool:
-        """Whether a report since then has it in its message, or counted, or (a checkpoint) as its value."""
+        """Return True if a report since then names it: as message, growing count, or checkpoint."""
         if not by:
             return True
         old, reports = self.rig.history[before], self.rig.history[before + 1 :]
@@ -470,7 +470,7 @@ class Soak:
 
 
 def judge(soak: Soak, wrong_m: float) -> dict[str, dict[str, Any]]:
-    """What became of each kind of fault, and of the quiet time between."""
+    """Return figures of each kind of fault, and of the quiet time between."""
     rig = soak.rig
     reports = np.array([report.at for report in rig.history])
     warned = [report.warns for report in rig.history]
@@ -513,7 +513,7 @@ def judge(soak: Soak, wrong_m: float) -> dict[str, dict[str, Any]]:
 
 
 def growth(memory: list[tuple[float, float]]) -> dict[str, float]:
-    """A straight line through the memory after warm-up, the run's first quarter or its first ten minutes."""
+    """Fit a line to the memory after warm-up (the first quarter, at most ten minutes)."""
     at, rss = np.array(memory).T
     at -= at[0]
     later = at >= min(at[-1] / 4.0, 600.0)
@@ -532,9 +532,9 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rate", type=float, default=5.0, help="frames per second")
-    parser.add_argument("--wrong", type=float, default=20.0, help="metres from which on a pose is wrong")
+    parser.add_argument("--wrong", type=float, default=20.0, help="error of a wrong pose, metres")
     parser.add_argument("--faults", nargs="*", default=list(FAULTS), choices=list(FAULTS), metavar="FAULT")
-    parser.add_argument("--filter", action="store_true", help="with the filter, which goes on without fixes")
+    parser.add_argument("--filter", action="store_true", help="run the filter, which bridges missing fixes")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if arguments.filter:
@@ -570,7 +570,7 @@ def main() -> int:
         if not soak.until(lambda: bool(rig.poses and rig.history), 30.0):
             raise SystemExit(f"the localizer gave no pose:\n{log.read_text()}")
         with good_checkpoint(rig):
-            # From here on two checkpoints are in memory, for the way back.
+            # From here on two checkpoints are in memory, to allow a rollback.
             soak.drive(QUIET_S[0])
         del soak.memory[:-1]
         began, cpu = time.monotonic(), cpu_seconds(node.pid)
@@ -579,7 +579,7 @@ def main() -> int:
         while soak.alive() and time.monotonic() < end:
             soak.quiet(rng.uniform(*QUIET_S))
             turn = turn or rng.sample(arguments.faults, len(arguments.faults))
-            event = soak.suffer(turn.pop())
+            event = soak.cause(turn.pop())
             rss = soak.memory[-1][1]
             print(
                 f"{event.ended - began:5.0f} s  {event.name:20} named: {event.named}, "

@@ -1,4 +1,4 @@
-"""What changing the checkpoint of a localizer at work costs: frames, gaps between poses, latency.
+"""Measure what a change of checkpoint costs a running localizer: frames, gaps between poses, latency.
 
 benchmarks/speed/swap.py [--rate 10] [--swaps 50] [--model ccvpe-small] [--json FILE]
 """
@@ -27,11 +27,11 @@ from xview_loc.simulation.city import build_city
 from xview_loc.simulation.drives import DriveOptions, Frame, drive
 
 PERTURBATION = 1e-3  # of each weight, relative
-LONGEST_GAP = 2.0  # frame periods that may pass between two poses
+LONGEST_GAP = 2.0  # allowed between two poses, frame periods
 
 
 def perturbed(model: str, path: Path) -> Path:
-    """A checkpoint whose weights differ a little from the shipped ones."""
+    """Write a checkpoint whose weights differ a little from the shipped ones."""
     network = load_model(model).model
     torch.manual_seed(0)
     with torch.no_grad():
@@ -42,14 +42,14 @@ def perturbed(model: str, path: Path) -> Path:
 
 
 class Driving:
-    """Publishes frames at a steady rate, there and back again, so that the vehicle never jumps."""
+    """Publish frames at a steady rate, back and forth, so that the vehicle never jumps."""
 
     def __init__(self, vehicle: Vehicle, pid: int, frames: list[Frame], rate_hz: float) -> None:
         self._vehicle, self._pid, self._period = vehicle, pid, 1.0 / rate_hz
         self._frames = itertools.cycle(frames + frames[-2:0:-1])
 
     def measure(self, seconds: float, checkpoints: list[Path]) -> dict[str, Any]:
-        """Drive so long, then on until each of the checkpoints has been put in use; what it cost."""
+        """Drive for ``seconds`` and until each checkpoint was activated; return the figures."""
         vehicle = self._vehicle
         before = vehicle.counts()
         for record in (vehicle.latencies, vehicle.arrivals, vehicle.sent):

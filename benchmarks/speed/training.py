@@ -1,12 +1,12 @@
-"""What adaptation costs per pair: loading, teacher inference, a training step, with and without short cuts.
+"""Measure the speed of adaptation: loading, teacher inference and training, plain and as optimised.
 
 benchmarks/speed/training.py [--models ccvpe-small ggcvt-small] [--image 2048x1024] [--threads 2]
     [--rounds 10] [--accelerator auto] [--json FILE]
 
-Pairs of a short drive through a simulated city, the panoramas enlarged to what a camera delivers. Plain: a
-pair is decoded whenever it is asked for, its tile encoded with it, the weights in PyTorch's own layout. Now:
-as ``xview-loc adapt`` does it. All ways take turns, so that whatever else the machine does falls on all. The
-rate of labels and of training is that of one process that loads and computes by turns.
+Pairs come from a short drive through a simulated city, with panoramas enlarged to the size of a camera image.
+``plain`` decodes a pair at every access, encodes its tile with it, and keeps PyTorch's default memory layout;
+``now`` works like ``xview-loc adapt``. Variants take turns, so that other load on the machine affects all
+alike. The rates of labels and training are those of one process that loads and computes in turn.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ from xview_loc.training.trainer import make_fabric
 from xview_loc.vehicle.keyframes import KeyframeRule
 
 FRAMES, RULE = 120, KeyframeRule(distance_m=4.0)
-# Large enough for both small models, which take its middle.
+# Large enough for both small models, which crop its middle.
 TILE_PX, TILE_GSD = 192, 0.48
 TOPICS = {"image": "/image", "fix": "/fix", "heading": "/heading", "odom": "/odom"}
-# Of teacher inference, as of label_pairs.
+# Teacher inference, as in label_pairs.
 BATCH, BATCHES = 16, 3
 WARM_UP = 2
 
 
 def make_pairs(folder: Path, width: int, height: int) -> Path:
-    """A bag of pairs whose images have this size."""
+    """Make a bag of pairs with images of this size."""
     city = build_city(700, "target")
     frames = drive(city, FRAMES, 0, options=DriveOptions(rate_hz=1.0), view=PanoramaView(128, 512))
     write_bag(frames, folder / "drive")
@@ -76,14 +76,14 @@ def make_pairs(folder: Path, width: int, height: int) -> Path:
 
 
 class Steps:
-    """Each step of the adaptation of one model, plain and as it is now."""
+    """The steps of adapting one model, plain and as optimised."""
 
     def __init__(self, name: str, folder: Path, device: torch.device) -> None:
         self.now = load_model(name).model.to(device)
         self.plain = deepcopy(self.now)
         self.now.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.source = PairDataset([folder], self.now.spec)
-        self.forgetful = deepcopy(self.source)  # a copy keeps nothing of what it decodes
+        self.forgetful = deepcopy(self.source)  # a copy does not cache decoded pairs
         self.count = BATCH * BATCHES
         samples = [self.source[index] for index in range(self.count)]
         order = np.random.default_rng(0).permutation(self.count)
@@ -125,7 +125,7 @@ class Steps:
 
 
 def measure(steps: Steps, rounds: int) -> list[dict[str, Any]]:
-    """Rows of pairs per second."""
+    """Return rows of pairs per second."""
     precisions = ("32-true", "bf16-mixed")
     accelerator = steps.training_batch["fix"].device.type
     calls: dict[tuple[str, str, str], tuple[Callable[[], None], int]] = {
@@ -174,11 +174,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", nargs="+", default=("ccvpe-small", "ggcvt-small"))
-    parser.add_argument("--image", default="2048x1024", help="of the camera, WIDTHxHEIGHT")
+    parser.add_argument("--image", default="2048x1024", help="WIDTHxHEIGHT of the camera images")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--accelerator", default="auto")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     arguments = parser.parse_args()
     width, height = map(int, arguments.image.split("x"))
     torch.set_num_threads(arguments.threads)

@@ -1,4 +1,4 @@
-"""A vehicle for the benchmarks of the localizer: publishes frames, notes what comes back, runs the node."""
+"""A vehicle for the benchmarks of the localizer node: publishes frames, records poses, runs the node."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Vehicle(Node):
-    """Publishes frames, their images as JPEG where ``compressed``, and notes when their poses come back."""
+    """Publish frames, with images as JPEG if ``compressed``, and record when their poses arrive."""
 
     def __init__(self, compressed: bool = False) -> None:
         super().__init__("vehicle")
@@ -40,12 +40,11 @@ class Vehicle(Node):
         self.images = self.create_publisher(CompressedImage if compressed else Image, "image", 5)
         self.fixes = self.create_publisher(NavSatFix, "fix", 5)
         self.headings = self.create_publisher(QuaternionStamped, "heading", 5)
-        # When each frame without a pose was sent (monotonic seconds), by its stamp.
+        # Time of sending (monotonic seconds) by stamp, of frames without a pose.
         self.sent: dict[int, float] = {}
-        self.latencies: list[float] = []
-        # What of them the model took.
+        self.latencies: list[float] = []  # milliseconds
         self.inference_ms: list[float] = []
-        # Each pose's stamp and when it came (monotonic seconds).
+        # Stamp and time of arrival (monotonic seconds) of each pose.
         self.arrivals: list[tuple[int, float]] = []
         self.diagnostics: dict[str, str] = {}
         self.reports = 0
@@ -60,7 +59,7 @@ class Vehicle(Node):
     def messages(
         self, frame: Frame, stamp_ns: int
     ) -> tuple[QuaternionStamped, NavSatFix, Image | CompressedImage]:
-        """Heading, fix and image of a frame."""
+        """Return heading, fix and image of a frame."""
         assert frame.image is not None
         heading = QuaternionStamped()
         heading.quaternion.z = math.sin(frame.heading / 2)
@@ -80,7 +79,7 @@ class Vehicle(Node):
         return heading, fix, image
 
     def publish(self, frame: Frame) -> int:
-        """Send one frame, stamped now; its stamp."""
+        """Send a frame, stamped now; return its stamp."""
         stamp_ns = time.time_ns()
         heading, fix, image = self.messages(frame, stamp_ns)
         self.headings.publish(heading)
@@ -90,12 +89,12 @@ class Vehicle(Node):
         return stamp_ns
 
     def spin_until(self, due: float) -> None:
-        """Take what comes in until a time of the monotonic clock."""
+        """Receive messages until ``due`` on the monotonic clock."""
         while (left := due - time.monotonic()) > 0:
             self._executor.spin_once(timeout_sec=left)
 
     def wait(self, condition: Callable[[], object], timeout_s: float) -> bool:
-        """Take what comes in until the condition holds; False where it took too long."""
+        """Receive messages until the condition holds; return False if it took too long."""
         end = time.monotonic() + timeout_s
         while not condition():
             if time.monotonic() > end:
@@ -104,21 +103,21 @@ class Vehicle(Node):
         return True
 
     def counts(self) -> dict[str, int]:
-        """The node's counts, from reports made after now (one every second)."""
+        """Return the counts in the diagnostics, from a report made after now (one per second)."""
         seen = self.reports
-        # The next one may have been on its way already.
+        # The next report may already be on its way.
         self.wait(lambda: self.reports >= seen + 2, 5.0)
         return {key: int(value) for key, value in self.diagnostics.items() if value.isdigit()}
 
     def set_parameter(self, name: str, text: str) -> Any:
-        """Ask the node for a change of a parameter; the future of its answer."""
+        """Request the change of a parameter; return the future of the answer."""
         value = ParameterValue(type=ParameterType.PARAMETER_STRING, string_value=text)
         return self._set.call_async(SetParameters.Request(parameters=[Parameter(name=name, value=value)]))
 
     def deploy(self, path: Path) -> Any:
-        """Ask for another checkpoint, as ``xview-loc deploy`` does; the future of the verdict on it.
+        """Request another checkpoint, as ``xview-loc deploy`` does; return the future of the verdict.
 
-        Of the two calls the second one answers once the change is made.
+        The second call answers once the change is made.
         """
         self.set_parameter("checkpoint", str(path))
         return self._reload.call_async(Trigger.Request())
@@ -140,13 +139,13 @@ class Vehicle(Node):
 
 
 def memory_mb(pid: int, field: str) -> float:
-    """``VmRSS`` or ``VmHWM`` of a process."""
+    """Return ``VmRSS`` or ``VmHWM`` of a process."""
     text = Path(f"/proc/{pid}/status").read_text()
     return next(int(line.split()[1]) / 1024 for line in text.splitlines() if line.startswith(field))
 
 
 def cpu_seconds(pid: int) -> float:
-    """Processor time that a process has used."""
+    """Return the processor time a process has used."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
@@ -160,7 +159,7 @@ def isolate() -> None:
 
 @contextmanager
 def localizer(vehicle: Vehicle, log: Path, parameters: dict[str, object]) -> Iterator[subprocess.Popen]:
-    """A localizer process that listens to the vehicle; its output goes to ``log``."""
+    """Run a localizer process connected to the vehicle; its output goes to ``log``."""
     own = {"heading_source": "quaternion", "qos_reliability": "reliable", **parameters}
     words = [word for name, value in own.items() for word in ("-p", f"{name}:={value}")]
     with log.open("w") as out:
