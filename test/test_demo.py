@@ -44,6 +44,17 @@ def start_adapt(folder: Path, *words: str) -> subprocess.Popen:
     return start(folder, "-m", "xview_loc.demo.adapt", "--out", str(folder), *SMALL, *words)
 
 
+def finish(process: subprocess.Popen, timeout_s: float) -> str:
+    """Wait for the demo to succeed; return its output."""
+    try:
+        log, _ = process.communicate(timeout=timeout_s)
+    finally:
+        process.terminate()
+        process.wait()
+    assert process.returncode == 0, log
+    return log
+
+
 def processes_that_name(folder: Path) -> list[str]:
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
@@ -61,13 +72,7 @@ def text_of(page: str) -> str:
 
 
 def test_a_drive_is_localised_live(tmp_path: Path) -> None:
-    process = start(tmp_path, "-c", DRIVE)
-    try:
-        log, _ = process.communicate(timeout=280)
-    finally:
-        process.terminate()
-        process.wait()
-    assert process.returncode == 0, log
+    log = finish(start(tmp_path, "-c", DRIVE), timeout_s=280)
     page = (tmp_path / "demo_output" / "demo.html").read_text()
     localised = re.search(r"localised (\d+) of 10 frames", text_of(page))
     assert localised and int(localised[1]) >= 5
@@ -80,13 +85,7 @@ def test_a_drive_is_localised_live(tmp_path: Path) -> None:
 @pytest.mark.timeout(1800)
 def test_the_whole_loop(tmp_path: Path) -> None:
     """So few pairs make no student worth deploying; --deploy-anyway deploys it."""
-    process = start_adapt(tmp_path, "--deploy-anyway")
-    try:
-        log, _ = process.communicate(timeout=1700)
-    finally:
-        process.terminate()
-        process.wait()
-    assert process.returncode == 0, log
+    finish(start_adapt(tmp_path, "--deploy-anyway"), timeout_s=1700)
     adapted = tmp_path / "adapt" / "adapted"
     metrics = json.loads((adapted / "metrics.json").read_text())
     assert RECORDED / 4 <= metrics["pairs"] <= RECORDED

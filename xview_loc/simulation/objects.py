@@ -32,17 +32,11 @@ _CAR_COLOURS = np.array(
 
 @dataclass(frozen=True)
 class Boxes:
-    """Upright boxes: buildings, their wings and machinery, hedges.
+    """Upright boxes: buildings, machinery on roofs, hedges.
 
-    Attributes:
-        centre: ENU metres (n, 2).
-        axis: Unit direction of the long side (n, 2).
-        half: Half length and half width in metres (n, 2).
-        wall: Wall colour (n, 3).
-        glass: Window colour (n, 3).
-        floor_m: Storey height in metres (n,); 0 for no windows.
-        window_m: Distance between windows in metres (n,).
-        height: Metres over the street (n,).
+    Centres in ENU metres (n, 2), unit directions of the long side (n, 2), half length and half width (n, 2),
+    wall and window colours (n, 3), storey height (0: no windows), distance between windows, and height over
+    the street, metres (n,).
     """
 
     centre: Array
