@@ -40,8 +40,8 @@ def poses(city: City, count: int, seed: int = 0) -> list[CameraPose]:
 
 
 def test_same_seed_same_city_and_drive() -> None:
-    first, second = (build_city(11, "target", size_m=160.0) for _ in range(2))
-    other = build_city(12, "target", size_m=160.0)
+    first, second = (build_city(11, "target", size_m=200.0) for _ in range(2))
+    other = build_city(12, "target", size_m=200.0)
     assert np.array_equal(first.aerial, second.aerial) and np.array_equal(first.height, second.height)
     assert not np.array_equal(first.aerial, other.aerial)
     a, b = (list(drive(c, 3, seed=4)) for c in (first, second))
@@ -50,10 +50,10 @@ def test_same_seed_same_city_and_drive() -> None:
 
 @pytest.mark.parametrize("style", STYLES)
 def test_any_seed_renders(style: str) -> None:
-    for seed in range(6):
+    for seed in range(3):
         small = build_city(seed, style, size_m=150.0)
         image = render_panorama(
-            small, CameraPose(10.0 * seed - 30.0, 5.0, seed), rng=np.random.default_rng(0)
+            small, CameraPose(30.0 * seed - 30.0, 5.0, seed), rng=np.random.default_rng(0)
         )
         assert image.shape == (128, 512, 3) and image.dtype == np.uint8 and image.std() > 5.0
 

@@ -14,7 +14,7 @@ from xview_loc.geodesy import LocalProjection
 from xview_loc.report import Page
 
 # The shipped weights were trained on the source style's cities 0 to 23.
-STYLE, CITY = "source", 4321
+STYLE, CITY, SIZE_M = "source", 4321, 1020.0
 FRAMES, RATE_HZ = 160, 4.0
 MODELS = ("ccvpe-small", "ggcvt-small")
 
@@ -24,7 +24,7 @@ def run_drive(folder: Path, model: str) -> tuple[Listener, Path]:
     map_path = folder / "city.tif"
     map_path.unlink(missing_ok=True)
     with Demo("demo") as demo:
-        words = ("--style", STYLE, "--city", CITY, "--frames", FRAMES, "--rate", RATE_HZ)
+        words = ("--style", STYLE, "--city", CITY, "--size", SIZE_M, "--frames", FRAMES, "--rate", RATE_HZ)
         drive = demo.start_drive(folder, *words)
         demo.start_localizer(map_path, model)
         demo.follow(drive, FRAMES, FRAMES / RATE_HZ)
