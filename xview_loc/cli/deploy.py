@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from xview_loc.cli.console import UsageError, console
+from xview_loc.cli.console import console
 
 
 def deploy(
@@ -20,8 +20,6 @@ def deploy(
     A refused checkpoint changes nothing. To go back: ros2 service call /localizer/rollback
     std_srvs/srv/Trigger.
     """
-    try:
-        from xview_loc.nodes.deployment import deploy as activate
-    except ImportError as error:
-        raise UsageError(f"deploy needs ROS 2's Python packages ({error})") from None
+    from xview_loc.nodes.deployment import deploy as activate
+
     console.print(activate(checkpoint.resolve(), to, timeout), soft_wrap=True)

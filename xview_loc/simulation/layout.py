@@ -19,6 +19,25 @@ GRASS, ASPHALT, PAVEMENT, PLAZA, GRAVEL, KERB, PARKING, GARDEN = range(8)
 _TREE_SHARED = 0.88  # share of the trees that both views show
 
 
+def material_colours(style: Style) -> dict[int, Rgb]:
+    """Return the colour of each ground class."""
+
+    def scale(rgb: Rgb, factor: float) -> Rgb:
+        return rgb[0] * factor, rgb[1] * factor, rgb[2] * factor
+
+    grass = style.grass
+    return {
+        GRASS: grass,
+        ASPHALT: style.asphalt,
+        PAVEMENT: style.pavement,
+        PLAZA: style.plaza,
+        GRAVEL: style.gravel,
+        KERB: scale(style.pavement, 1.16),
+        PARKING: scale(style.asphalt, 1.15),
+        GARDEN: (grass[0] * 0.62, grass[1] * 0.72, grass[2] * 0.6),
+    }
+
+
 class Layout:
     """The plan of a city: rasters of material, road paint, height and objects, and lists of objects.
 

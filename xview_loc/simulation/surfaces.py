@@ -9,19 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xview_loc.simulation.canvas import rectangle
-from xview_loc.simulation.layout import (
-    ASPHALT,
-    GARDEN,
-    GRASS,
-    GRAVEL,
-    KERB,
-    PARKING,
-    PAVEMENT,
-    PLAZA,
-    Layout,
-)
+from xview_loc.simulation.layout import ASPHALT, Layout, material_colours
 from xview_loc.simulation.objects import CAR_SIZE, Array, Cars, Floats, Image, Trees
-from xview_loc.simulation.styles import Rgb, Style, colour_matrix
+from xview_loc.simulation.styles import Style, colour_matrix
 
 
 def noise(rng: np.random.Generator, size: int, cell_px: float) -> Floats:
@@ -50,7 +40,7 @@ def sunlight_on(height: Floats, gsd: float, sun: tuple[float, float]) -> Floats:
 
 def paint_ground(layout: Layout, rng: np.random.Generator) -> Image:
     """Return the colour of the ground without light and road paint; repairs of the road are in it."""
-    colours = _colours(layout.style)
+    colours = material_colours(layout.style)
     table = np.zeros((256, 1, 3), np.uint8)
     for value, rgb in colours.items():
         table[value, 0] = np.clip(rgb, 0, 255)
@@ -60,23 +50,6 @@ def paint_ground(layout: Layout, rng: np.random.Generator) -> Image:
     is_street = cv2.blur((layout.material == ASPHALT).astype(np.float32), (3, 3))
     mottle = sum(0.7 * noise(rng, layout.size, cell_px) for cell_px in (4, 22, 140))
     return shade(image, 1.0 + mottle * (0.075 - 0.035 * is_street))
-
-
-def _colours(style: Style) -> dict[int, Rgb]:
-    def scale(rgb: Rgb, factor: float) -> Rgb:
-        return rgb[0] * factor, rgb[1] * factor, rgb[2] * factor
-
-    grass = style.grass
-    return {
-        GRASS: grass,
-        ASPHALT: style.asphalt,
-        PAVEMENT: style.pavement,
-        PLAZA: style.plaza,
-        GRAVEL: style.gravel,
-        KERB: scale(style.pavement, 1.16),
-        PARKING: scale(style.asphalt, 1.15),
-        GARDEN: (grass[0] * 0.62, grass[1] * 0.72, grass[2] * 0.6),
-    }
 
 
 def shade(image: Image, factor: Floats) -> Image:
