@@ -1,4 +1,4 @@
-"""Knowledge self-distillation: labels, filter, losses, stages that survive a kill, and the verdict."""
+"""Knowledge self-distillation: labels, filter, losses, smoothing, students, results and the verdict."""
 
 from __future__ import annotations
 
@@ -7,42 +7,50 @@ import html
 import json
 import math
 import os
-import random
+import resource
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from adaptation_fixtures import (
+    PAIRS,
+    SPEC,
+    render_pairs,
+    simulated_pairs,
+    small_city,
+    tiny_models,
+    write_drive,
+)
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from xview_loc.adaptation import ablation
 from xview_loc.adaptation import distillation as distill
 from xview_loc.adaptation import verdict as verdicts_module
-from xview_loc.adaptation.distillation import Distillation
+from xview_loc.adaptation.distillation import Adapted, Distillation
 from xview_loc.adaptation.figures import most_moved
 from xview_loc.adaptation.heat_map_store import store_heat_maps, stored_bytes
-from xview_loc.adaptation.indicators import Indicators, Views, look
+from xview_loc.adaptation.indicators import Indicators, LabelsByView, label_views
+from xview_loc.adaptation.labelling import ReadOptions, encode_tiles, label_pairs, with_model_headings
 from xview_loc.adaptation.labels import (
     AdaptationError,
     PseudoLabels,
     distance_m,
-    encode_tiles,
-    label_pairs,
     reliable,
-    with_headings_at,
 )
 from xview_loc.adaptation.options import AdaptationOptions
-from xview_loc.adaptation.report import write_results
-from xview_loc.adaptation.verdict import judge
+from xview_loc.adaptation.report import round_lines, write_results
+from xview_loc.adaptation.verdict import Verdict, judge
 from xview_loc.bags.ros_types import header, message, quaternion, serialize
+from xview_loc.cli import main
 from xview_loc.datasets import SimulatedDataset
 from xview_loc.datasets.base import DatasetError, PairSample, PairSource, true_from_fix
 from xview_loc.datasets.pairs import PairDataset
@@ -50,37 +58,91 @@ from xview_loc.errors import UserError
 from xview_loc.estimation.heat_map import HeatMap
 from xview_loc.geodesy import LocalProjection
 from xview_loc.images import encode_jpeg
-from xview_loc.maps import open_map
 from xview_loc.maps.base import AerialTile
 from xview_loc.models import create_model
 from xview_loc.models.checkpoint import Checkpoint, load_checkpoint, load_model, save_checkpoint
-from xview_loc.recordings.importer import ImportOptions, import_bag
 from xview_loc.recordings.pairs import Pair, PairWriter
 from xview_loc.recordings.tracks import TrackError, read_timed_track
-from xview_loc.simulation.city import build_city
-from xview_loc.simulation.drives import DriveOptions, drive
-from xview_loc.simulation.messages import write_bag
-from xview_loc.simulation.views import PanoramaView
+from xview_loc.simulation.city import City
 from xview_loc.training.losses import DistillationLoss, pool_label
 from xview_loc.training.trainer import TrainingError, make_fabric
 
 ROOT = Path(__file__).resolve().parent.parent
-SPEC = create_model("ccvpe-small").spec
 START_NS = 1_700_000_000_000_000_000
 FABRIC = make_fabric("cpu")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module", autouse=True)
+def _tiny_models() -> Iterator[None]:
+    with tiny_models():
+        yield
+
+
+@pytest.fixture(scope="module")
 def teacher() -> Checkpoint:
+    """The shipped model: its labels are good."""
     return load_model("ccvpe-small")
 
 
-@pytest.fixture(scope="session")
-def city(tmp_path_factory: pytest.TempPathFactory) -> SimulatedDataset:
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """A model that is trained in seconds; its labels are bad."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("tiny") / "teacher.safetensors"
+    save_checkpoint(create_model("ccvpe-tiny"), path)
+    return load_checkpoint(path)
+
+
+@pytest.fixture(scope="module")
+def streets() -> City:
+    return small_city()
+
+
+@pytest.fixture(scope="module")
+def cache(streets: City, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder, as XDG_CACHE_HOME names it, in which forty pairs of a small city are rendered."""
+    folder = tmp_path_factory.mktemp("cache")
+    render_pairs(streets, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def city(cache: Path) -> SimulatedDataset:
     """Forty pairs of a target-style city, with their truth."""
-    dataset = SimulatedDataset("target", range(3, 4), 40, SPEC, cache_dir=tmp_path_factory.mktemp("cities"))
-    dataset.prepare()
-    return dataset
+    return simulated_pairs(SPEC, cache)
+
+
+@pytest.fixture(scope="module")
+def tiny_city(tiny: Checkpoint, cache: Path) -> SimulatedDataset:
+    """The same on the tiles of the tiny model."""
+    return simulated_pairs(tiny.model.spec, cache)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """An adaptation of the tiny model, with its results in ``folder``."""
+
+    folder: Path
+    run: Distillation
+    adapted: Adapted
+    metrics: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def finished(
+    tiny: Checkpoint, tiny_city: SimulatedDataset, tmp_path_factory: pytest.TempPathFactory
+) -> Finished:
+    folder = tmp_path_factory.mktemp("finished")
+    run = Distillation(
+        FABRIC,
+        tiny,
+        tiny_city,
+        folder,
+        options(tiny.model),
+        true_from_fix=tiny_city.true_from_fix(),
+    )
+    adapted = run.run()
+    return Finished(folder, run, adapted, write_results(run, adapted, folder, {"version": "0"}))
 
 
 def options(model: object, **changes: object) -> AdaptationOptions:
@@ -110,7 +172,7 @@ def labels_at(position: np.ndarray, index: np.ndarray | None = None, **changes: 
 def test_labels_are_the_model_s_own_maxima(
     teacher: Checkpoint, city: SimulatedDataset, tmp_path: Path
 ) -> None:
-    labels = label_pairs(FABRIC, teacher.model, city, tmp_path / "labels.npz", batch_size=7)
+    labels = label_pairs(FABRIC, teacher.model, city, tmp_path / "labels.npz", ReadOptions(batch_size=7))
     assert labels.index.tolist() == list(range(40))
     sample = city[11]
     with torch.inference_mode():
@@ -164,8 +226,8 @@ def test_labels_are_near_the_fix(teacher: Checkpoint, city: SimulatedDataset, tm
             std = torch.tensor(math.nan if index == 5 else 2.0)
             return {**city[index], "fix_std": std}  # type: ignore[typeddict-item]
 
-    labels = label_pairs(FABRIC, teacher.model, Sure(), tmp_path / "sure.npz")
-    free = label_pairs(FABRIC, teacher.model, city, tmp_path / "free.npz")
+    labels = label_pairs(FABRIC, teacher.model, Sure(), tmp_path / "sure.npz", ReadOptions())
+    free = label_pairs(FABRIC, teacher.model, city, tmp_path / "free.npz", ReadOptions())
     distances = np.linalg.norm(labels.from_fix, axis=1)
     assert distances[labels.index != 5].max() <= 6.0
     assert np.array_equal(labels.position[5], free.position[5])
@@ -195,13 +257,13 @@ def test_unknown_headings_are_turned_and_told_back(
                 "heading_known": torch.tensor(False),
             }
 
-    labels = label_pairs(FABRIC, teacher.model, Unaware(), tmp_path / "a.npz", heading_prior_deg=None, seed=3)
+    labels = label_pairs(FABRIC, teacher.model, Unaware(), tmp_path / "a.npz", ReadOptions(None, seed=3))
     errors = np.linalg.norm(labels.from_fix - city.true_from_fix(), axis=1)
     found = errors < 3.0
     assert found.sum() >= 10
     off = np.angle(np.exp(1j * (labels.heading[found] - math.pi / 2)))
     assert np.median(np.abs(off)) < math.radians(12)
-    known = label_pairs(FABRIC, teacher.model, city, tmp_path / "b.npz", heading_prior_deg=None, seed=3)
+    known = label_pairs(FABRIC, teacher.model, city, tmp_path / "b.npz", ReadOptions(None, seed=3))
     assert not known.heading.any()
 
 
@@ -281,71 +343,71 @@ def test_labels_are_pooled_about_a_common_centre() -> None:
 
 
 def test_without_learning_the_student_is_its_teacher(
-    teacher: Checkpoint, city: SimulatedDataset, tmp_path: Path
+    tiny: Checkpoint, tiny_city: SimulatedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = Distillation(
-        FABRIC, teacher, city, tmp_path, options(teacher.model, learning_rate=0.0, fixed_batch_norm=True)
-    )
-    adapted = run.run()
+    """And a second round, whose student is no better, is the last."""
+    for module in (distill, verdicts_module):
+        monkeypatch.setattr(module, "LEAST", 8)
+    still = options(tiny.model, learning_rate=0.0, fixed_batch_norm=True, rounds=3)
+    adapted = Distillation(FABRIC, tiny, tiny_city, tmp_path, still).run()
     assert adapted.auxiliary is not None
     assert np.array_equal(adapted.labels.position, adapted.auxiliary.labels.position)
     student = adapted.student.load().model.state_dict()
-    for key, value in teacher.model.state_dict().items():
+    for key, value in tiny.model.state_dict().items():
         assert torch.equal(value, student[key]), key
-    verdict = judge(*(Indicators.of(views, None) for views in (adapted.before, adapted.after)))
-    assert not verdict.deploy
+    assert [verdict.deploy for verdict in adapted.rounds] == [False]
+    assert adapted.rounds[0].score_change == pytest.approx((0.0, 0.0, 0.0), abs=1e-6)
 
 
-def test_no_filter_is_all_labels(teacher: Checkpoint, city: SimulatedDataset, tmp_path: Path) -> None:
-    adapted = Distillation(FABRIC, teacher, city, tmp_path, options(teacher.model, keep=1.0)).run()
+def test_no_filter_is_all_labels(finished: Finished, tiny: Checkpoint, tiny_city: SimulatedDataset) -> None:
+    unfiltered = options(tiny.model, keep=1.0)
+    adapted = Distillation(FABRIC, tiny, tiny_city, finished.folder, unfiltered).run()
     assert adapted.kept.all() and adapted.auxiliary is None
 
 
-def test_rounds_need_held_out_pairs(teacher: Checkpoint, city: SimulatedDataset, tmp_path: Path) -> None:
+def test_rounds_need_held_out_pairs(tiny: Checkpoint, tiny_city: SimulatedDataset, tmp_path: Path) -> None:
     with pytest.raises(AdaptationError, match="8 held-out pairs are too few to compare rounds on: 60 are"):
-        Distillation(FABRIC, teacher, city, tmp_path, options(teacher.model, rounds=2))
+        Distillation(FABRIC, tiny, tiny_city, tmp_path, options(tiny.model, rounds=2))
 
 
-def test_rounds_end_where_the_student_is_no_better(
-    teacher: Checkpoint, city: SimulatedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_student_of_the_last_good_round_is_taken(
+    finished: Finished, tiny: Checkpoint, tiny_city: SimulatedDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (distill, verdicts_module):
-        monkeypatch.setattr(module, "LEAST", 8)
-    still = options(teacher.model, learning_rate=0.0, fixed_batch_norm=True, rounds=3)
-    adapted = Distillation(FABRIC, teacher, city, tmp_path, still).run()
-    assert [outcome.deploy for outcome in adapted.rounds] == [False]
-    assert adapted.rounds[0].score_change == pytest.approx((0.0, 0.0, 0.0), abs=1e-6)
-    first = Distillation(FABRIC, teacher, city, tmp_path, options(teacher.model)).run()
+    """The second round's is taken, the third's refused; of four rounds the last is not begun."""
+    first = finished.adapted
     assert first.rounds == ()
-    # With the second round's student taken, and the third's refused.
-    verdicts = [replace(adapted.rounds[0], deploy=deploy) for deploy in (True, False)]
+    change = (0.0, 0.0, 0.0)
+    verdicts = [Verdict(True, ["better"], 1.0, change), Verdict(False, ["worse"], 0.0, change)]
     given = iter(verdicts)
+    monkeypatch.setattr(distill, "LEAST", 8)
     monkeypatch.setattr(distill, "judge", lambda before, after: next(given))
-    run = Distillation(FABRIC, teacher, city, tmp_path, options(teacher.model, rounds=4))
+    run = Distillation(FABRIC, tiny, tiny_city, finished.folder, options(tiny.model, rounds=4))
     adapted = run.run()
     assert list(adapted.rounds) == verdicts
     labels = run.labels_of(first.student.load(), "").of(run.training_index)
     assert np.array_equal(adapted.maxima.position, labels.position)
     assert adapted.student.load().sha256 != first.student.load().sha256
-    write_results(run, adapted, tmp_path)
-    page = (tmp_path / "report.html").read_text()
-    assert page.count("its student is taken") == page.count("round before is kept") == 1
+    lines = round_lines([asdict(verdict) for verdict in adapted.rounds])
+    assert lines == [
+        "round 2: better; its student is kept",
+        "round 3: worse; the previous round's student is kept",
+    ]
 
 
-def test_results_say_what_they_come_from(teacher: Checkpoint, city: SimulatedDataset, tmp_path: Path) -> None:
-    run = Distillation(
-        FABRIC, teacher, city, tmp_path, options(teacher.model), true_from_fix=city.true_from_fix()
-    )
-    metrics = write_results(run, run.run(), tmp_path, {"version": "0"})
-    written = load_checkpoint(tmp_path / "student.safetensors")
-    assert written.metadata["parent"] == teacher.sha256
-    assert written.metadata["adaptation"]["data"] == city.name
-    assert json.loads((tmp_path / "metrics.json").read_text())["student_sha256"] == written.sha256
+def test_results_say_what_they_come_from(
+    finished: Finished, tiny: Checkpoint, tiny_city: SimulatedDataset
+) -> None:
+    metrics = finished.metrics
+    written = load_checkpoint(finished.folder / "student.safetensors")
+    assert written.metadata["parent"] == tiny.sha256
+    assert written.metadata["adaptation"]["data"] == tiny_city.name
+    content = json.loads((finished.folder / "metrics.json").read_text())
+    assert content["student_sha256"] == written.sha256
     assert metrics["pairs"] == 40 and metrics["held_out"] == 8
     assert 26 <= metrics["trained_on"] < 32  # four fifths, and what agrees as well as the last of them
     assert metrics["true_errors"]["teacher, held out"]["frames"] == 8
     assert {"label_free_mean_m", "best_mean_m"} <= set(metrics["epoch_picks"])
-    page = (tmp_path / "report.html").read_text()
+    page = (finished.folder / "report.html").read_text()
     assert "Outlier filter" in page and "deploy" in page and page.count("data:image/png") >= 6
 
 
@@ -378,7 +440,9 @@ def write_pairs(
 
 def test_pairs_that_cannot_be_read_are_left_out(teacher: Checkpoint, tmp_path: Path) -> None:
     write_pairs(tmp_path / "pairs", 6, damage=2, tile_px=SPEC.aerial_size + 32)
-    labels = label_pairs(FABRIC, teacher.model, PairDataset([tmp_path / "pairs"], SPEC), tmp_path / "l.npz")
+    labels = label_pairs(
+        FABRIC, teacher.model, PairDataset([tmp_path / "pairs"], SPEC), tmp_path / "l.npz", ReadOptions()
+    )
     assert labels.index.tolist() == [0, 1, 3, 4, 5]
     assert labels.fix_std.tolist() == [10.0] * 5
 
@@ -412,26 +476,26 @@ def test_pairs_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         source[2]
 
 
-def test_unusable_pairs_say_so(teacher: Checkpoint, tmp_path: Path) -> None:
+def test_unusable_pairs_say_so(tiny: Checkpoint, tmp_path: Path) -> None:
     write_pairs(tmp_path / "few", 3)
-    source = PairDataset([tmp_path / "few"], SPEC)
+    source = PairDataset([tmp_path / "few"], tiny.model.spec)
     with pytest.raises(AdaptationError, match="3 pairs are too few"):
-        Distillation(FABRIC, teacher, source, tmp_path, options(teacher.model))
+        Distillation(FABRIC, tiny, source, tmp_path, options(tiny.model))
     with pytest.raises(AdaptationError, match="0 pairs are too few"):
-        Distillation(FABRIC, teacher, PairDataset([], SPEC), tmp_path, options(teacher.model))
+        Distillation(FABRIC, tiny, PairDataset([], tiny.model.spec), tmp_path, options(tiny.model))
     write_pairs(tmp_path / "small", 9, tile_px=64)
-    small = PairDataset([tmp_path / "small"], SPEC)
-    run = Distillation(FABRIC, teacher, small, tmp_path, options(teacher.model))
+    small = PairDataset([tmp_path / "small"], tiny.model.spec)
+    run = Distillation(FABRIC, tiny, small, tmp_path, options(tiny.model))
     with pytest.raises(AdaptationError, match=r"none of 9 pairs can be used: .* 64 px"):
         run.run()
     write_pairs(tmp_path / "north", 9, heading=None)
-    unaware = PairDataset([tmp_path / "north"], SPEC)
-    run = Distillation(FABRIC, teacher, unaware, tmp_path, options(teacher.model))
+    unaware = PairDataset([tmp_path / "north"], tiny.model.spec)
+    run = Distillation(FABRIC, tiny, unaware, tmp_path, options(tiny.model))
     with pytest.raises(AdaptationError, match="pair 0 has no heading"):
         run.run()
     for levels in (0, 5):
         with pytest.raises(AdaptationError, match=f"4 levels to supervise, not {levels}"):
-            Distillation(FABRIC, teacher, unaware, tmp_path, options(teacher.model, levels=levels))
+            Distillation(FABRIC, tiny, unaware, tmp_path, options(tiny.model, levels=levels))
 
 
 def test_pairs_that_failed_are_tried_again(
@@ -452,19 +516,19 @@ def test_pairs_that_failed_are_tried_again(
             return city[index]
 
     source, path = Broken(), tmp_path / "labels.npz"
-    assert len(label_pairs(FABRIC, teacher.model, source, path)) == 18
+    assert len(label_pairs(FABRIC, teacher.model, source, path, ReadOptions())) == 18
     source.missing = {17}
-    labels = label_pairs(FABRIC, teacher.model, source, path)
+    labels = label_pairs(FABRIC, teacher.model, source, path, ReadOptions())
     assert labels.index.tolist() == [i for i in range(20) if i != 17]
     path.write_bytes(b"damaged")
-    again = label_pairs(FABRIC, teacher.model, source, path)
+    again = label_pairs(FABRIC, teacher.model, source, path, ReadOptions())
     assert np.array_equal(again.position, labels.position)
 
 
 def test_heat_maps_are_stored_coarse(teacher: Checkpoint, tmp_path: Path) -> None:
     write_pairs(tmp_path / "pairs", 6, damage=2)
     source, index = PairDataset([tmp_path / "pairs"], SPEC), np.arange(1, 6)
-    store = store_heat_maps(FABRIC, teacher.model, source, index, tmp_path / "maps")
+    store = store_heat_maps(FABRIC, teacher.model, source, index, tmp_path / "maps", ReadOptions())
     sample = source[4]
     with torch.inference_mode():
         features = teacher.model.encode_aerial(sample["aerial"][None])
@@ -480,7 +544,7 @@ def test_heat_maps_are_stored_coarse(teacher: Checkpoint, tmp_path: Path) -> Non
             store[missing]
     # What is there is not done again.
     shutil.rmtree(tmp_path / "pairs")
-    again = store_heat_maps(FABRIC, teacher.model, source, index, tmp_path / "maps")
+    again = store_heat_maps(FABRIC, teacher.model, source, index, tmp_path / "maps", ReadOptions())
     assert np.array_equal(again[4], store[4])
     assert store[4].size * 2 == stored_bytes(teacher.model)
 
@@ -488,23 +552,17 @@ def test_heat_maps_are_stored_coarse(teacher: Checkpoint, tmp_path: Path) -> Non
 def test_headings_are_those_at_the_labels_places(teacher: Checkpoint, tmp_path: Path) -> None:
     write_pairs(tmp_path / "pairs", 5, heading=None)
     source = PairDataset([tmp_path / "pairs"], SPEC)
-    labels = label_pairs(FABRIC, teacher.model, source, tmp_path / "l.npz", heading_prior_deg=None, seed=3)
+    labels = label_pairs(FABRIC, teacher.model, source, tmp_path / "l.npz", ReadOptions(None, seed=3))
     forgotten = replace(labels, heading=np.zeros(5, np.float32))
-    again = with_headings_at(FABRIC, teacher.model, source, forgotten, heading_prior_deg=None, seed=3)
+    again = with_model_headings(FABRIC, teacher.model, source, forgotten, ReadOptions(None, seed=3))
     assert again.heading == pytest.approx(labels.heading, abs=1e-6) and np.ptp(labels.heading) > 0.1
 
 
 @pytest.fixture(scope="module")
-def drive_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of ``pairs`` along a good minute in a city of the target style, and the whole ``drive``."""
+def drive_folder(streets: City, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``pairs`` along a good minute in a city of the target style, and the whole ``drive``."""
     folder = tmp_path_factory.mktemp("drive")
-    city = build_city(821, "target", size_m=500.0)
-    frames = drive(city, 70, 0, options=DriveOptions(rate_hz=1.0), view=PanoramaView(64, 256))
-    write_bag(frames, folder / "drive")
-    topics = {"image": "/image", "fix": "/fix", "heading": "/heading", "odom": "/odom"}
-    chosen = ImportOptions(topics=topics, tile_px=SPEC.aerial_size, tile_gsd=SPEC.gsd)
-    with open_map(str(city.write_geotiff(folder / "city.tif"))) as aerial:
-        import_bag(folder / "drive", folder / "pairs", aerial, chosen, lambda share: None)
+    write_drive(streets, folder)
     return folder
 
 
@@ -521,7 +579,7 @@ def test_the_drive_corrects_the_teacher(
     teacher: Checkpoint, simulated_drive: tuple[PairDataset, np.ndarray], tmp_path: Path
 ) -> None:
     source, truth = simulated_drive
-    chosen = options(teacher.model, smooth=True, learning_rate=0.0)
+    chosen = options(teacher.model, smooth=True, learning_rate=0.0, batch_size=16)
     stages = []
     run = Distillation(
         FABRIC,
@@ -550,8 +608,8 @@ def test_the_drive_corrects_the_teacher(
     errors = metrics["true_errors"]
     assert errors["pseudo ground truth"]["mean"] < 0.5 * errors["maxima of the same pairs"]["mean"]
     page = (tmp_path / "report.html").read_text()
-    assert f"whole drives corrected {len(labels)} of {len(labels)} labels" in page
-    for picture in ("whose labels moved most", "The whole drive", "the label has moved"):
+    assert f"smoothing corrected {len(labels)} of {len(labels)} labels" in page
+    for picture in ("whose labels moved most", "The whole drive", "the label moved by"):
         assert picture in page
 
 
@@ -559,14 +617,16 @@ def test_drives_with_unknown_headings_are_smoothed(
     teacher: Checkpoint, simulated_drive: tuple[PairDataset, np.ndarray], tmp_path: Path
 ) -> None:
     source, truth = simulated_drive
-    chosen = options(teacher.model, smooth=True, learning_rate=0.0, heading_priors_deg=(None,))
+    chosen = options(teacher.model, smooth=True, heading_priors_deg=(None,))
     run = Distillation(FABRIC, teacher, source, tmp_path, chosen, true_from_fix=truth)
-    adapted = run.run()
-    assert run.true_errors_m(adapted.labels).mean() < 0.5 * run.true_errors_m(adapted.maxima).mean()
+    maxima = run.teacher_labels()
+    smoothed = run.smoothed(maxima, teacher)
+    labels = smoothed.labels(maxima)
+    assert smoothed.has_grounds
+    assert run.true_errors_m(labels).mean() < 0.5 * run.true_errors_m(maxima).mean()
     # North is up in what the camera saw; the panoramas were turned for the teacher, the labels are not.
-    off = np.angle(np.exp(1j * adapted.labels.heading.astype(float)))
+    off = np.angle(np.exp(1j * labels.heading.astype(float)))
     assert np.median(np.abs(off)) < math.radians(20)
-    assert write_results(run, adapted, tmp_path)["smoothing"]["used"]
 
 
 def test_the_stretch_that_moved_most_is_of_one_drive() -> None:
@@ -581,39 +641,34 @@ def test_the_stretch_that_moved_most_is_of_one_drive() -> None:
 
 
 def test_smoothing_says_what_it_cannot_do(
-    teacher: Checkpoint, city: SimulatedDataset, tmp_path: Path
+    tiny: Checkpoint, tiny_city: SimulatedDataset, tmp_path: Path
 ) -> None:
-    with pytest.raises(AdaptationError, match="is not of drives"):
-        Distillation(FABRIC, teacher, city, tmp_path, options(teacher.model, smooth=True))
+    with pytest.raises(AdaptationError, match="has no drives"):
+        Distillation(FABRIC, tiny, tiny_city, tmp_path, options(tiny.model, smooth=True))
     # Heat maps of noise give no grounds: the paper's recipe it is, and that is said.
     write_pairs(tmp_path / "pairs", 24)
-    source = PairDataset([tmp_path / "pairs"], SPEC)
-    chosen = options(teacher.model, smooth=True)
-    run = Distillation(FABRIC, teacher, source, tmp_path / "smooth", chosen)
+    source = PairDataset([tmp_path / "pairs"], tiny.model.spec)
+    chosen = options(tiny.model, smooth=True)
+    run = Distillation(FABRIC, tiny, source, tmp_path / "smooth", chosen)
     adapted = run.run()
     metrics = write_results(run, adapted, tmp_path / "smooth")
     assert not metrics["smoothing"]["used"] and adapted.recipe == (2, 0.8)
-    text = "fell back to the teacher's maxima and the paper's recipe: for "
+    text = "smoothing was not used, but the teacher's maxima and the paper's recipe: "
     assert text in html.unescape((tmp_path / "smooth" / "report.html").read_text())
-    plain = Distillation(FABRIC, teacher, source, tmp_path / "plain", options(teacher.model)).run()
+    plain = Distillation(FABRIC, tiny, source, tmp_path / "plain", options(tiny.model)).run()
     assert np.array_equal(adapted.labels.position, plain.labels.position)
     assert adapted.student.load().sha256 == plain.student.load().sha256
 
 
-@pytest.mark.parametrize(
-    ("name", "prior"), [("ggcvt-small", 0.0), ("ccvpe-small", 30.0), ("ccvpe-small", None)]
-)
+@pytest.mark.parametrize(("name", "prior"), [("ggcvt-tiny", 0.0), ("ccvpe-tiny", 30.0), ("ccvpe-tiny", None)])
 def test_every_model_and_heading_is_adapted(
-    name: str, prior: float | None, city: SimulatedDataset, tmp_path: Path
+    name: str, prior: float | None, cache: Path, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
     model = create_model(name)
     save_checkpoint(model, tmp_path / "teacher.safetensors")
     first = load_checkpoint(tmp_path / "teacher.safetensors")
-    cities = city.folder
-    source = SimulatedDataset(
-        "target", range(3, 4), 40, model.spec, half_extent_m=model.half_extent_m, cache_dir=cities
-    )
+    source = simulated_pairs(model.spec, cache, model.half_extent_m)
     chosen = options(model, heading_priors_deg=(prior,), keep=0.6)
     adapted = Distillation(FABRIC, first, source, tmp_path, chosen).run()
     assert 0 < adapted.kept.sum() < len(adapted.labels)
@@ -623,29 +678,27 @@ def test_every_model_and_heading_is_adapted(
 
 
 def test_the_ablation_measures_every_part(
-    teacher: Checkpoint, city: SimulatedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ablation, "KEEPS", (0.5, 1.0))
-    chosen = options(teacher.model, keep=0.5)
-    run = Distillation(FABRIC, teacher, city, tmp_path, chosen, true_from_fix=city.true_from_fix())
-    rows = ablation.run_ablation(run)
-    names = ["K' = 1", "K' = 2", "K' = 3", "K' = 4", "T = 50%", "T = 100%"]
+    monkeypatch.setattr(ablation, "KEEPS", (0.8, 1.0))
+    rows = ablation.run_ablation(finished.run)
+    names = ["K' = 1", "K' = 2", "K' = 3", "K' = 4", "T = 80%", "T = 100%"]
     assert [row.name for row in rows] == [*ablation.TABLE, *names]
     by_name = {row.name: row.errors for row in rows}
     assert by_name["Student+M-OF"] == by_name["T = 100%"]
-    assert by_name["Student+M+OF"] == by_name["K' = 2"] == by_name["T = 50%"]
+    assert by_name["Student+M+OF"] == by_name["K' = 2"] == by_name["T = 80%"]
     assert by_name["Teacher"].frames == 8
-    ablation.write_ablation(rows, run, tmp_path)
+    ablation.write_ablation(rows, finished.run, tmp_path)
     assert len(json.loads((tmp_path / "ablation.json").read_text())) == len(rows)
     assert (tmp_path / "ablation.html").read_text().count("data:image/png") == 2
 
 
 def test_training_stops_at_a_loss_that_is_not_finite(
-    teacher: Checkpoint, city: SimulatedDataset, tmp_path: Path
+    tiny: Checkpoint, tiny_city: SimulatedDataset, tmp_path: Path
 ) -> None:
-    run = Distillation(FABRIC, teacher, city, tmp_path, options(teacher.model, learning_rate=1e18, epochs=2))
+    wild = options(tiny.model, learning_rate=1e18, epochs=2)
     with pytest.raises(TrainingError, match=r"not finite at step \d+"):
-        run.run()
+        Distillation(FABRIC, tiny, tiny_city, tmp_path, wild).run()
 
 
 def test_odometry_is_what_the_wheels_drove(tmp_path: Path) -> None:
@@ -711,7 +764,7 @@ def test_motion_and_truth_are_measured_along_the_drive(tmp_path: Path) -> None:
     position = np.full((5, 2), 79.5)
     position[3, 0] -= 2
     plain = labels_at(position)
-    indicators = Indicators.of(Views(plain, plain, None), track)
+    indicators = Indicators.of(LabelsByView(plain, plain, None), track)
     assert indicators.motion[1:] == pytest.approx([0.0, 0.0, 1.0, 1.0], abs=2e-3)
     assert np.isnan(indicators.motion[0])
     assert indicators.stray_sigmas == pytest.approx([0, 0, 0, 0.1, 0])
@@ -736,13 +789,12 @@ class Changed(PairSource):
         return {**self._source[index], **self._fields}  # type: ignore[typeddict-item]
 
 
-@pytest.mark.parametrize("fix_std", [20.0, 1.0])
-@pytest.mark.parametrize("prior", [0.0, 30.0, None])
+@pytest.mark.parametrize(("fix_std", "prior"), [(20.0, 0.0), (1.0, 30.0), (20.0, None)])
 def test_views_show_the_same_place(
     city: SimulatedDataset, teacher: Checkpoint, fix_std: float, prior: float | None
 ) -> None:
     source = Changed(city, fix_std=torch.tensor(fix_std))
-    views = look(FABRIC, teacher.model, source, np.arange(20), heading_prior_deg=prior)
+    views = label_views(FABRIC, teacher.model, source, np.arange(20), ReadOptions(prior))
     assert views.turned is not None
     assert np.median(distance_m(views.plain, views.shifted)) < 1.5
     assert np.median(distance_m(views.plain, views.turned)) < (1.5 if prior is not None else 4.0)
@@ -771,122 +823,37 @@ def test_the_verdict_follows_the_evidence() -> None:
     assert not far.deploy and "100.0% of the maxima of whole maps lie more than 3 sigma" in far.reasons[1]
 
 
-COMMAND = [sys.executable, "-m", "xview_loc.cli"]
+class Command:
+    """Runs ``xview-loc`` in this process, which knows the tiny models."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self._monkeypatch, self._capsys = monkeypatch, capsys
+
+    def __call__(self, *words: str) -> tuple[int, str, str]:
+        """Exit code, standard output and standard error."""
+        self._capsys.readouterr()
+        self._monkeypatch.setattr(sys, "argv", ["xview-loc", *words])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return (ended.value.code or 0, *self._capsys.readouterr())  # type: ignore[return-value]
 
 
-def adapt_words(out: Path, *more: str) -> list[str]:
-    words = ["adapt", "simulated:target:3:40", "--out", str(out), "--accelerator", "cpu", "--sigma", "2"]
-    return [*words, "--epochs", "2", "--batch-size", "4", "--held-out", "0.2", *more]
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cache: Path) -> Command:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    return Command(monkeypatch, capsys)
 
 
-def environment(cache: Path) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(cache)}
+@pytest.fixture(scope="module")
+def tiny_words(tiny: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Options that choose the tiny model and settings of :func:`options`."""
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    save_checkpoint(tiny.model, path)
+    words = ["--model", "ccvpe-tiny", "--checkpoint", str(path), "--accelerator", "cpu", "--sigma", "2"]
+    return [*words, "--epochs", "1", "--batch-size", "4", "--held-out", "0.2"]
 
 
-def run_command(*words: str, cache: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*COMMAND, *words], capture_output=True, text=True, cwd=ROOT, env=environment(cache), timeout=200
-    )
-
-
-@pytest.mark.timeout(400)
-def test_a_killed_adaptation_ends_with_the_same_figures(tmp_path: Path) -> None:
-    """Killed at random instants in every stage, and run again each time."""
-    cache = tmp_path / "cache"
-    whole = run_command(*adapt_words(tmp_path / "whole"), cache=cache)
-    assert whole.returncode == 0, whole.stderr
-    rng = random.Random(0)
-    stages = [("teacher labels", 40), ("auxiliary student", 16), ("auxiliary labels", 40), ("student", 12)]
-    kills = sorted((rng.randrange(len(stages)), rng.random()) for _ in range(10))
-    for number, share in kills:
-        stage, total = stages[number]
-        command = [*COMMAND, *adapt_words(tmp_path / "cut")]
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment(cache)
-        )
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith(f"{stage}: ") and int(line.split()[-3]) >= share * total:
-                break
-        process.send_signal(signal.SIGKILL)
-        assert process.wait(10) == -signal.SIGKILL
-    again = run_command(*adapt_words(tmp_path / "cut"), cache=cache)
-    assert again.returncode == 0, again.stderr
-    one, other = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("whole", "cut"))
-    del one["student_sha256"], other["student_sha256"]  # of files that name their own folder
-    assert one == other
-    students = [load_checkpoint(tmp_path / name / "student.safetensors") for name in ("whole", "cut")]
-    for key, value in students[0].model.state_dict().items():
-        assert torch.equal(value, students[1].model.state_dict()[key]), key
-
-
-@pytest.mark.timeout(300)
-def test_smoothing_survives_kills_and_two_processes(drive_folder: Path, tmp_path: Path) -> None:
-    words = ["adapt", str(drive_folder / "pairs"), "--smooth", "--accelerator", "cpu", "--epochs", "1"]
-    words += ["--truth", str(drive_folder / "drive"), "--truth-topic", "/truth/fix"]
-    done = run_command(*words, "--out", str(tmp_path / "whole"), cache=tmp_path)
-    assert done.returncode == 0 and "whole drives corrected" in done.stdout, done.stderr
-    for stage in ("teacher heat maps", "smoothing", "student"):
-        command = [*COMMAND, *words, "--out", str(tmp_path / "cut")]
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment(tmp_path)
-        )
-        assert process.stdout is not None
-        assert any(line.startswith(f"{stage}: ") for line in process.stdout)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait(10) == -signal.SIGKILL
-    done = run_command(*words, "--out", str(tmp_path / "cut"), cache=tmp_path)
-    assert done.returncode == 0, done.stderr
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    command = [sys.executable, *launcher, *COMMAND[1:], *words, "--out", str(tmp_path / "two")]
-    two = subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, env=environment(tmp_path), timeout=200
-    )
-    assert (tmp_path / "two" / "report.html").exists(), two.stderr
-    whole, cut, both = (
-        json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("whole", "cut", "two")
-    )
-    del whole["student_sha256"], cut["student_sha256"]  # of files that name their own folder
-    assert whole == cut
-    # Of other batches, heat maps differ in their last digits.
-    for name in ("moved_m", "std_m"):
-        assert both["smoothing"][name] == pytest.approx(whole["smoothing"][name], rel=1e-3)
-    for name in ("pseudo ground truth", "teacher, held out"):
-        assert both["true_errors"][name] == pytest.approx(whole["true_errors"][name], rel=1e-3)
-    assert math.isfinite(both["epochs"]["student"][0]["loss"])
-
-
-@pytest.mark.timeout(300)
-def test_two_processes_make_the_same_labels(teacher: Checkpoint, tmp_path: Path) -> None:
-    """Gloo on one machine: labels as of one process, and a student about as good."""
-    cache = _rendered(tmp_path / "cache")
-    outs = [tmp_path / "one", tmp_path / "two"]
-    done = run_command(*adapt_words(outs[0]), cache=cache)
-    assert done.returncode == 0, done.stderr
-    # Some processes abort at exit when all is done: what counts is what they wrote.
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    words = [sys.executable, *launcher, *COMMAND[1:], *adapt_words(outs[1])]
-    two = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment(cache), timeout=250)
-    assert (outs[1] / "report.html").exists(), two.stderr
-    labels = []
-    for out in outs:
-        found = [PseudoLabels.load(path) for path in (out / "stages").glob("labels-*.npz")]
-        expected = label_pairs(FABRIC, teacher.model, _simulated(cache), tmp_path / f"{out.name}.npz")
-        labels += [x for x in found if x is not None and np.array_equal(x.position, expected.position)]
-    assert len(labels) == 2
-    losses = [json.loads((out / "metrics.json").read_text())["epochs"]["student"] for out in outs]
-    assert [len(history) for history in losses] == [2, 2]
-    assert losses[1][0]["loss"] == pytest.approx(losses[0][0]["loss"], rel=0.3)
-    errors = [json.loads((out / "metrics.json").read_text())["true_errors"] for out in outs]
-    assert errors[0]["teacher, held out"] == errors[1]["teacher, held out"]
-    assert errors[0]["pseudo ground truth"] == errors[1]["pseudo ground truth"]
-
-
-def _simulated(cache: Path) -> SimulatedDataset:
-    return SimulatedDataset("target", range(3, 4), 40, SPEC, cache_dir=cache / "xview_loc" / "simulated")
-
-
-def test_the_command_says_what_is_wrong(tmp_path: Path) -> None:
+def test_the_command_says_what_is_wrong(command: Command, tmp_path: Path) -> None:
     write_pairs(tmp_path / "pairs", 24)
     pairs, out = str(tmp_path / "pairs"), str(tmp_path / "out")
     table = tmp_path / "truth.csv"
@@ -895,42 +862,41 @@ def test_the_command_says_what_is_wrong(tmp_path: Path) -> None:
     other.write_bytes(b"rubbish")
     for words, says in (
         (["adapt", pairs, "--out", out, "--heading", "north"], "known, unknown or 0 to 180"),
-        (["adapt", pairs, "--out", out, "--truth", str(table)], "says nothing about the times"),
+        (["adapt", pairs, "--out", out, "--truth", str(table)], "has no position at the time"),
         (["adapt", pairs, "--out", out, "--checkpoint", str(other)], "other.safetensors"),
         (["adapt", str(tmp_path / "none"), "--out", out], "none"),
         (["ablate", pairs, "--out", out], "give --truth"),
         (["adapt", pairs, "--out", out, "--model", "ggcvt-vigor"], "no weights are shipped"),
     ):
-        done = run_command(*words, cache=tmp_path)
-        assert done.returncode in (1, 2) and says in done.stderr, done.stderr
-        assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
+        code, _, error = command(*words)
+        assert code in (1, 2) and says in error, error
+        assert len(error.strip().splitlines()) == 1
 
 
-def test_a_full_disk_is_said_and_survived(tmp_path: Path) -> None:
-    """Files of a megabyte at most: labels fit, weights do not. With room the same command goes on."""
-    cache = tmp_path / "cache"
-    words = [*COMMAND, *adapt_words(tmp_path / "out", "--epochs", "1")]
-    limit = f"ulimit -f 1024; exec {shlex.join(words)}"
-    done = subprocess.run(
-        ["bash", "-c", limit],
-        capture_output=True, text=True, cwd=ROOT, env=environment(_rendered(cache)), timeout=200,
-    )  # fmt: skip
-    assert done.returncode == 1, done.stderr
-    assert "File too large" in done.stderr and len(done.stderr.strip().splitlines()) == 1
-    assert len(list((tmp_path / "out" / "stages").glob("labels-*.npz"))) == 1
-    again = run_command(*adapt_words(tmp_path / "out", "--epochs", "1"), cache=cache)
-    assert again.returncode == 0 and "verdict" in again.stdout, again.stderr
-
-
-def _rendered(cache: Path) -> Path:
-    _simulated(cache).prepare()
-    return cache
+def test_a_full_disk_is_said_and_survived(command: Command, tiny_words: list[str], tmp_path: Path) -> None:
+    """Files of 64 kB at most: labels fit, weights do not. With room the same command goes on."""
+    out = tmp_path / "out"
+    words = ["adapt", PAIRS, "--out", str(out), *tiny_words]
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, unlimited[1]))
+    try:
+        code, _, error = command(*words)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert code == 1 and "File too large" in error and len(error.strip().splitlines()) == 1
+    assert len(list((out / "stages").glob("labels-*.npz"))) == 1
+    code, printed, error = command(*words)
+    assert code == 0 and "verdict: " in printed, error
+    metadata = load_checkpoint(out / "student.safetensors").metadata
+    assert metadata["command"] == shlex.join(["xview-loc", *words])
 
 
 def test_a_dry_run_does_nothing(tmp_path: Path) -> None:
     write_pairs(tmp_path / "pairs", 24)
     words = ["adapt", str(tmp_path / "pairs"), "--out", str(tmp_path / "out"), "--dry-run", "--smooth"]
-    done = run_command(*words, cache=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "xview_loc.cli", *words], capture_output=True, text=True, cwd=ROOT, timeout=600
+    )
     assert done.returncode == 0, done.stderr
     assert "teacher heat maps: 22 pairs, about" in done.stdout and "smoothing: 22 pairs" in done.stdout
     assert "student: 22 pairs, about" in done.stdout and "MB of disk" in done.stdout

@@ -147,7 +147,7 @@ def adapt_once(teacher: Checkpoint, folder: Path, seed: int, heading: str) -> di
         name: run.labels_of(model, "test", held[0]).errors_m(held[1])
         for name, model in zip(TABLE, models, strict=True)
     }
-    before, after = (Indicators.of(run.views(model), run.track) for model in (teacher, models[3]))
+    before, after = (Indicators.of(run.held_out_labels(model), run.track) for model in (teacher, models[3]))
     label_errors = run.true_errors_m(labels)
     change = errors["Student+M+OF"] - errors["Teacher"]
     return {

@@ -33,7 +33,8 @@ from rich.table import Table
 from rosbags.highlevel import AnyReader
 
 from xview_loc.adaptation.heat_map_store import HeatMapStore, store_heat_maps
-from xview_loc.adaptation.labels import PseudoLabels, label_pairs
+from xview_loc.adaptation.labelling import ReadOptions, label_pairs
+from xview_loc.adaptation.labels import PseudoLabels
 from xview_loc.adaptation.smoothing import smooth
 from xview_loc.bags.ros_types import serialize
 from xview_loc.bags.writer import BagWriter
@@ -63,9 +64,9 @@ def label(teacher: Checkpoint, pairs: Source, folder: Path, prior: float | None)
     source, truth = pairs
     fabric = make_fabric("cpu")
     stage = f"{teacher.model.spec.name}-{teacher.sha256[:12]}-{source.name.removeprefix('pairs:')}-{prior}"
-    labels = label_pairs(fabric, teacher.model, source, folder / f"{stage}.npz", heading_prior_deg=prior)
+    labels = label_pairs(fabric, teacher.model, source, folder / f"{stage}.npz", ReadOptions(prior))
     store = store_heat_maps(
-        fabric, teacher.model, source, labels.index, folder / f"{stage}.maps", heading_prior_deg=prior
+        fabric, teacher.model, source, labels.index, folder / f"{stage}.maps", ReadOptions(prior)
     )
     return Labelled(source.track(), labels, store, truth)
 

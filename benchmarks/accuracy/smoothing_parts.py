@@ -70,7 +70,7 @@ PARTS: dict[str, Callable[[], Any]] = {
     "pairs after it": lambda: _constant("smoothed_beliefs", _forwards),
     "outlier floor": lambda: _constant("_OUTLIER", 1e-6),
     "correlation of near maps": lambda: _constant("_DECORRELATION_M", 1e-6),
-    "fixes": lambda: _constant("_LEAST_LIKELIHOOD", np.float32(1.0)),
+    "fixes": lambda: _constant("_MIN_LIKELIHOOD", np.float32(1.0)),
     "odometry may be all wrong": lambda: _constant("_LOST", 1e-12),
     "fit of odometry": lambda: _constant(
         "odometry_gain", lambda track, *_: np.ones(len(track.moved), complex)

@@ -1,4 +1,4 @@
-"""What each part of the adaptation adds, on one's own data: the paper's Table 2 and its Figures 5 and 6."""
+"""Ablation of the adaptation on your own data: the paper's Table 2 and Figures 5 and 6."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TABLE = ("Teacher", "Student-M-OF", "Student+M-OF", "Student+M+OF")
 
 @dataclass(frozen=True)
 class Row:
-    """One model's true errors; levels (K') and keep (T) are None for the teacher."""
+    """True errors of one model; levels (K') and keep (T) are None for the teacher."""
 
     name: str
     levels: int | None
@@ -36,16 +36,18 @@ class Row:
 
 
 def run_ablation(distillation: Distillation, measured: tuple[PairSource, Array] | None = None) -> list[Row]:
-    """Teacher, Student-M-OF (its heat maps as labels), Student+M-OF, Student+M+OF, then K' and T swept.
+    """Measure the rows of Table 2 (:data:`TABLE`), then sweep K' and T.
 
-    ``measured``: pairs and the metres (N, 2) from their coarse fixes to their true places, on which errors
-    are measured; by default the held-out pairs, whose truth must be known.
+    Student-M-OF learns from the teacher's heat maps instead of their maxima.
+
+    measured: pairs to measure errors on, with metres (N, 2) from their coarse fixes to their true positions.
+        Default: the held-out pairs, whose true positions must be known.
     """
     labels = distillation.teacher_labels()
 
     def errors(checkpoint: Checkpoint) -> Errors:
         if measured is None:
-            held_out = distillation.views(checkpoint).plain
+            held_out = distillation.held_out_labels(checkpoint).plain
             return Errors.of(distillation.true_errors_m(held_out))
         source, true_from_fix = measured
         return Errors.of(distillation.labels_of(checkpoint, "test", source).errors_m(true_from_fix))
@@ -75,11 +77,11 @@ def run_ablation(distillation: Distillation, measured: tuple[PairSource, Array] 
 
 
 def write_ablation(rows: Sequence[Row], distillation: Distillation, folder: Path) -> None:
-    """Write ``ablation.json`` and ``ablation.html`` (the table and both sweeps)."""
+    """Write ``ablation.json`` and ``ablation.html``, with the table and both sweeps."""
     content = [{**asdict(row), "errors": finite(asdict(row.errors))} for row in rows]
     write_whole(folder / "ablation.json", json.dumps(content, indent=1, allow_nan=False).encode())
     page = Page(f"Ablation of {distillation.teacher.model.spec.name}")
-    page.text(f"{rows[0].errors.frames} pairs; data {distillation.source.name}")
+    page.text(f"Errors on {rows[0].errors.frames} pairs; adapted to {distillation.source.name}.")
     page.heading("Parts (Table 2 of the paper)")
     page.table(
         ["", "mean, m", "median, m"],

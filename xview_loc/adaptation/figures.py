@@ -1,4 +1,4 @@
-"""Pictures of an adaptation: error curves, the drives on their aerial tiles, pairs with their heat maps."""
+"""Figures of an adaptation: error curves, drives on their aerial tiles, pairs with their heat maps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from xview_loc.adaptation.distillation import Adapted, Distillation
 from xview_loc.adaptation.indicators import base_turns
-from xview_loc.adaptation.labels import PseudoLabels, distance_m, label_batch, turns_of
+from xview_loc.adaptation.labelling import ReadOptions, label_batch, turns_of
+from xview_loc.adaptation.labels import PseudoLabels, distance_m
 from xview_loc.adaptation.smoothing import Smoothed
 from xview_loc.datasets.base import Batch, PairSample, Track
 from xview_loc.geodesy import LocalProjection
@@ -22,17 +23,18 @@ from xview_loc.models.base import IMAGENET_MEAN, IMAGENET_STD, CrossViewModel
 Array = NDArray[np.float64]
 Captioned = tuple[Figure, str]
 
-# Pairs shown with their heat maps.
+# Number of pairs shown with their heat maps.
 _SHOWN = 4
-# Pairs of the stretch of a drive that is shown from near.
+# Length in pairs of the stretch of a drive that is shown enlarged.
 _STRETCH = 40
-# A tile is laid under a drive where the middle of every other one is further away, in shares of its side; and
-# how many pixels wide a drive's tiles are drawn in all.
-_TILE_SPACING, _MAP_PX = 0.4, 1500
+# Least distance between the tiles drawn under a drive, as a share of their side.
+_TILE_SPACING = 0.4
+# Width in pixels at which all tiles of a drive are drawn.
+_MAP_PX = 1500
 
 
 def error_curves(distillation: Distillation, adapted: Adapted) -> Figure:
-    """Share of the held-out pairs with at most so large an error, teacher and student."""
+    """Plot the cumulative distribution of true held-out errors, for teacher and student."""
     figure = Figure(figsize=(6, 3.5))
     axes = figure.add_subplot()
     for name, views in (("teacher", adapted.before), ("student", adapted.after)):
@@ -46,7 +48,7 @@ def error_curves(distillation: Distillation, adapted: Adapted) -> Figure:
 
 
 def distance_histogram(distances: Array, keep: float) -> Figure:
-    """Of the distances between labels and the auxiliary student's maxima, m, and where the filter cuts."""
+    """Plot the distances between labels and auxiliary student, m, and the filter's threshold."""
     figure = Figure(figsize=(6, 3.5))
     axes = figure.add_subplot()
     axes.hist(distances, bins=60)
@@ -57,16 +59,16 @@ def distance_histogram(distances: Array, keep: float) -> Figure:
 
 
 def track_map(distillation: Distillation, adapted: Adapted) -> Figure:
-    """The held-out pairs' estimates, coloured by how far they have moved."""
+    """Draw the student's held-out estimates, coloured by their distance from the teacher's."""
     track, labels = distillation.track, adapted.after.plain
     assert track is not None
     fixes = _fixes(track)
-    place = fixes[labels.index] + labels.from_fix
+    estimates = fixes[labels.index] + labels.from_fix
     figure = Figure(figsize=(7, 7))
     axes = figure.add_subplot()
     axes.plot(*fixes.T, ".", color="0.8", markersize=2, label="coarse fixes")
     colours = np.minimum(distance_m(adapted.before.plain, labels), 20.0)
-    dots = axes.scatter(place[:, 0], place[:, 1], s=9, c=colours, cmap="viridis", label="student")
+    dots = axes.scatter(estimates[:, 0], estimates[:, 1], s=9, c=colours, cmap="viridis", label="student")
     figure.colorbar(dots, ax=axes, shrink=0.7)
     _metres(axes)
     axes.legend()
@@ -74,7 +76,7 @@ def track_map(distillation: Distillation, adapted: Adapted) -> Figure:
 
 
 def smoothed_drive(distillation: Distillation, maxima: PseudoLabels, smoothed: Smoothed) -> list[Captioned]:
-    """The stretch whose labels moved most, and the whole drive that it is of: before and after smoothing."""
+    """Draw labels before and after smoothing: the stretch where they moved most, and its whole drive."""
     track = distillation.track
     assert track is not None
     after = replace(maxima, position=smoothed.position)
@@ -99,8 +101,10 @@ def smoothed_drive(distillation: Distillation, maxima: PseudoLabels, smoothed: S
 
 
 def most_moved(drive: NDArray[np.int64], moved: Array) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Of pairs' drives and how far their labels moved, both (N,): the rows of the drive with the stretch that
-    moved most in all, and of that stretch."""
+    """Find the stretch of a drive whose labels moved most in total; return the drive's rows and its rows.
+
+    drive: (N,), number of each pair's drive. moved: (N,), distances that labels moved.
+    """
     found: list[tuple[float, NDArray[np.int64], NDArray[np.int64]]] = []
     for number in np.unique(drive):
         rows = np.flatnonzero(drive == number)
@@ -112,7 +116,7 @@ def most_moved(drive: NDArray[np.int64], moved: Array) -> tuple[NDArray[np.int64
 
 
 def moved_pairs(distillation: Distillation, adapted: Adapted, student: CrossViewModel) -> list[Captioned]:
-    """The held-out pairs whose estimate has moved most, with both models' heat maps."""
+    """Show the held-out pairs whose estimate moved most, with both models' heat maps."""
     before, after = adapted.before.plain, adapted.after.plain
     moved, prior = distance_m(before, after), distillation.options.heading_prior_deg
     figures = []
@@ -127,7 +131,7 @@ def moved_pairs(distillation: Distillation, adapted: Adapted, student: CrossView
                 ("student", student, after),
             )
         ]
-        caption = f"Pair {index}: the estimate has moved {moved[row]:.1f} m; circle: estimate"
+        caption = f"Pair {index}: the estimate moved by {moved[row]:.1f} m; circle: estimate"
         figures.append(_pair(distillation, sample, panels, caption))
     return figures
 
@@ -135,7 +139,7 @@ def moved_pairs(distillation: Distillation, adapted: Adapted, student: CrossView
 def moved_labels(
     distillation: Distillation, adapted: Adapted, smoothed: Smoothed, student: CrossViewModel
 ) -> list[Captioned]:
-    """The pairs whose label smoothing has moved most, with both models' heat maps."""
+    """Show the pairs whose label moved most by smoothing, with both models' heat maps."""
     maxima = adapted.maxima.of(smoothed.index)
     moved = np.where(smoothed.usable, distance_m(maxima, replace(maxima, position=smoothed.position)), -1.0)
     prior, seed = distillation.options.heading_prior_deg, distillation.options.training.seed
@@ -145,24 +149,24 @@ def moved_labels(
         sample = distillation.source[index]
         pixels = float(sample["meters_per_pixel"])
         label = smoothed.position[row], smoothed.covariance[row].astype(np.float64) / pixels**2
-        turns = turns_of(_batch(sample), prior, seed)
+        turns = turns_of(_batch(sample), ReadOptions(prior, seed))
         panels = [
             _Panel(name, *_probability(model, sample, prior, turns), place, *label)
             for name, model, place in (
-                ("model that labelled", adapted.labeller.model, maxima.position[row]),
+                ("labelling model", adapted.labeller.model, maxima.position[row]),
                 ("student", student, None),
             )
         ]
         caption = (
-            f"Pair {index}: the label has moved {moved[row]:.1f} m; circle: the heat map's maximum, square "
-            "and ellipse: the drive's label and its 95 %"
+            f"Pair {index}: the label moved by {moved[row]:.1f} m; circle: maximum of the heat map, square "
+            "and ellipse: smoothed label and its 95 % region"
         )
         figures.append(_pair(distillation, sample, panels, caption))
     return figures
 
 
 def _fixes(track: Track) -> Array:
-    """Coarse fixes (N, 2), metres east and north of their middle."""
+    """Return coarse fixes (N, 2), metres east and north of their mean."""
     middle = LocalProjection(float(track.lat.mean()), float(track.lon.mean()))
     return np.stack(middle.forward(track.lat, track.lon), 1)
 
@@ -174,14 +178,14 @@ def _metres(axes: Axes) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Tile:
-    """A picture and where it lies: west, east, south and north border, metres."""
+    """An aerial image and its west, east, south and north borders, metres."""
 
     image: NDArray[np.float32]
     extent: tuple[float, float, float, float]
 
 
 def _tiles(distillation: Distillation, index: NDArray[np.int64]) -> list[_Tile]:
-    """Aerial tiles under the coarse fixes of some pairs, as many as cover the way."""
+    """Return the aerial tiles around the coarse fixes of some pairs, enough to cover them."""
     assert distillation.track is not None
     fixes = _fixes(distillation.track)
     size = float(np.ptp(fixes[index], axis=0).max())
@@ -195,7 +199,7 @@ def _tiles(distillation: Distillation, index: NDArray[np.int64]) -> list[_Tile]:
         covered = np.vstack([covered, fixes[k]])
         sample = distillation.source[int(k)]
         gsd, (row, col) = float(sample["meters_per_pixel"]), sample["fix"].tolist()
-        image = _picture(sample["aerial"])
+        image = _pixels(sample["aerial"])
         side = image.shape[0]
         west, north = fixes[k] + gsd * np.array([-0.5 - col, row + 0.5])
         every = max(1, int(size / gsd / _MAP_PX))
@@ -205,23 +209,27 @@ def _tiles(distillation: Distillation, index: NDArray[np.int64]) -> list[_Tile]:
 
 
 def _draw_drive(axes: Axes, distillation: Distillation, labels: PseudoLabels, tiles: list[_Tile]) -> None:
+    """Draw tiles, coarse fixes, labels and the truth if known."""
     assert distillation.track is not None
     for tile in tiles:
         axes.imshow(tile.image, extent=tile.extent)
     fixes = _fixes(distillation.track)[labels.index]
-    place = fixes + labels.from_fix
+    positions = fixes + labels.from_fix
     axes.plot(*fixes.T, ".", color="tab:blue", markersize=4)
     if distillation.true_from_fix is not None:
         axes.plot(*(fixes + distillation.true_from_fix[labels.index]).T, "-", color="lime", linewidth=1.5)
-    axes.plot(*place.T, "-", color="red", linewidth=0.4)
-    axes.plot(*place.T, ".", color="red", markersize=3)
+    axes.plot(*positions.T, "-", color="red", linewidth=0.4)
+    axes.plot(*positions.T, ".", color="red", markersize=3)
     _metres(axes)
 
 
 @dataclass(frozen=True, eq=False)
 class _Panel:
-    """A heat map on its tile (left, right, bottom, top in pixels), an estimate, and a label with its
-    covariance; places are (row, col)."""
+    """A heat map on its tile, with an estimate and a label, if any; positions are (row, col).
+
+    extent: left, right, bottom and top of the heat map, pixels.
+    covariance: of the label, ENU, pixels squared.
+    """
 
     title: str
     share: NDArray[np.float32]
@@ -238,7 +246,7 @@ def _batch(sample: PairSample) -> Batch:
 def _probability(
     model: CrossViewModel, sample: PairSample, prior: float | None, turns: NDArray[np.int64] | None
 ) -> tuple[NDArray[np.float32], tuple[float, float, float, float]]:
-    """A pair's heat map and where it lies on the tile (left, right, bottom, top in pixels)."""
+    """Return a pair's heat map and its extent, as in :class:`_Panel`."""
     maps = label_batch(model.eval().cpu(), _batch(sample), prior, turns=turns)[1]
     share = torch.softmax(maps.logits[0].float().flatten(), 0).view_as(maps.logits[0])
     (row, col), scale, side = maps.grid.origin, maps.grid.scale, share.shape[0]
@@ -246,19 +254,20 @@ def _probability(
     return share.numpy(), (col + first, col + last, row + last, row + first)
 
 
-def _picture(image: torch.Tensor) -> NDArray[np.float32]:
+def _pixels(image: torch.Tensor) -> NDArray[np.float32]:
+    """Undo the normalisation of an image: (H, W, 3) in [0, 1]."""
     plain = image * IMAGENET_STD[:, None, None] + IMAGENET_MEAN[:, None, None]
     return np.asarray(plain.clamp(0, 1).permute(1, 2, 0).numpy(), np.float32)
 
 
 def _pair(distillation: Distillation, sample: PairSample, panels: list[_Panel], caption: str) -> Captioned:
-    """The ground image above heat maps on the aerial tile."""
+    """Draw the ground image above the heat maps on the aerial tile."""
     figure = Figure(figsize=(8, 6))
     grid = figure.add_gridspec(2, 2, height_ratios=(1, 2.6))
     above = figure.add_subplot(grid[0, :])
-    above.imshow(_picture(sample["ground"]))
+    above.imshow(_pixels(sample["ground"]))
     above.axis("off")
-    aerial = _picture(sample["aerial"])
+    aerial = _pixels(sample["aerial"])
     row, col = sample["fix"].tolist()
     caption += ", plus: coarse fix"
     if distillation.true_from_fix is not None:
@@ -283,10 +292,10 @@ def _pair(distillation: Distillation, sample: PairSample, panels: list[_Panel], 
     return figure, caption
 
 
-def _ellipse(place: NDArray[np.float32], covariance: Array) -> Ellipse:
-    """Of 95 %; covariance: ENU, pixels squared."""
+def _ellipse(position: NDArray[np.float32], covariance: Array) -> Ellipse:
+    """Return the 95 % ellipse of a position (row, col); covariance: ENU, pixels squared."""
     values, vectors = np.linalg.eigh(covariance)
     width, height = 2.0 * np.sqrt(5.991 * values.clip(0.0))
-    # Rows count down.
+    # Rows grow downwards.
     angle = np.degrees(np.arctan2(-vectors[1, 0], vectors[0, 0]))
-    return Ellipse((place[1], place[0]), width, height, angle=angle, fill=False, color="yellow")
+    return Ellipse((position[1], position[0]), width, height, angle=angle, fill=False, color="yellow")

@@ -1,4 +1,4 @@
-"""A teacher's heat maps of many pairs, on the disk: coarse, and never all of them in memory."""
+"""A model's heat maps of many pairs, stored coarsely on disk and read one block at a time."""
 
 from __future__ import annotations
 
@@ -14,29 +14,30 @@ import torch.nn.functional as F
 from lightning_fabric import Fabric
 from numpy.typing import NDArray
 
-from xview_loc.adaptation.labels import PairReader, PairTable, gathered, match_batch, turns_of
-from xview_loc.datasets.base import PairSource
+from xview_loc.adaptation.labelling import ReadOptions, match_batch, prepare_model, tabulate
+from xview_loc.adaptation.labels import PairTable
+from xview_loc.datasets.base import Batch, PairSource
 from xview_loc.models.base import CrossViewModel, HeatMapGrid, HeatMaps
 
-# Side of what a heat map is averaged to, metres: of the order of the teacher's best errors, and 13 kB a pair.
+# Cell size of stored heat maps, metres: about the teacher's best errors, and 13 kB per pair.
 CELL_M = 1.0
+# Pairs per file.
 _BLOCK = 256
 
 
 @dataclass(frozen=True, eq=False)
 class _Block(PairTable):
-    """likelihood: float16 (N, n, n), of whole tiles; each cell's probability in multiples of what it would
-    be if all were alike."""
+    """likelihood: float16 (N, n, n), of whole tiles: a cell's probability over that of a uniform map."""
 
     likelihood: NDArray[np.float16]
 
 
 class HeatMapStore:
-    """Likelihoods of pairs, as the model has them; ``store[index]`` is one pair's.
+    """Likelihoods of pairs; ``store[index]`` is that of one pair.
 
-    Not flattened as a calibration has it, which makes one map's covariance honest: labels got worse.
+    Not tempered by the model's calibration: tempering made labels worse.
 
-    grid: where they lie on the tile; side: of them, n.
+    grid: position of the cells on the tile. side: cells per side, n.
     """
 
     def __init__(self, folder: Path, model: CrossViewModel) -> None:
@@ -45,11 +46,11 @@ class HeatMapStore:
         self.grid = HeatMapGrid(fine.scale * pool, (row, col))
         self.side = model.map_size // pool
         self._starts = sorted(int(file.stem) for file in folder.glob("*.npz"))
-        # A walk along a drive, in either direction, opens each file once.
+        # Two blocks: reading along a drive, in either direction, opens each file once.
         self._block = lru_cache(maxsize=2)(partial(_load, folder))
 
     def __getitem__(self, index: int) -> NDArray[np.float32]:
-        """(n, n). Raises KeyError for a pair that is not there."""
+        """Return a likelihood (n, n). Raises KeyError for a pair that is not stored."""
         at = int(np.searchsorted(self._starts, index, "right")) - 1
         block = self._block(self._starts[at]) if at >= 0 else None
         if block is None or index not in block.index:
@@ -63,34 +64,26 @@ def store_heat_maps(
     source: PairSource,
     index: NDArray[np.int64],
     folder: Path,
-    *,
-    heading_prior_deg: float | None = 0.0,
-    batch_size: int = 16,
-    workers: int = 0,
-    seed: int = 0,
+    options: ReadOptions,
     on_pairs: Callable[[int], object] = lambda done: None,
 ) -> HeatMapStore:
-    """A model's heat maps of the pairs ``index`` of a source, kept in ``folder`` block by block.
+    """Store a model's heat maps of the pairs ``index`` of a source in ``folder``, block by block.
 
-    What is there already is not done again. Pairs that cannot be used are left out. See
-    :func:`xview_loc.adaptation.pseudo_labels.label_pairs` for the rest.
+    Stored blocks are not computed again. Pairs that cannot be used are left out. ``on_pairs`` receives the
+    number of pairs done.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    model = fabric.to_device(model.eval())  # type: ignore[assignment]
+    model = prepare_model(fabric, model)
+
+    def table_of(batch: Batch, turns: NDArray[np.int64] | None) -> _Block:
+        maps, _ = match_batch(model, batch, options.heading_prior_deg, turns=turns)
+        return _Block(batch["index"].cpu().numpy(), _likelihood(model, maps))
+
     for start in range(0, len(index), _BLOCK):
         chosen = index[start : start + _BLOCK]
         file = folder / f"{chosen[0]}.npz"
         if not fabric.broadcast(file.exists()):
-            share = chosen[fabric.global_rank :: fabric.world_size]
-            rows = []
-            for batch in PairReader(source, share, heading_prior_deg, batch_size, workers):
-                batch = fabric.to_device(batch)
-                turns = turns_of(batch, heading_prior_deg, seed)
-                with fabric.autocast():
-                    maps, _ = match_batch(model, batch, heading_prior_deg, turns=turns)
-                rows.append(_Block(batch["index"].cpu().numpy(), _likelihood(model, maps)))
-                on_pairs(start + sum(map(len, rows)) * fabric.world_size)
-            block = gathered(fabric, rows)
+            block, _ = tabulate(fabric, source, chosen, options, table_of, on_pairs, start)
             if block is not None and fabric.is_global_zero:
                 block.save(file)
         on_pairs(min(start + _BLOCK, len(index)))
@@ -98,7 +91,7 @@ def store_heat_maps(
 
 
 def stored_bytes(model: CrossViewModel) -> int:
-    """Of one pair."""
+    """Return the size of one stored heat map."""
     return 2 * (model.map_size // _pool(model)) ** 2
 
 
@@ -107,7 +100,7 @@ def _load(folder: Path, start: int) -> _Block | None:
 
 
 def _pool(model: CrossViewModel) -> int:
-    """How many pixels of the finest map, along a side, are averaged into one."""
+    """Return the side of the square of finest-map pixels that are averaged into one cell."""
     return max(1, round(CELL_M / (model.spec.gsd * model.grid.scale)))
 
 

@@ -1,4 +1,4 @@
-"""How a vehicle moved from pair to pair, and how sure that is: from odometry, and from its coarse fixes."""
+"""Motion of a vehicle from pair to pair, with its variance, from odometry and coarse fixes."""
 
 from __future__ import annotations
 
@@ -12,29 +12,30 @@ from xview_loc.datasets.base import Track
 Array = NDArray[np.float64]
 Complex = NDArray[np.complex128]
 
-# A receiver's errors stay alike for about so long, seconds; beside that each fix has some of its own, m.
+# Correlation time of a receiver's errors, and the independent noise of each fix.
 FIX_CORRELATION_S = 30.0
 _FIX_NOISE_M = 0.7
-# Without odometry, so long a time says nothing of where it went.
+# Longest step that fixes alone can bridge.
 _LONGEST_S = 20.0
-# Odometry's own noise: variance of a step, m^2, and what each metre driven adds, m^2 / m.
+# Noise of odometry: variance per step, m^2, and per metre driven, m^2 / m.
 _STEP_VARIANCE, _VARIANCE_PER_M = 0.2**2, 0.02
-# What odometry and two fixes say of a step contradicts where they are so many standard deviations apart.
+# Standard deviations beyond which a fix's step contradicts odometry or the smoothed velocity.
 _SIGMAS = 5.0
-# Where only fixes say how it moved, its velocity is constant but for accelerations like this, m / s^2.
+# Without odometry: standard deviation of the acceleration, m / s^2, and of the velocity at first, m / s.
 _ACCELERATION, _TOP_SPEED = 2.0, 15.0
-# The errors of such velocities last longer than a step.
+# Factor on the variance of these velocities, whose errors last longer than a step.
 _VELOCITY_INFLATION = 2.0
-# Odometry's scale and heading are fitted over so many metres on either side; how far off they may be.
+# Distance, on either side, over which odometry's scale and heading are fitted; standard deviation of their
+# prior.
 _GAIN_REACH_M, _GAIN_STD = 300.0, 0.3
 
 
 @dataclass(frozen=True, eq=False)
 class Steps:
-    """From the pair before to each pair (N,).
+    """Steps from the previous pair to each pair (N,).
 
-    linked: whether anything is known of it; False begins a new chain. mean: (N, 2), metres east and north.
-    variance: (N,), on each axis, m^2.
+    linked: False where the step is unknown, which begins a new chain. mean: (N, 2), metres east and north.
+    variance: (N,), along each axis, m^2.
     """
 
     linked: NDArray[np.bool_]
@@ -43,16 +44,17 @@ class Steps:
 
     @property
     def length(self) -> Array:
-        """Metres (N,)."""
+        """Lengths (N,), metres."""
         return np.asarray(np.hypot(*self.mean.T), np.float64)
 
 
 def steps_along(track: Track, fix_std: Array, gain: Complex | None = None, looseness: float = 1.0) -> Steps:
-    """What odometry and fixes together say; odometry alone is much surer where there is any.
+    """Fuse odometry, much the more precise where there is any, with the steps between fixes.
 
-    A fix's error is a slow random walk, so that two fixes in a row tell a step better than a place. Without
-    odometry their velocities are smoothed, which also bridges a jump of theirs. ``fix_std`` (N,): metres.
-    ``gain`` (N,): what odometry's steps are multiplied with; ``looseness``: what their variance is.
+    The error of a fix is a slow random walk, so two consecutive fixes measure a step better than a position.
+    Without odometry, velocities from fixes are smoothed, which also bridges a jump of the fixes.
+
+    fix_std: (N,), metres. gain: (N,), factors on odometry's steps. looseness: factor on their variance.
     """
     seconds = np.diff(track.stamp_ns, prepend=track.stamp_ns[0]) / 1e9
     same = (np.diff(track.drive, prepend=-1) == 0) & (seconds > 0.0)
@@ -76,13 +78,13 @@ def steps_along(track: Track, fix_std: Array, gain: Complex | None = None, loose
 
 
 def chains(linked: NDArray[np.bool_]) -> list[tuple[int, int]]:
-    """(start, end) of each stretch of pairs that steps link."""
+    """Return (start, end) of each run of linked pairs."""
     starts = np.flatnonzero(~linked)
     return [(int(a), int(b)) for a, b in zip(starts, [*starts[1:], len(linked)], strict=True)]
 
 
 def _smoothed_velocity(steps: Array, variance: Array, seconds: Array) -> tuple[Array, Array]:
-    """Steps and their variances from a constant-velocity model: a Kalman filter and smoother over them."""
+    """Smooth steps with a constant-velocity model (Kalman filter and smoother); return them and variances."""
     velocity, spread = np.zeros(2), _TOP_SPEED**2
     before: list[tuple[Array, float]] = []
     after: list[tuple[Array, float]] = []
@@ -90,7 +92,7 @@ def _smoothed_velocity(steps: Array, variance: Array, seconds: Array) -> tuple[A
         spread += _ACCELERATION**2 * dt if before else 0.0
         before.append((velocity, spread))
         innovation, noise = step / dt - velocity, step_variance / dt**2
-        # A jump of the fix tells no velocity.
+        # A jump of the fix measures no velocity.
         if innovation @ innovation <= _SIGMAS**2 * (spread + noise):
             share = spread / (spread + noise)
             velocity, spread = velocity + share * innovation, (1.0 - share) * spread
@@ -106,19 +108,20 @@ def _smoothed_velocity(steps: Array, variance: Array, seconds: Array) -> tuple[A
     return velocities * seconds[:, None], _VELOCITY_INFLATION * spreads * seconds**2 + within
 
 
-def odometry_gain(track: Track, place: Array, weight: Array) -> Complex:
-    """What odometry's steps are to be multiplied with (N,), a complex number each: its scale and its turn.
+def odometry_gain(track: Track, position: Array, weight: Array) -> Complex:
+    """Fit the complex factors (N,) on odometry's steps, its scale and its turn, to positions along the way.
 
-    Fitted to places along the way: least squares over all within 300 m on either side, held at one as far as
-    these say nothing. place: (N, 2), metres. weight: (N,), one over its variance, m^2.
+    Weighted least squares over 300 m on either side, with a prior at one.
+
+    position: (N, 2), metres. weight: (N,), inverse variances of the positions, 1 / m^2.
     """
     known = np.isfinite(track.moved).all(1)
     step = np.where(known, track.moved @ (1.0, 1j), 0.0).astype(np.complex128)
     # No window reaches from one drive into another.
     between = 3.0 * _GAIN_REACH_M * np.cumsum(np.diff(track.drive, prepend=track.drive[0]) != 0)
     reckoned, driven = np.cumsum(step), np.cumsum(np.abs(step)) + between
-    # Over what odometry did not see, a stretch lies anywhere from the one before.
-    seen, stretch = np.asarray(place @ (1.0, 1j), np.complex128), np.cumsum(~known)
+    # A gap in odometry begins a new stretch, at an unknown position from the previous one.
+    seen, stretch = np.asarray(position @ (1.0, 1j), np.complex128), np.cumsum(~known)
     gain = np.ones(len(step), np.complex128)
     least = _GAIN_STD**-2
     for k in np.flatnonzero(known):
@@ -132,11 +135,13 @@ def odometry_gain(track: Track, place: Array, weight: Array) -> Complex:
 
 
 def _about_means(values: Complex, weight: Array, group: NDArray[np.int64]) -> Complex:
+    """Subtract the weighted mean of its group from each value."""
     total = np.bincount(group, weight)
     real, imaginary = (np.bincount(group, weight * part) for part in (values.real, values.imag))
     return values - ((real + 1j * imaginary) / np.maximum(total, 1e-12))[group]
 
 
 def _turned(moved: Array, gain: Complex) -> Array:
+    """Apply a gain to steps (N, 2)."""
     driven = (moved @ (1.0, 1j)) * gain
     return np.stack([driven.real, driven.imag], 1)

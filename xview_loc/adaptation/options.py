@@ -1,4 +1,4 @@
-"""How to adapt: the paper's settings, and what labels of whole drives change about them."""
+"""Settings of an adaptation, with the paper's as defaults."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from xview_loc.training.trainer import TrainingOptions
 
 
 class Recipe(NamedTuple):
-    """K', how many of the model's levels labels supervise, and T, the share of them that survives the outlier
-    filter (1: there is none)."""
+    """How students are trained.
+
+    levels: K', the number of supervised levels. keep: T, the share of labels that the outlier filter keeps
+    (1: no filter).
+    """
 
     levels: int
     keep: float
@@ -20,13 +23,14 @@ class Recipe(NamedTuple):
 
 @dataclass(frozen=True)
 class AdaptationOptions:
-    """How to adapt; :meth:`published` has the paper's settings.
+    """Settings of an adaptation; use :meth:`published` for the paper's.
 
-    levels, keep: see :meth:`recipe`. sigma: of the pseudo ground truth's Gaussian, pixels of the finest map.
-    smooth: whether whole drives correct the labels (:mod:`xview_loc.adaptation.sequence`). rounds: at most so
-    many times students are trained, each time on what the last ones make of the pairs.
-    held_out: share of the pairs that training does not see; they pick the epoch and the verdict. training: of
-    both students; its one heading prior holds for the teacher as well.
+    training: of both students; its only heading prior applies to the teacher too.
+    levels, keep: see :class:`Recipe`; None: the default of :meth:`recipe`.
+    sigma: standard deviation of the label, in pixels of the finest heat map.
+    held_out: share of the pairs left out of training; they select the epoch and decide the verdict.
+    smooth: correct the labels with whole drives (:mod:`xview_loc.adaptation.smoothing`).
+    rounds: maximum number of rounds; from the second on, the previous round's student labels the pairs.
     """
 
     training: TrainingOptions
@@ -39,27 +43,27 @@ class AdaptationOptions:
 
     @classmethod
     def published(cls, model: CrossViewModel, **changes: Any) -> AdaptationOptions:
-        """The paper's for CCVPE or GGCVT; ``changes`` replace fields of these or of the training options."""
-        training: dict[str, Any] = {"epochs": 3, "batch_size": 8 if isinstance(model, CCVPE) else 4}
-        training |= {
-            name: changes.pop(name) for name in list(changes) if name in TrainingOptions.__annotations__
-        }
-        return cls(training=TrainingOptions(**training), **changes)
+        """Return the paper's options for a model; ``changes`` are fields of these or the training options."""
+        training = {name: changes.pop(name) for name in TrainingOptions.__annotations__ if name in changes}
+        defaults = {"epochs": 3, "batch_size": 8 if isinstance(model, CCVPE) else 4}
+        return cls(TrainingOptions(**{**defaults, **training}), **changes)
 
     def recipe(self, model: CrossViewModel, smoothed: bool) -> Recipe:
-        """As chosen; otherwise the paper's for a teacher's maxima, and for ``smoothed`` labels, which are
-        nearly as good as true ones, all levels and no filter."""
+        """Fill in defaults: the paper's for a model's own maxima.
+
+        ``smoothed`` labels are nearly as good as true ones: all levels, and no filter.
+        """
         if smoothed:
-            usual = Recipe(model.level_count, 1.0)
+            default = Recipe(model.level_count, 1.0)
         else:
-            usual = Recipe(2, 0.8) if isinstance(model, CCVPE) else Recipe(3, 0.7)
+            default = Recipe(2, 0.8) if isinstance(model, CCVPE) else Recipe(3, 0.7)
         return Recipe(
-            usual.levels if self.levels is None else self.levels,
-            usual.keep if self.keep is None else self.keep,
+            default.levels if self.levels is None else self.levels,
+            default.keep if self.keep is None else self.keep,
         )
 
     @property
     def heading_prior_deg(self) -> float | None:
-        """How far the heading may be off, for teacher and students; None: it is unknown."""
+        """Largest error of the heading, for teacher and students; None: the heading is unknown."""
         (prior,) = self.training.heading_priors_deg
         return prior

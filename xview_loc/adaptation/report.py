@@ -1,4 +1,4 @@
-"""What an adaptation leaves for people and machines: checkpoint, figures, and a page that shows them."""
+"""Write the results of an adaptation: checkpoint, metrics and an HTML report."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from xview_loc.models.checkpoint import save_checkpoint
 from xview_loc.report import Page, finite
 
 STUDENT_FILE, METRICS_FILE, REPORT_FILE = "student.safetensors", "metrics.json", "report.html"
-# What the indicators are called.
+# Descriptions of the indicators.
 _INDICATORS = {
-    "score": "contradiction, mean of the next three, m",
-    "tile_shift": "moves with the tile's cut, m",
-    "turn": "moves with the panorama's turn, m",
-    "motion": "step differs from odometry, m",
+    "score": "inconsistency (mean of the next three), m",
+    "tile_shift": "change when the tile is shifted, m",
+    "turn": "change when the panorama is turned, m",
+    "motion": "difference of steps from odometry, m",
     "stray_sigmas": "distance of the whole map's maximum from the coarse fix, sigma",
     "entropy": "entropy of the heat map, nats",
     "peak_mass": "probability within 2 m of the maximum",
@@ -47,9 +47,9 @@ _INDICATORS = {
 def write_results(
     distillation: Distillation, adapted: Adapted, folder: Path, extra: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Write ``student.safetensors``, ``metrics.json`` and ``report.html``; returns the metrics.
+    """Write ``student.safetensors``, ``metrics.json`` and ``report.html``; return the metrics.
 
-    ``extra`` goes into the checkpoint's metadata (software version, command ...).
+    ``extra`` is added to the checkpoint's metadata (software version, command ...).
     """
     track = distillation.track
     before, after = (Indicators.of(views, track) for views in (adapted.before, adapted.after))
@@ -66,7 +66,7 @@ def write_results(
 def _metrics(
     distillation: Distillation, adapted: Adapted, before: Indicators, after: Indicators, verdict: Verdict
 ) -> dict[str, Any]:
-    """JSON values: what went in, what came out."""
+    """Summarise inputs and outcome as JSON values."""
     options = distillation.options
     settings = {**asdict(options), **adapted.recipe._asdict()}
     metrics: dict[str, Any] = {
@@ -107,12 +107,12 @@ def _metrics(
 
 
 def _smoothing(maxima: PseudoLabels, smoothed: Smoothed) -> dict[str, Any]:
-    """What the drives made of the teacher's labels."""
+    """Summarise how smoothing changed the labels."""
     moved = distance_m(maxima, replace(maxima, position=smoothed.position))
     known = smoothed.supported
     return {
         "pairs": len(smoothed),
-        "used": smoothed.has_grounds,
+        "used": smoothed.mostly_usable,
         "without_grounds": int((~known).sum()),
         "off_map": int((known & ~smoothed.on_map).sum()),
         "maxima_wrong": float(smoothed.wrong[known].mean()) if known.any() else None,
@@ -127,7 +127,7 @@ def _spread(distances: NDArray[np.float64]) -> dict[str, float]:
 
 
 def _epoch_picks(history: list[dict[str, float]]) -> dict[str, float]:
-    """How near the label-free choice of the epoch comes to the choice by the truth."""
+    """Compare the label-free choice of the epoch with the best one by true errors."""
     known = [entry for entry in history if "true_mean_m" in entry]
     if not known:
         return {}
@@ -149,8 +149,8 @@ def _page(
 ) -> Page:
     page = Page(f"Adaptation of {metrics['model']}: " + ("deploy" if verdict.deploy else "do not deploy"))
     page.text(
-        f"{metrics['pairs']} pairs, {metrics['unreadable']} of those to train on unreadable; the student was "
-        f"trained on {metrics['trained_on']} of them and judged on {metrics['held_out']} held-out ones."
+        f"The student was trained on {metrics['trained_on']} of {metrics['pairs']} pairs and judged on "
+        f"{metrics['held_out']} held-out ones; {metrics['unreadable']} could not be read."
     )
     for line in (*round_lines(metrics.get("rounds", ())), *verdict.reasons):
         page.text(line)
@@ -162,24 +162,18 @@ def _page(
     ]
     page.table(["", "teacher", "student"], rows)
     if "true_errors" in metrics:
-        page.heading("Against the truth")
-        errors = metrics["true_errors"]
-        page.table(
-            ["metres", "pairs", "mean", "median", "95 %"],
-            [
-                [
-                    name,
-                    str(e["frames"]),
-                    *("" if e[k] is None else f"{e[k]:.2f}" for k in ("mean", "median", "p95")),
-                ]
-                for name, e in errors.items()
-            ],
-        )
-        page.figure(error_curves(distillation, adapted), "Share of held-out pairs with at most this error")
+        page.heading("True errors")
+        page.table(["metres", "pairs", "mean", "median", "95 %"], error_rows(metrics["true_errors"]))
+        page.figure(error_curves(distillation, adapted), "Share of held-out pairs by error")
     if adapted.smoothed is not None:
-        page.heading("What the drives made of the labels")
-        _smoothing_text(page, metrics["smoothing"])
-        if metrics["smoothing"]["used"]:
+        page.heading("Labels smoothed along drives")
+        smoothing = metrics["smoothing"]
+        page.text(smoothing_line(smoothing))
+        if smoothing["used"]:
+            page.text(
+                f"Labels moved by {smoothing['moved_m']['median']:.1f} m in the median; an estimated "
+                f"{smoothing['maxima_wrong']:.0%} of the maxima are wrong by more than five metres."
+            )
             maxima = adapted.maxima.of(adapted.smoothed.index)
             figures = smoothed_drive(distillation, maxima, adapted.smoothed)
             figures += moved_labels(distillation, adapted, adapted.smoothed, student)
@@ -190,14 +184,14 @@ def _page(
         distances = distance_m(adapted.labels, adapted.auxiliary.labels)
         page.figure(
             distance_histogram(distances, adapted.recipe.keep),
-            "Distance between teacher and auxiliary student; pairs to the right of the line are left out",
+            "Distance between label and auxiliary student; pairs to the right of the line are left out",
         )
     if distillation.track is not None:
         page.heading("Along the drives")
         page.figure(
-            track_map(distillation, adapted), "Held-out pairs, coloured by how far the estimate has moved, m"
+            track_map(distillation, adapted), "Held-out pairs, coloured by how far the estimate moved, m"
         )
-    page.heading("Where the estimate has moved most")
+    page.heading("Pairs whose estimate moved most")
     for figure, caption in moved_pairs(distillation, adapted, student):
         page.figure(figure, caption)
     page.heading("Epochs")
@@ -216,33 +210,36 @@ def _page(
     return page
 
 
+def error_rows(errors: Mapping[str, Mapping[str, float | None]]) -> list[list[str]]:
+    """Format the metrics' ``true_errors``: name, pairs, mean, median and 95 % quantile."""
+    return [
+        [
+            name,
+            str(e["frames"]),
+            *("" if e[key] is None else f"{e[key]:.2f}" for key in ("mean", "median", "p95")),
+        ]
+        for name, e in errors.items()
+    ]
+
+
 def round_lines(verdicts: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What each further round came to, of the metrics' ``rounds``."""
+    """Describe the outcome of each further round, from the metrics' ``rounds``."""
     return [
         f"round {number}: {'; '.join(verdict['reasons'])}; "
-        + ("its student is taken" if verdict["deploy"] else "the student of the round before is kept")
+        + ("its student is kept" if verdict["deploy"] else "the previous round's student is kept")
         for number, verdict in enumerate(verdicts, start=2)
     ]
 
 
 def smoothing_line(smoothing: Mapping[str, Any]) -> str:
-    """What became of the labels, of the metrics' ``smoothing``."""
+    """Describe the outcome of smoothing, from the metrics' ``smoothing``."""
     pairs, without = smoothing["pairs"], smoothing["without_grounds"]
     if not smoothing["used"]:
         return (
-            f"fell back to the teacher's maxima and the paper's recipe: for {without} of {pairs} pairs the "
-            "rest of the drive gave no grounds to move the label (look at odometry, stamps and fixes)"
+            f"smoothing was not used, but the teacher's maxima and the paper's recipe: {without} of {pairs} "
+            "labels are not supported by the rest of their drive (check odometry, stamps and fixes)"
         )
     return (
-        f"whole drives corrected {pairs - without - smoothing['off_map']} of {pairs} labels; {without}, for "
-        f"which they gave no grounds, and {smoothing['off_map']} off their map were left out"
+        f"smoothing corrected {pairs - without - smoothing['off_map']} of {pairs} labels; {without} not "
+        f"supported by their drive and {smoothing['off_map']} off their heat map were left out"
     )
-
-
-def _smoothing_text(page: Page, smoothing: Mapping[str, Any]) -> None:
-    page.text(smoothing_line(smoothing))
-    if smoothing["used"]:
-        page.text(
-            f"Labels moved by {smoothing['moved_m']['median']:.1f} m in the median; "
-            f"{smoothing['maxima_wrong']:.0%} of the maxima are held for wrong by more than five metres."
-        )

@@ -1,8 +1,8 @@
-"""Pseudo ground truth of whole drives: what all of a drive's heat maps, its odometry and its fixes agree on.
+"""Smooth labels along whole drives, from all of a drive's heat maps, its odometry and its fixes.
 
-Forward-backward smoothing of a hidden Markov model, whose state is the place on a grid that moves along
-with the vehicle: one :class:`BeliefGrid` runs forwards, another backwards, and their product is the belief
-from the whole drive.
+Forward-backward smoothing of a hidden Markov model. Its state is the position on a grid that moves with the
+vehicle: one :class:`BeliefGrid` runs forwards, another one backwards, and their product is the belief given
+the whole drive.
 """
 
 from __future__ import annotations
@@ -23,37 +23,37 @@ from xview_loc.estimation.belief import BeliefGrid, Grid
 
 Array = NDArray[np.float64]
 
+# Cells per side of the grid.
 _CELLS = 128
-# How often a heat map shows nothing but a wrong place. Maps nearer to each other than so many metres are
-# wrong together.
+# Probability that a heat map shows only wrong places, and the distance within which errors are correlated.
 _OUTLIER, _DECORRELATION_M = 0.2, 10.0
-# How often odometry is all wrong: then the vehicle may be anywhere on the grid.
+# Probability that odometry is entirely wrong: the vehicle may then be anywhere on the grid.
 _LOST = 1e-5
-# Of a fix that comes without a standard deviation, metres; what fixes say of places far from them.
-_FIX_STD, _LEAST_LIKELIHOOD = 15.0, np.float32(1e-4)
-# Further off than this, a maximum is wrong.
+# Standard deviation of a fix that comes without one, metres, and the floor of a fix's likelihood.
+_FIX_STD, _MIN_LIKELIHOOD = 15.0, np.float32(1e-4)
+# A maximum further off than this is wrong.
 _WRONG_M = 5.0
-# Over so many seconds on either side the middle of the fixes' offsets centres the grid.
+# Half the time over which the fixes' median offset centres the grid.
 _CENTRED_S = 60.0
-# Before odometry's gain is known from the heat maps as well, its variance counts for so much more.
+# Factor on odometry's variance in the first pass, before its gain is fitted to the heat maps.
 _LOOSE = 4.0
-# A pair's surroundings, so many pairs on either side, tell whether smoothing is of use there: heat maps are
-# likelier where the rest of the drive has them by this factor at least (logarithm, mean).
-_SURROUNDINGS, _SUPPORT = 20, 0.1
+# Number of neighbours, on either side, over which support is averaged, and its least value (a logarithm).
+_NEIGHBOURS, _SUPPORT = 20, 0.1
 
 Likelihood = Callable[[int, BeliefGrid], Grid]
 
 
 @dataclass(frozen=True, eq=False)
 class Smoothed(PairTable):
-    """Where the pairs were taken according to their whole drives.
+    """Positions of pairs given their whole drives.
 
-    position: float32 (N, 2), (row, col) in tile pixels. heading: float32 (N,), radians, as labels have it.
-    covariance: float32 (N, 2, 2), ENU, m^2. wrong: float32 (N,), the probability that the teacher's maximum
-    is more than five metres off. supported: (N,), False where the rest of the drive tells no better where
-    heat maps are high than coarse fixes do: there the position is the teacher's maximum. on_map: (N,),
-    whether the position lies on the heat map. Where it is the teacher's, covariance and ``wrong`` are
-    not-a-number: nothing is known of them.
+    position: float32 (N, 2), (row, col) in tile pixels.
+    heading: float32 (N,), radians, as in :class:`PseudoLabels`.
+    covariance: float32 (N, 2, 2), ENU, m^2.
+    wrong: float32 (N,), probability that the teacher's maximum is more than five metres off.
+    supported: (N,), False where the rest of the drive predicts heat maps no better than coarse fixes do:
+        position is then the teacher's maximum, covariance and ``wrong`` are NaN.
+    on_map: (N,), True where the position lies on the heat map.
     """
 
     position: NDArray[np.float32]
@@ -65,21 +65,21 @@ class Smoothed(PairTable):
 
     @property
     def std_m(self) -> Array:
-        """Standard deviation along an axis, (N,), metres; not-a-number where nothing is known of it."""
+        """Standard deviation (N,) along an axis, metres; NaN where unsupported."""
         return np.sqrt(np.trace(self.covariance.astype(np.float64), axis1=1, axis2=2) / 2.0)
 
     @property
-    def has_grounds(self) -> bool:
-        """Whether most pairs have a label from their drive; otherwise something is wrong with the drives."""
+    def mostly_usable(self) -> bool:
+        """True if at least half of the pairs are usable; otherwise something is wrong with the drives."""
         return 2 * int(self.usable.sum()) >= len(self)
 
     @property
     def usable(self) -> NDArray[np.bool_]:
-        """Whether there are grounds for a pair's place, and it is on the map, (N,)."""
+        """Mask (N,) of the pairs whose position is supported and on the map."""
         return self.supported & self.on_map
 
     def labels(self, teacher: PseudoLabels) -> PseudoLabels:
-        """The teacher's labels of the same pairs with these poses, where these are usable."""
+        """Replace the poses of the teacher's labels of the same pairs; unusable pairs are left out."""
         return replace(teacher, position=self.position, heading=self.heading).rows(self.usable)
 
 
@@ -89,11 +89,11 @@ def smooth(
     heat_maps: HeatMapStore,
     on_pairs: Callable[[int, int], object] = lambda done, of: None,
 ) -> Smoothed:
-    """Smooth the drives of a source's ``track`` at the pairs that the teacher has labels of.
+    """Smooth the teacher's labels along the drives of ``track``, which holds all pairs of their source.
 
-    Time and disk grow with the number of pairs, memory for beliefs with its square root. Odometry's scale
-    and heading are fitted to the fixes, and after one pass to the places that the heat maps give.
-    ``on_pairs`` is told how many pairs are done, of how many.
+    The scale and heading of odometry are fitted to the fixes, and after a first pass to its result. Time and
+    disk space grow with the number of pairs, memory for beliefs with its square root. ``on_pairs`` receives
+    the numbers of pairs done and in all.
     """
     drives = _Drives(track.rows(teacher.index), teacher, heat_maps)
     odometry = np.isfinite(drives.track.moved).any()
@@ -110,28 +110,31 @@ def smooth(
         weight = drives.fix_weight / drives.fix_std**2
         first = odometry_gain(drives.track, drives.fix, weight)
         rough = drives.smoothed(steps_along(drives.track, drives.fix_std, first, _LOOSE), on_pair)
-        # A covariance is no less than what nearby places have in common.
+        # Nearby positions share errors, which bounds the covariance from below.
         weight = 1.0 / (np.trace(rough.covariance, axis1=1, axis2=2) / 2.0 + 0.5)
-        gain = odometry_gain(drives.track, rough.place, weight)
+        gain = odometry_gain(drives.track, rough.position, weight)
     return drives.table(drives.smoothed(steps_along(drives.track, drives.fix_std, gain), on_pair))
 
 
 @dataclass(frozen=True, eq=False)
 class _Beliefs:
-    """place: (N, 2). covariance: (N, 2, 2). wrong: (N,). support: (N,), how much likelier a pair's heat map
-    is where the rest of the drive has it than about its coarse fix, a logarithm, and a mean with its
-    neighbours."""
+    """Beliefs given whole drives, in the plane of :class:`_Drives`.
 
-    place: Array
+    position: (N, 2). covariance: (N, 2, 2). wrong: (N,), see :class:`Smoothed`.
+    support: (N,), logarithm of how much likelier a pair's heat map is given the rest of the drive than given
+        its coarse fix, averaged over neighbours.
+    """
+
+    position: Array
     covariance: Array
     wrong: Array
     support: Array
 
 
 class _Drives:
-    """Pairs along drives, row by row of ``teacher``: fixes, maxima and heat maps in one plane.
+    """Fixes, maxima and heat maps of pairs along drives in one plane, in the rows of ``teacher``.
 
-    The plane is unrolled along the drives: steps between fixes are added up in their own true-north axes.
+    The plane is unrolled along the drives: steps between fixes are summed, each in its own true-north axes.
     """
 
     def __init__(self, track: Track, teacher: PseudoLabels, heat_maps: HeatMapStore) -> None:
@@ -140,11 +143,12 @@ class _Drives:
         self.maximum = self.fix + teacher.from_fix
         self.fix_std = np.where(np.isnan(teacher.fix_std), _FIX_STD, teacher.fix_std).astype(np.float64)
         seconds = np.diff(track.stamp_ns, prepend=track.stamp_ns[0]) / 1e9
-        # The random walk of a fix's error, in the limit of small steps, weighs each place with this, and the
-        # first and the last of a chain with a half more.
+        # Weights of a random walk of the fixes' error in the limit of small steps; the ends of a chain get
+        # one half more.
         self.fix_weight = np.clip(seconds / FIX_CORRELATION_S / 2.0, 0.0, 0.5)
 
     def smoothed(self, steps: Steps, on_pair: Callable[[], object]) -> _Beliefs:
+        """Run both passes over all chains."""
         count = len(self.fix)
         corners = self._corners(steps)
         begins = ~steps.linked
@@ -162,18 +166,18 @@ class _Drives:
             heat_map, fix = self._heat_map(k, others), self._fix(k, others)
             others.multiply(fix, fix_weight[k])
             alone = (fix * heat_map).sum(dtype=np.float64) / fix.sum(dtype=np.float64)
-            # Off its tile a heat map tells nothing, so that this is one: no grounds either.
+            # Off its tile a heat map is one everywhere, which supports nothing.
             out.support[k] = math.log(others.multiply(heat_map, weight[k]) / max(alone, 1.0))
-            out.place[k], out.covariance[k] = _summary(others)
+            out.position[k], out.covariance[k] = _summary(others)
             out.wrong[k] = 1.0 - others.probability[_within(others, self.maximum[k])].sum(dtype=np.float64)
             on_pair()
-        return replace(out, support=_chain_means(out.support, begins))
+        return replace(out, support=_neighbour_means(out.support, begins))
 
     def table(self, beliefs: _Beliefs) -> Smoothed:
-        """In tile pixels, with the teacher's maxima where smoothing has no grounds."""
+        """Convert to tile pixels, with the teacher's maxima where there is no support."""
         teacher, grid = self._teacher, self._heat_maps.grid
         supported = beliefs.support > _SUPPORT
-        east, north = ((beliefs.place - self.fix) / teacher.meters_per_pixel[:, None]).T
+        east, north = ((beliefs.position - self.fix) / teacher.meters_per_pixel[:, None]).T
         position = np.where(
             supported[:, None], teacher.fix + np.stack([-north, east], 1), teacher.position
         ).astype(np.float32)
@@ -191,10 +195,10 @@ class _Drives:
         )
 
     def _corners(self, steps: Steps) -> Array:
-        """Centres (N, 2) of cells (0, 0), which move by the steps and by whole cells.
+        """Return the centres (N, 2) of cells (0, 0), which move by the steps plus whole cells.
 
-        The grid's middle is the way that the steps add up to, moved to where most fixes of the minutes about
-        have it, so that neither a jump of the fixes nor odometry's drift carries the grid away.
+        The middle of the grid follows the summed steps, plus their median offset from the fixes of the
+        surrounding two minutes: neither a jump of the fixes nor drift of the odometry carries it away.
         """
         reckoned = np.cumsum(np.where(steps.linked[:, None], steps.mean, self.track.fix_steps), axis=0)
         offset, half = self.fix - reckoned, (_CELLS - 1) / 2 * CELL_M
@@ -211,7 +215,7 @@ class _Drives:
         return corners
 
     def _heat_map(self, k: int, grid: BeliefGrid) -> Grid:
-        """Likelihood of each cell, one where the heat map tells nothing."""
+        """Return the likelihood of each cell; one where the heat map does not reach."""
         try:
             heat_map = self._heat_maps[int(self._teacher.index[k])]
         except KeyError:
@@ -220,25 +224,24 @@ class _Drives:
         step = grid.cell_m / (gsd * pixels.scale)
         right, up = (grid.corner - self.fix[k]) / gsd
         row, col = (self._teacher.fix[k] + (-up, right) - pixels.origin) / pixels.scale
-        # Of places that its tile does not show it tells nothing.
         seen = grid.resampled(heat_map, np.array([[step, 0.0, col], [0.0, -step, row]]), outside=1.0)
         return np.asarray((1.0 - _OUTLIER) * seen + _OUTLIER, np.float32)
 
     def _fix(self, k: int, grid: BeliefGrid) -> Grid:
-        # At least a cell wide, or a precise fix would fall between the cells.
+        # At least a cell wide: a precise fix would fall between the cells.
         variance = self.fix_std[k] ** 2 + grid.cell_m**2
-        return np.maximum(grid.normal_likelihood(self.fix[k], variance * np.eye(2)), _LEAST_LIKELIHOOD)
+        return np.maximum(grid.normal_likelihood(self.fix[k], variance * np.eye(2)), _MIN_LIKELIHOOD)
 
 
 def smoothed_beliefs(
     corners: Array, steps: Steps, likelihood: Likelihood, cells: int, cell_m: float
 ) -> Iterator[tuple[int, BeliefGrid]]:
-    """What all *other* pairs of its chain tell of each pair's place, from the last pair to the first.
+    """Yield each pair's number k and the belief given all *other* pairs of its chain, last pair first.
 
-    Yields the pair's number k, and a belief which, multiplied with ``likelihood(k, belief)``, is all pairs'.
+    Multiplied with ``likelihood(k, belief)``, it becomes the belief given all pairs.
 
-    corners: (N, 2), cell (0, 0)'s centre for each pair: moving along with the steps but for whole cells. Of a
-    chain of n pairs about 2 sqrt(n) beliefs are held at a time; each likelihood is asked for thrice.
+    corners: (N, 2), centre of cell (0, 0) for each pair; it moves by the steps plus whole cells. A chain of n
+    pairs holds about 2 sqrt(n) beliefs at a time and evaluates each likelihood three times.
     """
 
     def flat(k: int) -> BeliefGrid:
@@ -274,30 +277,31 @@ def smoothed_beliefs(
 
 
 def _summary(belief: BeliefGrid) -> tuple[Array, Array]:
-    """The mean about the place where a circle holds most, and the covariance of all about it.
+    """Return the mean within the likeliest circle, and the covariance of the whole belief about it.
 
-    The mean of all would lie between two places that are both likely, where it is not.
+    The mean of a whole belief with two modes would lie between them, where the vehicle is not.
     """
     side = 2 * round(_WRONG_M / 2 / belief.cell_m) + 1
     dense = cv2.blur(belief.probability, (side, side), borderType=cv2.BORDER_CONSTANT)
     row, col = np.unravel_index(int(dense.argmax()), dense.shape)
     near = _within(belief, belief.corner + np.array([col, row]) * belief.cell_m)
-    place = BeliefGrid(belief.probability * near, belief.corner, belief.cell_m).mean
-    off = belief.mean - place
-    return place, belief.covariance + np.outer(off, off)
+    position = BeliefGrid(belief.probability * near, belief.corner, belief.cell_m).mean
+    off = belief.mean - position
+    return position, belief.covariance + np.outer(off, off)
 
 
-def _within(belief: BeliefGrid, place: Array) -> NDArray[np.bool_]:
+def _within(belief: BeliefGrid, position: Array) -> NDArray[np.bool_]:
+    """Mask of the cells within five metres of a position."""
     x, y = belief.axes
-    return np.asarray(np.hypot(x - place[0], (y - place[1])[:, None]) <= _WRONG_M, bool)
+    return np.asarray(np.hypot(x - position[0], (y - position[1])[:, None]) <= _WRONG_M, bool)
 
 
-def _chain_means(values: Array, begins: NDArray[np.bool_]) -> Array:
-    """Each value's mean with its neighbours in the chain."""
+def _neighbour_means(values: Array, begins: NDArray[np.bool_]) -> Array:
+    """Average each value with its neighbours in the chain."""
     out = np.zeros_like(values)
     for start, end in chains(~begins):
         total = np.concatenate([[0.0], np.cumsum(values[start:end])])
         k = np.arange(end - start)
-        first, last = np.maximum(k - _SURROUNDINGS, 0), np.minimum(k + _SURROUNDINGS + 1, end - start)
+        first, last = np.maximum(k - _NEIGHBOURS, 0), np.minimum(k + _NEIGHBOURS + 1, end - start)
         out[start:end] = (total[last] - total[first]) / (last - first)
     return out

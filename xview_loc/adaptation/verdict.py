@@ -1,4 +1,4 @@
-"""Deploy a student or not: paired evidence from held-out pairs, without ground truth."""
+"""Decide whether to deploy a student, from paired evidence on held-out pairs without ground truth."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Verdict:
-    """``deploy``: whether the student may replace its teacher; ``reasons``: the evidence, line by line.
+    """Verdict on a student.
 
-    probability_better: that the student's label-free score is the better one. score_change: m, with its 95 %
-    interval; negative is better.
+    deploy: True if the student may replace its teacher. reasons: the evidence, line by line.
+    probability_better: probability that the student's label-free score is better than its teacher's.
+    score_change: mean and 95 % interval, m; negative is better.
     """
 
     deploy: bool
@@ -39,23 +40,23 @@ def judge(before: Indicators, after: Indicators) -> Verdict:
     enough = len(change) >= MIN_MEASUREMENTS
     consistent = better >= SIGNIFICANT
     reasons = [
-        f"estimates contradict themselves by {np.nanmean(after.score_terms()):.2f} m instead of "
+        f"mean inconsistency of the estimates {np.nanmean(after.score_terms()):.2f} m, previously "
         f"{np.nanmean(before.score_terms()):.2f} m ({mean:+.2f} m, 95 % interval {low:+.2f} to {high:+.2f}): "
-        + ("better" if consistent else "not surely better")
+        + ("better" if consistent else "not significantly better")
     ]
     if not enough:
-        reasons.append(f"{len(change)} held-out pairs are too few to tell: {MIN_MEASUREMENTS} are needed")
+        reasons.append(f"{len(change)} held-out pairs are too few to judge: {MIN_MEASUREMENTS} are needed")
     far_before, far_after = (
         np.where(np.isnan(i.stray_sigmas), math.nan, i.stray_sigmas > SEARCH_SIGMAS) for i in (before, after)
     )
     close = True
     if np.isnan(far_after).all():
-        reasons.append("the fixes have no covariance: whether estimates agree with them is not checked")
+        reasons.append("the fixes have no covariance: agreement of the estimates with them is not checked")
     else:
         close = certainty_of_decrease(far_before - far_after) < SIGNIFICANT
         reasons.append(
             f"{np.nanmean(far_after):.1%} of the maxima of whole maps lie more than {SEARCH_SIGMAS:.0f} "
-            f"sigma from their coarse fix instead of {np.nanmean(far_before):.1%}: "
-            + ("no surely more" if close else "more than before")
+            f"sigma from their coarse fix, previously {np.nanmean(far_before):.1%}: "
+            + ("not significantly more" if close else "more than before")
         )
     return Verdict(consistent and close and enough, reasons, better, (mean, float(low), float(high)))

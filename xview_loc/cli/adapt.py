@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import shlex
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,219 +24,191 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from xview_loc.adaptation.distillation import Distillation, Plan
+    from xview_loc.adaptation.distillation import Distillation
+    from xview_loc.adaptation.plan import Plan
     from xview_loc.datasets.base import PairSource
     from xview_loc.models.base import CrossViewModel
 
-Data = Annotated[list[str], typer.Argument(help="Bags of pairs, or one dataset such as vigor:ROOT:SPLIT.")]
-Out = Annotated[Path, typer.Option(help="Folder of the results; an unfinished run there is resumed.")]
-Model = Annotated[str, typer.Option(help="Model's name.")]
-Checkpoint = Annotated[Path | None, typer.Option(help="The teacher's weights; default: the shipped ones.")]
-Truth = Annotated[
-    Path | None, typer.Option(help="True places, for the report alone: stamp,lat,lon table or bag of fixes.")
-]
-TruthTopic = Annotated[str | None, typer.Option(help="NavSatFix topic of the true places.")]
-Heading = Annotated[str, typer.Option(help="known, unknown, or how many degrees it may be off.")]
-Keep = Annotated[float | None, typer.Option(min=0.01, max=1.0, help="T: share of labels kept; 1: no filter.")]
-Levels = Annotated[int | None, typer.Option(min=1, help="K': supervised levels, from the coarsest on.")]
-Sigma = Annotated[float, typer.Option(min=0.1, help="Of the pseudo ground truth, heat-map pixels.")]
-Smooth = Annotated[bool, typer.Option("--smooth", help="Let whole drives correct the teacher's labels.")]
-Rounds = Annotated[
-    int, typer.Option(min=1, help="At most so many: each one's student labels the pairs for the next.")
-]
-Epochs = Annotated[int, typer.Option(min=1, help="Passes over the pairs, for each student.")]
-BatchSize = Annotated[int | None, typer.Option(min=1, help="Pairs per step and process.")]
-LearningRate = Annotated[float, typer.Option(min=0.0, help="Adam's.")]
-HeldOut = Annotated[float, typer.Option(min=0.01, max=0.5, help="Share of the pairs that judge the student.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of the order of the pairs and of random turns.")]
-Workers = Annotated[int, typer.Option(min=0, help="Processes that load data.")]
-Precision = Annotated[str, typer.Option(help="32-true, bf16-mixed or 16-mixed.")]
-Accelerator = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Devices = Annotated[int, typer.Option(min=1, help="Processes on this machine.")]
+
+@dataclass(frozen=True, kw_only=True)
+class _Shared:
+    """Arguments and options of both commands."""
+
+    data: Annotated[list[str], typer.Argument(help="Bags of pairs, or one dataset such as vigor:ROOT:SPLIT.")]
+    out: Annotated[Path, typer.Option(help="Folder for the results; an unfinished run there is resumed.")]
+    model: Annotated[str, typer.Option(help="Name of the model.")] = "ccvpe-small"
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Weights of the teacher; default: the shipped ones.")
+    ] = None
+    truth: Annotated[
+        Path | None,
+        typer.Option(help="True positions, for the report only: a table stamp,lat,lon or a bag of fixes."),
+    ] = None
+    truth_topic: Annotated[str | None, typer.Option(help="NavSatFix topic of the true positions.")] = None
+    heading: Annotated[str, typer.Option(help="known, unknown, or its largest error in degrees.")] = "known"
+    keep: Annotated[
+        float | None, typer.Option(min=0.01, max=1.0, help="T: share of labels to keep; 1: no filter.")
+    ] = None
+    levels: Annotated[
+        int | None, typer.Option(min=1, help="K': number of supervised levels, from the coarsest.")
+    ] = None
+    sigma: Annotated[
+        float, typer.Option(min=0.1, help="Standard deviation of the label, in heat-map pixels.")
+    ] = 4.0
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the pairs, for each student.")] = 3
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Pairs per step and process.")] = None
+    learning_rate: Annotated[float, typer.Option(min=0.0, help="Learning rate of Adam.")] = 1e-4
+    held_out: Annotated[
+        float, typer.Option(min=0.01, max=0.5, help="Share of the pairs held out to judge the student.")
+    ] = 0.1
+    seed: Annotated[int, typer.Option(min=0, help="Seed for the order of pairs and random turns.")] = 0
+    workers: Annotated[int, typer.Option(min=0, help="Processes that load data.")] = 0
+    precision: Annotated[str, typer.Option(help="32-true, bf16-mixed or 16-mixed.")] = "32-true"
+    accelerator: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto"
+    devices: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1
+
+    def distillation(self, progress: _Progress, **more: Any) -> Distillation:
+        """Set up the run; ``more`` are further fields of :class:`AdaptationOptions`."""
+        from xview_loc.adaptation.distillation import Distillation
+        from xview_loc.adaptation.options import AdaptationOptions
+        from xview_loc.models.checkpoint import load_model
+        from xview_loc.training.trainer import make_fabric
+
+        teacher = load_model(self.model, self.checkpoint)
+        if self.batch_size is not None:
+            more["batch_size"] = self.batch_size
+        for name in ("keep", "levels", "sigma", "epochs", "learning_rate", "held_out", "seed", "workers"):
+            more[name] = getattr(self, name)
+        more["heading_priors_deg"] = (_heading_prior(self.heading),)
+        options = AdaptationOptions.published(teacher.model, **more)
+        source = _source(self.data, teacher.model)
+        truth = _true_positions(source, self.truth, self.truth_topic, progress.first)
+        fabric = make_fabric(self.accelerator, self.devices, self.precision)
+        return Distillation(
+            fabric, teacher, source, self.out, options, true_from_fix=truth, on_progress=progress
+        )
 
 
+def _with_shared_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Replace the first parameter of a command, a :class:`_Shared`, with the fields of that class."""
+    shared = inspect.signature(_Shared, eval_str=True).parameters
+    _, *own = inspect.signature(command, eval_str=True).parameters.values()
+
+    @wraps(command)
+    def run(**values: Any) -> None:
+        command(_Shared(**{name: values.pop(name) for name in shared}), **values)
+
+    run.__signature__ = inspect.Signature([*shared.values(), *own])  # type: ignore[attr-defined]
+    return run
+
+
+@_with_shared_options
 def adapt(
-    data: Data,
-    out: Out,
-    model: Model = "ccvpe-small",
-    checkpoint: Checkpoint = None,
-    truth: Truth = None,
-    truth_topic: TruthTopic = None,
-    heading: Heading = "known",
-    keep: Keep = None,
-    levels: Levels = None,
-    sigma: Sigma = 4.0,
-    smooth: Smooth = False,
-    rounds: Rounds = 1,
-    epochs: Epochs = 3,
-    batch_size: BatchSize = None,
-    learning_rate: LearningRate = 1e-4,
-    held_out: HeldOut = 0.1,
-    seed: Seed = 0,
-    workers: Workers = 0,
-    precision: Precision = "32-true",
-    accelerator: Accelerator = "auto",
-    devices: Devices = 1,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
+    shared: _Shared,
+    *,
+    smooth: Annotated[bool, typer.Option("--smooth", help="Correct the labels with whole drives.")] = False,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Maximum number of rounds; each student labels the pairs for the next.")
+    ] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and stop.")] = False,
 ) -> None:
-    """Make a better student of a teacher and pairs without ground truth, and say whether to deploy it.
+    """Train a better student from a teacher and pairs without ground truth, and judge whether to deploy it.
 
-    Cut off, the same command goes on where it stopped. Defaults are the paper's: levels 2 and keep 0.8 for
-    CCVPE, 3 and 0.7 for GGCVT; smoothed labels are not filtered, and supervise all levels.
+    To resume an interrupted run, repeat the command. The defaults are the paper's: levels 2 and keep 0.8 for
+    CCVPE, 3 and 0.7 for GGCVT; smoothed labels are not filtered and supervise all levels.
     """
-    shared = {name: value for name, value in locals().items() if name != "dry_run"}
-    with _Bars() as bars:
-        distillation = _distillation(bars, **shared)
+    with _Progress() as progress:
+        distillation = shared.distillation(progress, smooth=smooth, rounds=rounds)
         if dry_run:
-            plan = distillation.plan()
-            if bars.first:
-                _show_plan(plan)
+            from xview_loc.adaptation.plan import plan_run
+
+            plan = plan_run(distillation)
+            if progress.first:
+                _print_plan(plan)
             return
         from xview_loc.adaptation.report import REPORT_FILE, STUDENT_FILE, write_results
 
         adapted = distillation.run()
-        if not bars.first:
+        if not progress.first:
             return
         facts = {"version": __version__, "command": shlex.join(["xview-loc", *sys.argv[1:]])}
-        metrics = write_results(distillation, adapted, out, facts)
-    _show(metrics)
-    console.print(f"{out / STUDENT_FILE}, {out / REPORT_FILE}", soft_wrap=True)
+        metrics = write_results(distillation, adapted, shared.out, facts)
+    _print_metrics(metrics)
+    console.print(f"{shared.out / STUDENT_FILE}, {shared.out / REPORT_FILE}", soft_wrap=True)
 
 
+@_with_shared_options
 def ablate(
-    data: Data,
-    out: Out,
-    test: Annotated[str | None, typer.Option(help="Pairs to measure on; default: the held-out ones.")] = None,
-    test_truth: Annotated[Path | None, typer.Option(help="Their true places.")] = None,
-    model: Model = "ccvpe-small",
-    checkpoint: Checkpoint = None,
-    truth: Truth = None,
-    truth_topic: TruthTopic = None,
-    heading: Heading = "known",
-    keep: Keep = None,
-    levels: Levels = None,
-    sigma: Sigma = 4.0,
-    epochs: Epochs = 3,
-    batch_size: BatchSize = None,
-    learning_rate: LearningRate = 1e-4,
-    held_out: HeldOut = 0.1,
-    seed: Seed = 0,
-    workers: Workers = 0,
-    precision: Precision = "32-true",
-    accelerator: Accelerator = "auto",
-    devices: Devices = 1,
+    shared: _Shared,
+    *,
+    test: Annotated[
+        str | None, typer.Option(help="Pairs to measure errors on; default: the held-out ones.")
+    ] = None,
+    test_truth: Annotated[Path | None, typer.Option(help="True positions of these pairs.")] = None,
 ) -> None:
-    """Measure what each part of the adaptation adds: the paper's Table 2, and Figures 5 and 6, on this data.
+    """Measure what each part of the adaptation adds: the paper's Table 2 and Figures 5 and 6, on this data.
 
-    Rows: teacher; students with and without mode-based labels and outlier filter; then every number of
-    levels K', and T from 50 to 100 %.
+    Rows: the teacher; students with and without mode-based labels and the outlier filter; then every number
+    of levels K', and T from 50 to 100 %.
     """
-    shared = {name: value for name, value in locals().items() if name not in ("test", "test_truth")}
-    with _Bars() as bars:
-        distillation = _distillation(bars, **shared)
+    with _Progress() as progress:
+        distillation = shared.distillation(progress)
         from xview_loc.adaptation.ablation import run_ablation, write_ablation
 
         measured = None
         if test is not None:
             source = _source([test], distillation.teacher.model)
-            places = _true_places(source, test_truth, truth_topic, bars.first)
-            measured = None if places is None else (source, places)
+            truth = _true_positions(source, test_truth, shared.truth_topic, progress.first)
+            measured = None if truth is None else (source, truth)
         if measured is None and (test is not None or distillation.true_from_fix is None):
-            raise UsageError("ablate compares with true places: give --truth, or --test with --test-truth")
+            raise UsageError("ablate needs true positions: give --truth, or --test with --test-truth")
         rows = run_ablation(distillation, measured)
-        if not bars.first:
+        if not progress.first:
             return
-        write_ablation(rows, distillation, out)
+        write_ablation(rows, distillation, shared.out)
     table = Table("", "mean, m", "median, m")
     for row in rows:
         table.add_row(row.name, f"{row.errors.mean:.2f}", f"{row.errors.median:.2f}")
     console.print(table)
 
 
-class _Bars:
-    """A progress bar for each stage on a terminal, else a line at each tenth; of the first process alone."""
+class _Progress:
+    """Show each stage as a progress bar on a terminal, else print a line at every tenth.
+
+    Only the first process shows anything.
+    """
 
     def __init__(self) -> None:
         self.first = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         speed = TextColumn("{task.fields[rate]}")
-        self._progress = Progress(
+        self._bars = Progress(
             *columns, speed, console=console, disable=not (self.first and console.is_terminal)
         )
         self._tasks: dict[str, Any] = {}
-        self._told: dict[str, int] = {}
+        self._printed: dict[str, int] = {}
 
-    def __enter__(self) -> _Bars:
-        self._progress.start()
+    def __enter__(self) -> _Progress:
+        self._bars.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._progress.stop()
+        self._bars.stop()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """A stage has come so far."""
+        """Show that ``done`` of ``total`` pairs or steps of a stage are done."""
         if stage not in self._tasks:
-            self._tasks[stage] = self._progress.add_task(stage, total=total, rate="")
+            self._tasks[stage] = self._bars.add_task(stage, total=total, rate="")
         task = self._tasks[stage]
-        speed = self._progress.tasks[task].speed
-        self._progress.update(task, completed=done, total=total, rate=f"{speed:.1f}/s" if speed else "")
+        speed = self._bars.tasks[task].speed
+        self._bars.update(task, completed=done, total=total, rate=f"{speed:.1f}/s" if speed else "")
         tenth = 10 * done // total
-        if self.first and not console.is_terminal and tenth != self._told.get(stage):
-            self._told[stage] = tenth
+        if self.first and not console.is_terminal and tenth != self._printed.get(stage):
+            self._printed[stage] = tenth
             print(f"{stage}: {done} of {total}", flush=True)
 
 
-def _distillation(
-    bars: _Bars,
-    data: list[str],
-    out: Path,
-    model: str,
-    checkpoint: Path | None,
-    truth: Path | None,
-    truth_topic: str | None,
-    heading: str,
-    keep: float | None,
-    levels: int | None,
-    sigma: float,
-    epochs: int,
-    batch_size: int | None,
-    learning_rate: float,
-    held_out: float,
-    seed: int,
-    workers: int,
-    precision: str,
-    accelerator: str,
-    devices: int,
-    smooth: bool = False,
-    rounds: int = 1,
-) -> Distillation:
-    from xview_loc.adaptation.distillation import Distillation
-    from xview_loc.adaptation.options import AdaptationOptions
-    from xview_loc.models.checkpoint import load_model
-    from xview_loc.training.trainer import make_fabric
-
-    teacher = load_model(model, checkpoint)
-    given = {"keep": keep, "levels": levels, "batch_size": batch_size}
-    options = AdaptationOptions.published(
-        teacher.model,
-        heading_priors_deg=(_prior(heading),),
-        sigma=sigma,
-        smooth=smooth,
-        rounds=rounds,
-        epochs=epochs,
-        learning_rate=learning_rate,
-        held_out=held_out,
-        seed=seed,
-        workers=workers,
-        **{name: value for name, value in given.items() if value is not None},
-    )
-    source = _source(data, teacher.model)
-    places = _true_places(source, truth, truth_topic, bars.first)
-    fabric = make_fabric(accelerator, devices, precision)
-    return Distillation(fabric, teacher, source, out, options, true_from_fix=places, on_progress=bars)
-
-
-def _prior(text: str) -> float | None:
+def _heading_prior(text: str) -> float | None:
     if text in ("known", "unknown"):
         return 0.0 if text == "known" else None
     try:
@@ -240,7 +216,7 @@ def _prior(text: str) -> float | None:
     except ValueError:
         value = math.nan
     if not 0 <= value <= 180:
-        raise UsageError(f"--heading is known, unknown or 0 to 180 degrees, not {text!r}")
+        raise UsageError(f"--heading must be known, unknown or 0 to 180 degrees, not {text!r}")
     return value
 
 
@@ -254,53 +230,51 @@ def _source(data: list[str], model: CrossViewModel) -> PairSource:
     return PairDataset(folders, model.spec)
 
 
-def _true_places(
-    source: PairSource, truth: Path | None, topic: str | None, tell: bool
+def _true_positions(
+    source: PairSource, truth: Path | None, topic: str | None, verbose: bool
 ) -> NDArray[np.float64] | None:
-    """Metres (N, 2) east and north from the coarse fixes; None where the truth is not known."""
+    """Metres (N, 2) east and north from the coarse fixes; None without ground truth."""
     from xview_loc.datasets.base import PoseDataset, true_from_fix
     from xview_loc.recordings.tracks import read_timed_track
 
     if isinstance(source, PoseDataset):
         if truth is not None:
-            raise UsageError(f"{source.name} has true places of its own: leave out {truth}")
+            raise UsageError(f"{source.name} has its own true positions: leave out {truth}")
         return source.true_from_fix()
     if truth is None:
         return None
     track = source.track()
     assert track is not None
-    places = true_from_fix(track, *read_timed_track(truth, topic).at(track.stamp_ns))
-    known = int(sum(map(math.isfinite, places[:, 0])))
+    positions = true_from_fix(track, *read_timed_track(truth, topic).at(track.stamp_ns))
+    known = int(sum(map(math.isfinite, positions[:, 0])))
     if not known:
-        raise UsageError(f"{truth} says nothing about the times at which the pairs were taken")
-    if tell:
-        console.print(f"true places of {known} of {len(places)} pairs", soft_wrap=True)
-    return places
+        raise UsageError(f"{truth} has no position at the time of any pair")
+    if verbose:
+        console.print(f"true positions known for {known} of {len(positions)} pairs", soft_wrap=True)
+    return positions
 
 
-def _show(metrics: dict[str, Any]) -> None:
-    from xview_loc.adaptation.report import round_lines, smoothing_line
+def _print_metrics(metrics: dict[str, Any]) -> None:
+    from xview_loc.adaptation.report import error_rows, round_lines, smoothing_line
 
     verdict = metrics["verdict"]
     if metrics["unreadable"]:
-        console.print(f"{metrics['unreadable']} pairs could not be used and were left out", soft_wrap=True)
+        console.print(f"{metrics['unreadable']} pairs could not be read and were left out", soft_wrap=True)
     if "smoothing" in metrics:
         console.print(smoothing_line(metrics["smoothing"]), soft_wrap=True)
     for line in (*round_lines(metrics.get("rounds", ())), *verdict["reasons"]):
         console.print(line, soft_wrap=True)
     if "true_errors" in metrics:
         table = Table("metres", "pairs", "mean", "median", "95 %")
-        for name, e in metrics["true_errors"].items():
-            figures = ("" if e[k] is None else f"{e[k]:.2f}" for k in ("mean", "median", "p95"))
-            table.add_row(name, str(e["frames"]), *figures)
+        for row in error_rows(metrics["true_errors"]):
+            table.add_row(*row)
         console.print(table)
     console.print("verdict: " + ("deploy" if verdict["deploy"] else "do not deploy"), style="bold")
 
 
-def _show_plan(plan: Plan) -> None:
+def _print_plan(plan: Plan) -> None:
     for stage in plan.stages:
-        console.print(
-            f"{stage.name}: {stage.pairs} pairs, about {stage.seconds / 60:.1f} min", soft_wrap=True
-        )
+        minutes = stage.seconds / 60
+        console.print(f"{stage.name}: {stage.pairs} pairs, about {minutes:.1f} min", soft_wrap=True)
     minutes = sum(stage.seconds for stage in plan.stages) / 60
-    console.print(f"{minutes:.1f} min in all, less what is done already; {plan.megabytes:.0f} MB of disk")
+    console.print(f"{minutes:.1f} min in all, less what is already done; {plan.megabytes:.0f} MB of disk")

@@ -1,0 +1,85 @@
+"""A small city with its pairs and a drive through it, and models small enough to be trained in a test."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from xview_loc import models
+from xview_loc.datasets import SimulatedDataset, simulated
+from xview_loc.maps import open_map
+from xview_loc.models.base import ModelSpec
+from xview_loc.models.ccvpe import CCVPE
+from xview_loc.models.ccvpe import CONFIGS as CCVPE_CONFIGS
+from xview_loc.models.ggcvt import CONFIGS as GGCVT_CONFIGS
+from xview_loc.models.ggcvt import GGCVT
+from xview_loc.recordings.importer import ImportOptions, import_bag
+from xview_loc.simulation.city import City, build_city
+from xview_loc.simulation.drives import DriveOptions, drive
+from xview_loc.simulation.messages import write_bag
+from xview_loc.simulation.views import PanoramaView
+
+SPEC = CCVPE_CONFIGS["ccvpe-small"].spec
+# What simulated_pairs opens, as the command line writes it.
+PAIRS = "simulated:target:3:40"
+
+_CCVPE_TINY = replace(
+    CCVPE_CONFIGS["ccvpe-small"],
+    spec=replace(SPEC, name="ccvpe-tiny", aerial_size=80),
+    satellite_descriptor=64,
+    ground_channels=(4, 2, 2, 1),
+    shifts=(4, 2, 2, 1),
+    up=(16, 16, 8),
+    conv=(32, 32, 16),
+    up_orientation=(16, 8, 8),
+    conv_orientation=(32, 32, 16),
+    width=0.25,
+)
+_GGCVT_SMALL = GGCVT_CONFIGS["ggcvt-small"]
+_GGCVT_TINY = replace(
+    _GGCVT_SMALL,
+    spec=replace(_GGCVT_SMALL.spec, name="ggcvt-tiny", aerial_size=96),
+    channels=(8, 16, 32),
+)
+
+
+@contextmanager
+def tiny_models() -> Iterator[None]:
+    """Add ``ccvpe-tiny`` and ``ggcvt-tiny`` to the models; both take the panoramas of ``ccvpe-small``."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(models._CONSTRUCTORS, "ccvpe-tiny", partial(CCVPE, _CCVPE_TINY))
+        patch.setitem(models._CONSTRUCTORS, "ggcvt-tiny", partial(GGCVT, _GGCVT_TINY))
+        yield
+
+
+def small_city() -> City:
+    return build_city(821, "target", size_m=500.0)
+
+
+def simulated_pairs(spec: ModelSpec, cache: Path, half_extent_m: float = math.inf) -> SimulatedDataset:
+    """The pairs that :func:`render_pairs` left in ``cache``, on a model's tiles."""
+    folder = cache / "xview_loc" / "simulated"
+    return SimulatedDataset("target", range(3, 4), 40, spec, half_extent_m=half_extent_m, cache_dir=folder)
+
+
+def render_pairs(city: City, cache: Path) -> None:
+    """Render forty pairs of a city into ``cache``, a folder as XDG_CACHE_HOME names it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(simulated, "build_city", lambda seed, style: city)
+        simulated_pairs(SPEC, cache).prepare()
+
+
+def write_drive(city: City, folder: Path) -> None:
+    """Record 70 seconds as ``folder/drive`` and import them as ``folder/pairs``."""
+    frames = drive(city, 70, 0, options=DriveOptions(rate_hz=1.0), view=PanoramaView(64, 256))
+    write_bag(frames, folder / "drive")
+    topics = {"image": "/image", "fix": "/fix", "heading": "/heading", "odom": "/odom"}
+    chosen = ImportOptions(topics=topics, tile_px=SPEC.aerial_size, tile_gsd=SPEC.gsd)
+    with open_map(str(city.write_geotiff(folder / "city.tif"))) as aerial:
+        import_bag(folder / "drive", folder / "pairs", aerial, chosen, lambda share: None)
