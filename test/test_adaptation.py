@@ -40,12 +40,7 @@ from xview_loc.adaptation.figures import most_moved
 from xview_loc.adaptation.heat_map_store import store_heat_maps, stored_bytes
 from xview_loc.adaptation.indicators import Indicators, LabelsByView, label_views
 from xview_loc.adaptation.labelling import ReadOptions, encode_tiles, label_pairs, with_model_headings
-from xview_loc.adaptation.labels import (
-    AdaptationError,
-    PseudoLabels,
-    distance_m,
-    reliable,
-)
+from xview_loc.adaptation.labels import AdaptationError, PseudoLabels, distance_m, reliable
 from xview_loc.adaptation.options import AdaptationOptions
 from xview_loc.adaptation.report import round_lines, write_results
 from xview_loc.adaptation.verdict import Verdict, judge
@@ -134,12 +129,7 @@ def finished(
 ) -> Finished:
     folder = tmp_path_factory.mktemp("finished")
     run = Distillation(
-        FABRIC,
-        tiny,
-        tiny_city,
-        folder,
-        options(tiny.model),
-        true_from_fix=tiny_city.true_from_fix(),
+        FABRIC, tiny, tiny_city, folder, options(tiny.model), true_from_fix=tiny_city.true_from_fix()
     )
     adapted = run.run()
     return Finished(folder, run, adapted, write_results(run, adapted, folder, {"version": "0"}))

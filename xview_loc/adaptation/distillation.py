@@ -118,8 +118,10 @@ class Distillation:
         self.true_from_fix = true_from_fix
         self.fabric, self._folder = fabric, folder
         self._on_progress = on_progress
-        training = options.training
-        self._reading = ReadOptions(options.heading_prior_deg, training.seed, training.workers)
+        training, prior = options.training, options.heading_prior_deg
+        self._reading = ReadOptions(prior, training.seed, training.workers)
+        # What labels depend on: the seed only matters for random turns.
+        self._turns = [prior, training.seed if prior != 0 else 0]
         self._model = teacher.model.eval()
         check_heading(teacher.model.spec, options.training)
         levels = self.recipe(options.smooth).levels
@@ -215,9 +217,8 @@ class Distillation:
     def smoothed(self, labels: PseudoLabels, labeller: Checkpoint, name: str = "") -> Smoothed:
         """Correct a model's labels with whole drives; ``name`` is appended to the names of the stages."""
         assert self.track is not None
-        prior, seed = self.options.heading_prior_deg, self.options.training.seed
         content = _digest(labels.index.tobytes(), labels.position.tobytes())
-        inputs = [self.source.name, content, prior, seed if prior != 0 else 0, _SMOOTHING_FORMAT]
+        inputs = [self.source.name, content, *self._turns, _SMOOTHING_FORMAT]
         path = self._path("smoothed", labeller.sha256, inputs).with_suffix(".npz")
         folder = path.with_suffix(".maps")
         found: Smoothed | None = self.fabric.broadcast(Smoothed.load(path))
@@ -240,7 +241,7 @@ class Distillation:
             )
         found = self.fabric.broadcast(found)
         assert found is not None
-        if prior != 0:
+        if self._reading.heading_prior_deg != 0:
             moved = replace(labels, position=found.position)
             turned = with_model_headings(self.fabric, labeller.model, self.source, moved, self._reading)
             found = replace(found.of(turned.index), heading=turned.heading)
@@ -257,12 +258,7 @@ class Distillation:
         inputs = [data.name, loss.to_json(), comparable(options), self.held_out_index.tolist()]
         folder = self._path("student", self.teacher.sha256, inputs, self.fabric.world_size)
         validation = LabelFreeValidation(
-            self.fabric,
-            self.source,
-            self.held_out_index,
-            self.track,
-            folder,
-            self._reading,
+            self.fabric, self.source, self.held_out_index, self.track, folder, self._reading
         )
 
         def on_step(progress: TrainingProgress) -> None:
@@ -285,9 +281,7 @@ class Distillation:
     def labels_of(self, checkpoint: Checkpoint, stage: str, source: PairSource | None = None) -> PseudoLabels:
         """Return a model's labels of all pairs of ``source`` (default: the one adapted to)."""
         source = source or self.source
-        prior, seed = self.options.heading_prior_deg, self.options.training.seed
-        # The seed only matters for random turns.
-        path = self._path("labels", checkpoint.sha256, [source.name, prior, seed if prior != 0 else 0])
+        path = self._path("labels", checkpoint.sha256, [source.name, *self._turns])
         return label_pairs(
             self.fabric,
             checkpoint.model,

@@ -50,11 +50,7 @@ class LabelsByView:
 
 @torch.inference_mode()
 def label_views(
-    fabric: Fabric,
-    model: CrossViewModel,
-    source: PairSource,
-    index: NDArray[np.int64],
-    options: ReadOptions,
+    fabric: Fabric, model: CrossViewModel, source: PairSource, index: NDArray[np.int64], options: ReadOptions
 ) -> LabelsByView:
     """Label the pairs ``index`` of a source in every view; processes share the work.
 
