@@ -12,7 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -142,6 +142,21 @@ def options(model: object, **changes: object) -> AdaptationOptions:
     )
 
 
+class Changed(PairSource):
+    """Another source's pairs with some fields replaced by what ``change`` makes of them."""
+
+    def __init__(self, source: PairSource, change: Callable[[PairSample], dict[str, Tensor]]) -> None:
+        self.name = f"changed {source.name}"
+        self._source, self._change = source, change
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> PairSample:
+        sample = self._source[index]
+        return {**sample, **self._change(sample)}  # type: ignore[typeddict-item]
+
+
 def labels_at(position: np.ndarray, index: np.ndarray | None = None, **changes: object) -> PseudoLabels:
     count = len(position)
     one = np.ones(count, np.float32)
@@ -180,9 +195,10 @@ def test_labels_are_the_model_s_own_maxima(
     assert np.array_equal(again.position, labels.position)
 
 
-@pytest.mark.parametrize("name", ["ccvpe-small", "ggcvt-small"])
-def test_a_tile_that_comes_again_is_encoded_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, generator = load_model(name).model.eval(), torch.Generator().manual_seed(0)
+@pytest.mark.parametrize("name", ["ccvpe-tiny", "ggcvt-tiny"])
+def test_a_repeated_tile_is_encoded_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, generator = create_model(name), torch.Generator().manual_seed(0)
     spec = model.spec
     rows = [0, 0, 1, 1, 1, 0]
     aerial = torch.randn(2, 3, spec.aerial_size, spec.aerial_size, generator=generator)[rows]
@@ -194,7 +210,7 @@ def test_a_tile_that_comes_again_is_encoded_once(name: str, monkeypatch: pytest.
         plain = model.match(ground, encode(aerial), 0.0, **extra).logits
         with torch.autocast("cpu", torch.bfloat16):
             encode_tiles(model, aerial)
-        # What half precision left behind is of no matter for what comes after it.
+        # What was merged in half precision does not spoil what comes after it.
         maps = model.match(ground, encode_tiles(model, aerial), 0.0, **extra).logits
     assert encoded == [3, 3]
     assert (maps - plain).abs().max() < 1e-4 * plain.abs().max()
@@ -204,19 +220,10 @@ def test_a_tile_that_comes_again_is_encoded_once(name: str, monkeypatch: pytest.
 
 
 def test_labels_are_near_the_fix(teacher: Checkpoint, city: SimulatedDataset, tmp_path: Path) -> None:
-    """Within three standard deviations, where the fix has any."""
+    """Within three standard deviations, where they are known."""
 
-    class Sure(PairSource):
-        name = "sure"
-
-        def __len__(self) -> int:
-            return 40
-
-        def __getitem__(self, index: int) -> PairSample:
-            std = torch.tensor(math.nan if index == 5 else 2.0)
-            return {**city[index], "fix_std": std}  # type: ignore[typeddict-item]
-
-    labels = label_pairs(FABRIC, teacher.model, Sure(), tmp_path / "sure.npz", ReadOptions())
+    source = Changed(city, lambda s: {"fix_std": torch.tensor(math.nan if s["index"] == 5 else 2.0)})
+    labels = label_pairs(FABRIC, teacher.model, source, tmp_path / "near.npz", ReadOptions())
     free = label_pairs(FABRIC, teacher.model, city, tmp_path / "free.npz", ReadOptions())
     distances = np.linalg.norm(labels.from_fix, axis=1)
     assert distances[labels.index != 5].max() <= 6.0
@@ -227,27 +234,16 @@ def test_labels_are_near_the_fix(teacher: Checkpoint, city: SimulatedDataset, tm
     assert np.delete(labels.stray_sigmas, 5) == pytest.approx(np.delete(expected, 5), rel=1e-4)
 
 
-def test_unknown_headings_are_turned_and_told_back(
+def test_unknown_headings_are_turned_back(
     teacher: Checkpoint, city: SimulatedDataset, tmp_path: Path
 ) -> None:
-    """Where no heading was recorded the label has the model's own, of the image as it was stored."""
+    """Without a recorded heading, the label has the model's, of the image as it was stored."""
 
-    class Unaware(PairSource):
-        name = "unaware"
-
-        def __len__(self) -> int:
-            return 40
-
-        def __getitem__(self, index: int) -> PairSample:
-            sample: PairSample = {**city[index]}  # type: ignore[typeddict-item]
-            # Stored a quarter turn to the left of north.
-            return {
-                **sample,
-                "ground": sample["ground"].roll(SPEC.ground_size[1] // 4, 2),
-                "heading_known": torch.tensor(False),
-            }
-
-    labels = label_pairs(FABRIC, teacher.model, Unaware(), tmp_path / "a.npz", ReadOptions(None, seed=3))
+    quarter = SPEC.ground_size[1] // 4  # stored a quarter turn to the left of north
+    source = Changed(
+        city, lambda s: {"ground": s["ground"].roll(quarter, 2), "heading_known": torch.tensor(False)}
+    )
+    labels = label_pairs(FABRIC, teacher.model, source, tmp_path / "a.npz", ReadOptions(None, seed=3))
     errors = np.linalg.norm(labels.from_fix - city.true_from_fix(), axis=1)
     found = errors < 3.0
     assert found.sum() >= 10
@@ -284,7 +280,7 @@ def test_the_loss_is_that_of_an_independent_computation(name: str) -> None:
         "heading": torch.tensor([0.3]),
         "meters_per_pixel": torch.tensor([model.spec.gsd]),
     }
-    prior = 0.0  # of no matter for CCVPE, whose wrong bins are negatives
+    prior = 0.0  # ignored for CCVPE, whose wrong bins are negatives
     count = model.level_count - 1
     extra = {key: batch[key] for key in model.extra_inputs}
     with torch.no_grad():
@@ -313,7 +309,7 @@ def test_the_loss_is_that_of_an_independent_computation(name: str) -> None:
     assert got == pytest.approx(1e4 * total / count, rel=1e-4)
 
 
-def test_levels_without_the_rest_are_the_same(city: SimulatedDataset, teacher: Checkpoint) -> None:
+def test_the_first_levels_alone_are_the_same(city: SimulatedDataset, teacher: Checkpoint) -> None:
     sample = city[0]
     with torch.inference_mode():
         features = teacher.model.encode_aerial(sample["aerial"][None])
@@ -332,7 +328,7 @@ def test_labels_are_pooled_about_a_common_centre() -> None:
     assert divmod(int(pool_label(even, 10)[0].argmax()), 10) == (1, 9)
 
 
-def test_without_learning_the_student_is_its_teacher(
+def test_without_learning_the_student_equals_its_teacher(
     tiny: Checkpoint, tiny_city: SimulatedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And a second round, whose student is no better, is the last."""
@@ -549,19 +545,15 @@ def test_headings_are_those_at_the_labels_places(teacher: Checkpoint, tmp_path: 
 
 
 @pytest.fixture(scope="module")
-def drive_folder(streets: City, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with ``pairs`` along a good minute in a city of the target style, and the whole ``drive``."""
+def simulated_drive(
+    streets: City, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[PairDataset, np.ndarray]:
+    """Pairs along a minute's drive, and metres from their fixes to their true positions."""
     folder = tmp_path_factory.mktemp("drive")
     write_drive(streets, folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def simulated_drive(drive_folder: Path) -> tuple[PairDataset, np.ndarray]:
-    """The pairs, and metres from their fixes to their true places."""
-    source = PairDataset([drive_folder / "pairs"], SPEC)
+    source = PairDataset([folder / "pairs"], SPEC)
     track = source.track()
-    truth = read_timed_track(drive_folder / "drive", "/truth/fix")
+    truth = read_timed_track(folder / "drive", "/truth/fix")
     return source, true_from_fix(track, *truth.at(track.stamp_ns))
 
 
@@ -765,25 +757,11 @@ def test_motion_and_truth_are_measured_along_the_drive(tmp_path: Path) -> None:
     assert places == pytest.approx(np.array([[3.0, -4.0]]), abs=1e-6)
 
 
-class Changed(PairSource):
-    """Another source's pairs with some fields replaced."""
-
-    def __init__(self, source: PairSource, **fields: Tensor) -> None:
-        self.name = f"{source.name} {sorted(fields)}"
-        self._source, self._fields = source, fields
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: int) -> PairSample:
-        return {**self._source[index], **self._fields}  # type: ignore[typeddict-item]
-
-
 @pytest.mark.parametrize(("fix_std", "prior"), [(20.0, 0.0), (1.0, 30.0), (20.0, None)])
 def test_views_show_the_same_place(
     city: SimulatedDataset, teacher: Checkpoint, fix_std: float, prior: float | None
 ) -> None:
-    source = Changed(city, fix_std=torch.tensor(fix_std))
+    source = Changed(city, lambda s: {"fix_std": torch.tensor(fix_std)})
     views = label_views(FABRIC, teacher.model, source, np.arange(20), ReadOptions(prior))
     assert views.turned is not None
     assert np.median(distance_m(views.plain, views.shifted)) < 1.5
@@ -863,8 +841,8 @@ def test_the_command_says_what_is_wrong(command: Command, tmp_path: Path) -> Non
         assert len(error.strip().splitlines()) == 1
 
 
-def test_a_full_disk_is_said_and_survived(command: Command, tiny_words: list[str], tmp_path: Path) -> None:
-    """Files of 64 kB at most: labels fit, weights do not. With room the same command goes on."""
+def test_a_full_disk_is_reported(command: Command, tiny_words: list[str], tmp_path: Path) -> None:
+    """Files of 64 kB at most: labels fit, weights do not. With more room the same command resumes."""
     out = tmp_path / "out"
     words = ["adapt", PAIRS, "--out", str(out), *tiny_words]
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
