@@ -22,6 +22,8 @@ from xview_loc.models.base import IMAGENET_MEAN, IMAGENET_STD, CrossViewModel
 
 Array = NDArray[np.float64]
 Captioned = tuple[Figure, str]
+# An image and its extent: left, right, bottom and top.
+Placed = tuple[NDArray[np.float32], tuple[float, float, float, float]]
 
 # Number of pairs shown with their heat maps.
 _SHOWN = 4
@@ -82,10 +84,7 @@ def smoothed_drive(distillation: Distillation, maxima: PseudoLabels, smoothed: S
     after = replace(maxima, position=smoothed.position)
     whole, stretch = most_moved(track.drive[maxima.index], distance_m(maxima, after))
     figures = []
-    for rows, what in (
-        (stretch, "The stretch of a drive whose labels moved most"),
-        (whole, "The whole drive"),
-    ):
+    for rows, what in ((stretch, "The part of a drive whose labels moved most"), (whole, "The whole drive")):
         figure = Figure(figsize=(12, 6.2), layout="compressed")
         panels = (("maxima", maxima.rows(rows)), ("smoothed", after.rows(rows[smoothed.usable[rows]])))
         tiles = _tiles(distillation, maxima.index[rows])
@@ -125,7 +124,7 @@ def moved_pairs(distillation: Distillation, adapted: Adapted, student: CrossView
         sample = distillation.source[index]
         turns = base_turns(_batch(sample), prior)
         panels = [
-            _Panel(name, *_probability(model, sample, prior, turns), labels.position[row])
+            _Panel(name, _heat_map(model, sample, prior, turns), labels.position[row])
             for name, model, labels in (
                 ("teacher", distillation.teacher.model, before),
                 ("student", student, after),
@@ -151,7 +150,7 @@ def moved_labels(
         label = smoothed.position[row], smoothed.covariance[row].astype(np.float64) / pixels**2
         turns = turns_of(_batch(sample), ReadOptions(prior, seed))
         panels = [
-            _Panel(name, *_probability(model, sample, prior, turns), place, *label)
+            _Panel(name, _heat_map(model, sample, prior, turns), place, *label)
             for name, model, place in (
                 ("labelling model", adapted.labeller.model, maxima.position[row]),
                 ("student", student, None),
@@ -176,20 +175,12 @@ def _metres(axes: Axes) -> None:
     axes.set_aspect("equal")
 
 
-@dataclass(frozen=True, eq=False)
-class _Tile:
-    """An aerial image and its west, east, south and north borders, metres."""
-
-    image: NDArray[np.float32]
-    extent: tuple[float, float, float, float]
-
-
-def _tiles(distillation: Distillation, index: NDArray[np.int64]) -> list[_Tile]:
-    """Return the aerial tiles around the coarse fixes of some pairs, enough to cover them."""
+def _tiles(distillation: Distillation, index: NDArray[np.int64]) -> list[Placed]:
+    """Return the aerial tiles around the coarse fixes of some pairs, enough to cover them; metres."""
     assert distillation.track is not None
     fixes = _fixes(distillation.track)
     size = float(np.ptp(fixes[index], axis=0).max())
-    tiles: list[_Tile] = []
+    tiles: list[Placed] = []
     covered = np.zeros((0, 2))
     spec = distillation.teacher.model.spec
     apart = _TILE_SPACING * spec.aerial_size * spec.gsd
@@ -204,15 +195,15 @@ def _tiles(distillation: Distillation, index: NDArray[np.int64]) -> list[_Tile]:
         west, north = fixes[k] + gsd * np.array([-0.5 - col, row + 0.5])
         every = max(1, int(size / gsd / _MAP_PX))
         extent = (west, west + side * gsd, north - side * gsd, north)
-        tiles.append(_Tile(image[::every, ::every].copy(), extent))
+        tiles.append((image[::every, ::every].copy(), extent))
     return tiles
 
 
-def _draw_drive(axes: Axes, distillation: Distillation, labels: PseudoLabels, tiles: list[_Tile]) -> None:
+def _draw_drive(axes: Axes, distillation: Distillation, labels: PseudoLabels, tiles: list[Placed]) -> None:
     """Draw tiles, coarse fixes, labels and the truth if known."""
     assert distillation.track is not None
-    for tile in tiles:
-        axes.imshow(tile.image, extent=tile.extent)
+    for image, extent in tiles:
+        axes.imshow(image, extent=extent)
     fixes = _fixes(distillation.track)[labels.index]
     positions = fixes + labels.from_fix
     axes.plot(*fixes.T, ".", color="tab:blue", markersize=4)
@@ -227,13 +218,11 @@ def _draw_drive(axes: Axes, distillation: Distillation, labels: PseudoLabels, ti
 class _Panel:
     """A heat map on its tile, with an estimate and a label, if any; positions are (row, col).
 
-    extent: left, right, bottom and top of the heat map, pixels.
-    covariance: of the label, ENU, pixels squared.
+    heat_map: its extent is in tile pixels. covariance: of the label, ENU, pixels squared.
     """
 
     title: str
-    share: NDArray[np.float32]
-    extent: tuple[float, float, float, float]
+    heat_map: Placed
     estimate: NDArray[np.float32] | None
     label: NDArray[np.float32] | None = None
     covariance: Array | None = None
@@ -243,10 +232,10 @@ def _batch(sample: PairSample) -> Batch:
     return {name: value[None] for name, value in sample.items() if isinstance(value, torch.Tensor)}
 
 
-def _probability(
+def _heat_map(
     model: CrossViewModel, sample: PairSample, prior: float | None, turns: NDArray[np.int64] | None
-) -> tuple[NDArray[np.float32], tuple[float, float, float, float]]:
-    """Return a pair's heat map and its extent, as in :class:`_Panel`."""
+) -> Placed:
+    """Return a pair's probability on its tile."""
     maps = label_batch(model.eval().cpu(), _batch(sample), prior, turns=turns)[1]
     share = torch.softmax(maps.logits[0].float().flatten(), 0).view_as(maps.logits[0])
     (row, col), scale, side = maps.grid.origin, maps.grid.scale, share.shape[0]
@@ -276,8 +265,9 @@ def _pair(distillation: Distillation, sample: PairSample, panels: list[_Panel], 
     for column, panel in enumerate(panels):
         axes = figure.add_subplot(grid[1, column], title=panel.title)
         axes.imshow(aerial)
-        strength = np.sqrt(panel.share / panel.share.max())
-        axes.imshow(strength, extent=panel.extent, cmap="inferno", alpha=0.75 * strength)
+        probability, extent = panel.heat_map
+        strength = np.sqrt(probability / probability.max())
+        axes.imshow(strength, extent=extent, cmap="inferno", alpha=0.75 * strength)
         if panel.estimate is not None:
             axes.plot(*panel.estimate[::-1], "o", markersize=12, fillstyle="none", color="cyan")
         if panel.label is not None:
