@@ -31,20 +31,23 @@ PAIRS = "simulated:target:3:40"
 
 _CCVPE_TINY = replace(
     CCVPE_CONFIGS["ccvpe-small"],
+    # Backbones of stride 8: three levels, and two columns of features in a heading bin.
     spec=replace(SPEC, name="ccvpe-tiny", aerial_size=80),
     satellite_descriptor=64,
-    ground_channels=(4, 2, 2, 1),
-    shifts=(4, 2, 2, 1),
-    up=(16, 16, 8),
-    conv=(32, 32, 16),
-    up_orientation=(16, 8, 8),
-    conv_orientation=(32, 32, 16),
+    ground_channels=(2, 1, 1),
+    shifts=(4, 2, 2),
+    up=(16, 8),
+    conv=(32, 32),
+    up_orientation=(8, 8),
+    conv_orientation=(32, 32),
+    taps=(2, 0),
     width=0.25,
+    groups=3,
 )
 _GGCVT_SMALL = GGCVT_CONFIGS["ggcvt-small"]
 _GGCVT_TINY = replace(
     _GGCVT_SMALL,
-    spec=replace(_GGCVT_SMALL.spec, name="ggcvt-tiny", aerial_size=96),
+    spec=replace(_GGCVT_SMALL.spec, name="ggcvt-tiny", aerial_size=128),
     channels=(8, 16, 32),
 )
 
