@@ -62,7 +62,7 @@ from xview_loc.recordings.pairs import Pair, PairWriter
 from xview_loc.recordings.tracks import TrackError, read_timed_track
 from xview_loc.simulation.city import City
 from xview_loc.training.losses import DistillationLoss, pool_label
-from xview_loc.training.trainer import BEST_FILE, Standing, TrainingError, make_fabric
+from xview_loc.training.trainer import BEST_FILE, TrainingError, TrainingProgress, make_fabric
 
 START_NS = 1_700_000_000_000_000_000
 FABRIC = make_fabric("cpu")
@@ -635,11 +635,11 @@ def untrained(
     loss: object,
     options: object,
     **more: object,
-) -> Standing:
+) -> TrainingProgress:
     """Stands in for training, of which these tests need no more than its files."""
     folder.mkdir(parents=True)
     save_checkpoint(model, folder / BEST_FILE)
-    return Standing(history=[{"epoch": 0, "loss": 0.0, **validation(model, 0)}])
+    return TrainingProgress(history=[{"epoch": 0, "loss": 0.0, **validation(model, 0)}])
 
 
 def test_the_drive_corrects_the_teacher(
