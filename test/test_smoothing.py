@@ -57,7 +57,7 @@ class World:
         return self.errors(replace(self.teacher.of(smoothed.index), position=smoothed.position))
 
 
-def drive(count: int = 240, seed: int = 0, wrong: float = 0.3, jump_m: float = 0.0) -> World:
+def drive(count: int = 160, seed: int = 0, wrong: float = 0.3, jump_m: float = 0.0) -> World:
     """Drive along curves at 8 m/s, one pair per second.
 
     wrong: share of the heat maps in which another place is likelier. jump_m: shift of the fixes to the east
@@ -248,13 +248,13 @@ def test_fixes_may_jump(odometry: bool) -> None:
 def test_a_gap_splits_a_drive(world: World) -> None:
     """What lies behind it changes nothing before it."""
     count = len(world.teacher)
-    rest = world.teacher.rows(np.r_[0:100, 140:count])
+    rest = world.teacher.rows(np.r_[0:60, 100:count])
     moved = world.track.moved.copy()
-    moved[141] = math.nan
+    moved[101] = math.nan
     track = replace(world.track, moved=moved)
     both = smooth(track, rest, world.maps)
     assert world.smoothed_errors(both).mean() < 0.2 * world.errors(rest).mean()
-    alone = smooth(replace(track, drive=(np.arange(count) > 120).astype(int)), rest, world.maps)
+    alone = smooth(replace(track, drive=(np.arange(count) > 80).astype(int)), rest, world.maps)
     # Only odometry's gain, which is one vehicle's, reaches over the gap.
     np.testing.assert_allclose(both.position, alone.position, atol=1.0 / GSD)
 
@@ -303,7 +303,7 @@ def test_where_it_has_no_grounds_the_teacher_s_maximum_stays(world: World) -> No
     assert not smooth(world.track, world.teacher, flat).supported.any()
 
 
-@pytest.mark.parametrize("pairs", [1, 2, 5, 15])
+@pytest.mark.parametrize("pairs", [2, 5, 15])
 def test_short_drives_are_no_worse(world: World, pairs: int) -> None:
     smoothed = world.smoothed(drive=np.arange(len(world.teacher)) // pairs)
     before, after = world.errors(world.teacher).mean(), world.smoothed_errors(smoothed).mean()
