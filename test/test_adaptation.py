@@ -396,7 +396,7 @@ def test_without_learning_the_student_equals_its_teacher(
 ) -> None:
     """And a second round, whose student is no better, is the last."""
     for module in (distill, verdicts_module):
-        monkeypatch.setattr(module, "LEAST", 8)
+        monkeypatch.setattr(module, "MIN_MEASUREMENTS", 8)
     still = options(tiny.model, learning_rate=0.0, fixed_batch_norm=True, rounds=3)
     adapted = Distillation(FABRIC, tiny, tiny_city, tmp_path, still).run()
     assert adapted.auxiliary is not None
@@ -423,7 +423,7 @@ def test_the_student_of_the_last_good_round_is_taken(
     change = (0.0, 0.0, 0.0)
     verdicts = [Verdict(True, ["better"], 1.0, change), Verdict(False, ["worse"], 0.0, change)]
     given = iter(verdicts)
-    monkeypatch.setattr(distill, "LEAST", 8)
+    monkeypatch.setattr(distill, "MIN_MEASUREMENTS", 8)
     monkeypatch.setattr(distill, "judge", lambda before, after: next(given))
     more = options(tiny.model, keep=1.0, rounds=4)
     run = Distillation(FABRIC, tiny, tiny_city, finished.folder, more)
