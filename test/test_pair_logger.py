@@ -6,6 +6,8 @@ import array
 import math
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +30,7 @@ from xview_loc.bags.recovery import recover_bag
 from xview_loc.geodesy import LocalProjection
 from xview_loc.recordings.pairs import PairBag
 
+ROOT = Path(__file__).parent.parent
 LAT, LON = 48.2, 16.37
 PLANE = LocalProjection(LAT, LON)
 NS = 10**9
@@ -369,3 +372,8 @@ def test_killed_while_recording(aerial: Path, tmp_path: Path, seed: int) -> None
     saved = [pairs[k].stamp_ns for k in range(len(pairs))]
     assert saved == sorted(rig.images)[: len(saved)]
     assert all(pairs.tile(k) is not None for k in range(len(pairs)))
+
+
+def test_it_loads_no_model_library() -> None:
+    code = "import sys, xview_loc.nodes.pair_logger_node; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -13,7 +13,10 @@ from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescri
 from rclpy.node import Node
 
 from xview_loc.maps.base import MapOptions
-from xview_loc.models.runtimes import BACKENDS, PRECISIONS
+
+# As in models.runtimes, whose import would load torch into nodes that need no model.
+BACKENDS = ("auto", "torch", "openvino", "onnxruntime")
+PRECISIONS = ("float32", "bfloat16", "float16")
 
 
 class ParameterError(ValueError):
