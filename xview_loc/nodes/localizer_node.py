@@ -36,7 +36,7 @@ from xview_loc.nodes.diagnostics import WARN
 from xview_loc.nodes.frame_worker import FrameWorker
 from xview_loc.nodes.outputs import Outputs
 from xview_loc.nodes.running import run
-from xview_loc.nodes.vehicle_node import Input, Job, VehicleNode
+from xview_loc.nodes.vehicle_node import Input, PairedFrame, VehicleNode
 from xview_loc.vehicle import messages as input_messages
 from xview_loc.vehicle.mounting import Mounting
 from xview_loc.vehicle.odometry import Odometry as Velocities
@@ -85,7 +85,7 @@ class LocalizerNode(VehicleNode):
             self._outputs.publish_comparison,
         )
 
-    def make_worker(self) -> FrameWorker[Job]:
+    def make_worker(self) -> FrameWorker[PairedFrame]:
         """Return a worker that takes the newest image; older ones are dropped and counted."""
         return FrameWorker(self._localize_safely)
 
@@ -223,10 +223,10 @@ class LocalizerNode(VehicleNode):
 
     # The worker's thread
 
-    def _localize_safely(self, job: Job) -> None:
+    def _localize_safely(self, paired: PairedFrame) -> None:
         """Localise a frame, and count it as rejected for the reason of any error."""
         try:
-            self._localize(job)
+            self._localize(paired)
         except RejectedInput as error:
             self._reject(error.reason, str(error))
         except ImageError as error:
@@ -246,22 +246,22 @@ class LocalizerNode(VehicleNode):
             if rclpy.ok():
                 self._reject("internal_error", f"{type(error).__name__}: {error}")
 
-    def _localize(self, job: Job) -> None:
+    def _localize(self, paired: PairedFrame) -> None:
         outputs, swap, shadow = self._outputs, self._checkpoints.swap, self._checkpoints.shadow
         assert outputs is not None and swap is not None and shadow is not None
-        image = self._image(job)
+        image = self._image(paired)
         mounting = self._mounting()
-        fix, heading = job.fix, job.heading
+        fix, heading = paired.fix, paired.heading
         if self._filter is not None:
-            fix = self._filter.move(job.frame.stamp_ns, fix, heading, mounting)
-            if fix is not job.fix:
-                self._warn_of_unused_fix(job)
+            fix = self._filter.move(paired.frame.stamp_ns, fix, heading, mounting)
+            if fix is not paired.fix:
+                self._warn_of_unused_fix(paired)
         if fix is None:
             raise RejectedInput("fix_missing", "no usable fix, and the filter has no position either")
         if outputs.datum is None:
             outputs.set_datum(fix.lat, fix.lon)
         self._prefetch(fix)
-        observation = self._observation(job, fix, image, mounting)
+        observation = self._observation(paired, fix, image, mounting)
         try:
             # Read once: a change of checkpoint takes effect between two frames.
             estimate = swap.active.localizer.localize(observation)
@@ -272,21 +272,21 @@ class LocalizerNode(VehicleNode):
             if self._filter is not None and (filtered := self._filter.pose) is not None:
                 outputs.publish_filtered(filtered)
         try:
-            self._publish(outputs, job, fix, mounting, estimate)
+            self._publish(outputs, paired, fix, mounting, estimate)
         finally:
             # After the pose, which must not wait for it, and also if the pose is withheld.
-            shadow.saw(observation, job.fix, heading, mounting)
+            shadow.saw(observation, paired.fix, heading, mounting)
 
-    def _image(self, job: Job) -> Any:
+    def _image(self, paired: PairedFrame) -> Any:
         kind = "CompressedImage" if self._params["image_transport"] == "compressed" else "Image"
         try:
-            message = ros_types.deserialize(f"sensor_msgs/msg/{kind}", job.frame.image)
+            message = ros_types.deserialize(f"sensor_msgs/msg/{kind}", paired.frame.image)
         except Exception as error:  # damaged bytes lead to any of them
             raise RejectedInput("image_invalid", f"damaged message: {reason(error)}") from None
         return input_messages.rgb_from_image(message)
 
-    def _observation(self, job: Job, fix: GnssFix, image: Any, mounting: Mounting) -> Observation:
-        heading = job.heading
+    def _observation(self, paired: PairedFrame, fix: GnssFix, image: Any, mounting: Mounting) -> Observation:
+        heading = paired.heading
         lat, lon = fix.lat, fix.lon
         camera_heading = None
         if heading is not None:
@@ -300,12 +300,12 @@ class LocalizerNode(VehicleNode):
             fix_covariance=None if fix.covariance is None else fix.covariance[:2, :2],
             heading=camera_heading,
             heading_std=0.0 if heading is None else heading.std,
-            camera=job.frame.camera,
-            stamp_ns=job.frame.stamp_ns,
+            camera=paired.frame.camera,
+            stamp_ns=paired.frame.stamp_ns,
         )
 
     def _publish(
-        self, outputs: Outputs, job: Job, fix: GnssFix, mounting: Mounting, estimate: PoseEstimate
+        self, outputs: Outputs, paired: PairedFrame, fix: GnssFix, mounting: Mounting, estimate: PoseEstimate
     ) -> None:
         if estimate.confidence < self._params["min_confidence"]:
             raise RejectedInput(
@@ -316,16 +316,16 @@ class LocalizerNode(VehicleNode):
             self._health.count("frames_at_search_border")
             text = "the estimate lies on the edge of the search area; the true position may be outside"
             self._health.condition("search_border", WARN, text, for_s=3.0)
-        outputs.publish_estimate(job, fix, mounting, estimate)
+        outputs.publish_estimate(paired, fix, mounting, estimate)
         self._health.accepted()
-        outputs.publish_status(job, estimate)
+        outputs.publish_status(paired, estimate)
 
     def _filter_options(self) -> FilterOptions:
         p = self._params
         return FilterOptions(p["filter_outlier"], p["filter_drift_m"], p["filter_decorrelation_m"])
 
-    def _warn_of_unused_fix(self, job: Job) -> None:
-        if job.fix is None:
+    def _warn_of_unused_fix(self, paired: PairedFrame) -> None:
+        if paired.fix is None:
             text = "no usable fix: the filter goes on with odometry and heat maps"
         else:
             text = "the fix lies far from the filter's position, around which images are searched instead"

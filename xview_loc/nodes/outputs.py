@@ -27,7 +27,7 @@ from xview_loc.geodesy import LocalProjection, wrap_angle
 from xview_loc.nodes.diagnostics import Health
 from xview_loc.nodes.parameters import ParameterError
 from xview_loc.nodes.shadow_runner import FIGURES
-from xview_loc.nodes.vehicle_node import Job
+from xview_loc.nodes.vehicle_node import PairedFrame
 from xview_loc.vehicle.mounting import Mounting
 from xview_loc.vehicle.synchronisation import GnssFix
 
@@ -75,7 +75,9 @@ class Outputs:
         self.datum = LocalProjection(lat, lon)
         self._health.value("datum", f"{lat:.9f} {lon:.9f}")
 
-    def publish_estimate(self, job: Job, fix: GnssFix, mounting: Mounting, estimate: PoseEstimate) -> None:
+    def publish_estimate(
+        self, paired: PairedFrame, fix: GnssFix, mounting: Mounting, estimate: PoseEstimate
+    ) -> None:
         """Publish pose, fix, transform, heat map and overlay; ``fix`` is where the search began."""
         yaw, variance = None, estimate.heading_variance
         lat, lon, covariance = estimate.lat, estimate.lon, estimate.covariance
@@ -83,9 +85,9 @@ class Outputs:
             yaw = mounting.heading(estimate.heading)
             lat, lon = mounting.base_from_camera(lat, lon, yaw)
             covariance = mounting.base_covariance(covariance, yaw, variance)
-        pose = self._map_pose(job.frame.stamp_ns, lat, lon, covariance, yaw, variance)
+        pose = self._map_pose(paired.frame.stamp_ns, lat, lon, covariance, yaw, variance)
         self._pose.publish(pose)
-        base = _header(job.frame.stamp_ns, self._params["base_frame"])
+        base = _header(paired.frame.stamp_ns, self._params["base_frame"])
         self._fix.publish(fix_message(base, lat, lon, covariance, fix))
         if self._tf is not None and yaw is not None:
             self._tf.sendTransform(transform_message(pose, self._params["base_frame"]))
@@ -94,17 +96,17 @@ class Outputs:
         if self._overlay.get_subscription_count() and self._due("overlay"):
             self._overlay.publish(image_message(base, draw_overlay(estimate, fix.lat, fix.lon)))
 
-    def publish_status(self, job: Job, estimate: PoseEstimate) -> None:
+    def publish_status(self, paired: PairedFrame, estimate: PoseEstimate) -> None:
         """Publish the figures of one frame, and show them in the diagnostics."""
         now = time.monotonic()
         if estimate.tile.key != self._tile_key:
             self._tile_key, self._tile_since = estimate.tile.key, now
         # The receiver's fix, not a position that the filter chose.
         offset = (math.nan, math.nan)
-        if job.fix is not None:
-            offset = LocalProjection(job.fix.lat, job.fix.lon).forward(estimate.lat, estimate.lon)
+        if paired.fix is not None:
+            offset = LocalProjection(paired.fix.lat, paired.fix.lon).forward(estimate.lat, estimate.lon)
         values = {
-            "latency_ms": (time.monotonic_ns() - job.frame.arrived_ns) / 1e6,
+            "latency_ms": (time.monotonic_ns() - paired.frame.arrived_ns) / 1e6,
             "inference_ms": estimate.timings_ms["encode"] + estimate.timings_ms["match"],
             "confidence": estimate.confidence,
             "tile_age_s": now - self._tile_since,

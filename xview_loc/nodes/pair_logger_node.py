@@ -31,7 +31,7 @@ from xview_loc.maps.base import AerialTile
 from xview_loc.nodes import parameters
 from xview_loc.nodes.diagnostics import ERROR, WARN
 from xview_loc.nodes.running import run
-from xview_loc.nodes.vehicle_node import Input, Job, VehicleNode
+from xview_loc.nodes.vehicle_node import Input, PairedFrame, VehicleNode
 from xview_loc.recordings.pairs import Pair, PairWriter
 from xview_loc.vehicle.keyframes import KeyframeRule, Keyframes, WheelSpeed
 from xview_loc.vehicle.messages import cdr_stamp_ns, rgb_from_image
@@ -49,7 +49,7 @@ ODOMETRY_CLOCK_NS = 60 * 1_000_000_000
 @dataclass(frozen=True)
 class _Keyframe:
     writer: PairWriter
-    job: Job
+    paired: PairedFrame
 
 
 @dataclass(frozen=True)
@@ -162,10 +162,12 @@ class PairLoggerNode(VehicleNode):
             inputs.append(Input(Odometry, "odom", self._on_odom, raw=True))
         return inputs
 
-    def hand_over(self, job: Job) -> bool:
+    def hand_over(self, paired: PairedFrame) -> bool:
         """Queue a frame if it is a keyframe; return True if it was dropped because too many wait."""
         writer = self._writer
-        return writer is not None and self._is_keyframe(job) and self._recorder.put(_Keyframe(writer, job))
+        return (
+            writer is not None and self._is_keyframe(paired) and self._recorder.put(_Keyframe(writer, paired))
+        )
 
     def stopped(self) -> None:
         """Complete the bag."""
@@ -294,10 +296,10 @@ class PairLoggerNode(VehicleNode):
         if self._recorder.put(_Odometry(self._writer, stamp, data)):
             self._health.count("odom_dropped")
 
-    def _is_keyframe(self, job: Job) -> bool:
-        assert job.fix is not None  # this node needs fixes
-        stamp, yaw = job.frame.stamp_ns, None if job.heading is None else job.heading.yaw
-        return self._keyframes.wants(stamp, job.fix.lat, job.fix.lon, yaw, self._wheels.at(stamp))
+    def _is_keyframe(self, paired: PairedFrame) -> bool:
+        assert paired.fix is not None  # this node needs fixes
+        stamp, yaw = paired.frame.stamp_ns, None if paired.heading is None else paired.heading.yaw
+        return self._keyframes.wants(stamp, paired.fix.lat, paired.fix.lon, yaw, self._wheels.at(stamp))
 
     # Writing: the worker's thread
 
@@ -317,15 +319,15 @@ class PairLoggerNode(VehicleNode):
             self._reject("internal_error", f"{type(error).__name__}: {error}")
 
     def _record(self, item: _Keyframe) -> None:
-        job, data = item.job, item.job.frame.image
+        paired, data = item.paired, item.paired.frame.image
         # A CompressedImage is written byte for byte, and decoded only by readers of the bag.
         raw = data if self._params["image_transport"] == "compressed" else None
         jpeg = b""
         if raw is None:
             jpeg = encode_jpeg(rgb_from_image(deserialize_message(data, Image)), self._params["jpeg_quality"])
-        assert job.fix is not None  # this node needs fixes
-        pair = Pair.of(job.frame.stamp_ns, "jpeg", jpeg, job.fix, job.heading, job.frame.camera)
-        tile = self._tile(job.fix)
+        assert paired.fix is not None  # this node needs fixes
+        pair = Pair.of(paired.frame.stamp_ns, "jpeg", jpeg, paired.fix, paired.heading, paired.frame.camera)
+        tile = self._tile(paired.fix)
         if self._write(item, lambda: item.writer.add(pair, tile, raw)):
             self._health.accepted()
             if tile is None:

@@ -53,7 +53,7 @@ class Frame:
     camera: CameraModel | None
 
 
-Job = Paired[Frame]
+PairedFrame = Paired[Frame]
 
 
 class Input(NamedTuple):
@@ -68,8 +68,8 @@ class Input(NamedTuple):
 class Worker(Protocol):
     """Processes frames in a thread of its own."""
 
-    def put(self, job: Any) -> bool:
-        """Hand over a job; return True if one was dropped for it."""
+    def put(self, item: Any) -> bool:
+        """Hand over an item; return True if one was dropped for it."""
         ...
 
     def close(self) -> None:
@@ -182,9 +182,9 @@ class VehicleNode(LifecycleNode):
         """Return inputs besides image, fix and heading."""
         return [Input(CameraInfo, "camera_info", self._on_camera_info)] if self._needs_camera_info else []
 
-    def hand_over(self, job: Job) -> bool:
+    def hand_over(self, paired: PairedFrame) -> bool:
         """Give a paired frame to the worker; return True if one was dropped for it."""
-        return self._worker is not None and self._worker.put(job)
+        return self._worker is not None and self._worker.put(paired)
 
     def stopped(self) -> None:
         """Called after the inputs and the worker of an active node ended."""
