@@ -35,31 +35,19 @@ def simulated_drive(
     if style not in STYLES:
         raise UsageError(f"unknown style {style!r}; choose from {', '.join(STYLES)}")
     city = build_city(seed, style)
-    spec = net.spec
-    seen = drive(city, frames, options=DriveOptions(rate_hz=1.0), view=PanoramaView(*spec.ground_size))
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        Localizer.open(
-            city.write_geotiff(Path(folder) / "city.tif"),
-            net,
-            heading_prior_deg=0.0 if heading_known else None,
-        ) as localizer,
-    ):
-        yield (
-            localizer,
-            (
-                (
-                    Observation(
-                        f.image,
-                        f.fix.lat,
-                        f.fix.lon,
-                        f.fix.covariance,
-                        f.heading if heading_known else None,
-                        f.heading_std,
-                    ),
-                    (f.truth.lat, f.truth.lon),
+    view = PanoramaView(*net.spec.ground_size)
+
+    def observations() -> Iterator[tuple[Observation, tuple[float, float]]]:
+        for frame in drive(city, frames, options=DriveOptions(rate_hz=1.0), view=view):
+            if frame.image is not None:
+                fix, heading = frame.fix, frame.heading if heading_known else None
+                observation = Observation(
+                    frame.image, fix.lat, fix.lon, fix.covariance, heading, frame.heading_std
                 )
-                for f in seen
-                if f.image is not None
-            ),
-        )
+                yield observation, (frame.truth.lat, frame.truth.lon)
+
+    prior = 0.0 if heading_known else None
+    with tempfile.TemporaryDirectory() as folder:
+        map_file = city.write_geotiff(Path(folder) / "city.tif")
+        with Localizer.open(map_file, net, heading_prior_deg=prior) as localizer:
+            yield localizer, observations()

@@ -89,11 +89,8 @@ class AerialLevel:
     divisor: Tensor
 
 
-@dataclass(frozen=True)
-class AerialFeatures:
-    """Features of a tile, coarse to fine."""
-
-    levels: tuple[AerialLevel, ...]
+# Features of a tile, coarse to fine.
+AerialFeatures = tuple[AerialLevel, ...]
 
 
 class _Uncertainty(nn.Module):
@@ -194,13 +191,11 @@ class GGCVT(CrossViewModel):
             energy = box_sum(x.square().sum(1), crop) * _centre_crop(weight[:, 0], x.shape[-1] - crop + 1)
             # Clamped before the root, whose slope at zero is infinite.
             encoded.append(AerialLevel(torch.fft.rfft2(_wide(x)), energy.clamp_min(_MIN_ENERGY).sqrt()))
-        return AerialFeatures(tuple(encoded))
+        return tuple(encoded)
 
     def select(self, features: AerialFeatures, rows: Tensor) -> AerialFeatures:
         """See :meth:`CrossViewModel.select`."""
-        return AerialFeatures(
-            tuple(AerialLevel(level.spectrum[rows], level.divisor[rows]) for level in features.levels)
-        )
+        return tuple(AerialLevel(level.spectrum[rows], level.divisor[rows]) for level in features)
 
     def encode_ground(
         self,
@@ -280,7 +275,7 @@ class GGCVT(CrossViewModel):
     def maps(self, outputs: Sequence[Tensor], features: AerialFeatures) -> HeatMaps:
         """See :meth:`CrossViewModel.maps`; correlates each level."""
         maps = []
-        for level, kernel, stride in zip(features.levels, outputs, STRIDES, strict=True):
+        for level, kernel, stride in zip(features, outputs, STRIDES, strict=True):
             size = self.spec.aerial_size // stride
             similarity = correlate(level.spectrum, kernel, size) / level.divisor
             maps.append((2 * similarity - 2)[:, None])
