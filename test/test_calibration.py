@@ -9,7 +9,6 @@ import pytest
 from typer.testing import CliRunner
 
 from xview_loc.cli import app
-from xview_loc.estimation import calibration
 from xview_loc.estimation.calibration import (
     CalibrationError,
     CalibrationFrame,
@@ -81,9 +80,9 @@ def test_distances_and_coverage_of_normal_errors() -> None:
 def test_the_ellipse_of_other_frames_holds_what_it_promises(certainty: float) -> None:
     others = frames(400, certainty, 2)
     found = fitted(frames(400, certainty, 1))
-    assert share_inside(found, others, 0.95) == pytest.approx(0.95, abs=0.03)
+    assert share_inside(found, others, 0.95) == pytest.approx(0.95, abs=0.025)
     if certainty > 1.0:  # overconfident before
-        assert share_inside(Calibration(None, 0.0), others, 0.95) < 0.92
+        assert share_inside(Calibration(None, 0.0), others, 0.95) < 0.93
 
 
 def test_too_few_frames_and_hopeless_ones_are_refused() -> None:
@@ -94,25 +93,21 @@ def test_too_few_frames_and_hopeless_ones_are_refused() -> None:
         fitted(elsewhere)
 
 
-def test_the_command_calibrates_on_drives_and_evaluate_uses_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Rendering takes most of the time.
-    monkeypatch.setattr(calibration, "MIN_FRAMES", 40)
+@pytest.mark.slow
+def test_the_command_calibrates_on_drives_and_evaluate_uses_it(tmp_path: Path) -> None:
     out = tmp_path / "calibrated.safetensors"
-    arguments = ["calibrate", "--out", str(out), "--cities", "950", "--frames", "40"]
+    arguments = ["calibrate", "--out", str(out), "--cities", "950", "--frames", "200"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     before, after = load_model("ccvpe-small"), load_checkpoint(out)
-    assert "40 frames" in result.output and after.sha256[:12] in result.output
+    assert "200 frames" in result.output and after.sha256[:12] in result.output
     assert after.model.calibration.contrast is not None
-    assert after.metadata["calibrated_on"]["frames"] == "simulated:source:950:40"
+    assert after.metadata["calibrated_on"]["frames"] == "simulated:source:950:200"
     weights = after.model.state_dict()
     assert all(bool((value == weights[key]).all()) for key, value in before.model.state_dict().items())
 
-    arguments = ["evaluate", "--checkpoint", str(out), "--cities", "952", "--frames", "12"]
+    arguments = ["evaluate", "--checkpoint", str(out), "--cities", "952", "--frames", "40"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     line = next(line for line in result.output.splitlines() if "95 % ellipse" in line)
-    # Few frames, fitted to few: close is enough here, the fit itself is tested above.
-    assert float(line.split("/")[4].split("%")[0]) > 60.0, line
+    assert float(line.split("/")[4].split("%")[0]) > 85.0, line

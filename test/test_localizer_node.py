@@ -411,6 +411,7 @@ def test_checkpoints_are_swapped_on_the_running_node(rig, tmp_path):
     assert rows_moved(rig.good_frame()) == pytest.approx(8, abs=0.1)
     ok, text = rig.bench.trigger("/localizer/rollback")
     assert ok and "first.safetensors" in text and rows_moved(rig.good_frame()) == pytest.approx(0, abs=0.1)
+    rig.bench.wait(lambda: "first.safetensors" in rig.bench.value("checkpoint"), what="the rollback's report")
     # The parameter names what is in use.
     ok, text = rig.bench.trigger("/localizer/reload")
     assert ok and "first.safetensors" in text and rows_moved(rig.good_frame()) == pytest.approx(0, abs=0.1)
