@@ -62,7 +62,7 @@ def tiny_models() -> Iterator[None]:
 
 
 def small_city() -> City:
-    return build_city(821, "target", size_m=500.0)
+    return build_city(3, "target", size_m=500.0)
 
 
 def simulated_pairs(spec: ModelSpec, cache: Path, half_extent_m: float = math.inf) -> SimulatedDataset:

@@ -306,7 +306,7 @@ def test_unknown_headings_are_turned_back(
     found = labels.errors_m(city.true_from_fix()) < 3.0
     assert found.sum() >= 10
     off = np.angle(np.exp(1j * (labels.heading[found] - math.pi / 2)))
-    assert np.median(np.abs(off)) < math.radians(45)
+    assert np.median(np.abs(off)) < math.radians(12)
     known = Changed(city, lambda s: {}, count=5)
     labels = label_pairs(FABRIC, teacher.model, known, tmp_path / "b.npz", ReadOptions(None, seed=3))
     assert not labels.heading.any()
@@ -851,11 +851,8 @@ def test_views_show_the_same_place(
     source = Changed(city, lambda s: {"fix_std": torch.tensor(fix_std)})
     views = label_views(FABRIC, teacher.model, source, np.arange(20), ReadOptions(prior))
     assert views.turned is not None
-    # Near a fix that is off no estimate is right, but they agree.
-    right = (views.plain.errors_m(city.true_from_fix()) < 3.0) | (fix_std < 5.0)
-    assert right.sum() >= 5
-    assert np.median(distance_m(views.plain, views.shifted)[right]) < 1.5
-    assert np.median(distance_m(views.plain, views.turned)[right]) < (1.5 if prior is not None else 4.0)
+    assert np.median(distance_m(views.plain, views.shifted)) < 1.5
+    assert np.median(distance_m(views.plain, views.turned)) < (1.5 if prior is not None else 4.0)
     for labels in (views.plain, views.shifted, views.turned):
         assert np.linalg.norm(labels.from_fix, axis=1).max() <= max(3 * fix_std, 5.0) + 1e-3
     summary = Indicators.of(views, None).summary()
