@@ -7,7 +7,7 @@ import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import pytest
 import yaml
@@ -142,6 +142,16 @@ def policy(name: str) -> Any:
         "Volatile": DurabilityPolicy.VOLATILE,
     }
     return kinds[name]
+
+
+def test_the_parameters_offer_every_runtime():
+    """The nodes' table repeats the names, so that the pair logger starts without torch."""
+    pytest.importorskip("rclpy", reason="ROS 2's Python packages are not installed")
+    from xview_loc.models import runtimes
+    from xview_loc.nodes import parameters
+
+    assert get_args(runtimes.Backend) == parameters.BACKENDS
+    assert get_args(runtimes.Precision) == parameters.PRECISIONS
 
 
 def test_rviz_looks_from_the_map():

@@ -9,7 +9,6 @@ import typer
 from rich.progress import track
 
 from xview_loc.cli.console import console
-from xview_loc.cli.drives import simulated_drive
 from xview_loc.cli.evaluate import (
     Dataset,
     Frames,
@@ -22,6 +21,7 @@ from xview_loc.cli.evaluate import (
     Weights,
     load,
     open_benchmark,
+    simulated_drive,
 )
 
 

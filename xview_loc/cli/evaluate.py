@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
@@ -13,11 +16,12 @@ from rich.progress import Progress, track
 from rich.table import Table
 
 from xview_loc.cli.console import UsageError, console
-from xview_loc.cli.drives import simulated_drive
 from xview_loc.errors import reason
 
 if TYPE_CHECKING:
     from xview_loc.datasets.base import PoseDataset
+    from xview_loc.estimation.localizer import Localizer
+    from xview_loc.estimation.observation import Observation
     from xview_loc.evaluation import PoseErrors
     from xview_loc.models.base import CrossViewModel
     from xview_loc.models.checkpoint import Checkpoint
@@ -160,6 +164,43 @@ def open_benchmark(
     trusted = known and (net.spec.aerial_up == "north" or net.spec.bins == 0)
     data = open_dataset(f"{dataset.value}:{root}:{split}{original}", net.spec, heading_known=known)
     return data, 0.0 if trusted else None
+
+
+@contextmanager
+def simulated_drive(
+    net: CrossViewModel, style: str, seed: int, frames: int, heading_known: bool
+) -> Iterator[tuple[Localizer, Iterator[tuple[Observation, tuple[float, float]]]]]:
+    """Open a localizer on the map of city ``seed`` and drive through the city.
+
+    Yields the localizer and the drive's observations, one a second, each with its true (lat, lon).
+    Raises UsageError on an unknown style.
+    """
+    from xview_loc.estimation.localizer import Localizer
+    from xview_loc.estimation.observation import Observation
+    from xview_loc.simulation.city import build_city
+    from xview_loc.simulation.drives import DriveOptions, drive
+    from xview_loc.simulation.styles import STYLES
+    from xview_loc.simulation.views import PanoramaView
+
+    if style not in STYLES:
+        raise UsageError(f"unknown style {style!r}; choose from {', '.join(STYLES)}")
+    city = build_city(seed, style)
+    view = PanoramaView(*net.spec.ground_size)
+
+    def observations() -> Iterator[tuple[Observation, tuple[float, float]]]:
+        for frame in drive(city, frames, options=DriveOptions(rate_hz=1.0), view=view):
+            if frame.image is not None:
+                fix, heading = frame.fix, frame.heading if heading_known else None
+                observation = Observation(
+                    frame.image, fix.lat, fix.lon, fix.covariance, heading, frame.heading_std
+                )
+                yield observation, (frame.truth.lat, frame.truth.lon)
+
+    prior = 0.0 if heading_known else None
+    with tempfile.TemporaryDirectory() as folder:
+        map_file = city.write_geotiff(Path(folder) / "city.tif")
+        with Localizer.open(map_file, net, heading_prior_deg=prior) as localizer:
+            yield localizer, observations()
 
 
 def _print_benchmark(errors: PoseErrors, name: str, dataset: Benchmark, split: str, heading: Heading) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 import re
 import sys
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import rclpy
@@ -33,10 +35,8 @@ from xview_loc.models.runtimes import choose_backend
 from xview_loc.nodes import parameters
 from xview_loc.nodes.checkpoints import Checkpoints
 from xview_loc.nodes.diagnostics import WARN
-from xview_loc.nodes.frame_worker import FrameWorker
 from xview_loc.nodes.outputs import Outputs
-from xview_loc.nodes.running import run
-from xview_loc.nodes.vehicle_node import Input, PairedFrame, VehicleNode
+from xview_loc.nodes.vehicle_node import Input, PairedFrame, VehicleNode, run
 from xview_loc.vehicle import messages as input_messages
 from xview_loc.vehicle.mounting import Mounting
 from xview_loc.vehicle.odometry import Odometry as Velocities
@@ -47,6 +47,44 @@ MAX_ODOMETRY_GAP_S = 1.0
 # Longest wait for an aerial tile, which goes on loading for later images. Shorter with the filter, whose pose
 # waits for the heat map.
 TILE_WAIT_S, TILE_WAIT_WITH_FILTER_S = 1.0, 0.2
+
+
+class _NewestFrame:
+    """Calls ``work`` with the newest frame in a thread of its own, so that the executor never waits."""
+
+    def __init__(self, work: Callable[[PairedFrame], None]) -> None:
+        """``work`` must not raise."""
+        self._work = work
+        self._slot: PairedFrame | None = None
+        self._closed = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="localize", daemon=True)
+        self._thread.start()
+
+    def put(self, frame: PairedFrame) -> bool:
+        """Hand over a frame; return True if it replaced a waiting one."""
+        with self._changed:
+            dropped = self._slot is not None
+            self._slot = frame
+            self._changed.notify()
+        return dropped
+
+    def close(self) -> None:
+        """Finish the current frame, drop the waiting one, and end the thread."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while self._slot is None and not self._closed:
+                    self._changed.wait()
+                if self._closed or self._slot is None:
+                    return
+                frame, self._slot = self._slot, None
+            self._work(frame)
 
 
 class LocalizerNode(VehicleNode):
@@ -85,9 +123,9 @@ class LocalizerNode(VehicleNode):
             self._outputs.publish_comparison,
         )
 
-    def make_worker(self) -> FrameWorker[PairedFrame]:
+    def make_worker(self) -> _NewestFrame:
         """Return a worker that takes the newest image; older ones are dropped and counted."""
-        return FrameWorker(self._localize_safely)
+        return _NewestFrame(self._localize_safely)
 
     def wants_heading(self) -> bool:
         """Return False if all headings are searched."""

@@ -30,8 +30,7 @@ from xview_loc.images import ImageError, encode_jpeg
 from xview_loc.maps.base import AerialTile
 from xview_loc.nodes import parameters
 from xview_loc.nodes.diagnostics import ERROR, WARN
-from xview_loc.nodes.running import run
-from xview_loc.nodes.vehicle_node import Input, PairedFrame, VehicleNode
+from xview_loc.nodes.vehicle_node import Input, PairedFrame, VehicleNode, run
 from xview_loc.recordings.pairs import Pair, PairWriter
 from xview_loc.vehicle.keyframes import KeyframeRule, Keyframes, WheelSpeed
 from xview_loc.vehicle.messages import cdr_stamp_ns, rgb_from_image

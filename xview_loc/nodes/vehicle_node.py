@@ -5,17 +5,20 @@ The executor's thread collects inputs and pairs them by their stamps; a worker t
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
 from geometry_msgs.msg import PoseStamped, QuaternionStamped
+from rclpy.executors import ExternalShutdownException
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
-from rclpy.qos import HistoryPolicy, QoSProfile, ReliabilityPolicy
+from rclpy.qos import HistoryPolicy, QoSCompatibility, QoSProfile, ReliabilityPolicy, qos_check_compatible
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image, Imu, NavSatFix
 
 from xview_loc.camera import CameraModel
@@ -26,8 +29,6 @@ from xview_loc.maps.base import AerialMap
 from xview_loc.maps.store import TileStore
 from xview_loc.nodes import parameters
 from xview_loc.nodes.diagnostics import ERROR, WARN, Health
-from xview_loc.nodes.running import freeze_objects
-from xview_loc.nodes.topic_checks import topic_problem
 from xview_loc.vehicle import messages as input_messages
 from xview_loc.vehicle.pairing import Paired, Pairing
 from xview_loc.vehicle.synchronisation import NS, GnssFix, RejectedInput, StampNotNewerError
@@ -117,7 +118,7 @@ class VehicleNode(LifecycleNode):
             self._health.condition("not_configured", ERROR, text)
             return TransitionCallbackReturn.FAILURE
         self._health.clear("not_configured")
-        freeze_objects()
+        _freeze_objects()
         self._state = "inactive"
         return TransitionCallbackReturn.SUCCESS
 
@@ -417,8 +418,62 @@ class VehicleNode(LifecycleNode):
     def _check_publishers(self) -> None:
         for name, subscription in self._inputs.items():
             key = f"{name}_topic"
-            problem = topic_problem(self, subscription, name in self.optional_inputs)
+            problem = _topic_problem(self, subscription, name in self.optional_inputs)
             if problem is None:
                 self._health.clear(key)
             elif self._health.condition(key, WARN, problem):
                 self.get_logger().warning(problem)
+
+
+def _topic_problem(node: LifecycleNode, subscription: Any, optional: bool) -> str | None:
+    """Return what keeps a subscription from hearing its publishers, None if nothing does.
+
+    ``optional``: a topic without publishers is no problem.
+    """
+    topic = subscription.topic_name
+    own = subscription.msg_type
+    type_name = f"{own.__module__.split('.')[0]}/msg/{own.__name__}"
+    publishers = node.get_publishers_info_by_topic(topic)
+    if not publishers:
+        return None if optional else f"{topic} has no publisher"
+    for info in publishers:
+        who = f"{info.node_namespace.rstrip('/')}/{info.node_name}"
+        if info.topic_type != type_name:
+            return f"{topic}: {who} publishes {info.topic_type}, {type_name} is expected"
+        verdict, why = qos_check_compatible(info.qos_profile, subscription.qos_profile)
+        if verdict == QoSCompatibility.ERROR:
+            return f"{topic}: {who} cannot be heard, its QoS is incompatible: {' '.join(why.split())}"
+    return None
+
+
+def _freeze_objects() -> None:
+    """Exempt all objects made so far from garbage collection.
+
+    Libraries and weights are 200,000 objects and more: examining them stops every thread for 0.1 s.
+    """
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
+
+
+def run(make: Callable[[], LifecycleNode], args: list[str] | None = None) -> int:
+    """Run a node until it is asked to stop; return the exit code."""
+    node: LifecycleNode | None = None
+    with suppress(KeyboardInterrupt, ExternalShutdownException):
+        rclpy.init(args=args)
+        node = make()
+        try:
+            if (
+                node.get_parameter("autostart").value
+                and node.trigger_configure() == TransitionCallbackReturn.SUCCESS
+            ):
+                node.trigger_activate()
+            rclpy.spin(node)
+        except Exception:
+            # A signal in the middle of a transition shuts the context down under it.
+            if rclpy.ok():
+                raise
+    if node is not None:
+        node.destroy_node()
+    rclpy.try_shutdown()
+    return 0
