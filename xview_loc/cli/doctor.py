@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -25,8 +26,12 @@ def doctor(
     api_key_env: KeyEnv = "",
 ) -> None:
     """Check the installation, a map and a checkpoint. The exit code is 1 if a check failed."""
+    findings: Iterable[Finding] = check_packages()
+    if all(finding.level is not Level.failure for finding in findings):
+        options = map_options(header, api_key_env, cache_dir)
+        findings = chain(findings, check_installation(map, model, checkpoint, options))
     failed = False
-    for finding in _findings(map, model, checkpoint, cache_dir, header, api_key_env):
+    for finding in findings:
         line = Text(f"{finding.level.value:<9}", style=_STYLES[finding.level])
         line.append(f"{finding.check:<14}{finding.text}", style="default")
         if finding.advice:
@@ -35,18 +40,3 @@ def doctor(
         failed |= finding.level is Level.failure
     if failed:
         raise typer.Exit(1)
-
-
-def _findings(
-    source: str,
-    model: str | None,
-    checkpoint: Path | None,
-    cache_dir: Path | None,
-    header: list[str] | None,
-    api_key_env: str,
-) -> Iterator[Finding]:
-    packages = check_packages()
-    yield from packages
-    if all(finding.level is not Level.failure for finding in packages):
-        options = map_options(header, api_key_env, cache_dir)
-        yield from check_installation(source, model, checkpoint, options)

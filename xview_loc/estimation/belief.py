@@ -77,10 +77,13 @@ class BeliefGrid:
             cv2.sepFilter2D(self.probability, -1, kernel, kernel, borderType=cv2.BORDER_CONSTANT), np.float32
         )
         if corner is None:
-            self._recentre()
+            # Only once the mean has left the middle eighth.
+            side = len(self.probability)
+            away = (self.mean - self.corner) / self.cell_m - (side - 1) / 2
+            shift = np.trunc(away) if np.abs(away).max() >= side / 16 else np.zeros(2)
         else:
-            right, up = ((corner - self.corner) / self.cell_m).round().astype(int)
-            self._shift(int(right), int(up))
+            shift = ((corner - self.corner) / self.cell_m).round()
+        self._shift(*(int(cells) for cells in shift))
 
     def blend(self, share: float) -> None:
         """Mix in a uniform distribution with weight ``share``; the belief must sum to one."""
@@ -144,15 +147,6 @@ class BeliefGrid:
         """x of the columns and y of the rows, metres."""
         steps = np.arange(len(self.probability)) * self.cell_m
         return self.corner[0] + steps, self.corner[1] + steps
-
-    def _recentre(self) -> None:
-        """Shift the grid by whole cells if the mean has left the middle eighth."""
-        side = len(self.probability)
-        away = (self.mean - self.corner) / self.cell_m - (side - 1) / 2
-        if np.abs(away).max() < side / 16:
-            return
-        right, up = (math.trunc(x) for x in away)
-        self._shift(right, up)
 
     def _shift(self, right: int, up: int) -> None:
         """Shift the grid by whole cells under the belief; new cells get zero."""

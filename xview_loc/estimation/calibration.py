@@ -77,10 +77,8 @@ def fit_calibration(frames: Sequence[CalibrationFrame]) -> Calibration:
     """Fit contrast and floor to the heat maps of an uncalibrated model.
 
     The contrast makes the 95 % ellipse hold 95 % of the true positions. The floor is the error of the most
-    certain tenth of the estimates: standard deviation on each axis, from their median.
-
-    Raises:
-        CalibrationError: fewer than 200 frames, or no contrast reaches that coverage.
+    certain tenth of the estimates: standard deviation on each axis, from their median. Raises
+    CalibrationError with fewer than 200 frames, or if no contrast reaches that coverage.
     """
     if len(frames) < MIN_FRAMES:
         raise CalibrationError(f"{len(frames)} frames are too few to calibrate with, {MIN_FRAMES} are needed")

@@ -66,8 +66,7 @@ class HeatMap:
     ) -> HeatMap:
         """Return the calibrated softmax of ``logits`` (H, W) over the search disc, or over the whole map.
 
-        Raises:
-            HeatMapError: a logit is not finite, or no pixel lies in the disc.
+        Raises HeatMapError if a logit is not finite, or no pixel lies in the disc.
         """
         values = np.array(logits, np.float32)
         if not np.isfinite(values).all():
@@ -75,7 +74,8 @@ class HeatMap:
         mean = float(values.mean(dtype=np.float64))
         searched = values.size
         if search is not None:
-            inside = _disc_mask(values.shape, grid, tile, search)
+            rows, cols = np.ogrid[: values.shape[0], : values.shape[1]]
+            inside = _distance(rows, cols, grid, tile, search) <= search.radius_m
             searched = int(np.count_nonzero(inside))
             if not searched:
                 raise HeatMapError("the search disc does not touch the heat map")
@@ -165,20 +165,16 @@ class HeatMap:
 
     @cached_property
     def at_border(self) -> bool:
-        """True if the maximum lies on the edge of the search disc or of the map.
-
-        The true position may then be outside, and the estimate should not be trusted.
-        """
+        """True if the maximum lies on the edge of disc or map: the true position may then be outside."""
         row, col = self.peak_pixel
         height, width = self.probability.shape
         if row in (0, height - 1) or col in (0, width - 1):
             return True
         if self.search is None:
             return False
-        own_rows, own_cols = np.mgrid[row - 1 : row + 2, col - 1 : col + 2]
-        return bool(
-            (_distance(own_rows, own_cols, self.grid, self.tile, self.search) > self.search.radius_m).any()
-        )
+        rows, cols = np.mgrid[row - 1 : row + 2, col - 1 : col + 2]
+        distance = _distance(rows, cols, self.grid, self.tile, self.search)
+        return bool((distance > self.search.radius_m).any())
 
     def to_tile(self, row: Any, col: Any) -> tuple[Any, Any]:
         """Convert to (row, col) on the aerial tile."""
@@ -219,28 +215,16 @@ def _distance(
     return np.asarray(np.sqrt((rows - row) ** 2 + (cols - col) ** 2) * (grid.scale * tile.gsd))
 
 
-def _disc_mask(
-    shape: tuple[int, ...], grid: HeatMapGrid, tile: AerialTile, search: SearchDisc
-) -> NDArray[np.bool_]:
-    rows, cols = np.ogrid[: shape[0], : shape[1]]
-    return _distance(rows, cols, grid, tile, search) <= search.radius_m
-
-
 def _summit(around: NDArray[np.float64]) -> tuple[float, float]:
     """Return the offset (row, col), within +-0.5, of the summit of a log-parabola through 3x3 pixels."""
     with np.errstate(divide="ignore"):
         log = np.log(around)
-    usable_rows = bool(np.isfinite(log[[0, 2], 1]).all())
-    usable_cols = bool(np.isfinite(log[1, [0, 2]]).all())
-    gradient = np.zeros(2)
-    curvature = -np.eye(2)
-    if usable_rows:
-        gradient[0] = (log[2, 1] - log[0, 1]) / 2.0
-        curvature[0, 0] = log[2, 1] - 2.0 * log[1, 1] + log[0, 1]
-    if usable_cols:
-        gradient[1] = (log[1, 2] - log[1, 0]) / 2.0
-        curvature[1, 1] = log[1, 2] - 2.0 * log[1, 1] + log[1, 0]
-    if usable_rows and usable_cols and np.isfinite(log).all():
+    gradient, curvature = np.zeros(2), -np.eye(2)
+    for axis, (before, here, after) in enumerate((log[:, 1], log[1])):
+        if np.isfinite([before, after]).all():
+            gradient[axis] = (after - before) / 2.0
+            curvature[axis, axis] = after - 2.0 * here + before
+    if np.isfinite(log).all():
         curvature[0, 1] = curvature[1, 0] = (log[2, 2] - log[2, 0] - log[0, 2] + log[0, 0]) / 4.0
     diagonal = curvature.diagonal()
     if curvature[0, 0] < 0.0 and np.linalg.det(curvature) > 0.0:

@@ -65,10 +65,7 @@ TILES_TAKEN_OVER = 3
 
 
 def required_tile_px(spec: ModelSpec) -> int:
-    """Return the side in pixels of the tiles that a localizer of this model needs from its TileStore.
-
-    Larger than the model's own input if tiles are turned to the heading.
-    """
+    """Return the side in pixels of a model's tiles: more than its input if they are turned to the heading."""
     return spec.aerial_size if spec.aerial_up == "north" else math.ceil(math.sqrt(2.0) * spec.aerial_size)
 
 
@@ -92,11 +89,8 @@ class Localizer:
     features of up to eight tiles (at least one is kept), MB. precompute: makes features several times larger
     and images of a known tile faster. backend, precision: what executes the model's share of each image;
     tiles are always encoded by PyTorch. tile_wait_s: longest wait for an aerial tile, seconds, as of
-    :meth:`TileStore.around`.
-
-    Raises:
-        ValueError: tiles, model and heading prior do not go together.
-        UserError: the backend is missing or cannot execute the model.
+    :meth:`TileStore.around`. Raises ValueError if tiles, model and heading prior do not go together,
+    UserError if the backend is missing or cannot execute the model.
     """
 
     def __init__(
@@ -170,10 +164,8 @@ class Localizer:
 
         map: what :func:`~xview_loc.maps.open_map` opens, or an open map, which stays open afterwards.
         model: name of a model, or the model itself. checkpoint: its weights; default: the shipped ones.
-        snap_m: as of :func:`tile_store`. options: as of the constructor.
-
-        Raises:
-            UserError: the map or the checkpoint cannot be used.
+        snap_m: as of :func:`tile_store`. options: as of the constructor. Raises UserError if the map or the
+        checkpoint cannot be used.
         """
         net = model if isinstance(model, CrossViewModel) else load_model(model, checkpoint).model
         with ExitStack() as resources:
@@ -197,10 +189,8 @@ class Localizer:
     def localize(self, observation: Observation) -> PoseEstimate:
         """Return the camera's pose.
 
-        Raises:
-            LocalizationError: the observation gives no pose; see the subclasses.
-            ImageError: the image does not fit the model or its calibration.
-            MapError: the aerial tile cannot be had, or not within ``tile_wait_s``.
+        Raises a subclass of LocalizationError if the observation gives none, ImageError if the image does not
+        fit the model or its calibration, MapError without an aerial tile within ``tile_wait_s``.
         """
         if self._needs_heading and observation.heading is None:
             raise HeadingRequiredError(f"{self.spec.name} needs a heading, and the observation has none")
@@ -246,8 +236,7 @@ class Localizer:
     def warm_up(self) -> None:
         """Run the model once on noise, so that the first observation is as fast as the others.
 
-        Raises:
-            NonFiniteHeatMapError: the heat map of noise is not finite.
+        Raises NonFiniteHeatMapError if the heat map of noise is not finite.
         """
         rng = np.random.default_rng(0)
         side = self.spec.aerial_size
@@ -255,8 +244,7 @@ class Localizer:
         tile = AerialTile(aerial, 0.0, 0.0, self.spec.gsd)
         height, width = self.spec.ground_size
         camera = CameraModel(width, height, (width, 0, width / 2, 0, width, height / 2, 0, 0, 1))
-        ground = normalise(rng.integers(0, 256, (height, width, 3), np.uint8))
-        ground = ground.to(self._model_device, self._dtype, memory_format=torch.channels_last)
+        ground = self._to_model(normalise(rng.integers(0, 256, (height, width, 3), np.uint8)))
         features = self._features_of(aerial)
         observation = Observation(aerial, 0.0, 0.0, heading=0.0, camera=camera)
         maps = self._match(ground, features, tile, observation)
@@ -291,7 +279,10 @@ class Localizer:
     def _ground(self, observation: Observation) -> Tensor:
         heading = observation.heading if self._turns_image else None
         ground = prepare_ground(observation.image, self.spec, heading=heading, camera=observation.camera)
-        return ground.to(self._model_device, self._dtype, memory_format=torch.channels_last)
+        return self._to_model(ground)
+
+    def _to_model(self, image: Tensor) -> Tensor:
+        return image.to(self._model_device, self._dtype, memory_format=torch.channels_last)
 
     def _encode(self, tile: AerialTile) -> Any:
         keep = self.spec.aerial_up == "north"
@@ -309,9 +300,7 @@ class Localizer:
         return features
 
     def _features_of(self, aerial: Image) -> Any:
-        features = self._model.encode_aerial(
-            normalise(aerial).to(self._model_device, self._dtype, memory_format=torch.channels_last)
-        )
+        features = self._model.encode_aerial(self._to_model(normalise(aerial)))
         if not self._precompute:
             return features
         return self._model.precompute(features, orientation=self._heading_prior_deg != 0)

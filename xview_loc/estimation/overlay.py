@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import cv2
 import numpy as np
@@ -21,6 +20,8 @@ HEAT_OPACITY = 0.65
 
 # Fractional bits of the fixed-point drawing coordinates.
 _BITS = 4
+_ANGLES = np.linspace(0.0, 2.0 * math.pi, 64, endpoint=False)
+_CIRCLE = np.stack([np.cos(_ANGLES), np.sin(_ANGLES)])
 
 
 def draw_overlay(estimate: PoseEstimate, lat: float, lon: float, size_px: int = 640) -> NDArray[np.uint8]:
@@ -36,25 +37,21 @@ def draw_overlay(estimate: PoseEstimate, lat: float, lon: float, size_px: int = 
     picture = np.array(cv2.resize(tile.image, (size_px, size_px), interpolation=how), np.uint8)
     picture = _blend_heat(picture, estimate.heat_map, scale)
     if (search := estimate.heat_map.search) is not None:
-        centre = tile.projection.forward(search.lat, search.lon)
-        circle = _circle(64) * search.radius_m
-        _polyline(picture, tile, centre[0] + circle[0], centre[1] + circle[1], scale, SEARCH_COLOUR, 1)
+        centre = np.array(tile.projection.forward(search.lat, search.lon))
+        circle = centre[:, None] + _CIRCLE * search.radius_m
+        _polyline(picture, tile, circle, scale, SEARCH_COLOUR, 1)
     thickness = max(1, round(size_px / 320))
     _cross(picture, _point(tile, *tile.projection.forward(lat, lon), scale), size_px / 45, thickness)
     east, north = tile.projection.forward(estimate.lat, estimate.lon)
     values, vectors = np.linalg.eigh(estimate.covariance)
     axes = vectors * (ELLIPSE_SIGMAS * np.sqrt(np.maximum(values, 0.0)))
-    ellipse = axes @ _circle(64)
-    _polyline(picture, tile, east + ellipse[0], north + ellipse[1], scale, ESTIMATE_COLOUR, thickness)
+    ellipse = np.array([[east], [north]]) + axes @ _CIRCLE
+    _polyline(picture, tile, ellipse, scale, ESTIMATE_COLOUR, thickness)
     here = _point(tile, east, north, scale)
     if estimate.heading is not None:
         length = size_px / 12 * tile.gsd / scale
-        tip = _point(
-            tile,
-            east + length * math.cos(estimate.heading),
-            north + length * math.sin(estimate.heading),
-            scale,
-        )
+        cos, sin = math.cos(estimate.heading), math.sin(estimate.heading)
+        tip = _point(tile, east + length * cos, north + length * sin, scale)
         cv2.arrowedLine(picture, here, tip, ESTIMATE_COLOUR, thickness, cv2.LINE_AA, _BITS, 0.3)
     radius = max(2.5, size_px / 130)
     for colour, reach in (((0, 0, 0), radius + 1.0), (ESTIMATE_COLOUR, radius)):
@@ -85,22 +82,16 @@ def _point(tile: AerialTile, east: float, north: float, scale: float) -> tuple[i
     return round(x * 2**_BITS), round(y * 2**_BITS)
 
 
-def _circle(points: int) -> NDArray[np.float64]:
-    angle = np.linspace(0.0, 2.0 * math.pi, points, endpoint=False)
-    return np.stack([np.cos(angle), np.sin(angle)])
-
-
 def _polyline(
     picture: NDArray[np.uint8],
     tile: AerialTile,
-    east: NDArray[Any],
-    north: NDArray[Any],
+    places: NDArray[np.float64],
     scale: float,
     colour: tuple[int, int, int],
     thickness: int,
 ) -> None:
-    """Draw a closed line through points in metres from the tile's centre."""
-    points = np.array([_point(tile, e, n, scale) for e, n in zip(east, north, strict=True)], np.int32)
+    """Draw a closed line through ``places`` (2, N), metres east and north from the tile's centre."""
+    points = np.array([_point(tile, east, north, scale) for east, north in places.T], np.int32)
     cv2.polylines(picture, [points], True, colour, thickness, cv2.LINE_AA, _BITS)
 
 

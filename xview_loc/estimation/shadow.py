@@ -95,8 +95,6 @@ class ShadowTrial:
         self._rng = np.random.default_rng(0)
         self._offered = 0
         self._compared: list[tuple[float, ...]] = []
-        self._sums = np.zeros(len(_NAMES))
-        self._known = np.zeros(len(_NAMES))
         # Last compared frame: stamp, and positions of base_link by active, candidate and as given.
         self._last: tuple[int, tuple[Place, ...]] | None = None
 
@@ -163,17 +161,13 @@ class ShadowTrial:
             fix_sigmas_active=sigmas[0],
         )
         self._compared.append(astuple(comparison))
-        values = np.array(astuple(comparison))
-        self._sums += np.nan_to_num(values)
-        self._known += np.isfinite(values)
         return comparison
 
     def means(self) -> dict[str, float]:
         """Return the mean of every figure over the frames where it is known."""
-        return {
-            name: float(total / known) if known else math.nan
-            for name, total, known in zip(_NAMES, self._sums, self._known, strict=True)
-        }
+        values = np.array(self._compared).reshape(-1, len(_NAMES))
+        sums, known = np.nan_to_num(values).sum(0), np.isfinite(values).sum(0)
+        return {n: float(s / k) if k else math.nan for n, s, k in zip(_NAMES, sums, known, strict=True)}
 
     def verdict(self) -> ShadowVerdict | None:
         """Return the verdict after all frames, None before.

@@ -114,7 +114,6 @@ class Checkpoints:
         return SetParametersResult(successful=True)
 
     def _store(self, **values: str) -> None:
-        """Set parameters without acting on them."""
         self._storing = True
         try:
             self._node.set_parameters([Parameter(name, value=value) for name, value in values.items()])
@@ -129,7 +128,6 @@ class Checkpoints:
         return await self._verdict(self.swap.load(Path(self._requested)), response)
 
     async def _on_rollback(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
-        """Return to the previous checkpoint."""
         if self.swap is None:
             response.message = "not configured"
             return response

@@ -22,10 +22,8 @@ class DeploymentError(UserError):
 def deploy(path: Path, to: str, timeout_s: float = 60.0) -> str:
     """Set the parameter ``checkpoint`` of the node ``to``, and return its answer.
 
-    The node must see the file under the same path.
-
-    Raises:
-        DeploymentError: the node cannot be reached, or refuses the checkpoint.
+    The node must see the file under the same path. Raises DeploymentError if the node cannot be reached, or
+    refuses the checkpoint.
     """
     rclpy.init()
     try:

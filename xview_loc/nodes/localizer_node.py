@@ -47,6 +47,13 @@ MAX_ODOMETRY_GAP_S = 1.0
 # Longest wait for an aerial tile, which goes on loading for later images. Shorter with the filter, whose pose
 # waits for the heat map.
 TILE_WAIT_S, TILE_WAIT_WITH_FILTER_S = 1.0, 0.2
+# Why a frame is rejected after an error: the first that fits.
+_REASONS: dict[type[Exception], str] = {
+    ImageError: "image_invalid",
+    CameraError: "camera_info_invalid",
+    NoImageryError: "no_imagery",
+    MapError: "map_unavailable",
+}
 
 
 class _NewestFrame:
@@ -111,7 +118,8 @@ class LocalizerNode(VehicleNode):
         localizer = self._first_localizer(model)
         self._needs_camera_info = model.spec.camera == "pinhole"
         self._odometry = Velocities(MAX_ODOMETRY_GAP_S)
-        self._filter = PositionFilter(self._odometry, self._filter_options()) if p["filter"] else None
+        errors = FilterOptions(p["filter_outlier"], p["filter_drift_m"], p["filter_decorrelation_m"])
+        self._filter = PositionFilter(self._odometry, errors) if p["filter"] else None
         self._tf: Any = self._tf_buffer() if p["camera_frame"] or p["antenna_frame"] else None
         self._outputs = Outputs(self, p, self._health)
         self._checkpoints.open(
@@ -124,7 +132,7 @@ class LocalizerNode(VehicleNode):
         )
 
     def make_worker(self) -> _NewestFrame:
-        """Return a worker that takes the newest image; older ones are dropped and counted."""
+        """Return a worker that takes the newest image."""
         return _NewestFrame(self._localize_safely)
 
     def wants_heading(self) -> bool:
@@ -267,14 +275,8 @@ class LocalizerNode(VehicleNode):
             self._localize(paired)
         except RejectedInput as error:
             self._reject(error.reason, str(error))
-        except ImageError as error:
-            self._reject("image_invalid", str(error))
-        except CameraError as error:
-            self._reject("camera_info_invalid", str(error))
-        except NoImageryError as error:
-            self._reject("no_imagery", str(error))
-        except MapError as error:
-            self._reject("map_unavailable", str(error))
+        except tuple(_REASONS) as error:
+            self._reject(next(key for kind, key in _REASONS.items() if isinstance(error, kind)), str(error))
         except LocalizationError as error:
             # HeadingRequiredError -> heading_required
             name = type(error).__name__.removesuffix("Error")
@@ -324,23 +326,15 @@ class LocalizerNode(VehicleNode):
         return input_messages.rgb_from_image(message)
 
     def _observation(self, paired: PairedFrame, fix: GnssFix, image: Any, mounting: Mounting) -> Observation:
-        heading = paired.heading
+        heading, frame = paired.heading, paired.frame
         lat, lon = fix.lat, fix.lon
-        camera_heading = None
+        looking, std = None, 0.0
         if heading is not None:
             # The fix is the antenna's position.
             lat, lon = mounting.camera_from_antenna(lat, lon, heading.yaw)
-            camera_heading = mounting.looking(heading.yaw)
-        return Observation(
-            image=image,
-            lat=lat,
-            lon=lon,
-            fix_covariance=None if fix.covariance is None else fix.covariance[:2, :2],
-            heading=camera_heading,
-            heading_std=0.0 if heading is None else heading.std,
-            camera=paired.frame.camera,
-            stamp_ns=paired.frame.stamp_ns,
-        )
+            looking, std = mounting.looking(heading.yaw), heading.std
+        covariance = None if fix.covariance is None else fix.covariance[:2, :2]
+        return Observation(image, lat, lon, covariance, looking, std, frame.camera, frame.stamp_ns)
 
     def _publish(
         self, outputs: Outputs, paired: PairedFrame, fix: GnssFix, mounting: Mounting, estimate: PoseEstimate
@@ -357,10 +351,6 @@ class LocalizerNode(VehicleNode):
         outputs.publish_estimate(paired, fix, mounting, estimate)
         self._health.accepted()
         outputs.publish_status(paired, estimate)
-
-    def _filter_options(self) -> FilterOptions:
-        p = self._params
-        return FilterOptions(p["filter_outlier"], p["filter_drift_m"], p["filter_decorrelation_m"])
 
     def _warn_of_unused_fix(self, paired: PairedFrame) -> None:
         if paired.fix is None:

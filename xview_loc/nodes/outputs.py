@@ -38,8 +38,7 @@ STATUS = ("latency_ms", "inference_ms", "confidence", "tile_age_s", "fix_offset_
 class Outputs:
     """The publishers of a configured localizer; ``datum`` is the origin of the map frame, once known.
 
-    Raises:
-        ParameterError: ``publish_tf`` is set, but tf2_ros is missing.
+    Raises ParameterError if ``publish_tf`` is set, but tf2_ros is missing.
     """
 
     def __init__(self, node: LifecycleNode, params: Mapping[str, Any], health: Health) -> None:

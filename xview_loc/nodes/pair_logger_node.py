@@ -235,18 +235,16 @@ class PairLoggerNode(VehicleNode):
         return folder
 
     def _on_start(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
-        response.success = False
         if self._state != "active":
             response.message = "the node is not active"
-        elif (writer := self._writer) is not None:
-            response.message = f"recording already, into {writer.bag.folder}"
+        elif self._writer is not None:
+            response.message = f"recording already, into {self._writer.bag.folder}"
         else:
             try:
-                folder = self._begin()
+                response.message = f"recording into {self._begin()}"
+                response.success = True
             except OSError as error:
                 response.message = str(error)
-            else:
-                response.success, response.message = True, f"recording into {folder}"
         return response
 
     async def _on_stop(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
@@ -263,15 +261,13 @@ class PairLoggerNode(VehicleNode):
         return response
 
     def _on_split(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
-        writer = self._writer
-        try:
-            if writer is not None:
+        response.message = "not recording"
+        if (writer := self._writer) is not None:
+            try:
                 writer.split()
-        except OSError as error:
-            response.success, response.message = False, str(error)
-            return response
-        response.success = writer is not None
-        response.message = "not recording" if writer is None else writer.bag.current_file
+                response.success, response.message = True, writer.bag.current_file
+            except OSError as error:
+                response.message = str(error)
         return response
 
     # Inputs: the executor's thread

@@ -25,10 +25,7 @@ FAULT_SHOWN_S = 10.0
 
 @dataclass(frozen=True)
 class ShadowOptions:
-    """Options of a trial.
-
-    every: compare every n-th frame. frames: number of comparisons. promote: activate a better candidate.
-    """
+    """Compare every n-th frame, ``frames`` times; ``promote``: activate a better candidate."""
 
     every: int
     frames: int
@@ -53,9 +50,7 @@ class ShadowRunner:
         publish: Callable[[FrameComparison], object],
         promote: Callable[[Future[Deployed]], object],
     ) -> None:
-        """Connect the runner to the node.
-
-        spread_m: as of :class:`ShadowTrial`. options: read when a trial begins and when it ends. publish:
+        """spread_m: as of :class:`ShadowTrial`. options: read when a trial begins and when it ends. publish:
         called with each comparison. promote: called with the change of checkpoint that ends a trial.
         """
         self._swap = swap
@@ -160,7 +155,7 @@ class ShadowRunner:
         )
 
     def _verified(self, candidate: Future[Deployed]) -> None:
-        """Begin the trial; called by the loading thread, or by the thread that cancels the candidate."""
+        # Called by the loading thread, or by the thread that cancels the candidate.
         with self._lock:
             if candidate is not self._wanted or candidate.cancelled():
                 return

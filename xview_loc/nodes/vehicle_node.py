@@ -238,15 +238,9 @@ class VehicleNode(LifecycleNode):
         self._wait_timer = self.create_timer(0.02, self._release, autostart=False)
 
     def _listen(self, kind: Any, name: str, call: Callable[[Any], None], raw: bool = False) -> None:
-        """Subscribe to an input."""
         p = self._params
-        qos = QoSProfile(
-            history=HistoryPolicy.KEEP_LAST,
-            depth=p["qos_depth"],
-            reliability=ReliabilityPolicy.RELIABLE
-            if p["qos_reliability"] == "reliable"
-            else ReliabilityPolicy.BEST_EFFORT,
-        )
+        reliability = ReliabilityPolicy[p["qos_reliability"].upper()]
+        qos = QoSProfile(history=HistoryPolicy.KEEP_LAST, depth=p["qos_depth"], reliability=reliability)
         self._inputs[name] = self.create_subscription(kind, name, self._guarded(name, call), qos, raw=raw)
 
     def _unlisten(self, name: str) -> None:
@@ -281,9 +275,6 @@ class VehicleNode(LifecycleNode):
         """End the threads and release everything, in any state."""
         self._stop()
         self.release()
-        self._close_map()
-
-    def _close_map(self) -> None:
         if self._tiles is not None:
             self._tiles.close()
             self._tiles = None
@@ -426,10 +417,7 @@ class VehicleNode(LifecycleNode):
 
 
 def _topic_problem(node: LifecycleNode, subscription: Any, optional: bool) -> str | None:
-    """Return what keeps a subscription from hearing its publishers, None if nothing does.
-
-    ``optional``: a topic without publishers is no problem.
-    """
+    """Return what keeps a subscription from hearing its publishers (if ``optional``, they may be missing)."""
     topic = subscription.topic_name
     own = subscription.msg_type
     type_name = f"{own.__module__.split('.')[0]}/msg/{own.__name__}"

@@ -179,10 +179,8 @@ def _reading(source: Path) -> Iterator[AnyReader]:
         reader.open()
     except Exception as error:  # damaged files raise anything
         raise BagError(f"cannot read {source}: {reason(error)}") from None
-    try:
+    with closing(reader):
         yield reader
-    finally:
-        reader.close()
 
 
 def _complete(

@@ -12,6 +12,7 @@ import math
 import os
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -104,18 +105,9 @@ class Pair:
         camera: CameraModel | None,
     ) -> Pair:
         """Make a pair of a vehicle's inputs at the image's stamp."""
-        return cls(
-            stamp_ns=stamp_ns,
-            image_format=image_format,
-            image_bytes=image_bytes,
-            lat=fix.lat,
-            lon=fix.lon,
-            altitude=fix.altitude,
-            fix_covariance=fix.covariance,
-            heading=None if heading is None else heading.yaw,
-            heading_std=0.0 if heading is None else heading.std,
-            camera=camera,
-        )
+        yaw, std = (None, 0.0) if heading is None else (heading.yaw, heading.std)
+        place = fix.lat, fix.lon, fix.altitude, fix.covariance
+        return cls(stamp_ns, image_format, image_bytes, *place, yaw, std, camera)
 
     def image(self) -> Image:
         """Decode the ground image to RGB. Raises ImageError if it is damaged."""
@@ -150,7 +142,7 @@ class PairWriter:
 
     def __init__(self, folder: Path, session: Mapping[str, Any], limits: BagLimits | None = None) -> None:
         """``session``: facts about the recording (vehicle, map, licence ...), JSON values."""
-        self._bag = BagWriter(folder, TOPICS, limits)
+        self.bag = BagWriter(folder, TOPICS, limits)
         self._session = {
             "format": _FORMAT,
             "software": f"xview_loc {__version__}",
@@ -163,11 +155,6 @@ class PairWriter:
         self._last_stamp = 0
         self.pairs = 0
 
-    @property
-    def bag(self) -> BagWriter:
-        """The bag being written."""
-        return self._bag
-
     def add(self, pair: Pair, tile: AerialTile | None, raw_image: bytes | None = None) -> None:
         """Write a pair and, the first time in each file, its tile.
 
@@ -179,7 +166,7 @@ class PairWriter:
         with self._lock:
             if stamp <= self._last_stamp:
                 # Time started again, and a pair's stamp must be unique within a file.
-                self._bag.split()
+                self.bag.split()
             self._begin(stamp)
             tile_stamp, tile_id = 0, ""
             if tile is not None:
@@ -196,7 +183,7 @@ class PairWriter:
                 data = np.frombuffer(pair.image_bytes, np.uint8)
                 image = message(TOPICS[IMAGE], header=head, format=pair.image_format, data=data)
                 raw_image = serialize(TOPICS[IMAGE], image)
-            self._bag.write(IMAGE, stamp, raw_image, may_split=False)
+            self.bag.write(IMAGE, stamp, raw_image, may_split=False)
             self._last_stamp = stamp
             self.pairs += 1
 
@@ -204,26 +191,26 @@ class PairWriter:
         """Write the CDR bytes of a ``nav_msgs/Odometry`` unchanged."""
         with self._lock:
             self._begin(stamp)
-            self._bag.write(ODOMETRY, stamp, data, may_split=False)
+            self.bag.write(ODOMETRY, stamp, data, may_split=False)
 
     def split(self) -> None:
         """Begin a new file."""
         with self._lock:
-            self._bag.split()
+            self.bag.split()
 
     def close(self) -> None:
         """Complete the bag."""
         with self._lock:
-            self._bag.close()
+            self.bag.close()
 
     def _begin(self, stamp: int) -> None:
         """Split if it is due, which here tears no pair apart.
 
         Each file of the bag can be read alone: it has the session and the tiles of its pairs.
         """
-        self._bag.split_if_due()
-        if self._bag.current_file != self._file:
-            self._file = self._bag.current_file
+        self.bag.split_if_due()
+        if self.bag.current_file != self._file:
+            self._file = self.bag.current_file
             self._tiles = {}
             self._write(SESSION, stamp, message("std_msgs/msg/String", data=json.dumps(self._session)))
 
@@ -245,7 +232,7 @@ class PairWriter:
         return stamp
 
     def _write(self, topic: str, stamp: int, value: Any) -> None:
-        self._bag.write(topic, stamp, serialize(TOPICS[topic], value), may_split=False)
+        self.bag.write(topic, stamp, serialize(TOPICS[topic], value), may_split=False)
 
 
 def _full(pair: Pair) -> NDArray[np.float64] | None:
@@ -259,13 +246,8 @@ def _full(pair: Pair) -> NDArray[np.float64] | None:
 
 def _imu(head: Any, heading: float | None, std: float) -> Any:
     zero = message("geometry_msgs/msg/Vector3", x=0.0, y=0.0, z=0.0)
-    covariance = np.zeros(9)
-    if heading is None:
-        covariance[0] = _UNKNOWN
-    else:
-        covariance[[0, 4]], covariance[8] = 1e6, std**2
-    unmeasured = np.zeros(9)
-    unmeasured[0] = _UNKNOWN
+    unmeasured = np.array([_UNKNOWN, *[0.0] * 8])
+    covariance = unmeasured if heading is None else np.diag([1e6, 1e6, std**2]).reshape(9)
     return message(
         TOPICS[HEADING],
         header=head,
@@ -323,19 +305,17 @@ class PairBag:
     def __getitem__(self, index: int) -> Pair:
         """Raises IndexError, and BagError if the pair is damaged."""
         stamp, number = self._index[index]
-        try:
+        with _readable(f"pair {index} of {self.folder} is damaged"):
             found = {
                 topic: deserialize(TOPICS[topic], data)
                 for topic, data in self._messages(number, stamp, (IMAGE, FIX, HEADING, CAMERA, TILE))
             }
             return _pair(stamp, found)
-        except Exception as error:
-            raise BagError(f"pair {index} of {self.folder} is damaged: {reason(error)}") from None
 
     def tile(self, index: int) -> AerialTile | None:
         """Return the aerial tile of a pair, None if it was stored without one. Raises as ``bag[index]``."""
         stamp, number = self._index[index]
-        try:
+        with _readable(f"pair {index} of {self.folder} has no usable tile"):
             reference = deserialize(TOPICS[TILE], self._one(number, stamp, TILE))
             if not reference.frame_id:
                 return None
@@ -352,8 +332,6 @@ class PairBag:
             if image is None or georeference is None:
                 raise ValueError("its tile is missing")
             return decode_tile(image, georeference)
-        except Exception as error:
-            raise BagError(f"pair {index} of {self.folder} has no usable tile: {reason(error)}") from None
 
     def session(self) -> dict[str, Any]:
         """Return the facts about the recording. Raises BagError without them."""
@@ -366,24 +344,15 @@ class PairBag:
     def raw_image(self, index: int) -> bytes:
         """Return the CDR bytes of a pair's image message. Raises as ``bag[index]``."""
         stamp, number = self._index[index]
-        try:
+        with _readable(f"pair {index} of {self.folder} is damaged"):
             return self._one(number, stamp, IMAGE)
-        except Exception as error:
-            raise BagError(f"pair {index} of {self.folder} is damaged: {reason(error)}") from None
 
     def odometry(self) -> Iterator[tuple[int, bytes]]:
-        """Yield (stamp in nanoseconds, CDR bytes of a ``nav_msgs/Odometry``) along the drive.
-
-        Raises BagError if the bag is damaged.
-        """
+        """Yield the drive's (stamp in nanoseconds, CDR bytes of a ``nav_msgs/Odometry``). Raises BagError."""
         for number, path in enumerate(self._paths):
-            try:
+            with _readable(f"the odometry in {path} is damaged"):
                 for _, _, found in self._reader(number).iter_messages(topics=[ODOMETRY]):
                     yield found.log_time, found.data
-            except BagError:
-                raise
-            except Exception as error:
-                raise BagError(f"the odometry in {path} is damaged: {reason(error)}") from None
 
     def poses(self) -> list[tuple[int, float, float, float | None]]:
         """Return every pair's stamp (ns), lat, lon (degrees) and heading (radians or None), in order.
@@ -393,14 +362,10 @@ class PairBag:
         fixes: dict[tuple[int, int], Any] = {}
         headings: dict[tuple[int, int], Any] = {}
         for number, path in enumerate(self._paths):
-            try:
+            with _readable(f"{path} is damaged"):
                 for _, channel, found in self._reader(number).iter_messages(topics=[FIX, HEADING]):
                     kind = fixes if channel.topic == FIX else headings
                     kind[found.log_time, number] = deserialize(TOPICS[channel.topic], found.data)
-            except BagError:
-                raise
-            except Exception as error:
-                raise BagError(f"{path} is damaged: {reason(error)}") from None
         try:
             return [
                 (key[0], fixes[key].latitude, fixes[key].longitude, _measured_yaw(headings[key]))
@@ -462,6 +427,17 @@ class PairBag:
         found = self._reader(number).iter_messages(topics=topics, starting_at=stamp, ending_at=stamp)
         for _, channel, one in found:
             yield channel.topic, one.data
+
+
+@contextmanager
+def _readable(problem: str) -> Iterator[None]:
+    """Turn any failure to read, but a BagError, into a BagError that begins with ``problem``."""
+    try:
+        yield
+    except BagError:
+        raise
+    except Exception as error:
+        raise BagError(f"{problem}: {reason(error)}") from None
 
 
 def _pair(stamp: int, found: Mapping[str, Any]) -> Pair:

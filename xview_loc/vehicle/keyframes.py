@@ -75,26 +75,21 @@ class Keyframes:
         if self._seen_ns is not None and speed is not None:
             self._driven += abs(speed) * (stamp_ns - self._seen_ns) / 1e9
         self._seen_ns = stamp_ns
-        if self._last is not None and not self._due(self._last, stamp_ns, lat, lon, yaw, speed):
-            return False
+        last, rule = self._last, self._rule
+        if last is not None and stamp_ns >= last.stamp_ns:  # else time started again
+            if speed is not None:
+                driven, moves = self._driven, abs(speed) >= STANDING_SPEED
+            else:
+                driven = math.hypot(*last.place.forward(lat, lon))
+                moves = driven >= STANDING_M
+            turned = 0.0 if yaw is None or last.yaw is None else abs(wrap_angle(yaw - last.yaw))
+            due = (
+                0.0 < rule.distance_m <= driven
+                or 0.0 < rule.interval_s <= (stamp_ns - last.stamp_ns) / 1e9
+                or 0.0 < rule.turn <= turned
+            )
+            if not (moves and due):
+                return False
         self._last = _Keyframe(stamp_ns, LocalProjection(lat, lon), yaw)
         self._driven = 0.0
         return True
-
-    def _due(
-        self, last: _Keyframe, stamp_ns: int, lat: float, lon: float, yaw: float | None, speed: float | None
-    ) -> bool:
-        if stamp_ns < last.stamp_ns:
-            return True  # time started again
-        if speed is not None:
-            driven, moves = self._driven, abs(speed) >= STANDING_SPEED
-        else:
-            driven = math.hypot(*last.place.forward(lat, lon))
-            moves = driven >= STANDING_M
-        rule = self._rule
-        turned = 0.0 if yaw is None or last.yaw is None else abs(wrap_angle(yaw - last.yaw))
-        return moves and (
-            0.0 < rule.distance_m <= driven
-            or 0.0 < rule.interval_s <= (stamp_ns - last.stamp_ns) / 1e9
-            or 0.0 < rule.turn <= turned
-        )

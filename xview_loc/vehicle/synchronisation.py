@@ -218,15 +218,7 @@ class JumpGate:
             if self._drivable(jump, good, fix, since_ns):
                 return 0.0
             self._first, self._jump_m = fix, jump
-        return self._wait(fix)
-
-    def _drivable(self, distance: float, before: GnssFix, fix: GnssFix, since_ns: int) -> bool:
-        allowed = max(self._max_jump_m, 3.0 * before.sigma, 3.0 * fix.sigma)
-        return distance <= allowed + TOP_SPEED * since_ns / NS
-
-    def _wait(self, fix: GnssFix) -> float:
-        """Return the jump in metres once the fixes have settled; raise RejectedInput until then."""
-        assert self._first is not None
+        assert self._first is not None  # the fix, or one that it agrees with
         self._last = fix
         if fix.stamp_ns - self._first.stamp_ns >= SETTLED_S * NS:
             return self._jump_m
@@ -235,3 +227,7 @@ class JumpGate:
             f"fixes jumped {self._jump_m:.0f} m, further than a vehicle drives; they are believed once they "
             f"agree for {SETTLED_S:g} s",
         )
+
+    def _drivable(self, distance: float, before: GnssFix, fix: GnssFix, since_ns: int) -> bool:
+        allowed = max(self._max_jump_m, 3.0 * before.sigma, 3.0 * fix.sigma)
+        return distance <= allowed + TOP_SPEED * since_ns / NS
