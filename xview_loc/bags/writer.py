@@ -78,12 +78,6 @@ class BagWriter:
             return self._pending + self._written + sum(file.size for file in self._files[:-1])
 
     @property
-    def message_count(self) -> int:
-        """Messages in the bag."""
-        with self._lock:
-            return sum(file.counts.total() for file in self._files)
-
-    @property
     def current_file(self) -> str:
         """Name of the file being written."""
         with self._lock:

@@ -153,7 +153,7 @@ def info(
     console.print(f"pairs        {facts.pairs}, {facts.without_tile} without a tile, {facts.damaged} damaged")
     console.print(f"tiles        {facts.tiles}")
     console.print(f"track        {facts.length_m:.0f} m in {facts.seconds:.0f} s")
-    box = f"{facts.south:.6f},{facts.west:.6f},{facts.north:.6f},{facts.east:.6f}"
+    box = ",".join(f"{degrees:.6f}" for degrees in facts.bounds)
     console.print(f"area         {box} (south,west,north,east)")
     console.print(f"fix sigma    {facts.fix_sigma_m:.1f} m (median of the receiver's claims)")
     console.print(f"vehicle      {session.get('vehicle') or 'not named'}")

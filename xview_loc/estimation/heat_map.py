@@ -107,14 +107,8 @@ class HeatMap:
         that pixel is not refined.
         """
         row, col = self.peak_pixel
-        height, width = self.probability.shape
-        padded = np.zeros((3, 3))
-        rows = slice(max(row - 1, 0), min(row + 2, height))
-        cols = slice(max(col - 1, 0), min(col + 2, width))
-        padded[rows.start - row + 1 : rows.stop - row + 1, cols.start - col + 1 : cols.stop - col + 1] = (
-            self.probability[rows, cols]
-        )
-        down, right = _summit(padded)
+        around = np.pad(self.probability, 1)[row : row + 3, col : col + 3]
+        down, right = _summit(around.astype(np.float64))
         return row + down, col + right
 
     @cached_property

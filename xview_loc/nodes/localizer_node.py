@@ -35,7 +35,7 @@ from xview_loc.models.runtimes import choose_backend
 from xview_loc.nodes import parameters
 from xview_loc.nodes.checkpoints import Checkpoints
 from xview_loc.nodes.diagnostics import WARN
-from xview_loc.nodes.outputs import Outputs
+from xview_loc.nodes.outputs import Outputs, tf2_ros
 from xview_loc.nodes.vehicle_node import Input, PairedFrame, VehicleNode, run
 from xview_loc.vehicle import messages as input_messages
 from xview_loc.vehicle.mounting import Mounting
@@ -215,14 +215,9 @@ class LocalizerNode(VehicleNode):
         )
 
     def _tf_buffer(self) -> Any:
-        try:
-            import tf2_ros
-        except ImportError:
-            raise parameters.ParameterError(
-                "camera_frame or antenna_frame is set, but tf2_ros cannot be imported"
-            ) from None
-        buffer = tf2_ros.Buffer()
-        self._tf_listener = tf2_ros.TransformListener(buffer, self, spin_thread=False)
+        tf = tf2_ros("camera_frame or antenna_frame")
+        buffer = tf.Buffer()
+        self._tf_listener = tf.TransformListener(buffer, self, spin_thread=False)
         return buffer
 
     def _on_odom(self, message: Odometry) -> None:

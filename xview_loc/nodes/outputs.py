@@ -6,6 +6,7 @@ import array
 import math
 import time
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,7 @@ class Outputs:
             self.set_datum(params["datum_lat"], params["datum_lon"])
         self._tile_key, self._tile_since = "", 0.0
         self._published_at: dict[str, float] = {}
-        self._tf: Any = _tf_broadcaster(node) if params["publish_tf"] else None
+        self._tf: Any = tf2_ros("publish_tf").TransformBroadcaster(node) if params["publish_tf"] else None
         self._publishers: list[Any] = []
         latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
         self._pose = self._advertise(PoseWithCovarianceStamped, "pose", 10)
@@ -117,11 +118,8 @@ class Outputs:
 
     def publish_filtered(self, pose: FilteredPose) -> None:
         """Publish the filter's pose of base_link."""
-        self._filtered_pose.publish(
-            self._map_pose(
-                pose.stamp_ns, pose.lat, pose.lon, pose.covariance, pose.heading, pose.heading_variance
-            )
-        )
+        place = pose.stamp_ns, pose.lat, pose.lon, pose.covariance
+        self._filtered_pose.publish(self._map_pose(*place, pose.heading, pose.heading_variance))
 
     def publish_comparison(self, comparison: FrameComparison) -> None:
         """Publish the figures of a frame that a shadow trial compared."""
@@ -164,12 +162,12 @@ class Outputs:
         )
 
 
-def _tf_broadcaster(node: LifecycleNode) -> Any:
+def tf2_ros(parameter: str) -> Any:
+    """Return the module tf2_ros, which ``parameter`` needs. Raises ParameterError if it is missing."""
     try:
-        import tf2_ros
+        return import_module("tf2_ros")
     except ImportError:
-        raise ParameterError("publish_tf is set, but tf2_ros cannot be imported") from None
-    return tf2_ros.TransformBroadcaster(node)
+        raise ParameterError(f"{parameter} is set, but tf2_ros cannot be imported") from None
 
 
 def _header(stamp_ns: int, frame: str) -> Header:

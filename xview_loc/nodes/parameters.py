@@ -12,7 +12,7 @@ from typing import Any
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
 from rclpy.node import Node
 
-from xview_loc.maps.base import MapOptions
+from xview_loc.maps.base import MapOptions, default_cache_dir
 
 # As in models.runtimes, whose import would load torch into nodes that need no model.
 BACKENDS = ("auto", "torch", "openvino", "onnxruntime")
@@ -209,13 +209,11 @@ def map_options(values: Mapping[str, Any]) -> MapOptions:
     variable = values["map_api_key_env"]
     if variable and variable not in os.environ:
         raise ParameterError(f"environment variable {variable} is not set")
-    folder = values["map_cache_dir"]
-    cache: dict[str, Any] = {"cache_dir": Path(folder)} if folder else {}
     return MapOptions(
         headers=headers,
         api_key=os.environ[variable] if variable else None,
         max_zoom=values["map_max_zoom"] or None,
         deadline_s=values["map_deadline_s"],
         offline=values["map_offline"],
-        **cache,
+        cache_dir=Path(values["map_cache_dir"]) if values["map_cache_dir"] else default_cache_dir(),
     )

@@ -60,8 +60,7 @@ class ImportOptions:
 
     topics: topics of the inputs in :data:`TYPES`; default: the topic named after the input (``/fix``), else
     the only one of its type. use_heading: pair headings. declination: angle from true to magnetic north,
-    radians east. licence: of the imagery; default: the map's attribution. The others are the pair_logger's
-    parameters.
+    radians east. The others are the pair_logger's parameters.
     """
 
     topics: Mapping[str, str] = field(default_factory=dict)
@@ -75,7 +74,6 @@ class ImportOptions:
     keyframes: KeyframeRule = field(default_factory=KeyframeRule)
     tile_px: int = 512
     tile_gsd: float = 0.14
-    licence: str = ""
 
 
 @dataclass
@@ -140,7 +138,7 @@ class _TileCutter:
         self._failures_in_a_row = 0
         self.has_map = aerial is not None
         self.size, self.gsd = options.tile_px, options.tile_gsd
-        self.licence = options.licence or (aerial.attribution if aerial else "")
+        self.licence = aerial.attribution if aerial else ""
 
     def around(self, lat: float, lon: float) -> AerialTile | None:
         """Cut a tile; None without a map or imagery. Raises MapError if several tiles in a row fail."""

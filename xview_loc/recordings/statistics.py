@@ -17,7 +17,8 @@ from xview_loc.recordings.pairs import PairBag
 class PairStatistics:
     """Figures of a bag of pairs; metres, seconds, degrees.
 
-    fix_sigma_m: median of the fixes' standard deviation along the larger axis, NaN without one.
+    bounds: south, west, north, east. fix_sigma_m: median of the fixes' standard deviation along the larger
+    axis, NaN without one.
     """
 
     pairs: int
@@ -26,10 +27,7 @@ class PairStatistics:
     damaged: int
     length_m: float
     seconds: float
-    south: float
-    west: float
-    north: float
-    east: float
+    bounds: tuple[float, float, float, float]
     fix_sigma_m: float
     places: list[tuple[float, float]]
 
@@ -66,10 +64,7 @@ def pair_statistics(bag: PairBag) -> PairStatistics:
         damaged=damaged,
         length_m=length,
         seconds=(max(stamps) - min(stamps)) / 1e9,
-        south=min(lats),
-        west=min(lons),
-        north=max(lats),
-        east=max(lons),
+        bounds=(min(lats), min(lons), max(lats), max(lons)),
         fix_sigma_m=sorted(sigmas)[len(sigmas) // 2] if sigmas else math.nan,
         places=places,
     )
@@ -77,9 +72,8 @@ def pair_statistics(bag: PairBag) -> PairStatistics:
 
 def draw_places(bag: PairBag, statistics: PairStatistics) -> Figure:
     """Draw the pairs' positions, in metres about their middle, over their tiles."""
-    middle = LocalProjection(
-        (statistics.south + statistics.north) / 2, (statistics.west + statistics.east) / 2
-    )
+    box = statistics.bounds
+    middle = LocalProjection((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
     figure = Figure(figsize=(8, 8))
     axes = figure.add_subplot()
     drawn: set[str] = set()
