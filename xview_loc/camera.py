@@ -27,17 +27,10 @@ _COEFFICIENTS = {"plumb_bob": (0, 4, 5), "rational_polynomial": (0, 8, 12, 14), 
 class CameraModel:
     """A calibrated pinhole or fisheye camera, as in ``sensor_msgs/CameraInfo``.
 
-    Hashable, so that undistortion maps can be cached.
-
-    Attributes:
-        width: image width in pixels.
-        height: image height in pixels.
-        k: the nine intrinsics, row by row (any 3x3 or flat sequence).
-        distortion: coefficients in OpenCV's order; may be empty.
-        distortion_model: ``plumb_bob``, ``rational_polynomial`` or ``equidistant`` (fisheye).
-
-    Raises:
-        CameraError: the calibration cannot be used.
+    ``k`` holds the nine intrinsics, row by row (any 3x3 or flat sequence), ``distortion`` the coefficients of
+    ``distortion_model`` (``plumb_bob``, ``rational_polynomial`` or ``equidistant``, a fisheye's) in OpenCV's
+    order; it may be empty. Hashable, so that undistortion maps can be cached. Raises CameraError if the
+    calibration cannot be used.
     """
 
     width: int
@@ -80,10 +73,14 @@ class CameraModel:
     def undistort(self, image: Image) -> Image:
         """Return the image of a pinhole camera with the same intrinsics; pixels outside the view are black.
 
-        Raises:
-            ImageError: the image's size is not the calibration's.
+        Raises ImageError if the image's size is not the calibration's.
         """
-        self._check_size(image)
+        height, width = image.shape[:2]
+        if (width, height) != (self.width, self.height):
+            raise ImageError(
+                f"the image has {width} x {height} pixels, but its calibration is for "
+                f"{self.width} x {self.height}"
+            )
         if not self.distorts:
             return image
         maps = _undistortion_maps(self)
@@ -98,23 +95,12 @@ class CameraModel:
         )
         return scale @ self.matrix
 
-    def _check_size(self, image: Image) -> None:
-        height, width = image.shape[:2]
-        if (width, height) != (self.width, self.height):
-            raise ImageError(
-                f"the image has {width} x {height} pixels, but its calibration is for "
-                f"{self.width} x {self.height}"
-            )
-
 
 @lru_cache(maxsize=4)
 def _undistortion_maps(camera: CameraModel) -> Sequence[NDArray[Any]]:
-    size = (camera.width, camera.height)
-    matrix = camera.matrix
-    if camera.distortion_model == "equidistant":
-        coefficients = np.array(camera.distortion or (0.0,) * 4)
-        return cv2.fisheye.initUndistortRectifyMap(
-            matrix, coefficients, np.eye(3), matrix, size, cv2.CV_16SC2
-        )
-    coefficients = np.array(camera.distortion)
-    return cv2.initUndistortRectifyMap(matrix, coefficients, np.eye(3), matrix, size, cv2.CV_16SC2)
+    size, matrix, coefficients = (camera.width, camera.height), camera.matrix, np.array(camera.distortion)
+    if camera.distortion_model != "equidistant":
+        return cv2.initUndistortRectifyMap(matrix, coefficients, np.eye(3), matrix, size, cv2.CV_16SC2)
+    if not camera.distortion:
+        coefficients = np.zeros(4)
+    return cv2.fisheye.initUndistortRectifyMap(matrix, coefficients, np.eye(3), matrix, size, cv2.CV_16SC2)

@@ -32,8 +32,7 @@ def _make_transformer(lat: float, lon: float) -> Transformer:
 
 
 class _Transformers(threading.local):
-    """Transformers per thread: PROJ objects must not be shared between threads."""
-
+    # One cache per thread: PROJ objects must not be shared between threads.
     def __init__(self) -> None:
         self.get = lru_cache(maxsize=64)(_make_transformer)
 
@@ -61,8 +60,7 @@ class LocalProjection:
 
     def forward(self, lat: Any, lon: Any) -> tuple[Any, Any]:
         """Convert degrees to (east, north) in metres; floats give floats, arrays give arrays."""
-        east, north = _TRANSFORMERS.get(self.lat, self.lon).transform(lon, lat)
-        return east, north
+        return _TRANSFORMERS.get(self.lat, self.lon).transform(lon, lat)
 
     def inverse(self, east: Any, north: Any) -> tuple[Any, Any]:
         """Convert metres to (lat, lon) in degrees, lon in [-180, 180]."""
@@ -122,9 +120,8 @@ def wrap_longitude(lon: float) -> float:
 def snap_to_grid(lat: float, lon: float, step_m: float) -> tuple[float, float]:
     """Return the nearest node (lat, lon) of a global grid with a spacing of at most ``step_m`` metres.
 
-    The node depends on position and step only. It is at most ``step_m / 2`` away, both north-south and
-    east-west. Each row of constant latitude has an integer number of nodes around the globe, so that the grid
-    is continuous at the antimeridian.
+    The node is at most ``step_m / 2`` away, both north-south and east-west. Each row of constant latitude has
+    an integer number of nodes around the globe, so that the grid is continuous at the antimeridian.
     """
     if not step_m > 0.0:
         raise ValueError(f"grid step must be positive, got {step_m}")

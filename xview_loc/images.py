@@ -1,7 +1,4 @@
-"""Encoded and raw images: completeness checks, decoding, JPEG encoding.
-
-Images are RGB, uint8 (height, width, 3).
-"""
+"""Encoded and raw images: completeness checks, decoding to RGB, JPEG encoding."""
 
 from __future__ import annotations
 
@@ -13,6 +10,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+# RGB, (height, width, 3).
 Image = NDArray[np.uint8]
 
 
@@ -44,15 +42,9 @@ _JPEG_END, _JPEG_SCAN = 0xD9, 0xDA
 def decode_image(encoding: str, height: int, width: int, step: int, data: Any) -> Image:
     """Decode a raw image of a ``sensor_msgs/Image`` message to RGB.
 
-    An rgb8 image is a view of ``data``: do not write to it.
-
-    Args:
-        encoding: one of ``ENCODINGS``.
-        step: length of a row in bytes, padding included.
-        data: any buffer of bytes.
-
-    Raises:
-        ImageError: the encoding is not supported, or the sizes do not fit together.
+    ``step`` is the length of a row in bytes, padding included; ``data`` is any buffer of bytes. An rgb8 image
+    is a view of it: do not write to it. Raises ImageError if the encoding is not one of ``ENCODINGS`` or the
+    sizes do not fit together.
     """
     if encoding not in _ENCODINGS:
         raise ImageError(f"image encoding {encoding!r} is not supported; use one of {', '.join(ENCODINGS)}")
@@ -81,10 +73,8 @@ def decode_image(encoding: str, height: int, width: int, step: int, data: Any) -
 def decode_compressed(data: Any) -> Image:
     """Decode a JPEG, PNG or WebP file to RGB.
 
-    The EXIF orientation is ignored: a camera's calibration is for the pixels as stored.
-
-    Raises:
-        ImageError: the file is truncated, damaged or no image.
+    The EXIF orientation is ignored: a camera's calibration is for the pixels as stored. Raises ImageError if
+    the file is truncated, damaged or no image.
     """
     try:
         content = bytes(memoryview(data))
@@ -97,8 +87,7 @@ def decode_compressed(data: Any) -> Image:
 def decode_with_alpha(content: bytes) -> Image:
     """Decode a JPEG, PNG or WebP file to RGB, or to RGBA (height, width, 4) if it has an alpha channel.
 
-    Raises:
-        ImageError: the file is truncated, damaged or no image.
+    Raises ImageError if the file is truncated, damaged or no image.
     """
     pixels = _decode(content, cv2.IMREAD_UNCHANGED)
     if pixels.dtype == np.uint16:
@@ -147,10 +136,7 @@ def _decode(content: bytes, flags: int) -> NDArray[Any]:
 
 
 def _jpeg_is_complete(content: bytes) -> bool:
-    """Return True if the segments lead to the end marker.
-
-    Each one is followed by its length, since a thumbnail in a segment has an end marker of its own.
-    """
+    # From segment to segment by their lengths: a thumbnail in a segment has an end marker of its own.
     position, scans = 2, 0
     while position + 4 <= len(content) or content[position : position + 2] == b"\xff\xd9":
         if content[position] != 0xFF:

@@ -13,8 +13,7 @@ __all__ = ["open_map"]
 def open_map(source: str | Path, options: MapOptions | None = None) -> AerialMap:
     """Open a GDAL raster, an ``.mbtiles`` or ``.pmtiles`` file, or an XYZ tile URL (``.../{z}/{x}/{y}``).
 
-    Raises:
-        MapOpenError: the source is missing, not georeferenced, or of an unsupported kind.
+    Raises MapOpenError if the source is missing, not georeferenced, or of an unsupported kind.
     """
     # Imported late: each kind of map loads libraries of its own.
     from xview_loc.maps.pyramid import PyramidMap

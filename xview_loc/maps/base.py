@@ -1,7 +1,4 @@
-"""The interface of aerial maps, their tiles and errors.
-
-A tile is a square image, metric in the true-north plane about its centre, whatever the map's projection.
-"""
+"""The interface of aerial maps, their tiles and errors."""
 
 from __future__ import annotations
 
@@ -24,6 +21,7 @@ from xview_loc.errors import UserError
 from xview_loc.geodesy import LocalProjection, wrap_angle
 
 SECRET = "***"
+_RANDOM_SEGMENT = re.compile(r"(?=.*\d)(?=.*[A-Za-z])[\w-]{20,}")
 
 
 class MapError(UserError):
@@ -51,15 +49,10 @@ def default_cache_dir() -> Path:
 class MapOptions:
     """Options for reading a map; most are for tile servers.
 
-    Attributes:
-        headers: HTTP headers of every request.
-        api_key: replaces ``{key}`` in the URL.
-        max_zoom: deepest zoom level of the server; finer tiles are enlarged from it.
-        cache_dir: disk cache of tiles; None for no cache.
-        cache_mb: size limit of the cache; above it the least recently used tiles are deleted.
-        deadline_s: longest wait for an aerial tile, all requests and retries included.
-        offline: read the disk cache only.
-        attribution: replaces the attribution that the map itself gives.
+    ``api_key`` replaces ``{key}`` in the URL. Tiles finer than ``max_zoom`` are enlarged from it. In the disk
+    cache ``cache_dir`` (None: no cache) the least recently used tiles are deleted above ``cache_mb``;
+    ``offline`` reads the cache only. ``deadline_s`` is the longest wait for an aerial tile, all requests and
+    retries included. ``attribution`` replaces the one that the map itself gives.
     """
 
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
@@ -87,18 +80,12 @@ class MapInfo:
 
 @dataclass(frozen=True, eq=False)
 class AerialTile:
-    """A square aerial image, metric in the true-north plane about its centre.
+    """A square RGB image (H, W, 3), metric in the true-north plane about its centre in any map.
 
-    Pixel coordinates (row, col) are those of pixel centres; the tile's centre is ((H - 1) / 2, (W - 1) / 2).
-
-    Attributes:
-        image: uint8 (H, W, 3), RGB.
-        lat: latitude of the centre in degrees.
-        lon: longitude of the centre in degrees.
-        gsd: ground sample distance in metres per pixel.
-        valid_fraction: share of pixels with imagery.
-        rotation: ENU direction in which columns increase, in radians; 0 is north-up.
-        valid: pixels with imagery, bool (H, W); None if not known per pixel.
+    Pixel coordinates (row, col) are those of pixel centres; the tile's centre (``lat``, ``lon`` in degrees)
+    is ((H - 1) / 2, (W - 1) / 2). ``gsd`` is the ground sample distance in metres per pixel, ``rotation`` the
+    ENU direction in which columns increase, in radians; 0 is north-up. ``valid`` (H, W) marks pixels with
+    imagery, None if not known per pixel, and ``valid_fraction`` is their share.
     """
 
     image: NDArray[np.uint8]
@@ -166,9 +153,7 @@ class AerialTile:
         shape = (size_px, size_px)
         flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
         image = cv2.warpAffine(self.image, matrix, shape, flags=flags).astype(np.uint8, copy=False)
-        mask = (
-            np.full(self.image.shape[:2], 255, np.uint8) if self.valid is None else self.valid * np.uint8(255)
-        )
+        mask = np.uint8(255) * (np.ones(self.image.shape[:2], bool) if self.valid is None else self.valid)
         valid = cv2.warpAffine(mask, matrix, shape, flags=flags) > 127
         fraction = float(valid.mean())
         if self.valid is None:
@@ -184,11 +169,8 @@ class AerialMap:
     def tile(self, lat: float, lon: float, size_px: int, gsd: float) -> AerialTile:
         """Cut a north-up tile of ``size_px`` pixels of ``gsd`` metres, centred on a position in degrees.
 
-        Pixels without imagery are black.
-
-        Raises:
-            NoImageryError: no pixel has imagery.
-            MapUnavailableError: the map cannot be read now.
+        Pixels without imagery are black. Raises NoImageryError if no pixel has imagery, and
+        MapUnavailableError if the map cannot be read now.
         """
         raise NotImplementedError
 
@@ -215,12 +197,9 @@ def redact(source: str, secrets: tuple[str, ...] = ()) -> str:
         return source
     parts = urlsplit(source)
     host = parts.netloc.rpartition("@")[2]
-    path = "/".join(SECRET if _looks_secret(segment) else segment for segment in parts.path.split("/"))
+    segments = parts.path.split("/")
+    path = "/".join(SECRET if _RANDOM_SEGMENT.fullmatch(segment) else segment for segment in segments)
     return f"{parts.scheme}://{host}{path}" + (f"?{SECRET}" if parts.query else "")
-
-
-def _looks_secret(segment: str) -> bool:
-    return bool(re.fullmatch(r"(?=.*\d)(?=.*[A-Za-z])[\w-]{20,}", segment))
 
 
 class LogRedactor(logging.Filter):

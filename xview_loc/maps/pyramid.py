@@ -10,7 +10,7 @@ import math
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xview_loc.geodesy import LocalProjection
-from xview_loc.images import ImageError, decode_with_alpha
+from xview_loc.images import Image, ImageError, decode_with_alpha
 from xview_loc.maps.base import (
     AerialMap,
     AerialTile,
@@ -33,6 +33,7 @@ from xview_loc.maps.sources import TileId, TileSource
 from xview_loc.maps.tile_server import HttpSource
 
 T = TypeVar("T")
+Array = NDArray[np.float64]
 
 EARTH_CIRCUMFERENCE_M = 2.0 * math.pi * 6_378_137.0
 MAX_LATITUDE = 85.0511
@@ -71,16 +72,16 @@ class PyramidMap(AerialMap):
     ) -> Iterator[tuple[int, int, int]]:
         """Fetch the tiles of the pyramid that aerial tiles at ``places`` (lat, lon) need into the cache.
 
-        Yields (tiles done, tiles in total, tiles without imagery).
-
-        Raises:
-            MapUnavailableError: a tile cannot be fetched; the tiles fetched before stay in the cache.
+        Yields (tiles done, tiles in total, tiles without imagery). Raises MapUnavailableError if a tile
+        cannot be fetched; the tiles fetched before stay in the cache.
         """
         while True:
             side = self.source.side
             wanted: dict[TileId, None] = {}
             for lat, lon in places:
-                wanted.update(dict.fromkeys(self._covering(lat, lon, size_px, gsd)))
+                zoom = self._zoom(lat, gsd)
+                grid = self._grid(LocalProjection(lat, lon), size_px, gsd, zoom)
+                wanted.update(dict.fromkeys(tile for _, tile in self._tiles(*grid, zoom)))
             tiles, missing = list(wanted), 0
             for start in range(0, len(tiles), PREFETCH_GROUP):
                 group = tiles[start : start + PREFETCH_GROUP]
@@ -117,27 +118,21 @@ class PyramidMap(AerialMap):
         zoom = math.ceil(math.log2(self._resolution(lat, 0) / (gsd * 1.001)))
         return max(self.source.min_zoom, min(self._max_zoom, zoom))
 
-    def _grid(
-        self, place: LocalProjection, size_px: int, gsd: float, zoom: int
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-        """Return world pixel coordinates (x, y) at ``zoom`` on a coarse grid over the aerial tile, and the
-        grid's pixel coordinates in that tile.
+    def _grid(self, place: LocalProjection, size_px: int, gsd: float, zoom: int) -> tuple[Array, Array]:
+        """Return world pixel coordinates (x, y) at ``zoom`` of the grid's nodes on the aerial tile.
 
         World x is not wrapped at the antimeridian: it continues beyond the last column.
         """
-        nodes = np.linspace(-0.5, size_px - 0.5, GRID_NODES)
-        metres = (nodes - (size_px - 1) / 2.0) * gsd
+        metres = (_nodes(size_px) - (size_px - 1) / 2.0) * gsd
         east, south = np.meshgrid(metres, metres)
         lat, lon = place.inverse(east, -south)
         lon = place.lon + (np.asarray(lon) - place.lon + 180.0) % 360.0 - 180.0
         world = self.source.side * 2.0**zoom
         x = (lon + 180.0) / 360.0 * world
         y = (0.5 - np.arcsinh(np.tan(np.radians(lat))) / (2.0 * math.pi)) * world
-        return x, y, nodes
+        return x, y
 
-    def _tiles(
-        self, grid_x: NDArray[np.float64], grid_y: NDArray[np.float64], zoom: int
-    ) -> list[tuple[tuple[int, int], TileId]]:
+    def _tiles(self, grid_x: Array, grid_y: Array, zoom: int) -> list[tuple[tuple[int, int], TileId]]:
         """Return ((unwrapped column, row), tile) of all tiles under the grid and a margin to interpolate."""
         side, count = self.source.side, 2**zoom
         columns = range(math.floor((grid_x.min() - 2) / side), math.floor((grid_x.max() + 2) / side) + 1)
@@ -151,12 +146,6 @@ class PyramidMap(AerialMap):
                 f" tile ({len(columns) * len(rows)} tiles to merge, at most {MAX_TILES} are supported)"
             )
         return [((x, y), TileId(zoom, x % count, y)) for y in rows for x in columns]
-
-    def _covering(self, lat: float, lon: float, size_px: int, gsd: float) -> list[TileId]:
-        """Return the tiles under an aerial tile at this position."""
-        zoom = self._zoom(lat, gsd)
-        grid_x, grid_y, _ = self._grid(LocalProjection(lat, lon), size_px, gsd, zoom)
-        return [tile for _, tile in self._tiles(grid_x, grid_y, zoom)]
 
     def _fetch(self, tiles: list[TileId]) -> int:
         """Fetch tiles, and ancestors of missing ones, into the cache; return how many have neither."""
@@ -175,11 +164,14 @@ class PyramidMap(AerialMap):
             raise NoImageryError(f"{self.source.name} ends at latitude {MAX_LATITUDE}, asked for {lat:.6f}")
         side = self.source.side
         zoom = self._zoom(lat, gsd)
-        grid_x, grid_y, nodes = self._grid(place, size_px, gsd, zoom)
+        grid_x, grid_y = self._grid(place, size_px, gsd, zoom)
         placed = self._tiles(grid_x, grid_y, zoom)
-        images = self._load([tile for _, tile in placed], deadline)
+        wanted = list(dict.fromkeys(tile for _, tile in placed))
+        sources, decoded = self._with_ancestors(wanted, lambda group: self._decode_all(group, deadline))
         if self.source.side != side:
             return None
+        # Missing tiles are enlarged from an ancestor, if any.
+        images = {tile: self._enlarge(decoded[sources[tile]], tile, sources[tile]) for tile in wanted}
         if all(image is None for image in images.values()):
             raise NoImageryError(f"{self.source.name} has no imagery at {lat:.6f}, {lon:.6f} (zoom {zoom})")
 
@@ -199,7 +191,7 @@ class PyramidMap(AerialMap):
         # Linear interpolation would alias when shrinking by more than 1.5: sample finer, then average.
         ratio = gsd / self._resolution(lat, zoom)
         fold = math.ceil(ratio) if ratio > 1.5 else 1
-        weights = _interpolation(nodes, (np.arange(size_px * fold) + 0.5) / fold - 0.5)
+        weights = _interpolation(size_px, fold)
         # World coordinates are relative to a pixel's corner, those of remap to its centre.
         map_x = (weights @ (grid_x - left * side - 0.5) @ weights.T).astype(np.float32)
         map_y = (weights @ (grid_y - top * side - 0.5) @ weights.T).astype(np.float32)
@@ -220,12 +212,6 @@ class PyramidMap(AerialMap):
             raise NoImageryError(f"{self.source.name} has no imagery at {lat:.6f}, {lon:.6f} (zoom {zoom})")
         return AerialTile(np.asarray(picture, np.uint8), place.lat, place.lon, gsd, fraction, valid=valid)
 
-    def _load(self, tiles: Iterable[TileId], deadline: float) -> dict[TileId, NDArray[np.uint8] | None]:
-        """Return decoded RGB(A) tiles; missing ones are enlarged from an ancestor, if any."""
-        wanted = list(dict.fromkeys(tiles))
-        sources, images = self._with_ancestors(wanted, lambda group: self._decode_all(group, deadline))
-        return {tile: self._enlarge(images[sources[tile]], tile, sources[tile]) for tile in wanted}
-
     def _with_ancestors(
         self, tiles: list[TileId], get: Callable[[list[TileId]], dict[TileId, T | None]]
     ) -> tuple[dict[TileId, TileId], dict[TileId, T | None]]:
@@ -241,9 +227,7 @@ class PyramidMap(AerialMap):
             found.update(get(list(dict.fromkeys(sources[tile] for tile in missing))))
         return sources, found
 
-    def _enlarge(
-        self, image: NDArray[np.uint8] | None, tile: TileId, ancestor: TileId
-    ) -> NDArray[np.uint8] | None:
+    def _enlarge(self, image: Image | None, tile: TileId, ancestor: TileId) -> Image | None:
         """Return the part of an ancestor's image that ``tile`` covers, at full tile size."""
         levels = tile.z - ancestor.z
         if image is None or levels == 0:
@@ -259,8 +243,8 @@ class PyramidMap(AerialMap):
         enlarged = cv2.warpAffine(image, matrix, size, flags=flags, borderMode=cv2.BORDER_REPLICATE)
         return enlarged.astype(np.uint8, copy=False)
 
-    def _decode_all(self, tiles: list[TileId], deadline: float) -> dict[TileId, NDArray[np.uint8] | None]:
-        images: dict[TileId, NDArray[np.uint8] | None] = {}
+    def _decode_all(self, tiles: list[TileId], deadline: float) -> dict[TileId, Image | None]:
+        images: dict[TileId, Image | None] = {}
         with self._lock:
             for tile in tiles:
                 if tile in self._decoded:
@@ -291,25 +275,27 @@ class PyramidMap(AerialMap):
             with self._lock:
                 if self._decoded:
                     # Not the first tile: a single one of another size.
-                    image = cv2.resize(
-                        image, (self.source.side, self.source.side), interpolation=cv2.INTER_AREA
-                    )
+                    size = (self.source.side, self.source.side)
+                    image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
                 else:
                     self.source.learn_side(image.shape[0])
         return image.astype(np.uint8, copy=False)
 
 
+def _nodes(size_px: int) -> Array:
+    """Return the pixel coordinates of the grid's nodes along an aerial tile's side."""
+    return np.linspace(-0.5, size_px - 0.5, GRID_NODES)
+
+
 @lru_cache(maxsize=8)
-def _weights(start: float, step: float, first: float, pitch: float, count: int) -> NDArray[np.float64]:
-    position = (first + pitch * np.arange(count) - start) / step
+def _interpolation(size_px: int, fold: int) -> Array:
+    """Return the matrix that interpolates linearly from the nodes to ``fold`` samples per pixel."""
+    nodes, count = _nodes(size_px), size_px * fold
+    samples = (np.arange(count) + 0.5) / fold - 0.5
+    pitch = samples[1] - samples[0] if count > 1 else 1.0
+    position = (samples[0] + pitch * np.arange(count) - nodes[0]) / (nodes[1] - nodes[0])
     node = np.clip(np.floor(position).astype(int), 0, GRID_NODES - 2)
     weights = np.zeros((count, GRID_NODES))
     weights[np.arange(count), node] = 1.0 - (position - node)
     weights[np.arange(count), node + 1] = position - node
     return weights
-
-
-def _interpolation(nodes: NDArray[np.float64], positions: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the (positions, nodes) matrix of linear interpolation between evenly spaced nodes."""
-    pitch = float(positions[1] - positions[0]) if len(positions) > 1 else 1.0
-    return _weights(float(nodes[0]), float(nodes[1] - nodes[0]), float(positions[0]), pitch, len(positions))

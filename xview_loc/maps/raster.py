@@ -6,7 +6,6 @@ import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -37,14 +36,6 @@ from xview_loc.maps.base import (
 )
 
 
-@dataclass(frozen=True)
-class _Bands:
-    """1-based indexes of the colour bands (three, or one for grey) and of the alpha band."""
-
-    colour: tuple[int, ...]
-    alpha: int | None
-
-
 class RasterMap(AerialMap):
     """Aerial map of a raster in any projection, warped by GDAL while reading."""
 
@@ -66,7 +57,8 @@ class RasterMap(AerialMap):
         with rasterio.Env(**self._env):
             dataset = self._open(MapOpenError)
             self._idle.append(dataset)
-            self._bands = self._choose_bands(dataset)
+            # 1-based indexes of the colour bands (three, or one for grey) and of the alpha band.
+            self._colour, self._alpha = self._choose_bands(dataset)
             self._scale = self._brightness_range(dataset)
             self._info = self._describe(dataset, options)
         self.attribution = self._info.attribution
@@ -80,7 +72,9 @@ class RasterMap(AerialMap):
             f"+proj=tmerc +lat_0={place.lat!r} +lon_0={place.lon!r} +k=1 +x_0=0 +y_0=0 +datum=WGS84 +units=m"
         )
         ratio = gsd / self._info.resolution_m if self._info.resolution_m else 1.0
-        bands = self._bands
+        resampling = Resampling.bilinear if ratio <= 1.5 else Resampling.average
+        if ratio < 1.0:
+            resampling = Resampling.cubic
         try:
             with (
                 rasterio.Env(**self._env),
@@ -91,14 +85,13 @@ class RasterMap(AerialMap):
                     transform=Affine(gsd, 0.0, -half, 0.0, -gsd, half),
                     width=size_px,
                     height=size_px,
-                    resampling=_resampling(ratio),
+                    resampling=resampling,
                     tolerance=0.02,
-                    add_alpha=bands.alpha is None,
+                    add_alpha=self._alpha is None,
                     UNIFIED_SRC_NODATA="YES",
                 ) as warped,
             ):
-                alpha = bands.alpha or warped.count
-                data = warped.read(indexes=[*bands.colour, alpha])
+                data = warped.read(indexes=[*self._colour, self._alpha or warped.count])
         except (RasterioError, OSError) as error:
             if not self._may_cover(lat, lon, half):
                 raise NoImageryError(f"{self._name} does not cover {lat:.6f}, {lon:.6f}") from None
@@ -144,8 +137,11 @@ class RasterMap(AerialMap):
     def _open(self, error_type: type[MapError]) -> Any:
         try:
             dataset = rasterio.open(self._source)
+            if ColorInterp.palette not in dataset.colorinterp:
+                return dataset
             # Colours can be interpolated, palette indices cannot.
-            return _expand_palette(dataset) if ColorInterp.palette in dataset.colorinterp else dataset
+            dataset.close()
+            return rasterio.open(f"vrt://{dataset.name}?expand=rgba")
         except (RasterioError, OSError, ValueError) as error:
             raise error_type(f"cannot open {self._name}: {self._reason(error)}") from None
 
@@ -156,7 +152,7 @@ class RasterMap(AerialMap):
             text = text.replace(query, SECRET)
         return " ".join(text.split())
 
-    def _choose_bands(self, dataset: Any) -> _Bands:
+    def _choose_bands(self, dataset: Any) -> tuple[list[int], int | None]:
         if dataset.crs is None:
             raise MapOpenError(f"{self._name} has no coordinate reference system")
         if not (dataset.crs.is_projected or dataset.crs.is_geographic):
@@ -175,9 +171,9 @@ class RasterMap(AerialMap):
         alpha = roles.index(ColorInterp.alpha) + 1 if ColorInterp.alpha in roles else None
         rgb = (ColorInterp.red, ColorInterp.green, ColorInterp.blue)
         if all(role in roles for role in rgb):
-            return _Bands(tuple(roles.index(role) + 1 for role in rgb), alpha)
+            return [roles.index(role) + 1 for role in rgb], alpha
         colour = [i + 1 for i in range(dataset.count) if i + 1 != alpha]
-        return _Bands(tuple(colour[:3] if len(colour) >= 3 else colour[:1]), alpha)
+        return colour[:3] if len(colour) >= 3 else colour[:1], alpha
 
     def _brightness_range(self, dataset: Any) -> tuple[float, float] | None:
         """Return the pixel values that become black and white; None for 8-bit data."""
@@ -190,10 +186,9 @@ class RasterMap(AerialMap):
                 side = 256
                 row = int(i / 3 * max(0, dataset.height - side))
                 col = int(j / 3 * max(0, dataset.width - side))
-                window = rasterio.windows.Window(
-                    col, row, min(side, dataset.width), min(side, dataset.height)
-                )
-                data = dataset.read(indexes=list(self._bands.colour), window=window)
+                size = (min(side, dataset.width), min(side, dataset.height))
+                window = rasterio.windows.Window(col, row, *size)
+                data = dataset.read(indexes=self._colour, window=window)
                 samples.append(data[:, dataset.dataset_mask(window=window) > 0].ravel())
         values = np.concatenate(samples)
         if values.size == 0:
@@ -202,7 +197,6 @@ class RasterMap(AerialMap):
         return float(low), max(float(high), float(low) + 1.0)
 
     def _to_rgb(self, data: NDArray[Any]) -> NDArray[np.uint8]:
-        """Convert (bands, H, W) of the source's type to RGB (H, W, 3)."""
         if self._scale is not None:
             low, high = self._scale
             data = np.clip((data.astype(np.float32) - low) * (255.0 / (high - low)) + 0.5, 0, 255)
@@ -240,16 +234,3 @@ class RasterMap(AerialMap):
         width = east - west if east > west else east - west + 360.0  # across the antimeridian east < west
         inside_lon = (lon - west + margin_lon) % 360.0 <= width + 2.0 * margin_lon
         return south - margin <= lat <= north + margin and inside_lon
-
-
-def _resampling(ratio: float) -> Resampling:
-    """Return the resampling method for output pixels ``ratio`` source pixels wide."""
-    if ratio < 1.0:
-        return Resampling.cubic
-    return Resampling.bilinear if ratio <= 1.5 else Resampling.average
-
-
-def _expand_palette(dataset: Any) -> Any:
-    path = dataset.name
-    dataset.close()
-    return rasterio.open(f"vrt://{path}?expand=rgba")

@@ -11,6 +11,7 @@ import struct
 import threading
 import zlib
 from collections.abc import Sequence
+from contextlib import closing
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,8 +60,7 @@ class TileSource:
     def get(self, tiles: Sequence[TileId], deadline: float) -> dict[TileId, bytes | None]:
         """Return encoded images, None for tiles without imagery.
 
-        Raises:
-            MapUnavailableError: the source failed, or did not answer by ``deadline`` (``time.monotonic``).
+        Raises MapUnavailableError if the source fails or does not answer by ``deadline`` (time.monotonic).
         """
         raise NotImplementedError
 
@@ -84,17 +84,15 @@ class MbtilesSource(TileSource):
         self._connections: list[sqlite3.Connection] = []
         self._lock = threading.Lock()
         try:
-            metadata = {str(k): str(v) for k, v in self._query("SELECT name, value FROM metadata", ())}
-            zooms = self._query("SELECT MIN(zoom_level), MAX(zoom_level) FROM tiles", ())[0]
+            with closing(sqlite3.connect(self._uri, uri=True)) as file:
+                metadata = {str(k): str(v) for k, v in file.execute("SELECT name, value FROM metadata")}
+                zooms = file.execute("SELECT MIN(zoom_level), MAX(zoom_level) FROM tiles").fetchone()
         except sqlite3.Error as error:
-            self.close()
             raise MapOpenError(f"cannot open {path}: {error}") from None
         if zooms[0] is None:
-            self.close()
             raise MapOpenError(f"{path} holds no tiles")
         self.min_zoom, self.max_zoom = int(zooms[0]), int(zooms[1])
         if (kind := metadata.get("format", "png").lower()) in ("pbf", "mvt"):
-            self.close()
             raise MapOpenError(f"{path} holds vector tiles ({kind}), not images")
         self.attribution = re.sub(r"<[^>]*>", "", metadata.get("attribution", ""))
         try:

@@ -57,15 +57,11 @@ class TileStore:
     def around(self, lat: float, lon: float, wait_s: float | None = None) -> AerialTile:
         """Return the tile whose centre is nearest to the position.
 
-        Args:
-            wait_s: longest time to wait for the map, in seconds. The tile is loaded in the background, and a
-                later call finds it. After a failure or a timeout, tiles not in memory fail at once for
-                ``RETRY_AFTER_S``, so that a vehicle does not wait for the same map again and again. None
-                waits as long as the map takes, and asks it every time.
-
-        Raises:
-            NoImageryError: the map has no imagery there.
-            MapUnavailableError: the map failed, or did not answer in time.
+        ``wait_s`` is the longest time to wait for the map, in seconds. The tile is loaded in the background,
+        and a later call finds it. After a failure or a timeout, tiles not in memory fail at once for
+        ``RETRY_AFTER_S``, so that a vehicle does not wait for the same map again and again. None waits as
+        long as the map takes, and asks it every time. Raises NoImageryError, and MapUnavailableError if the
+        map failed or did not answer in time.
         """
         centre = snap_to_grid(lat, lon, self.snap_m)
         with self._changed:
@@ -92,10 +88,9 @@ class TileStore:
         return future.result()
 
     def prefetch(self, lat: float, lon: float, velocity_en: tuple[float, float]) -> None:
-        """Load the next tiles ahead in the background; return at once.
+        """Load the next tiles ahead in the background; ``velocity_en`` is (east, north) in m/s.
 
-        ``velocity_en`` is (east, north) in m/s. Failures are logged at level DEBUG: :meth:`around` reports
-        them.
+        Return at once. Failures are logged at level DEBUG: :meth:`around` reports them.
         """
         ahead = self._centres_ahead(lat, lon, velocity_en)
         with self._changed:
@@ -103,11 +98,8 @@ class TileStore:
             if self._closed or now < self._outage[1]:
                 return
             # Replace what was still to be prefetched: it may lie behind by now.
-            self._ahead = [
-                centre
-                for centre in ahead
-                if now - self._prefetch_failed_at.get(centre, -math.inf) > RETRY_AFTER_S
-            ]
+            failed_at = self._prefetch_failed_at
+            self._ahead = [c for c in ahead if now - failed_at.get(c, -math.inf) > RETRY_AFTER_S]
             if self._ahead:
                 self._wake_threads()
 
@@ -154,7 +146,6 @@ class TileStore:
         return centres[:TILES_AHEAD]
 
     def _load(self, centre: Centre, future: Future[AerialTile]) -> None:
-        """Load a tile into memory; the future gets the tile or the error."""
         try:
             tile = self.map.tile(*centre, self.size_px, self.gsd)
         except BaseException as error:

@@ -24,13 +24,7 @@ from pathlib import Path
 import httpx
 
 from xview_loc.images import ImageError, check_complete
-from xview_loc.maps.base import (
-    LOG_REDACTOR,
-    MapOpenError,
-    MapOptions,
-    MapUnavailableError,
-    redact,
-)
+from xview_loc.maps.base import LOG_REDACTOR, MapOpenError, MapOptions, MapUnavailableError, redact
 from xview_loc.maps.sources import TileId, TileSource
 
 LOG = logging.getLogger(__name__)
@@ -94,10 +88,9 @@ class HttpSource(TileSource):
         """See :meth:`TileSource.get`."""
         found: dict[TileId, bytes | None] = {}
         absent = []
+        missing_kept_s = None if self._offline else MISSING_KEPT_S
         for tile in tiles:
-            cached = (
-                self._cache.read(tile, None if self._offline else MISSING_KEPT_S) if self._cache else None
-            )
+            cached = self._cache.read(tile, missing_kept_s) if self._cache else None
             if cached is None:
                 absent.append(tile)
             else:
@@ -151,9 +144,8 @@ class HttpSource(TileSource):
         return found
 
     def _url(self, tile: TileId) -> str:
-        flipped = 2**tile.z - 1 - tile.y
         url = self._template.replace("{z}", str(tile.z)).replace("{x}", str(tile.x))
-        url = url.replace("{y}", str(tile.y)).replace("{-y}", str(flipped))
+        url = url.replace("{y}", str(tile.y)).replace("{-y}", str(2**tile.z - 1 - tile.y))
         return url.replace("{key}", self._key)
 
     def _describe(self, tile: TileId) -> str:
@@ -205,7 +197,6 @@ class HttpSource(TileSource):
         raise MapUnavailableError(f"{self._describe(tile)}: {problem}")
 
     def _request(self, url: str, deadline: float) -> tuple[int, bytes]:
-        """Return the status and the body."""
         timeout = max(0.05, min(SOCKET_TIMEOUT_S, deadline - time.monotonic()))
         with self._client.stream("GET", url, timeout=timeout) as response:
             chunks, length = [], 0
@@ -266,10 +257,9 @@ class TileCache:
 
     def write(self, tile: TileId, data: bytes) -> None:
         """Keep a tile. A full or read-only disk is logged once, and no error."""
-        path = self._path(tile)
         now = time.time()
         content = self.HEADER.pack(self.MAGIC, self._crc(data, now), now) + data
-        if self._replace(path, content):
+        if self._replace(self._path(tile), content):
             self._account(len(content))
 
     def read_side(self) -> int | None:
@@ -330,13 +320,8 @@ class TileCache:
         """Return (time of last use, bytes, path) of all files."""
         files = []
         for folder, _, names in os.walk(self.directory):
-            for name in names:
-                path = Path(folder, name)
-                if path.suffix not in (".tile", ".part"):
-                    continue
-                try:
+            for path in (Path(folder, name) for name in names if name.endswith((".tile", ".part"))):
+                with contextlib.suppress(OSError):
                     stat = path.stat()
-                except OSError:
-                    continue
-                files.append((stat.st_mtime, stat.st_size, path))
+                    files.append((stat.st_mtime, stat.st_size, path))
         return files
