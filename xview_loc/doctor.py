@@ -49,14 +49,8 @@ PACKAGES = {
     "torch": "torch",
     "typer": "typer",
 }
-MESSAGES = (
-    "diagnostic_msgs.msg",
-    "geometry_msgs.msg",
-    "nav_msgs.msg",
-    "sensor_msgs.msg",
-    "std_msgs.msg",
-    "std_srvs.srv",
-)
+_MESSAGE_PACKAGES = ("diagnostic_msgs", "geometry_msgs", "nav_msgs", "sensor_msgs", "std_msgs")
+MESSAGES = (*(f"{name}.msg" for name in _MESSAGE_PACKAGES), "std_srvs.srv")
 PROFILE_VARIABLES = ("FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE")
 # GDAL drivers: without the first no map opens; the others are for maps in their formats.
 DRIVERS_NEEDED = ("GTiff", "VRT")
@@ -89,9 +83,9 @@ class Finding:
 
 def advice_for(module: str) -> str:
     """Return how to install a module that cannot be imported."""
-    for name, imported in PACKAGES.items():
-        if imported == module:
-            return f"pip install {name}"
+    names = {imported: name for name, imported in PACKAGES.items()}
+    if module in names:
+        return f"pip install {names[module]}"
     return "source /opt/ros/<distribution>/setup.bash, or pip install 'xview_loc[ros]'"
 
 
@@ -114,12 +108,10 @@ def check_packages() -> list[Finding]:
 def check_installation(
     source: str, model: str | None, checkpoint: Path | None, options: MapOptions
 ) -> Iterator[Finding]:
-    """Check formats, projections, ROS, the tile cache, weights, the map and the frame rate.
+    """Check formats, projections, ROS, the tile cache, weights, the map ``source`` and the frame rate.
 
-    Args:
-        source: map to check; "" for none.
-        model: name of the model; None for the checkpoint's, or ``ccvpe-small``.
-        checkpoint: file of weights; None for those shipped with the model.
+    Without a ``source`` ("") no map is checked. ``model`` is by default the checkpoint's, or ``ccvpe-small``;
+    ``checkpoint`` by default the file shipped with the model.
     """
     yield _torch()
     yield _drivers()
@@ -249,16 +241,13 @@ def _importable(module: str) -> bool:
 def _dds_profile(rmw: str) -> Finding:
     if "fastrtps" not in rmw:
         return Finding(Level.ok, "dds profile", f"not needed by {rmw}")
-    set_to = {name: os.environ[name] for name in PROFILE_VARIABLES if os.environ.get(name)}
-    if not set_to:
-        return Finding(
-            Level.warning,
-            "dds profile",
-            "none: the default settings lose camera images",
-            f"export {PROFILE_VARIABLES[0]}=<config/fastdds.xml>, also for the camera driver "
-            "(localize.launch.py exports it for the node)",
-        )
-    name, path = next(iter(set_to.items()))
+    name = next((name for name in PROFILE_VARIABLES if os.environ.get(name)), None)
+    if name is None:
+        text = "none: the default settings lose camera images"
+        advice = f"export {PROFILE_VARIABLES[0]}=<config/fastdds.xml>, also for the camera driver "
+        advice += "(localize.launch.py exports it for the node)"
+        return Finding(Level.warning, "dds profile", text, advice)
+    path = os.environ[name]
     try:
         ElementTree.parse(path)
     except (OSError, ElementTree.ParseError) as error:

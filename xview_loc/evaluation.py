@@ -30,11 +30,10 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class DriveErrors:
-    """Errors of one localised drive, one value for each frame.
+    """Distances of fix and estimate from the truth, metres, one value for each frame of a drive.
 
-    fix, estimate: distances from the truth, metres.
-    mahalanobis: the truth's distance in standard deviations of the estimate's covariance.
-    ``estimate`` and ``mahalanobis`` are NaN for frames that the localizer refused.
+    ``mahalanobis`` is the truth's distance in standard deviations of the estimate's covariance. It and
+    ``estimate`` are NaN for frames that the localizer refused.
     """
 
     fix: Array
@@ -93,10 +92,7 @@ def localize_each(
 def localize_drive(
     localizer: Localizer, frames: Iterable[tuple[Observation, tuple[float, float]]]
 ) -> DriveErrors:
-    """Localise each observation by itself and compare it with its true (lat, lon).
-
-    Frames that the localizer refuses are kept as NaN.
-    """
+    """Localise each observation by itself and compare it with its true (lat, lon)."""
     fix, estimate, sigmas = [], [], []
     for observation, (lat, lon) in frames:
         fix.append(distance_m(observation.lat, observation.lon, lat, lon))
@@ -120,15 +116,14 @@ class EvaluationError(UserError):
 class PoseErrors:
     """A model's errors on the samples of a dataset, one value for each sample, in the dataset's order.
 
-    distance_m: distance of the finest map's maximum from the truth.
-    longitudinal_m, lateral_m: the same error, signed, ahead and to the right of the true heading; NaN unless
-    tiles are turned to the heading.
-    heading_deg: signed error of the orientation field at the maximum, counter-clockwise seen from above; NaN
-    for a model without a field or with a given heading.
-    probability: probability of the map's pixel at the truth; 0 outside the map.
-    nll: negative logarithm of that pixel's density, in nats, per square metre; infinity outside the map.
-    mahalanobis: Mahalanobis distance of the truth from the sub-pixel peak, by the localizer's covariance.
-    encode_ms, match_ms: time for the aerial tile and for the rest: the batch's, divided by its size.
+    ``distance_m`` is that of the finest map's maximum from the truth; ``longitudinal_m`` and ``lateral_m``
+    are the same error, signed, ahead and to the right of the true heading, NaN unless tiles are turned to it.
+    ``heading_deg`` is the signed error of the orientation field at the maximum, counter-clockwise seen from
+    above, NaN for a model without a field or with a given heading. ``probability`` is that of the map's pixel
+    at the truth, ``nll`` the negative logarithm of its density, in nats, per square metre (outside the map 0
+    and infinity). ``mahalanobis`` is the truth's distance from the sub-pixel peak, by the localizer's
+    covariance. ``encode_ms`` and ``match_ms`` are times for the aerial tile and for the rest: the batch's,
+    divided by its size.
     """
 
     distance_m: Array
@@ -159,11 +154,8 @@ class PoseErrors:
         figures |= {f"within_{metres}_m": self.within(metres) for metres in (1, 3, 5)}
         figures |= {f"coverage_{percent}": self.coverage(percent / 100) for percent in (50, 68, 95)}
         figures["nll_mean"] = float(self.nll.mean())
-        figures |= {f"{name}_p50": float(np.median(getattr(self, name))) for name in _TIMES}
-        return figures
-
-
-_TIMES = ("encode_ms", "match_ms")
+        times = ("encode_ms", "match_ms")
+        return figures | {f"{name}_p50": float(np.median(getattr(self, name))) for name in times}
 
 
 @torch.inference_mode()
@@ -180,12 +172,10 @@ def evaluate(
 ) -> PoseErrors:
     """Match the samples of ``dataset``, without a search disc, and compare with their true poses.
 
-    heading_prior_deg: see :meth:`CrossViewModel.match`; the orientation field is computed unless it is 0.
-    batch_size: samples matched together; with 1 the times are latencies. workers: processes that load data.
-    every: matches only every n-th sample.
-    on_batch: called with each batch's number of samples.
-    on_heat_map: called with each sample's heat map, on a tile at latitude and longitude 0, and true (lat,
-    lon).
+    With a ``heading_prior_deg`` (see :meth:`CrossViewModel.match`) of 0, no orientation field is computed.
+    With a ``batch_size`` of 1 the times are latencies. ``workers`` are processes that load data; only each
+    ``every``-th sample is matched. ``on_batch`` is called with each batch's number of samples,
+    ``on_heat_map`` with each sample's heat map, on a tile at latitude and longitude 0, and true (lat, lon).
     Raises DatasetError if a sample cannot be read, EvaluationError if heat maps are not finite or the dataset
     is empty.
     """
@@ -241,30 +231,24 @@ def _errors(
         sense = -1.0 if model.spec.aerial_up == "left" else 1.0
         heading = math.degrees(wrap_angle(sense * (math.atan2(sin, cos) - true_heading)))
     tempered = logits / model.calibration.temperature(heat_map.contrast)
-    probability, log_probability = _probability_at(tempered, (truth - maps.grid.origin) / maps.grid.scale)
+    row, col = (round(float(x)) for x in (truth - maps.grid.origin) / maps.grid.scale)
+    log_probability = -math.inf
+    if 0 <= row < tempered.shape[0] and 0 <= col < tempered.shape[1]:
+        # From the logits, since a small probability would underflow.
+        shares = torch.from_numpy(tempered).double().flatten().log_softmax(0).view(tempered.shape)
+        log_probability = float(shares[row, col])
     offset = np.subtract(tile.pixel_to_enu(*truth), heat_map.to_enu(*heat_map.peak))
     covariance = heat_map.covariance(model.calibration.floor_m)
-    row = {
+    errors = {
         "distance_m": math.hypot(down, right),
         "longitudinal_m": ahead,
         "lateral_m": to_the_right,
         "heading_deg": heading,
-        "probability": probability,
+        "probability": math.exp(log_probability),
         "nll": 2.0 * math.log(heat_map.metres_per_pixel) - log_probability,
         "mahalanobis": mahalanobis(offset, covariance),
     }
-    return heat_map, tile.pixel_to_latlon(*truth), row
-
-
-def _probability_at(logits: NDArray[np.floating[Any]], position: Array) -> tuple[float, float]:
-    """Return the probability of the pixel at ``position`` (row, col) of the map, and its logarithm."""
-    row, col = (round(float(x)) for x in position)
-    height, width = logits.shape
-    if not (0 <= row < height and 0 <= col < width):
-        return 0.0, -math.inf
-    # From the logits, since a small probability would underflow.
-    log_probability = torch.from_numpy(logits).double().flatten().log_softmax(0)[row * width + col]
-    return math.exp(log_probability), float(log_probability)
+    return heat_map, tile.pixel_to_latlon(*truth), errors
 
 
 def _now(device: torch.device) -> float:

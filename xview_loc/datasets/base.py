@@ -36,25 +36,21 @@ class _PairSample(TypedDict):
 class PairSample(_PairSample, total=False):
     """One ground image and the aerial tile around its coarse fix; batches stack each field.
 
-    ground: float32 (3, h, w), normalised; panoramas face north according to the measured heading.
-    aerial: float32 (3, S, S), normalised.
-    fix: float32 (2,), the coarse fix's (row, col) in tile pixels.
-    fix_std: float32 (), the fix's standard deviation along its larger axis, m; NaN if unknown.
-    heading_known: bool ().
-    meters_per_pixel: float32 (), the tile's ground sample distance.
-    index: int64 (), the sample's index in the dataset.
-    intrinsics: float32 (3, 3), the camera matrix in pixels of ``ground``; for pinhole cameras only.
+    ``ground`` (3, h, w) and ``aerial`` (3, S, S) are normalised, float32; panoramas face north according to
+    the measured heading. ``fix`` (2,) is the coarse fix's (row, col) in tile pixels, ``fix_std`` its standard
+    deviation along its larger axis, m (NaN if unknown). ``meters_per_pixel`` is the tile's ground sample
+    distance, ``index`` the sample's in the dataset. ``intrinsics`` (3, 3) is the camera matrix in pixels of
+    ``ground``, for pinhole cameras only.
     """
 
     intrinsics: Tensor
 
 
 class Sample(PairSample):
-    """A pair with its true pose.
+    """A pair with its true pose: the camera's ``position`` (2,), (row, col) in tile pixels, and ``heading``.
 
-    position: float32 (2,), the camera's (row, col) in tile pixels. heading: float32 (), the true angle of
-    the image's centre column in the convention of :attr:`xview_loc.models.base.HeatMaps.orientation`,
-    radians.
+    The heading is the angle of the image's centre column in the convention of
+    :attr:`xview_loc.models.base.HeatMaps.orientation`, radians.
     """
 
     position: Tensor
@@ -65,9 +61,8 @@ class Sample(PairSample):
 class Track:
     """Times and positions of a source's pairs, one row for each pair, in their order.
 
-    drive: (N,), number of the recording. stamp_ns: (N,). lat, lon: (N,), coarse fixes, degrees.
-    moved: (N, 2), metres east and north driven since the drive's previous pair, from odometry; NaN if
-    unknown.
+    ``drive`` numbers the recordings; ``lat`` and ``lon`` are coarse fixes, degrees. ``moved`` (N, 2) is the
+    distance driven since the drive's previous pair, metres east and north, from odometry; NaN if unknown.
     """
 
     drive: NDArray[np.int64]
@@ -97,10 +92,7 @@ class Track:
 
 
 def true_from_fix(track: Track, lat: NDArray[np.float64], lon: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return metres (N, 2) east and north from each coarse fix of a track to the true position.
-
-    ``lat``, ``lon``: true positions (N,), degrees.
-    """
+    """Return metres (N, 2) east and north from a track's coarse fixes to the true ``lat``, ``lon`` (N,)."""
     offsets = [
         LocalProjection(fix_lat, fix_lon).forward(*position)
         for fix_lat, fix_lon, *position in zip(track.lat, track.lon, lat, lon, strict=True)
@@ -131,18 +123,13 @@ class PairSource(Dataset[PairSample]):
 
 
 def load_batches(batches: Iterable[T]) -> Iterator[T]:
-    """Iterate over a loader's batches, reducing an error of a worker process to its one-line message.
-
-    Raises DatasetError.
-    """
+    """Iterate over a loader's batches. Raises DatasetError with the one-line message of a worker's error."""
     try:
         yield from batches
     except UserError as error:
         # A worker's error is a whole traceback, which ends with the error's type and message.
-        message = str(error).strip().splitlines()[-1]
-        raise DatasetError(
-            message.removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
-        ) from None
+        message, module = str(error).strip().splitlines()[-1], type(error).__module__
+        raise DatasetError(message.removeprefix(f"{module}.{type(error).__name__}: ")) from None
 
 
 class PoseDataset(PairSource):
@@ -152,10 +139,7 @@ class PoseDataset(PairSource):
         raise NotImplementedError
 
     def true_from_fix(self) -> NDArray[np.float64]:
-        """Return metres (N, 2) from each coarse fix to the true position: right and up on the tile.
-
-        On a north-up tile these are east and north.
-        """
+        """Return metres (N, 2) right and up on the tile (east and north with north up) from fix to truth."""
         offsets = []
         for index in range(len(self)):
             sample = self[index]

@@ -36,11 +36,7 @@ def read_lines(path: Path) -> list[str]:
 
 
 def read_image(path: Path, named_in: str) -> Image:
-    """Read a JPEG or PNG file as RGB, uint8 (height, width, 3).
-
-    Raises DatasetError if it is missing, truncated or no image; the message names the line ``named_in``,
-    where the file is listed.
-    """
+    """Read a JPEG or PNG file. Raises DatasetError, which names the line ``named_in`` that lists the file."""
     try:
         return decode_compressed(path.read_bytes())
     except FileNotFoundError:
@@ -55,7 +51,13 @@ def read_image(path: Path, named_in: str) -> Image:
 def read_numbers(path: Path) -> NDArray[Any]:
     """Read numbers (N,) from a ``.npy`` file or a text file with one on each line. Raises DatasetError."""
     if path.suffix != ".npy":
-        return np.array([_number(path, n, line) for n, line in enumerate(read_lines(path), start=1)])
+        numbers = []
+        for number, line in enumerate(read_lines(path), start=1):
+            try:
+                numbers.append(float(line))
+            except ValueError:
+                raise DatasetError(f"{path} line {number} is not a number: {line!r}") from None
+        return np.array(numbers)
     try:
         values = np.load(path, allow_pickle=False)
     except FileNotFoundError:
@@ -67,36 +69,23 @@ def read_numbers(path: Path) -> NDArray[Any]:
     return values
 
 
-def _number(path: Path, line: int, text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise DatasetError(f"{path} line {line} is not a number: {text!r}") from None
-
-
 def part_of(part: str, count: int, order: Path | None = None) -> NDArray[np.int64]:
     """Return the indices of one of PARTS among ``count`` samples, in the permutation's order.
 
     ``order`` is a file with the permutation (see :func:`read_numbers`); None uses the paper's authors', which
     depends on ``count`` alone. Raises DatasetError.
     """
-    permutation = np.random.RandomState(_SEED).permutation(count) if order is None else _order(order, count)
+    permutation = np.random.RandomState(_SEED).permutation(count) if order is None else read_numbers(order)
+    if not np.array_equal(np.sort(permutation), np.arange(count)):
+        raise DatasetError(f"{order} is not a permutation of the numbers 0 to {count - 1}")
     first, last = (int(share * count) for share in PARTS[part])
     return permutation[first:last].astype(np.int64)
-
-
-def _order(path: Path, count: int) -> NDArray[Any]:
-    order = read_numbers(path)
-    if not np.array_equal(np.sort(order), np.arange(count)):
-        raise DatasetError(f"{path} is not a permutation of the numbers 0 to {count - 1}")
-    return order
 
 
 def turns(count: int, path: Path | None = None) -> NDArray[np.float64]:
     """Return a random turn for each of ``count`` panoramas, as a share 0..1 of a whole one.
 
-    ``path`` is a file with the turns (see :func:`read_numbers`); None uses the paper's authors'. Raises
-    DatasetError.
+    ``path`` is a file with the turns; None uses the paper's authors'. Raises DatasetError.
     """
     if path is None:
         return np.random.RandomState(_SEED).random_sample(count)
@@ -108,7 +97,4 @@ def turns(count: int, path: Path | None = None) -> NDArray[np.float64]:
 
 def digest(values: Iterable[object]) -> str:
     """Return a hash of the values' texts, 16 hex digits, for a dataset's name."""
-    state = hashlib.sha256()
-    for value in values:
-        state.update(f"{value}\n".encode())
-    return state.hexdigest()[:16]
+    return hashlib.sha256("".join(f"{value}\n" for value in values).encode()).hexdigest()[:16]

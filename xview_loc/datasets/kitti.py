@@ -30,20 +30,15 @@ _PROJECTION = "P_rect_02"
 # Number of fields in a line of the inertial system's data, and index of the heading.
 _OXTS_FIELDS, _OXTS_YAW = 30, 5
 
-_FILES = {
-    "train": "train_files.txt",
-    "test1": "test1_files.txt",
-    "test2": "test2_files.txt",
-    **{part: "test2_files.txt" for part in PARTS},
-}
+_FILES = {split: f"{split}_files.txt" for split in ("train", "test1", "test2")}
+_FILES |= {part: "test2_files.txt" for part in PARTS}
 SPLITS = tuple(_FILES)
 
 
 class _Frame(NamedTuple):
-    """One line of a split file.
+    """One line of a split file, with an image's name, DAY/DRIVE/NUMBER.png.
 
-    image: DAY/DRIVE/NUMBER.png.
-    shift: shift ahead and to the left of the tile's centre, in units of SHIFT_M, and turn in units of the
+    ``shift`` is ahead and to the left of the tile's centre, in units of SHIFT_M, and a turn in units of the
     greatest one; None if they are drawn anew in every epoch.
     """
 
@@ -67,8 +62,8 @@ class KittiDataset(PoseDataset):
     way (0: known heading). Shift and turn come from the split file; for ``train`` they depend on index and
     epoch. The coarse fix is the tile's centre.
 
-    Raises DatasetError if the model does not take a pinhole camera on turned tiles, and on unknown splits,
-    missing files and malformed lines; reading a sample raises it for the sample's own files.
+    Raises DatasetError if the model does not take a pinhole camera on turned tiles, on unknown splits,
+    missing files and malformed lines.
     """
 
     def __init__(self, root: Path, split: str, spec: ModelSpec, *, rotation_deg: float = 0.0) -> None:
@@ -107,7 +102,13 @@ class KittiDataset(PoseDataset):
         camera = CameraModel(width, height, matrix)
         intrinsics = camera.scaled_matrix(spec.ground_size[1], spec.ground_size[0])
         shift, turn = self._pose(index)
-        satellite = self._satellite(self._root / "satmap" / frame.image, place)
+        path = self._root / "satmap" / frame.image
+        satellite = read_image(path, place)
+        if satellite.shape[:2] != (MAP_SIZE, MAP_SIZE):
+            raise DatasetError(
+                f"{path} has {satellite.shape[1]} x {satellite.shape[0]} pixels, a satellite map has "
+                f"{MAP_SIZE} x {MAP_SIZE} (named in {place})"
+            )
         heading = _heading(drive / "oxts" / "data" / f"{frame.image.stem}.txt")
         right, up = _turned(turn) @ shift / spec.gsd
         middle = (spec.aerial_size - 1) / 2
@@ -135,23 +136,12 @@ class KittiDataset(PoseDataset):
         drawn = self._frames[index].shift or np.random.default_rng([index, self.epoch]).uniform(-1, 1, 3)
         return SHIFT_M * np.array(drawn[:2]), float(drawn[2]) * self._rotation
 
-    def _satellite(self, path: Path, place: str) -> Image:
-        image = read_image(path, place)
-        height, width = image.shape[:2]
-        if (height, width) != (MAP_SIZE, MAP_SIZE):
-            raise DatasetError(
-                f"{path} has {width} x {height} pixels, a satellite map has {MAP_SIZE} x {MAP_SIZE} "
-                f"(named in {place})"
-            )
-        return image
-
 
 def _cut(satellite: Image, spec: ModelSpec, heading: float, shift: NDArray[np.float64], turn: float) -> Image:
     """Cut the model's tile out of a satellite map, in one interpolation.
 
-    heading: ENU yaw of the vehicle, radians. shift: metres (ahead, left) from the tile's centre to the
-    camera.
-    turn: radians, counter-clockwise, from the tile's right to the heading.
+    ``heading`` is the vehicle's ENU yaw, ``turn`` the angle counter-clockwise from the tile's right to it,
+    radians; ``shift`` is metres (ahead, left) from the tile's centre to the camera.
     """
     # Metres (right, up) from the tile's centre -> metres (east, north) from the antenna.
     turned = _turned(heading - turn)
@@ -160,12 +150,9 @@ def _cut(satellite: Image, spec: ModelSpec, heading: float, shift: NDArray[np.fl
     flip = np.diag([1.0, -1.0])
     linear = flip @ turned @ flip * (spec.gsd / KITTI_GSD)
     offset = (MAP_SIZE - 1) / 2 + flip @ centre / KITTI_GSD - linear @ np.full(2, (spec.aerial_size - 1) / 2)
-    return cv2.warpAffine(
-        satellite,
-        np.column_stack([linear, offset]),
-        (spec.aerial_size, spec.aerial_size),
-        flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
-    ).astype(np.uint8, copy=False)
+    matrix, size = np.column_stack([linear, offset]), (spec.aerial_size, spec.aerial_size)
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    return cv2.warpAffine(satellite, matrix, size, flags=flags).astype(np.uint8, copy=False)
 
 
 def _turned(angle: float) -> NDArray[np.float64]:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import bisect
 import hashlib
 import math
+import os
+import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import fields
 from itertools import accumulate
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -17,13 +21,57 @@ from numpy.typing import NDArray
 from xview_loc.bags.recovery import BagError
 from xview_loc.bags.ros_types import deserialize
 from xview_loc.datasets.base import DatasetError, PairSample, PairSource, Track
-from xview_loc.datasets.records import RecordCache
 from xview_loc.images import ImageError
 from xview_loc.maps.base import AerialTile
 from xview_loc.models.base import ModelSpec
 from xview_loc.models.inputs import ground_image, normalise
 from xview_loc.recordings.pairs import ODOMETRY, TOPICS, PairBag
 from xview_loc.vehicle.keyframes import SPEED_AGE_NS
+
+# Disk space left to others.
+_LEAVE_FREE_BYTES = 1 << 30
+
+
+class RecordCache:
+    """Numbered records of one NumPy type, in a temporary file that is deleted when the process ends.
+
+    Forked processes, such as a data loader's workers, share it. If the disk is full or cannot be written,
+    records are silently not kept.
+    """
+
+    def __init__(self, dtype: np.dtype[Any]) -> None:
+        self._dtype = dtype
+        # The byte after a record is set once the record is complete.
+        self._stride = dtype.itemsize + 1
+        try:
+            self._file: IO[bytes] | None = tempfile.TemporaryFile(prefix="xview_loc-", buffering=0)  # noqa: SIM115
+        except OSError:
+            self._file = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Drop the file: a copy in a process that was not forked keeps nothing."""
+        return {**self.__dict__, "_file": None}
+
+    def get(self, number: int) -> np.void | None:
+        """Return a record, None if it was not kept."""
+        if self._file is None:
+            return None
+        data = os.pread(self._file.fileno(), self._stride, number * self._stride)
+        if len(data) < self._stride or not data[-1]:
+            return None
+        record: np.void = np.frombuffer(bytearray(data), self._dtype, 1)[0]
+        return record
+
+    def put(self, number: int, record: np.void) -> None:
+        """Keep a record if the disk allows it."""
+        if self._file is None:
+            return
+        descriptor, start, data = self._file.fileno(), number * self._stride, record.tobytes()
+        with suppress(OSError):
+            disk = os.fstatvfs(descriptor)
+            free = disk.f_bavail * disk.f_frsize
+            if free >= _LEAVE_FREE_BYTES and os.pwrite(descriptor, data, start) == len(data):
+                os.pwrite(descriptor, b"\1", start + len(data))
 
 
 class PairDataset(PairSource):
@@ -45,14 +93,9 @@ class PairDataset(PairSource):
         self._camera_yaws = [float(bag.session().get("camera_yaw", 0.0)) for bag in self._bags]
         self._ends = list(accumulate(len(bag) for bag in self._bags))
         side = spec.aerial_size
-        content = [
-            ("fix", np.float32, (2,)),
-            ("fix_std", np.float32),
-            ("meters_per_pixel", np.float32),
-            ("heading_known", np.bool_),
-            ("ground", np.uint8, (*spec.ground_size, 3)),
-            ("aerial", np.uint8, (side, side, 3)),
-        ]
+        content: list[Any] = [("fix", np.float32, (2,)), ("fix_std", np.float32)]
+        content += [("meters_per_pixel", np.float32), ("heading_known", np.bool_)]
+        content += [("ground", np.uint8, (*spec.ground_size, 3)), ("aerial", np.uint8, (side, side, 3))]
         self._dtype = np.dtype(content)
         self._decoded = RecordCache(self._dtype)
 
@@ -78,7 +121,6 @@ class PairDataset(PairSource):
         }
 
     def _decode(self, index: int) -> np.void:
-        """Decode the fields of a sample; images are not normalised yet."""
         number = bisect.bisect_right(self._ends, index)
         bag = self._bags[number]
         within = index - (self._ends[number - 1] if number else 0)
@@ -105,7 +147,9 @@ class PairDataset(PairSource):
         record["ground"] = ground
         record["aerial"] = tile.image[cut : cut + side, cut : cut + side]
         record["fix"] = row, col
-        record["fix_std"] = _std(pair.fix_covariance)
+        covariance = pair.fix_covariance
+        variance = math.nan if covariance is None else float(np.linalg.eigvalsh(covariance[:2, :2])[-1])
+        record["fix_std"] = math.sqrt(variance)
         record["heading_known"] = pair.heading is not None
         record["meters_per_pixel"] = tile.gsd
         return record
@@ -160,8 +204,3 @@ def _driven(bag: PairBag, stamps: NDArray[np.int64]) -> NDArray[np.float64]:
         for x in (np.where(gaps, 0.0, steps), gaps.astype(np.float64))
     )
     return np.where(np.diff(missing) == 0, np.diff(driven), math.nan)
-
-
-def _std(covariance: NDArray[np.float64] | None) -> float:
-    """Return the standard deviation along the larger axis, m; NaN if unknown."""
-    return math.nan if covariance is None else math.sqrt(float(np.linalg.eigvalsh(covariance[:2, :2])[-1]))

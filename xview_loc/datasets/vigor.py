@@ -41,10 +41,7 @@ SPLITS = tuple(_SPLITS)
 
 
 class _Label(NamedTuple):
-    """One label line: a panorama and its positive tile.
-
-    south, east: the camera's position on the tile, raw pixels from the tile's centre.
-    """
+    """One label line: a panorama, its positive tile, and the camera's raw pixels from the tile's centre."""
 
     file: Path
     line: int
@@ -78,7 +75,7 @@ class VigorDataset(PoseDataset):
     positions uniform over the tile's central quarter.
 
     Raises DatasetError if the model does not take panoramas, and on unknown splits, missing files and
-    malformed lines; reading a sample raises it for a missing or damaged image.
+    malformed lines.
     """
 
     def __init__(
@@ -146,11 +143,10 @@ class VigorDataset(PoseDataset):
         return np.array(offsets, np.float64).reshape(-1, 2) * np.array(scales)[:, None]
 
     def _tile(self, path: Path, place: str) -> Image:
-        image = read_image(path, place)
+        image, size = read_image(path, place), self._spec.aerial_size
         height, width = image.shape[:2]
         if height != width:
             raise DatasetError(f"{path} has {width} x {height} pixels, a tile is square (named in {place})")
-        size = self._spec.aerial_size
         how = cv2.INTER_AREA if height >= size else cv2.INTER_LINEAR
         return cv2.resize(image, (size, size), interpolation=how).astype(np.uint8, copy=False)
 

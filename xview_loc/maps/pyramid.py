@@ -1,8 +1,4 @@
-"""Web Mercator tile pyramids as aerial maps.
-
-The tiles under an aerial tile are merged into a mosaic, which is resampled once. Pixel coordinates are
-projected exactly on a coarse grid and interpolated in between.
-"""
+"""Web Mercator tile pyramids as aerial maps: tiles are merged into a mosaic, which is resampled once."""
 
 from __future__ import annotations
 
@@ -37,6 +33,7 @@ Array = NDArray[np.float64]
 
 EARTH_CIRCUMFERENCE_M = 2.0 * math.pi * 6_378_137.0
 MAX_LATITUDE = 85.0511
+# Pixel coordinates are projected exactly on a grid of this many nodes and interpolated in between.
 GRID_NODES = 17
 # A missing tile is enlarged from an ancestor: a server's deepest zoom differs between places.
 OVERZOOM_LEVELS = 2

@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -181,15 +182,12 @@ class RasterMap(AerialMap):
             return None
         # Sample a few windows, so that the cost does not grow with the file.
         samples = []
-        for i in range(4):
-            for j in range(4):
-                side = 256
-                row = int(i / 3 * max(0, dataset.height - side))
-                col = int(j / 3 * max(0, dataset.width - side))
-                size = (min(side, dataset.width), min(side, dataset.height))
-                window = rasterio.windows.Window(col, row, *size)
-                data = dataset.read(indexes=self._colour, window=window)
-                samples.append(data[:, dataset.dataset_mask(window=window) > 0].ravel())
+        width, height = min(256, dataset.width), min(256, dataset.height)
+        for i, j in product(range(4), repeat=2):
+            row, col = int(i / 3 * (dataset.height - height)), int(j / 3 * (dataset.width - width))
+            window = rasterio.windows.Window(col, row, width, height)
+            data = dataset.read(indexes=self._colour, window=window)
+            samples.append(data[:, dataset.dataset_mask(window=window) > 0].ravel())
         values = np.concatenate(samples)
         if values.size == 0:
             return 0.0, 65535.0

@@ -44,12 +44,10 @@ class TileId(NamedTuple):
 
 
 class TileSource:
-    """Base class of sources. Methods may be called from several threads.
-
-    ``side`` is the side length of the tiles in pixels: an assumption until a tile was seen.
-    """
+    """Base class of sources. Methods may be called from several threads."""
 
     name: str
+    # Side length of the tiles in pixels: an assumption until a tile was seen.
     side: int = 256
     min_zoom: int = 0
     max_zoom: int = DEFAULT_MAX_ZOOM

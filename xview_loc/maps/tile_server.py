@@ -1,8 +1,4 @@
-"""Tiles of XYZ servers, fetched over HTTP and kept in a disk cache.
-
-Not GDAL's fetcher: this one has a total deadline, names causes, lets single tiles be missing, and verifies
-what it keeps.
-"""
+"""Tiles of XYZ servers, fetched over HTTP and kept in a disk cache."""
 
 from __future__ import annotations
 
@@ -40,7 +36,8 @@ class HttpSource(TileSource):
     """Tiles of an XYZ server, fetched in parallel and kept on disk.
 
     HTTP 204, 404 and 410 mean no imagery. Any other answer that is not a complete image raises
-    MapUnavailableError; failures that may be temporary are retried until the deadline.
+    MapUnavailableError; failures that may be temporary are retried until the deadline. GDAL's fetcher lacks
+    this total deadline, missing single tiles, and errors that name their causes.
     """
 
     kind = "tile server (XYZ)"
@@ -241,11 +238,9 @@ class TileCache:
         path = self._path(tile)
         try:
             content = path.read_bytes()
-        except OSError:
+            magic, crc, written = self.HEADER.unpack_from(content)
+        except (OSError, struct.error):
             return None
-        if len(content) < self.HEADER.size:
-            return None
-        magic, crc, written = self.HEADER.unpack_from(content)
         data = content[self.HEADER.size :]
         if magic != self.MAGIC or crc != self._crc(data, written):
             return None
@@ -317,7 +312,7 @@ class TileCache:
                     self._size -= size
 
     def _files(self) -> list[tuple[float, int, Path]]:
-        """Return (time of last use, bytes, path) of all files."""
+        # Time of last use, bytes and path of each.
         files = []
         for folder, _, names in os.walk(self.directory):
             for path in (Path(folder, name) for name in names if name.endswith((".tile", ".part"))):

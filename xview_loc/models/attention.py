@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +21,8 @@ _UNSEEN = -100.0
 class ColumnPlan:
     """Overhead cells grouped in blocks that project between the same two image columns.
 
-    cells: (blocks * 32,), index of the cell in each slot, counted over the batch (padding repeats a cell).
-    columns: (blocks, 2), indices of the two columns, counted over the batch.
-    slots: (cells,), slot of each cell.
+    ``cells`` (blocks * 32,) is the cell in each slot (padding repeats a cell), ``columns`` (blocks, 2) are
+    the two columns, both counted over the batch; ``slots`` (cells,) is the slot of each cell.
     """
 
     cells: Tensor
@@ -58,13 +58,11 @@ class ColumnPlan:
         if len(plans) == 1:
             return plans[0]
         count = len(plans[0].slots)
-        starts = [0]
-        for plan in plans:
-            starts.append(starts[-1] + len(plan.cells))
+        starts = accumulate((len(plan.cells) for plan in plans[:-1]), initial=0)
         return ColumnPlan(
             torch.cat([plan.cells + i * count for i, plan in enumerate(plans)]),
             torch.cat([plan.columns + i * width for i, plan in enumerate(plans)]),
-            torch.cat([plan.slots + start for plan, start in zip(plans, starts, strict=False)]),
+            torch.cat([plan.slots + start for plan, start in zip(plans, starts, strict=True)]),
         )
 
 
@@ -76,12 +74,9 @@ class CrossAttention(nn.Module):
         self._heads = heads
         inner = heads * head_channels
 
-        def projection() -> nn.Sequential:
-            return nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, inner, bias=False))
-
-        self.to_q = projection()
-        self.to_k = projection()
-        self.to_v = projection()
+        self.to_q, self.to_k, self.to_v = (
+            nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, inner, bias=False)) for _ in range(3)
+        )
         self.proj = nn.Linear(inner, channels)
         self.prenorm = nn.LayerNorm(channels)
         self.mlp = nn.Sequential(
@@ -168,17 +163,14 @@ class _SwinBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+# The two below exist for their names in checkpoints.
 class _Blocks(nn.Module):
-    """One level of the window transformer; exists for its name in checkpoints."""
-
     def __init__(self, channels: int, heads: int, window: int) -> None:
         super().__init__()
         self.blocks = nn.ModuleList([_SwinBlock(channels, heads, window)])
 
 
 class _PatchEmbed(nn.Module):
-    """Per-cell projection; exists for its name in checkpoints."""
-
     def __init__(self, channels: int, embedding: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(channels, embedding, 1)

@@ -23,12 +23,10 @@ IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225])
 class ModelSpec:
     """The inputs that a model expects; every checkpoint carries one.
 
-    ground_size: (height, width) of the ground image, pixels.
-    aerial_size: side of the square aerial tile, pixels.
-    gsd: the tile's ground sample distance, m/px.
-    aerial_up: what the tile's top edge faces: ``"north"``, or ``"left"`` for models trained on tiles turned
-    so that the vehicle's heading points right (the top edge then faces the vehicle's left).
-    bins: number of heading bins that the model scores; 0: it needs a known heading.
+    ``ground_size`` is (height, width) of the ground image and ``aerial_size`` the side of the square tile,
+    pixels; ``gsd`` is the tile's ground sample distance, m/px. Its top edge faces ``aerial_up``: ``"north"``,
+    or the vehicle's ``"left"`` for models trained on tiles turned so that the heading points right. ``bins``
+    is the number of heading bins that the model scores; 0: it needs a known heading.
     """
 
     name: str
@@ -58,16 +56,15 @@ class ModelSpec:
 class Calibration:
     """Settings that make a model's probabilities and covariances honest; a checkpoint may carry one.
 
-    contrast: contrast of maps that need no tempering. The softmax's temperature is the ratio of this contrast
-    to a map's own, to the power 1.5, which flattens maps of low contrast. None: no map is tempered.
-    floor_m: standard deviation of errors that a heat map cannot show, metres.
+    ``contrast`` is that of maps that need no tempering. The softmax's temperature is its ratio to a map's own
+    contrast, to the power 1.5, which flattens maps of low contrast. None: no map is tempered. ``floor_m`` is
+    the standard deviation of errors that a heat map cannot show, metres.
     """
 
     contrast: float | None = None
     floor_m: float = 0.5
 
     def __post_init__(self) -> None:
-        """Raise ValueError on numbers out of range."""
         if self.contrast is not None and not 0.0 < self.contrast < math.inf:
             raise ValueError(f"a calibration's contrast must be above 0, not {self.contrast}")
         if not 0.0 <= self.floor_m < math.inf:
@@ -98,12 +95,11 @@ class HeatMapGrid:
 class HeatMaps:
     """Result of :meth:`CrossViewModel.match`; larger scores mean a more likely camera position.
 
-    levels: scores from coarse to fine, each (B, bins, h, w); one bin for models without heading bins.
-    logits: (B, H, W), the finest map; its softmax over all pixels is the probability of each pixel.
-    orientation: (B, 2, H, W), unit vectors (cos, sin) of the heading of the image's centre column, or None.
-    For tiles with ``aerial_up`` ``"north"`` the angle runs counter-clockwise from north; for ``"left"`` (as
-    the published KITTI models were trained) it runs clockwise from the tile's top edge.
-    grid: position of the finest map on the tile.
+    ``levels`` are scores from coarse to fine, each (B, bins, h, w); one bin for models without heading bins.
+    ``logits`` (B, H, W) is the finest map, at ``grid`` on the tile; its softmax over all pixels is the
+    probability of each pixel. ``orientation`` (B, 2, H, W) holds unit vectors (cos, sin) of the heading of
+    the image's centre column, or is None. With ``aerial_up`` ``"north"`` the angle runs counter-clockwise
+    from north; with ``"left"`` (as published KITTI models were trained) clockwise from the tile's top edge.
     """
 
     levels: list[Tensor]
@@ -139,10 +135,9 @@ class HeatMaps:
 class CrossViewModel(nn.Module):
     """Matches ground images against aerial tiles; the tile's part is computed once per tile.
 
-    extra_inputs: keyword arguments that ``match`` needs beyond the common ones: ``meters_per_pixel`` (B,),
-    the tile's ground sample distance, or ``intrinsics`` (B, 3, 3), the camera matrix in pixels of the ground
-    image as passed.
-    ignored_weights: prefixes of keys in the authors' checkpoints that localisation does not need.
+    ``extra_inputs`` are keyword arguments that ``match`` needs beyond the common ones: ``meters_per_pixel``
+    (B,), the tile's ground sample distance, or ``intrinsics`` (B, 3, 3), the camera matrix in pixels of the
+    ground image. ``ignored_weights`` are prefixes of keys in the authors' checkpoints that it does not need.
     """
 
     spec: ModelSpec
@@ -177,8 +172,8 @@ class CrossViewModel(nn.Module):
     def precompute(self, features: Any, *, orientation: bool = False) -> Any:
         """Extend ``features`` by the work that :meth:`match` would repeat for every image of the tile.
 
-        Pays off when a tile is matched more than once. Results are the same up to rounding. For inference
-        only. Set ``orientation`` if matches will ask for the orientation field.
+        For inference, and tiles matched more than once; results are the same up to rounding. Set
+        ``orientation`` if matches will ask for the orientation field.
         """
         return features
 
@@ -246,10 +241,7 @@ class CrossViewModel(nn.Module):
     def match_levels(
         self, ground: Tensor, features: Any, heading_prior_deg: float | None, count: int, **extra: Any
     ) -> list[Tensor]:
-        """Return the first ``count`` levels of :meth:`match` without computing the rest.
-
-        ``extra``: the inputs named in ``extra_inputs``.
-        """
+        """Return the first ``count`` levels of :meth:`match`; ``extra`` are the ``extra_inputs``."""
         raise NotImplementedError
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -24,16 +25,14 @@ _LAST_CHANNELS = 16
 class CCVPEConfig:
     """Sizes of one CCVPE model; tuples run from the coarsest level to the finest.
 
-    satellite_descriptor: length of one coarse satellite descriptor.
-    ground_channels: channels per panorama column of each level's ground descriptor.
-    shifts: channels by which the satellite descriptor is rolled per heading bin, at each level.
-    up, conv: output channels of each level's transposed convolution and of its convolutions.
-    up_orientation, conv_orientation: the same for the orientation decoder.
-    taps: backbone blocks whose outputs are the decoders' skip features, one for each level but the last.
-    cell: side of the cell that one coarse satellite descriptor covers, in final backbone features.
-    width: factor on the backbones' channels. groups: number of EfficientNet-B0's groups in the backbones.
-    padding: padding of the satellite backbone and of the decoders' convolutions.
-    classifier: True keeps the unused classifier weights of the published checkpoints in the backbones.
+    ``satellite_descriptor`` is the length of one coarse descriptor, ``cell`` the side of the cell that it
+    covers, in final backbone features. ``ground_channels`` are the channels per panorama column of each
+    level's ground descriptor, ``shifts`` those by which the satellite descriptor is rolled per heading bin.
+    ``up`` and ``conv`` are output channels of each level's transposed convolution and of its convolutions
+    (``..._orientation``: of the orientation decoder). ``taps`` are the backbone blocks whose outputs are the
+    decoders' skip features, one for each level but the last; ``width`` is a factor on the backbones'
+    channels, ``groups`` their number of EfficientNet-B0's groups; ``classifier`` keeps the unused classifier
+    weights of the published checkpoints. ``padding`` is that of the satellite backbone and the decoders.
     """
 
     spec: ModelSpec
@@ -106,8 +105,8 @@ CONFIGS = {
 class AerialFeatures:
     """Features of a tile: coarse descriptors (B, C, h, w) and the decoders' skip features.
 
-    shares: filled by :meth:`CCVPE.precompute`. For each decoder (by its suffix), the tile's share of the
-    first convolution of each stage but the last.
+    ``shares``, filled by :meth:`CCVPE.precompute`, are for each decoder (by its suffix) the tile's share of
+    the first convolution of each stage but the last.
     """
 
     descriptors: Tensor
@@ -119,9 +118,8 @@ class AerialFeatures:
 class _Fused:
     """A decoder's transposed convolutions, each merged with the convolution after it.
 
-    versions: versions of the weights that were merged. kernels: (C, C', 4, 4), one for each stage.
-    last: (1, C, S, S), the constant share in the first convolution of the last stage, which has no skip
-    features.
+    ``versions`` are those of the merged weights, ``kernels`` (C, C', 4, 4) one for each stage. ``last``
+    (1, C, S, S) is the constant share in the first convolution of the last stage, without skip features.
     """
 
     versions: tuple[int, ...]
@@ -137,21 +135,18 @@ class _Stage(NamedTuple):
     rest: nn.Sequential
 
     def up_of_zeros(self, size: tuple[int, ...]) -> Tensor:
-        """Return the transposed convolution of zeros: its bias everywhere, (1, C, *size)."""
         assert self.up.bias is not None
         return self.up.bias[None, :, None, None].expand(1, -1, *size)
 
     def merged_kernel(self) -> Tensor:
-        """Merge the transposed convolution with its share of the convolution after it: (C, C', 4, 4).
-
-        Tap t sums the products of all pairs of taps k and e of the two with t = k + 2 - e.
-        """
+        """Merge the transposed convolution with its share of the convolution after it: (C, C', 4, 4)."""
+        # Tap t sums the products of all pairs of taps k and e of the two with t = k + 2 - e.
         own = self.conv.weight[:, : self.up.out_channels]
         kernel = F.conv2d(self.up.weight, own, padding=2)
         return kernel.contiguous(memory_format=torch.channels_last)
 
     def versions(self) -> tuple[int, ...]:
-        """Return numbers that change whenever the weights of the two convolutions change."""
+        """Return numbers that change whenever the weights do."""
         weights = (self.up.weight, self.up.bias, self.conv.weight, self.conv.bias)
         return tuple(v for w in weights if w is not None for v in (w.data_ptr(), w._version))
 
@@ -164,10 +159,7 @@ class _ColumnsFirst(nn.Module):
 
 
 class CCVPE(CrossViewModel):
-    """Matches a panorama or pinhole image to an aerial tile.
-
-    Parameter names and shapes are those of the published checkpoints.
-    """
+    """Matches a panorama or pinhole image to a tile; parameters are named as in published checkpoints."""
 
     def __init__(self, config: CCVPEConfig) -> None:
         super().__init__()
@@ -206,15 +198,9 @@ class CCVPE(CrossViewModel):
         extra: int,
         outputs: int,
     ) -> None:
-        """Add a decoder's stages, numbered from the number of levels down to 1 as in published checkpoints.
-
-        ``scores`` and ``extra`` are the numbers of score channels in front of the features, at the first
-        level and at the others.
-        """
-
-        def conv3x3(channels_in: int, channels_out: int) -> nn.Conv2d:
-            return nn.Conv2d(channels_in, channels_out, 3, padding=1, padding_mode=self._config.padding)
-
+        # Stages are numbered from the number of levels down to 1 as in published checkpoints. ``scores`` and
+        # ``extra`` are the numbers of score channels before the features, at the first level and the others.
+        conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1, padding_mode=self._config.padding)
         channels = scores + self._config.satellite_descriptor
         ups = (*up, _LAST_CHANNELS)
         hidden = (*conv, _LAST_CHANNELS)
@@ -234,10 +220,7 @@ class CCVPE(CrossViewModel):
             channels = hidden[level] + extra
 
     def encode_aerial(self, aerial: Tensor) -> AerialFeatures:
-        """Compute backbone features and coarse descriptors of tiles (B, 3, S, S), normalised.
-
-        Raises ValueError if S is not the spec's.
-        """
+        """See :meth:`CrossViewModel.encode_aerial`. Raises ValueError if S is not the spec's."""
         size = self.spec.aerial_size
         check_image_size("aerial", aerial, (size, size))
         volume, skips = self.sat_efficientnet(aerial, self._config.taps)
@@ -252,10 +235,9 @@ class CCVPE(CrossViewModel):
     def precompute(self, features: AerialFeatures, *, orientation: bool = False) -> AerialFeatures:
         """See :meth:`CrossViewModel.precompute`.
 
-        Convolutions are linear. The first one after a concatenation is the sum of one over the skip features,
-        which depend on the tile alone, and one over the features from below. The latter merges with the
-        transposed convolution before it, which is linear too, into one of 4 x 4. At the coarsest level,
-        everything but the scores depends on the tile alone.
+        The first convolution after a concatenation is the sum of one over the skip features, which depend on
+        the tile alone, and one over the features from below. The latter merges with the transposed
+        convolution before it into one of 4 x 4. At the coarsest level only the scores depend on the image.
         """
         scores = {"": 1, "_ori": self.spec.bins} if orientation else {"": 1}
         for suffix in scores:
@@ -281,7 +263,6 @@ class CCVPE(CrossViewModel):
         return tuple(shares)
 
     def _fuse(self, suffix: str) -> None:
-        """Merge the decoder's convolutions, unless that was done with the current weights."""
         stages = [self._stage(level, suffix) for level in range(self._levels)]
         versions = tuple(v for stage in stages for v in stage.versions())
         known = self._fused.get(suffix)
@@ -303,10 +284,7 @@ class CCVPE(CrossViewModel):
         return _Stage(up, cast(nn.Conv2d, convs[0]), cast(nn.Sequential, convs[1:]))
 
     def encode_ground(self, ground: Tensor) -> list[Tensor]:
-        """Compute each level's unit descriptors (B, columns * channels) of normalised images (B, 3, h, w).
-
-        Raises ValueError if (h, w) is not the spec's.
-        """
+        """Compute each level's unit descriptors (B, columns * channels). Raises ValueError on wrong sizes."""
         check_image_size("ground", ground, self.spec.ground_size)
         volume, _ = self.grd_efficientnet(ground)
         return [
@@ -439,7 +417,12 @@ class CCVPE(CrossViewModel):
             elif scores is not None:
                 x = _join(scores, x)
             share = shares[level] if level < len(shares) else fused.last
-            return cast(Tensor, stage.rest(share + self._merged(x, kernel)))
+            # Reflecting the border after the transposed convolution equals repeating it before.
+            padding = 1
+            if self._config.padding == "reflect":
+                x, padding = F.pad(x, (1, 1, 1, 1), mode="replicate"), 3
+            x = F.conv_transpose2d(x, kernel, stride=2, padding=padding)
+            return cast(Tensor, stage.rest(share + x))
         if scores is not None:
             x = _join(scores, x)
         x = stage.up(x)
@@ -447,16 +430,7 @@ class CCVPE(CrossViewModel):
             x = _join(x, features.skips[level])
         return cast(Tensor, stage.rest(stage.conv(x)))
 
-    def _merged(self, x: Tensor, kernel: Tensor) -> Tensor:
-        """Apply a transposed convolution merged with the convolution after it, without biases."""
-        if self._config.padding == "zeros":
-            return F.conv_transpose2d(x, kernel, stride=2, padding=1)
-        # Reflecting the border after the transposed convolution equals repeating it before.
-        x = F.pad(x, (1, 1, 1, 1), mode="replicate")
-        return F.conv_transpose2d(x, kernel, stride=2, padding=3)
-
     def _orientation(self, descriptor: Tensor, features: AerialFeatures) -> Tensor:
-        """Run the orientation decoder: unit vectors (cos, sin), (B, 2, S, S)."""
         x = _unit(features.descriptors)
         scores = self._scores(0, x, descriptor, self.prior_bins(None).to(x.device))
         x = self._ascend(0, "_ori", scores, x, features)

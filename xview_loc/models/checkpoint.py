@@ -50,9 +50,8 @@ def save_checkpoint(
 
     ``metadata`` is a mapping of JSON values (parent's SHA-256, data, hyper-parameters, metrics ...). Its
     ``format``, ``model``, ``spec`` and ``calibration`` are replaced by the model's own. The file is written
-    atomically.
-    Raises CheckpointError on weights that are not finite, TypeError or ValueError on metadata that JSON
-    cannot hold (NaN included), OSError if the file cannot be written.
+    atomically. Raises CheckpointError on weights that are not finite, TypeError or ValueError on metadata
+    that JSON cannot hold (NaN included), OSError if the file cannot be written.
     """
     path = Path(path)
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
@@ -70,11 +69,10 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: str | os.PathLike[str], expected_model: str | None = None) -> Checkpoint:
-    """Read one of our checkpoints, or a published ``.pt``/``.pth`` state dict.
+    """Read one of our checkpoints, or a published ``.pt``/``.pth`` state dict; code in it is never run.
 
     ``expected_model`` is the model's name. Published files carry none, so they need it; in ours it is checked
-    if given. The model gets the file's spec. Code in a file is never run.
-    Raises CheckpointError, with one line that names the file and the cause, on any unusable file.
+    if given. The model gets the file's spec. Raises CheckpointError on any unusable file.
     """
     path = Path(path)
     try:
@@ -153,10 +151,8 @@ def _read_torch(path: Path, data: bytes) -> dict[str, Tensor]:
     except Exception as error:  # a damaged archive raises anything, EOFError to RuntimeError
         raise CheckpointError(f"checkpoint {path} is damaged: {_one_line(error)}") from None
     if isinstance(content, dict):
-        for key in _WRAPPERS:
-            if isinstance(content.get(key), dict):
-                content = content[key]
-                break
+        wrapped = (content[key] for key in _WRAPPERS if isinstance(content.get(key), dict))
+        content = next(wrapped, content)
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise CheckpointError(f"checkpoint {path} holds no plain state dict")
     return dict(content)
@@ -196,16 +192,14 @@ def _check_state(path: Path, state: Mapping[str, Tensor], model: CrossViewModel)
         ]
         raise CheckpointError(f"checkpoint {path} does not fit {name}: weights {', '.join(counts)}")
     for key, value in state.items():
-        if value.shape != wanted[key].shape:
-            raise CheckpointError(
-                f"checkpoint {path} does not fit {name}: {key} has shape {tuple(value.shape)}, "
-                f"not {tuple(wanted[key].shape)}"
-            )
-        if value.is_floating_point() != wanted[key].is_floating_point():
-            raise CheckpointError(
-                f"checkpoint {path} does not fit {name}: {key} has type {value.dtype}, "
-                f"not {wanted[key].dtype}"
-            )
+        own = wanted[key]
+        problem = ""
+        if value.shape != own.shape:
+            problem = f"shape {tuple(value.shape)}, not {tuple(own.shape)}"
+        elif value.is_floating_point() != own.is_floating_point():
+            problem = f"type {value.dtype}, not {own.dtype}"
+        if problem:
+            raise CheckpointError(f"checkpoint {path} does not fit {name}: {key} has {problem}")
     _check_finite(path, state)
 
 

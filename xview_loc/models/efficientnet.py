@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -45,9 +46,8 @@ def head_channels(width: float = 1.0) -> int:
 class _SameConv2d(nn.Conv2d):
     """Convolution with TensorFlow's SAME padding for a 224-pixel input.
 
-    Every stride-2 layer then gets an even size, so the padding does not depend on the size: ``kernel -
-    stride`` pixels in all, the odd one after the image. ``circular`` wraps left and right (a panorama's seam)
-    and pads with zeros above and below.
+    Every stride-2 layer then gets an even size and ``kernel - stride`` pixels of padding, the odd one after
+    the image. ``circular`` wraps left and right (a panorama's seam) and pads with zeros above and below.
     """
 
     def __init__(
@@ -55,15 +55,9 @@ class _SameConv2d(nn.Conv2d):
     ) -> None:
         total = kernel - stride
         margin = (total + 1) // 2
+        mode: Literal["reflect", "zeros"] = "reflect" if padding == "reflect" else "zeros"
         super().__init__(
-            channels_in,
-            channels_out,
-            kernel,
-            stride,
-            padding=margin,
-            groups=groups,
-            bias=False,
-            padding_mode="reflect" if padding == "reflect" else "zeros",
+            channels_in, channels_out, kernel, stride, margin, groups=groups, bias=False, padding_mode=mode
         )
         self._margin = margin
         self._wraps = padding == "circular"
@@ -80,8 +74,7 @@ class _SameConv2d(nn.Conv2d):
         return self._conv_forward(x, weight, None)
 
 
-def _batch_norm(channels: int) -> nn.BatchNorm2d:
-    return nn.BatchNorm2d(channels, eps=1e-3, momentum=0.01)
+_batch_norm = partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01)
 
 
 class _Block(nn.Module):

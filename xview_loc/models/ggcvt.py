@@ -1,7 +1,4 @@
-"""GGCVT: a ground view projected overhead, refined by attention, and correlated with an aerial tile.
-
-The published model's distances are 2 - 2 * similarity (smaller is better); scores here are their negatives.
-"""
+"""GGCVT: a ground view projected overhead, refined by attention, and correlated with an aerial tile."""
 
 from __future__ import annotations
 
@@ -36,11 +33,10 @@ _MIN_ENERGY = 1e-12
 class GGCVTConfig:
     """Sizes of one GGCVT model.
 
-    zero_cell: offset, in cells of the finest map, that the published position formula adds to half the map's
-    side to get the tile's centre. The supervised loss trains the arg-max to -0.5.
-    search_m: side of the square of positions that is scored, m (pinhole models); None: given by ``crop``.
-    crop: share of the overhead view, around the camera, that is slid over the tile.
-    channels: output channels of VGG's three blocks.
+    ``zero_cell`` is the offset, in cells of the finest map, that the published position formula adds to half
+    the map's side to get the tile's centre; the supervised loss trains the arg-max to -0.5. ``search_m`` is
+    the side of the square of positions that is scored, m (pinhole models). Without it, ``crop`` is the share
+    of the overhead view, around the camera, that is slid over the tile.
     """
 
     spec: ModelSpec
@@ -79,11 +75,7 @@ CONFIGS = {
 
 @dataclass(frozen=True)
 class AerialLevel:
-    """One level of a tile.
-
-    spectrum: (B, C, S, S // 2 + 1), Fourier transform of the features.
-    divisor: (B, h, w), what the correlation is divided by at each position.
-    """
+    """Fourier transform (B, C, S, S // 2 + 1) of a tile's features, divisor (B, h, w) of each correlation."""
 
     spectrum: Tensor
     divisor: Tensor
@@ -121,10 +113,7 @@ class _Refine(nn.Module):
 
 
 class GGCVT(CrossViewModel):
-    """Matches a ground image of known heading to an aerial tile.
-
-    Parameter names and shapes are those of the published checkpoints.
-    """
+    """Matches an image of known heading to a tile; parameters are named as in published checkpoints."""
 
     ignored_weights = ("SatFeatureNet.conv_dec3.", "SatFeatureNet.conf", "TransRefine.")
 
@@ -147,11 +136,9 @@ class GGCVT(CrossViewModel):
         """Return the sides, in cells, of the part of the overhead view that is slid over the tile."""
         sizes = []
         for stride in STRIDES:
-            size = self.spec.aerial_size // stride
-            if self._config.search_m is None:
-                sizes.append(int(size * self._config.crop))
-            else:
-                sizes.append(int(size - self._config.search_m / (self.spec.gsd * stride)))
+            size, search_m = self.spec.aerial_size // stride, self._config.search_m
+            searched = None if search_m is None else search_m / (self.spec.gsd * stride)
+            sizes.append(int(size * self._config.crop if searched is None else size - searched))
         return sizes
 
     @property
@@ -177,10 +164,7 @@ class GGCVT(CrossViewModel):
         return HeatMapGrid(float(stride), (origin, origin))
 
     def encode_aerial(self, aerial: Tensor) -> AerialFeatures:
-        """Compute spectra and divisors of tiles (B, 3, S, S), normalised.
-
-        Raises ValueError if S is not the spec's.
-        """
+        """See :meth:`CrossViewModel.encode_aerial`. Raises ValueError if S is not the spec's."""
         size = self.spec.aerial_size
         check_image_size("aerial", aerial, (size, size))
         # The published rectifier works in place, so rectified features are correlated.
@@ -198,15 +182,9 @@ class GGCVT(CrossViewModel):
         return tuple(AerialLevel(level.spectrum[rows], level.divisor[rows]) for level in features)
 
     def encode_ground(
-        self,
-        ground: Tensor,
-        meters_per_pixel: Tensor | None = None,
-        intrinsics: Tensor | None = None,
+        self, ground: Tensor, meters_per_pixel: Tensor | None = None, intrinsics: Tensor | None = None
     ) -> list[Tensor]:
-        """Compute overhead views (B, C, S, S), coarse to fine, of images (B, 3, h, w), normalised.
-
-        The camera is above the centre of the view. See :meth:`match` for the other arguments and errors.
-        """
+        """Compute overhead views (B, C, S, S) about the camera, coarse to fine; see :meth:`match`."""
         return self._overhead(ground, self._views(ground.shape[0], meters_per_pixel, intrinsics))
 
     def _overhead(self, ground: Tensor, views: list[OverheadView]) -> list[Tensor]:
@@ -234,11 +212,9 @@ class GGCVT(CrossViewModel):
     ) -> HeatMaps:
         """See :meth:`CrossViewModel.match`; a batch of one on either side is broadcast to the other's.
 
-        ``heading_prior_deg`` must be 0 (known heading). Panoramas need ``meters_per_pixel`` (B,), the tile's
-        ground sample distance; pinhole models need ``intrinsics`` (B, 3, 3), the camera matrix in pixels of
-        the ground image as passed. Each may have a batch of one.
-        Levels are the negated published maps (larger is better); logits are ten times the finest one.
-        Raises ValueError if the heading is not known, an input is missing or a shape is wrong.
+        Panoramas need ``meters_per_pixel``, pinhole models ``intrinsics``; each may have a batch of one.
+        Logits are ten times the finest level. Raises ValueError unless ``heading_prior_deg`` is 0 (known
+        heading), or if an input is missing or of a wrong shape.
         """
         views = self._views(ground.shape[0], meters_per_pixel, intrinsics)
         kernels = self.frame(ground, (), heading_prior_deg, orientation=orientation, views=views)
@@ -278,6 +254,7 @@ class GGCVT(CrossViewModel):
         for level, kernel, stride in zip(features, outputs, STRIDES, strict=True):
             size = self.spec.aerial_size // stride
             similarity = correlate(level.spectrum, kernel, size) / level.divisor
+            # The published distances are 2 - 2 * similarity; scores are their negatives.
             maps.append((2 * similarity - 2)[:, None])
         return HeatMaps(maps, _SHARPNESS * maps[-1][:, 0], None, self.grid)
 
@@ -314,9 +291,8 @@ class GGCVT(CrossViewModel):
 def correlate(spectrum: Tensor, kernel: Tensor, size: int) -> Tensor:
     """Cross-correlate features with a smaller ``kernel`` (B, C, k, k), summed over channels.
 
-    ``spectrum`` is rfft2 of the features (B, C, size, size). Returns the valid part,
-    (B, size - k + 1, size - k + 1). The circular correlation wraps around only outside it, so no padding is
-    needed.
+    ``spectrum`` is rfft2 of the features (B, C, size, size). Returns the valid part, (B, size - k + 1,
+    size - k + 1); the circular correlation wraps around only outside it, so no padding is needed.
     """
     product = spectrum * torch.fft.rfft2(_wide(kernel), s=(size, size)).conj()
     side = size - kernel.shape[-1] + 1
@@ -324,7 +300,7 @@ def correlate(spectrum: Tensor, kernel: Tensor, size: int) -> Tensor:
 
 
 def _wide(x: Tensor) -> Tensor:
-    """Convert to float32 at least: Fourier transforms in half precision support few sizes, or none."""
+    # Fourier transforms in half precision support few sizes, or none.
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -337,9 +313,8 @@ def box_sum(x: Tensor, side: int) -> Tensor:
 def ranking_loss(maps: HeatMaps, position: Tensor, aerial_size: int) -> Tensor:
     """Compute the authors' supervised loss: every position must score below the true one, at each level.
 
-    ``position`` (B, 2) is the camera's true (row, col) in tile pixels (pixel-centre), ``aerial_size`` the
-    tile's side in pixels. Returns the sum over levels of the mean of log(1 + exp(10 * (score - true score))).
-    Raises ValueError if a position lies outside a map.
+    Sums over levels the mean of log(1 + exp(10 * (score - true score))). ``position`` (B, 2) is the true
+    (row, col) in tile pixels. Raises ValueError if one lies outside a map.
     """
     offset = position - (aerial_size - 1) / 2
     total = offset.new_zeros(())

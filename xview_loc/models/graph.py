@@ -43,10 +43,9 @@ class RuntimeUnavailableError(UserError):
 
 @dataclass(frozen=True)
 class FrameSettings:
-    """Settings that are the same for every image, built into a graph.
+    """Arguments of :meth:`CrossViewModel.match` that are the same for every image, built into a graph.
 
-    heading_prior_deg, orientation: arguments of :meth:`CrossViewModel.match`. inputs: name and values (nested
-    tuples, a batch of one) of each of the model's extra inputs.
+    ``inputs`` are name and values (nested tuples, a batch of one) of each of the model's extra inputs.
     """
 
     heading_prior_deg: float | None = 0.0
@@ -59,10 +58,7 @@ class FrameSettings:
 
 
 class FrameGraph(nn.Module):
-    """A model's :meth:`~CrossViewModel.frame` for images and tile tensors with channels last.
-
-    This is how this package stores them, and the layout of convolutions on most processors.
-    """
+    """A model's :meth:`~CrossViewModel.frame` for images and tile tensors with channels last, as stored."""
 
     def __init__(self, model: CrossViewModel, settings: FrameSettings) -> None:
         super().__init__()
@@ -121,8 +117,11 @@ def export(model: CrossViewModel, settings: FrameSettings) -> bytes:
         )
     assert program is not None
     graph = program.model_proto
-    for number, output in enumerate(graph.graph.output):
-        _rename_output(graph.graph, output.name, f"output_{number}")
+    renamed = {output.name: f"output_{number}" for number, output in enumerate(graph.graph.output)}
+    for output in graph.graph.output:
+        output.name = renamed[output.name]
+    for names in (names for node in graph.graph.node for names in (node.input, node.output)):
+        names[:] = [renamed.get(name, name) for name in names]
     metadata = {
         "model": model.spec.name,
         "spec": json.dumps(model.spec.to_json()),
@@ -134,17 +133,6 @@ def export(model: CrossViewModel, settings: FrameSettings) -> bytes:
     for key, value in metadata.items():
         graph.metadata_props.add(key=key, value=value)
     return bytes(graph.SerializeToString())
-
-
-def _rename_output(graph: Any, old: str, new: str) -> None:
-    for node in graph.node:
-        for names in (node.input, node.output):
-            for i, name in enumerate(names):
-                if name == old:
-                    names[i] = new
-    for output in graph.output:
-        if output.name == old:
-            output.name = new
 
 
 def kept_graph(model: CrossViewModel, settings: FrameSettings) -> Path:
@@ -191,7 +179,6 @@ def _export_elsewhere(model: CrossViewModel, settings: FrameSettings, path: Path
 
 
 def _wait_for_export(process: subprocess.Popen[str], name: str) -> str:
-    """Return what the process wrote to stderr, once it has ended."""
     deadline = time.monotonic() + EXPORT_TIMEOUT_S
     cancelled = EXPORT_CANCELLED.get()
     while True:

@@ -33,17 +33,12 @@ def ground_image(
 ) -> Image:
     """Rotate or undistort a ground image, and resize it to the model's input (h, w, 3).
 
-    Panoramas are equirectangular over 360 degrees, with columns clockwise; they are resized to the model's
-    aspect ratio, as VIGOR's 2:1 panoramas were. Pinhole images are undistorted and resized.
-
-    Args:
-        heading: vehicle's true-north ENU yaw in radians. A panorama is rotated so that its centre column
-            faces north, to half a pixel of the model's input; None leaves it as recorded.
-        camera: calibration of a pinhole image; None for an image without distortion.
-        mount_yaw: direction of a panorama's centre column, in radians to the left of the vehicle's x axis.
-
-    Raises:
-        ImageError: not an RGB image, or not of the calibration's size.
+    Pinhole images are undistorted by ``camera``, unless it is None. Panoramas are equirectangular over 360
+    degrees, with columns clockwise; they are resized to the model's aspect ratio, as VIGOR's 2:1 panoramas
+    were, and rotated so that the centre column faces north, to half a pixel of the model's input. ``heading``
+    is the vehicle's true-north ENU yaw in radians (None leaves panoramas as recorded), ``mount_yaw`` the
+    direction of a panorama's centre column, in radians to the left of the vehicle's x axis. Raises ImageError
+    if the image is not RGB, or not of the calibration's size.
     """
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:
         raise ImageError(f"the image must be RGB, uint8 (H, W, 3), not {image.dtype} {image.shape}")
@@ -57,10 +52,7 @@ def ground_image(
 
 
 def normalise(image: Image) -> Tensor:
-    """Normalise an RGB image with ImageNet's mean and standard deviation.
-
-    Returns float32 (1, 3, H, W), channels last in memory.
-    """
+    """Normalise an RGB image to ImageNet's statistics: float32 (1, 3, H, W), channels last in memory."""
     height, width, _ = image.shape
     # Broadcasting whole rows is many times faster than broadcasting three values.
     values = image.reshape(height, -1).astype(np.float32)

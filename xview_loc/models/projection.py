@@ -20,12 +20,10 @@ _MIN_DEPTH = 1e-6
 
 @dataclass(frozen=True)
 class CameraGeometry:
-    """How a model's camera sees flat ground.
+    """Height of a camera above ground (m), and elevation of a panorama's upper and lower edge.
 
-    height: height of the camera above ground, m.
-    elevation_deg: elevation of a panorama's upper and lower edge.
-    image_origin: pixel coordinate of the image's upper left corner: 0 in the published models, which put the
-    first pixel's centre there; -0.5 with pixel-centre coordinates.
+    ``image_origin`` is the pixel coordinate of the image's upper left corner: 0 in the published models,
+    which put the first pixel's centre there; -0.5 with pixel-centre coordinates.
     """
 
     height: float
@@ -37,8 +35,8 @@ class CameraGeometry:
 class Sampler:
     """Bilinear sampling of image features at overhead cells.
 
-    neighbours: (S * S, 4), indices row * columns + column of the features around each cell.
-    weights: (S * S, 4), zero for cells outside the image.
+    ``neighbours`` (S * S, 4) are the indices row * columns + column of the features around each cell, with
+    ``weights`` (S * S, 4), zero for cells outside the image.
     """
 
     neighbours: Tensor
@@ -54,9 +52,8 @@ class Sampler:
         right, down = u - left, v - top
         first = (top * cols + left).long()
         neighbours = torch.stack([first, first + 1, first + cols, first + cols + 1], 1)
-        weights = torch.stack(
-            [(1 - right) * (1 - down), right * (1 - down), (1 - right) * down, right * down], 1
-        )
+        up = 1 - down
+        weights = torch.stack([(1 - right) * up, right * up, (1 - right) * down, right * down], 1)
         weights = weights * inside.flatten()[:, None]
         return cls(neighbours.to(device), weights.to(device))
 
@@ -78,10 +75,9 @@ def sample(features: Tensor, samplers: list[Sampler]) -> Tensor:
 
 @dataclass(frozen=True)
 class OverheadView:
-    """Positions of one camera's overhead cells in its image features.
+    """Samplers of one camera's overhead cells for each level, and the image columns of the coarsest level's.
 
-    samplers: one per level. plan: image columns of the coarsest level's cells.
-    seen: (S, S), False for the coarsest level's cells behind the camera.
+    ``seen`` (S, S) is False for the coarsest level's cells behind the camera.
     """
 
     samplers: tuple[Sampler, ...]
@@ -94,14 +90,12 @@ class OverheadView:
 def overhead_view(
     camera: tuple[float, ...], spec: ModelSpec, geometry: CameraGeometry, device: torch.device
 ) -> OverheadView:
-    """Project the overhead cells of every level into the image.
+    """Project the overhead cells of every level into the image of ``camera``.
 
-    ``camera``: the tile's ground sample distance (m/px) for panoramas, the nine intrinsics for pinhole
-    models, whose tiles have the spec's.
+    That is the tile's ground sample distance (m/px) for panoramas, the nine intrinsics for pinhole models.
     """
     samplers = []
-    plan = seen = None
-    for stride in STRIDES:
+    for stride in reversed(STRIDES):
         size, (rows, cols) = spec.aerial_size // stride, (x // stride for x in spec.ground_size)
         if spec.camera == "panorama":
             u, v = project_panorama(camera[0] * stride, geometry, size, rows, cols)
@@ -111,12 +105,10 @@ def overhead_view(
             matrix[:2] /= stride
             u, v, visible = _project_pinhole(matrix, spec.gsd * stride, geometry.height, size)
         samplers.append(Sampler.of(u, v, rows, cols, device))
-        if plan is None:
-            plan = ColumnPlan.of(u.flatten(), cols)
-            plan = ColumnPlan(plan.cells.to(device), plan.columns.to(device), plan.slots.to(device))
-            seen = visible.to(device)
-    assert plan is not None and seen is not None
-    return OverheadView(tuple(samplers), plan, seen)
+    # The last level is the coarsest.
+    plan = ColumnPlan.of(u.flatten(), cols)
+    plan = ColumnPlan(plan.cells.to(device), plan.columns.to(device), plan.slots.to(device))
+    return OverheadView(tuple(reversed(samplers)), plan, visible.to(device))
 
 
 def project_panorama(

@@ -61,10 +61,9 @@ def make_runtime(
     precision: Precision = "float32",
     device: str | torch.device = "cpu",
 ) -> Runtime:
-    """Make a runtime for a model; the first one for given weights and settings takes seconds.
+    """Make a runtime (not ``torch``); the first one for given weights and settings takes seconds.
 
-    ``backend`` is ``"openvino"`` or ``"onnxruntime"``. The runtime's results on noise are compared with
-    PyTorch's. Raises RuntimeUnavailableError, also if they differ.
+    Raises RuntimeUnavailableError, also if its results on noise differ from PyTorch's.
     """
     device = torch.device(device)
     check_precision(backend, precision, device)
@@ -85,10 +84,7 @@ def make_runtime(
 
 
 def parity(runtime: Runtime, model: CrossViewModel, settings: FrameSettings) -> float:
-    """Return the largest difference of a runtime's results on noise from PyTorch's.
-
-    Relative to the largest value of each output.
-    """
+    """Return the largest difference from PyTorch's results on noise, relative to each output's maximum."""
     ground, features = example(model, settings)
     with torch.no_grad():
         tile = model.tile_tensors(features)

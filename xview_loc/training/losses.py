@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xview_loc.estimation.localizer import MIN_SEARCH_M, SEARCH_SIGMAS
-from xview_loc.models.base import CrossViewModel
+from xview_loc.models.base import CrossViewModel, HeatMaps
 from xview_loc.models.ccvpe import CCVPE
 from xview_loc.models.ggcvt import ranking_loss
 
@@ -49,11 +49,7 @@ def bin_weights(heading: Tensor, count: int) -> Tensor:
 
 
 def pool_label(label: Tensor, side: int) -> Tensor:
-    """Max-pool the finest map's ``label`` (B, n, n) to a coarser level (B, side, side).
-
-    Each cell takes the maximum of the pixels that it covers. Both maps must have the same centre, as CCVPE's
-    levels and GGCVT's search windows do.
-    """
+    """Max-pool the finest map's ``label`` (B, n, n) to a coarser level (B, side, side) of the same centre."""
     stride = round(label.shape[1] / side)
     # GGCVT's coarse windows are a little larger; if the difference is odd, cells are centred on a pixel.
     spare = stride * side - label.shape[1]
@@ -63,12 +59,10 @@ def pool_label(label: Tensor, side: int) -> Tensor:
 
 
 def info_nce(scores: Tensor, label: Tensor, bins: Tensor, positive: float = POSITIVE) -> Tensor:
-    """Compute CCVPE's InfoNCE loss of one level (T-PAMI 2023, section on the losses).
+    """Compute CCVPE's InfoNCE loss of one level's ``scores`` (B, n, h, w) (T-PAMI 2023, section on losses).
 
-    scores: (B, n, h, w), the level's heat map.
-    label: (B, H, W), not negative, in the finest map's size; max-pooled to the level.
-    bins: (B, n), weight of each heading bin (ones for a single bin).
-    positive: cells with a larger label are positives, weighted by their label.
+    ``label`` (B, H, W), not negative, has the finest map's size and is max-pooled to the level; ``bins``
+    (B, n) are weights of the heading bins. Cells with a label above ``positive`` are weighted by it.
     """
     target = bins[:, :, None, None] * pool_label(label, scores.shape[2])[:, None]
     target = torch.where(target > positive, target, 0.0)
@@ -148,8 +142,7 @@ class GGCVTLoss:
         self, model: CrossViewModel, batch: Mapping[str, Tensor], heading_prior_deg: float | None
     ) -> Tensor:
         """See :class:`HeatMapLoss`."""
-        extra: dict[str, Any] = {name: batch[name] for name in model.extra_inputs}
-        maps = model.match(batch["ground"], model.encode_aerial(batch["aerial"]), heading_prior_deg, **extra)
+        maps = _match(model, batch, heading_prior_deg)
         return ranking_loss(maps, batch["position"], model.spec.aerial_size)
 
     def to_json(self) -> dict[str, Any]:
@@ -157,11 +150,13 @@ class GGCVTLoss:
         return {"name": "ggcvt"}
 
 
-def search_radius(batch: Mapping[str, Tensor]) -> Tensor:
-    """Return the radius (B,) of the search disc about the coarse fix, tile pixels; NaN if ``fix_std`` is.
+def _match(model: CrossViewModel, batch: Mapping[str, Tensor], heading_prior_deg: float | None) -> HeatMaps:
+    extra: dict[str, Any] = {name: batch[name] for name in model.extra_inputs}
+    return model.match(batch["ground"], model.encode_aerial(batch["aerial"]), heading_prior_deg, **extra)
 
-    As in the localizer: three standard deviations of the fix.
-    """
+
+def search_radius(batch: Mapping[str, Tensor]) -> Tensor:
+    """Return the localizer's search radius (B,) in tile pixels: 3 ``fix_std``, NaN where that is NaN."""
     return (SEARCH_SIGMAS * batch["fix_std"]).clamp_min(MIN_SEARCH_M) / batch["meters_per_pixel"]
 
 
@@ -170,9 +165,8 @@ class DistillationLoss:
     """Coarse-only supervision by pseudo ground truth (ECCV 2024, Sections 3.1 and 3.2).
 
     The mean over the first ``levels`` levels of the InfoNCE loss against the pseudo ground truth X: a
-    Gaussian of ``sigma`` pixels of the finest map about the batch's ``position`` or, with a ``teacher``, the
-    teacher's heat map of the batch. For CCVPE, labels are distributed over the heading bins by the batch's
-    ``heading``.
+    Gaussian of ``sigma`` pixels of the finest map about the batch's ``position`` or the ``teacher``'s heat
+    map. For CCVPE, labels are distributed over the heading bins by the batch's ``heading``.
     """
 
     levels: int
@@ -190,17 +184,17 @@ class DistillationLoss:
         prior = None if isinstance(model, CCVPE) else heading_prior_deg
         maps = model.match_levels(batch["ground"], features, prior, self.levels, **extra)
         label = self._label(model, batch, heading_prior_deg)
+        bins = torch.ones_like(batch["heading"])[:, None]
         if isinstance(model, CCVPE):
             bins = bin_weights(batch["heading"], model.spec.bins)
-        else:
-            bins = torch.ones_like(batch["heading"])[:, None]
         values = [info_nce(scores, label, bins, positive=0.0) for scores in maps]
         return self.weight * torch.stack(values).mean()
 
     def to_json(self) -> dict[str, Any]:
         """See :class:`HeatMapLoss`."""
-        label = {"sigma": self.sigma} if self.teacher is None else {"sigma": None}
-        return {"name": "distillation", "levels": self.levels, "mode_based": self.teacher is None, **label}
+        mode_based = self.teacher is None
+        sigma = self.sigma if mode_based else None
+        return {"name": "distillation", "levels": self.levels, "mode_based": mode_based, "sigma": sigma}
 
     def _label(
         self, model: CrossViewModel, batch: Mapping[str, Tensor], heading_prior_deg: float | None
@@ -210,10 +204,8 @@ class DistillationLoss:
             cell = (batch["position"] - batch["position"].new_tensor(grid.origin)) / grid.scale
             return gaussian_label(cell, model.map_size, self.sigma)
         teacher = self.teacher.eval().to(batch["ground"].device)
-        extra: dict[str, Any] = {name: batch[name] for name in teacher.extra_inputs}
         with torch.no_grad():
-            features = teacher.encode_aerial(batch["aerial"])
-            maps = teacher.match(batch["ground"], features, heading_prior_deg, **extra)
+            maps = _match(teacher, batch, heading_prior_deg)
             logits = maps.within(batch["fix"], search_radius(batch)).logits
             share: Tensor = logits.float().flatten(1).softmax(1).view_as(logits)
         return share

@@ -6,7 +6,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -16,7 +16,7 @@ import torch
 from lightning_fabric import Fabric
 from lightning_fabric.strategies import DDPStrategy
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 
 from xview_loc.datasets.base import Batch, PoseDataset, load_batches
 from xview_loc.errors import UserError, reason
@@ -39,12 +39,11 @@ class TrainingError(UserError):
 class TrainingOptions:
     """Hyper-parameters; the defaults are those of CCVPE's authors.
 
-    schedule: ``"constant"`` learning rate, or one that falls to zero along a ``"cosine"``.
-    warmup: steps over which the learning rate rises to its full value.
-    heading_priors_deg: heading prior of each batch, in turn. Panoramas are turned at random within it, and
-    :meth:`CrossViewModel.match` gets it (0: heading known up to the dataset's error; None: unknown).
-    fixed_batch_norm: True keeps the batch normalisation's initial statistics instead of the batches'.
-    workers: processes that load data. save_every: steps between saved states within an epoch.
+    The learning rate rises over ``warmup`` steps, and falls to zero along a ``"cosine"`` with that
+    ``schedule``. ``heading_priors_deg`` are the batches' heading priors, in turn: panoramas are turned at
+    random within it, and :meth:`CrossViewModel.match` gets it (0: heading known up to the dataset's error;
+    None: unknown). ``fixed_batch_norm`` keeps the batch normalisation's initial statistics instead of the
+    batches'. ``workers`` are processes that load data, ``save_every`` steps between saved states.
     """
 
     epochs: int = 10
@@ -60,10 +59,7 @@ class TrainingOptions:
 
 
 class Validation(Protocol):
-    """Evaluates a model after every epoch, in every process.
-
-    name: name of the validation data.
-    """
+    """Evaluates a model after every epoch, in every process; ``name`` is that of the validation data."""
 
     name: str
 
@@ -74,11 +70,7 @@ class Validation(Protocol):
 
 @dataclass
 class TrainingProgress:
-    """Progress of a run.
-
-    loss: mean of the epoch so far. history: figures of each finished epoch. best_score: least validation
-    score.
-    """
+    """Progress of a run: ``loss`` is the epoch's mean so far, ``history`` each finished epoch's figures."""
 
     epoch: int = 0
     step_in_epoch: int = 0
@@ -91,23 +83,6 @@ class TrainingProgress:
     def steps(self) -> int:
         """Number of finished steps in all epochs."""
         return self.epoch * self.steps_per_epoch + self.step_in_epoch
-
-
-class _EpochBatches(Sampler[list[int]]):
-    """Batches of one epoch for one process; their order depends on (seed, epoch) alone."""
-
-    def __init__(
-        self, size: int, batch: int, seed: int, epoch: int, skip: int, rank: int, world: int
-    ) -> None:
-        order = np.random.default_rng([seed, epoch]).permutation(size)
-        whole = size // (batch * world)
-        self._batches = order[: whole * batch * world].reshape(whole, world, batch)[skip:, rank].tolist()
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(self._batches)
-
-    def __len__(self) -> int:
-        return len(self._batches)
 
 
 class _Step(nn.Module):
@@ -210,8 +185,8 @@ def train(
 
     Writes to ``folder``: ``last.pt`` (state to resume from), ``history.json`` (loss and validation figures of
     each epoch) and ``best.safetensors`` (the weights with the least validation score, with ``metadata``,
-    options, data and figures). Files are replaced atomically. On the CPU, a run that was killed and resumed
-    ends with the same numbers as one that was not. ``on_step`` is called after every step and every epoch.
+    options, data and figures), each replaced atomically. On the CPU, a resumed run ends with the same numbers
+    as an uninterrupted one. ``on_step`` is called after every step and every epoch.
     Raises TrainingError if the folder holds a run with other options, the data does not fill one batch, or
     the loss is not finite.
     """
@@ -227,18 +202,17 @@ def train(
     wrapped, wrapped_optimizer = fabric.setup(step, optimizer)
     run: dict[str, Any] = {"options": comparable(options), "data": data.name, "validation": validation.name}
     run |= {"model": model.spec.name, "loss": loss.to_json(), "processes": fabric.world_size}
-    run |= {
-        "samples": len(data),
-        "start": weights_digest(model),
-        "precision": fabric.strategy.precision.precision,
-    }
+    run |= {"samples": len(data), "start": weights_digest(model)}
+    run["precision"] = fabric.strategy.precision.precision
     progress = TrainingProgress(steps_per_epoch=per_epoch)
     totals = [0.0, 0]
     state_file = folder / STATE_FILE
     # Every process resumes from the first one's state: they may not share a disk.
     state = fabric.broadcast(_load_state(state_file) if fabric.is_global_zero else None)
     if state is not None:
-        _check_run(folder, state["run"], run)
+        if state["run"] != run:
+            differing = ", ".join(sorted(key for key in run if state["run"].get(key) != run[key]))
+            raise TrainingError(f"{folder} holds a run with other settings ({differing}); use another folder")
         progress, totals = TrainingProgress(**state["progress"]), state["totals"]
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -256,23 +230,14 @@ def train(
 
     while progress.epoch < options.epochs:
         data.epoch = progress.epoch
-        batches = _EpochBatches(
-            len(data),
-            options.batch_size,
-            options.seed,
-            progress.epoch,
-            progress.step_in_epoch,
-            fabric.global_rank,
-            fabric.world_size,
-        )
+        # The order of an epoch's batches depends on (seed, epoch) alone.
+        order = np.random.default_rng([options.seed, progress.epoch]).permutation(len(data))
+        shape = (per_epoch, fabric.world_size, options.batch_size)
+        batches = order[: math.prod(shape)].reshape(shape)[progress.step_in_epoch :, fabric.global_rank]
+        # Pinned memory lets a GPU copy batches while it computes.
+        pinned = fabric.device.type == "cuda"
         loader: Any = fabric.setup_dataloaders(
-            DataLoader(
-                data,
-                batch_sampler=batches,
-                num_workers=options.workers,
-                # Lets a GPU copy batches while it computes.
-                pin_memory=fabric.device.type == "cuda",
-            ),
+            DataLoader(data, batch_sampler=batches.tolist(), num_workers=options.workers, pin_memory=pinned),
             use_distributed_sampler=False,
         )
         for batch in load_batches(loader):
@@ -338,15 +303,12 @@ def _training_mode(model: CrossViewModel, options: TrainingOptions) -> CrossView
 
 def comparable(options: TrainingOptions) -> dict[str, Any]:
     """Return the options that decide the resulting numbers."""
-    values = asdict(options)
-    for name in ("workers", "save_every"):
-        del values[name]
     # A list, as in a saved state.
-    return {**values, "heading_priors_deg": list(options.heading_priors_deg)}
+    values = {**asdict(options), "heading_priors_deg": list(options.heading_priors_deg)}
+    return {name: value for name, value in values.items() if name not in ("workers", "save_every")}
 
 
 def _load_state(path: Path) -> dict[str, Any] | None:
-    """Read the state to resume from; None if there is none."""
     if not path.exists():
         return None
     try:
@@ -355,14 +317,6 @@ def _load_state(path: Path) -> dict[str, Any] | None:
     except Exception as error:  # a damaged archive raises anything
         raise TrainingError(f"{path} is damaged ({type(error).__name__}): delete it to start again") from None
     return state
-
-
-def _check_run(folder: Path, before: dict[str, Any], run: dict[str, Any]) -> None:
-    if before != run:
-        differing = sorted(key for key in run if before.get(key) != run[key])
-        raise TrainingError(
-            f"{folder} holds a run with other settings ({', '.join(differing)}); use another folder"
-        )
 
 
 def _rate(options: TrainingOptions, count: int, total: int) -> float:
