@@ -41,7 +41,7 @@ SPLITS = tuple(_SPLITS)
 
 
 class _Label(NamedTuple):
-    """One label line: a panorama, its positive tile, and the camera's raw pixels from the tile's centre."""
+    """One label line: panorama, positive tile, and the camera's raw pixels south and east of its centre."""
 
     file: Path
     line: int
