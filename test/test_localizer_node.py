@@ -452,7 +452,7 @@ def test_deploy_waits_for_the_verdict(rig, tmp_path, monkeypatch):
     bad.write_bytes(b"rubbish")
     for name, value in environment(DOMAIN).items():
         monkeypatch.setenv(name, value)
-    assert "in use" in deploy(good, "/localizer") and "good.safetensors" in rig.parameter("checkpoint")
+    assert "in use" in deploy(good, "/localizer", 300.0) and "good.safetensors" in rig.parameter("checkpoint")
     assert rows_moved(rig.good_frame()) == pytest.approx(8, abs=0.1)
     with pytest.raises(DeploymentError, match="no localizer /nobody"):
         deploy(good, "/nobody", 1.0)

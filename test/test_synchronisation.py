@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
+from xview_loc.vehicle.fix_gate import JumpGate
 from xview_loc.vehicle.pairing import Paired, Pairing
 from xview_loc.vehicle.synchronisation import (
     NS,
     GnssFix,
     HeadingSample,
     History,
-    JumpGate,
     RejectedInput,
     StampNotNewerError,
     blend_fix,

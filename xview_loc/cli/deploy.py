@@ -13,7 +13,9 @@ from xview_loc.cli.console import console
 def deploy(
     checkpoint: Annotated[Path, typer.Argument(help="Weights; the node must see the same path.")],
     to: Annotated[str, typer.Option(help="Name of the localizer node.")] = "/localizer",
-    timeout: Annotated[float, typer.Option(min=1.0, help="Seconds to wait for the node.")] = 60.0,
+    timeout: Annotated[
+        float, typer.Option(min=1.0, help="Seconds to wait for the node, which may export a graph.")
+    ] = 300.0,
 ) -> None:
     """Activate a checkpoint on a running localizer, which verifies it first, and wait for the verdict.
 

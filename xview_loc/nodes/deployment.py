@@ -19,7 +19,7 @@ class DeploymentError(UserError):
     """The node did not take the checkpoint; the message is one clear line."""
 
 
-def deploy(path: Path, to: str, timeout_s: float = 60.0) -> str:
+def deploy(path: Path, to: str, timeout_s: float) -> str:
     """Set the parameter ``checkpoint`` of the node ``to``, and return its answer.
 
     The node must see the file under the same path. Raises DeploymentError if the node cannot be reached, or
@@ -57,5 +57,5 @@ class _Deployer(Node):
         call = client.call_async(request)
         rclpy.spin_until_future_complete(self, call, timeout_sec=max(0.0, self._end - time.monotonic()))
         if not call.done():
-            raise DeploymentError(f"{self._to} does not answer {service}")
+            raise DeploymentError(f"{self._to} does not answer {service} in time: raise --timeout")
         return call.result()

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from xview_loc.vehicle.fix_gate import JumpGate
 from xview_loc.vehicle.synchronisation import (
     NS,
     RESTART_NS,
     GnssFix,
     HeadingSample,
     History,
-    JumpGate,
     RejectedInput,
     Stamped,
     StampNotNewerError,

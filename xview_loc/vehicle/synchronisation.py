@@ -1,4 +1,4 @@
-"""Fixes and headings at an image's stamp, and the gate for fixes that jump. Free of ROS.
+"""Fixes and headings at an image's stamp. Free of ROS.
 
 Stamps are nanoseconds of the messages' own clock. Nothing here is thread-safe.
 """
@@ -14,7 +14,7 @@ from typing import Generic, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from xview_loc.geodesy import LocalProjection, wrap_angle, wrap_longitude
+from xview_loc.geodesy import wrap_angle, wrap_longitude
 
 NS = 1_000_000_000
 # A stamp this far before the last one means that time started again (a bag that loops), not jitter.
@@ -23,8 +23,6 @@ RESTART_NS = NS // 2
 _KEEP = 512
 # Speed that no vehicle on a road exceeds, m/s.
 TOP_SPEED = 50.0
-# Fixes that jumped are believed once they have agreed with each other for this long.
-SETTLED_S = 10.0
 
 
 class RejectedInput(Exception):  # noqa: N818 - it names what happened to the message
@@ -168,66 +166,3 @@ class History(Generic[S]):
 
     def _along(self, a: S, b: S, stamp_ns: int) -> S:
         return self._blend(a, b, (stamp_ns - a.stamp_ns) / (b.stamp_ns - a.stamp_ns))
-
-
-class JumpGate:
-    """Refuses fixes in places that no vehicle can have reached since the last good fix.
-
-    Beyond what ``TOP_SPEED`` explains, a fix may lie ``max_jump_m`` from the one before, or three standard
-    deviations of the worse of the two if that is more; 0 lets every fix pass. Fixes alone cannot tell which
-    of two places is right: those that agree with each other for ``SETTLED_S`` pass, however far they jumped.
-    """
-
-    def __init__(self, max_jump_m: float) -> None:
-        self._max_jump_m = max_jump_m
-        self._good: GnssFix | None = None
-        # The first and the last of the refused fixes that agree with each other, and how far they jumped.
-        self._first: GnssFix | None = None
-        self._last: GnssFix | None = None
-        self._jump_m = 0.0
-
-    def admit(self, fix: GnssFix) -> float:
-        """Let a fix pass; return the metres jumped if it is the first believed in a new place, else 0.
-
-        Raises RejectedInput ("fix_jump") if the fix must not be used.
-        """
-        jumped_m = 0.0
-        if self._max_jump_m > 0.0 and self._good is not None:
-            jumped_m = self._jumped(self._good, fix)
-        self._good, self._first, self._last = fix, None, None
-        return jumped_m
-
-    def clear(self) -> None:
-        """Forget all fixes."""
-        self._good = self._first = self._last = None
-
-    def _jumped(self, good: GnssFix, fix: GnssFix) -> float:
-        place = LocalProjection(good.lat, good.lon)
-        here = np.array(place.forward(fix.lat, fix.lon))
-        jump, since_ns, agrees = math.hypot(*here), fix.stamp_ns - good.stamp_ns, False
-        if self._first is not None and self._last is not None:
-            first, last = (np.array(place.forward(f.lat, f.lon)) for f in (self._first, self._last))
-            step, step_ns = math.dist(here, last), fix.stamp_ns - self._last.stamp_ns
-            # To see whether the fix is back at the good place, subtract what the refused fixes drove.
-            jump, since_ns = (
-                math.dist(here, last - first),
-                since_ns - (self._last.stamp_ns - self._first.stamp_ns),
-            )
-            agrees = step <= jump and self._drivable(step, self._last, fix, step_ns)
-        if not agrees:
-            if self._drivable(jump, good, fix, since_ns):
-                return 0.0
-            self._first, self._jump_m = fix, jump
-        assert self._first is not None  # the fix, or one that it agrees with
-        self._last = fix
-        if fix.stamp_ns - self._first.stamp_ns >= SETTLED_S * NS:
-            return self._jump_m
-        raise RejectedInput(
-            "fix_jump",
-            f"fixes jumped {self._jump_m:.0f} m, further than a vehicle drives; they are believed once they "
-            f"agree for {SETTLED_S:g} s",
-        )
-
-    def _drivable(self, distance: float, before: GnssFix, fix: GnssFix, since_ns: int) -> bool:
-        allowed = max(self._max_jump_m, 3.0 * before.sigma, 3.0 * fix.sigma)
-        return distance <= allowed + TOP_SPEED * since_ns / NS
