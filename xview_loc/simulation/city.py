@@ -45,18 +45,12 @@ from xview_loc.simulation.surfaces import (
 class City:
     """A built city; make one with :func:`build_city`.
 
-    Attributes:
-        projection: The city's plane.
-        gsd: Metres per pixel of the rasters.
-        aerial: Image of the aerial sensor (H, W, 3).
-        ground: Colour of ground and roofs in the street view, without light (H, W, 3).
-        ground_far: ``ground`` with road paint, at a quarter of the resolution.
-        marking: Road paint in the street view (0..255), at twice the resolution.
-        light: Sunlight on the ground in the street view (0..255).
-        height: Metres over the street; the ground is flat.
-        objects: Row of ``boxes`` + 1 that each pixel shows; 0 for none.
-        cars: Cars parked in the street view.
-        poles: Places of lamp posts (n, 2), ENU metres.
+    Rasters have ``gsd`` metres per pixel. ``aerial`` (H, W, 3) is the image of the aerial sensor, ``height``
+    the metres over the street (the ground is flat), and ``objects`` the row of ``boxes`` + 1 that each pixel
+    shows, 0 for none. The street view has the colour of ``ground`` and roofs without light (H, W, 3), the
+    same with road paint at a quarter of the resolution (``ground_far``), road paint (``marking``, 0..255) at
+    twice the resolution, sunlight on the ground (``light``, 0..255), and its parked ``cars``. ``poles`` are
+    the places of lamp posts (n, 2), ENU metres.
     """
 
     seed: int
@@ -117,11 +111,8 @@ class City:
         path = Path(path)
         crs = utm_crs(self.projection.lat, self.projection.lon)
         to_utm = Transformer.from_crs("EPSG:4326", crs, always_xy=True)
-        half = self.size_m / 2
-        edge = np.linspace(-half, half, 33)
-        rim_e = np.concatenate([edge, edge, np.full(33, -half), np.full(33, half)])
-        rim_n = np.concatenate([np.full(33, -half), np.full(33, half), edge, edge])
-        lat, lon = self.to_latlon(rim_e, rim_n)
+        edge = np.linspace(-self.size_m / 2, self.size_m / 2, 33)
+        lat, lon = self.to_latlon(*np.meshgrid(edge, edge))
         x, y = to_utm.transform(lon, lat)
         left, top = math.floor(x.min()), math.ceil(y.max())
         width = math.ceil((x.max() - left) / self.gsd)
@@ -136,9 +127,7 @@ class City:
             band = slice(start, min(start + 1024, height))
             map_x = (down[band] @ source_col @ across.T).astype(np.float32)
             map_y = (down[band] @ source_row @ across.T).astype(np.float32)
-            image[band] = cv2.remap(
-                self.aerial, map_x, map_y, cv2.INTER_CUBIC, borderMode=cv2.BORDER_CONSTANT
-            )
+            image[band] = cv2.remap(self.aerial, map_x, map_y, cv2.INTER_CUBIC)
         profile = {"driver": "COG", "dtype": "uint8", "count": 3, "width": width, "height": height}
         transform = Affine(self.gsd, 0.0, left, 0.0, -self.gsd, top)
         with rasterio.open(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,10 +100,8 @@ def sky_blocked(city: City, east: float, north: float) -> float:
     yaw = np.linspace(0, 2 * math.pi, 24, endpoint=False)[:, None]
     radius = np.geomspace(3.0, 90.0, 24)
     row, col = city.to_pixel(east + radius * np.cos(yaw), north + radius * np.sin(yaw))
-    top = city.height.shape[0] - 1
-    height = city.height[
-        np.clip(np.round(row), 0, top).astype(int), np.clip(np.round(col), 0, top).astype(int)
-    ]
+    row, col = (np.clip(np.round(x), 0, city.height.shape[0] - 1).astype(int) for x in (row, col))
+    height = city.height[row, col]
     return float(np.arctan(height / radius).max(axis=1).mean() / (math.pi / 2))
 
 
@@ -120,7 +119,8 @@ def plan_route(city: City, length_m: float, rng: np.random.Generator, area: Area
     if not usable:
         raise RouteError(f"a city of {city.size_m:.0f} m has no street {_MARGIN_M:.0f} m inside its border")
     if area is not None:
-        usable = {i for i in usable if _within(streets[i].points, area)}
+        low, high = area[:2], area[2:]
+        usable = {i for i in usable if ((streets[i].points >= low) & (streets[i].points <= high)).all()}
         if not usable:
             raise RouteError(f"no street lies within {area} (west, south, east, north, metres)")
     index = int(rng.choice(sorted(usable)))
@@ -148,11 +148,6 @@ def plan_route(city: City, length_m: float, rng: np.random.Generator, area: Area
     s = np.concatenate([[0.0], np.cumsum(np.hypot(*np.diff(points, axis=0).T))])
     even = np.arange(0.0, min(float(s[-1]), length_m), _STEP_M)
     return np.stack([np.interp(even, s, points[:, k]) for k in (0, 1)], axis=1)
-
-
-def _within(points: Array, area: Area) -> bool:
-    west, south, east, north = area
-    return bool((points >= (west, south)).all() and (points <= (east, north)).all())
 
 
 def _smooth(values: Array, width: int) -> Array:
@@ -189,10 +184,9 @@ def _traffic(city: City, east: float, north: float, time_s: float, seed: int) ->
             centres.append(street.at(s, -sign * lane * street.lane_m)[0])
             axes.append(street.tangent(s)[0] * sign)
             picks.append(rng.integers(0, 1 << 30))
-    count = len(centres)
     looks = [car_looks(1, np.random.default_rng(int(pick))) for pick in picks]
-    colour = np.concatenate([c for c, _ in looks]) if count else np.zeros((0, 3), np.float32)
-    scale = np.concatenate([s for _, s in looks]) if count else np.zeros(0, np.float32)
+    colour = np.array([colour for (colour,), _ in looks], np.float32).reshape(-1, 3)
+    scale = np.array([scale for _, (scale,) in looks], np.float32)
     place = np.array(centres).reshape(-1, 2)
     # Keep cars from driving into the vehicle.
     clear = np.hypot(*(place - (east, north)).T) > 5.5
@@ -257,19 +251,15 @@ def drive(
         fix_lat, fix_lon = (float(v) for v in city.to_latlon(east + error[0], north + error[1]))
         variance = sigma**2 + options.fix_noise_m**2
         measured = wrap_angle(heading + heading_bias + options.heading_noise * rng.normal())
-        odometry = (
-            speed * speed_scale + options.speed_noise * rng.normal(),
-            yaw_rate + options.yaw_rate_noise * rng.normal(),
-        )
+        measured_speed = speed * speed_scale + options.speed_noise * rng.normal()
+        measured_rate = yaw_rate + options.yaw_rate_noise * rng.normal()
         height = city.style.camera_height_m + options.height_noise_m * rng.normal()
         image = None
         if view is not None:
             pose = CameraPose(east, north, yaw, height, float(tilt[0]), float(tilt[1]))
             traffic = _traffic(city, east, north, time_s, seed)
-            if isinstance(view, PanoramaView):
-                image = render_panorama(city, pose, view, traffic=traffic, rng=camera_rng)
-            else:
-                image = render_pinhole(city, pose, view, traffic=traffic, rng=camera_rng)
+            render: Any = render_panorama if isinstance(view, PanoramaView) else render_pinhole
+            image = render(city, pose, view, traffic=traffic, rng=camera_rng)
         yield Frame(
             stamp_ns=round(time_s * 1e9),
             image=image,
@@ -277,6 +267,6 @@ def drive(
             fix=Fix(fix_lat, fix_lon, np.eye(2) * variance),
             heading=measured,
             heading_std=math.hypot(options.heading_bias, options.heading_noise),
-            speed=odometry[0],
-            yaw_rate=odometry[1],
+            speed=measured_speed,
+            yaw_rate=measured_rate,
         )

@@ -8,34 +8,14 @@ from typing import Any
 import cv2
 import numpy as np
 
-from xview_loc.simulation.canvas import SHIFT, Canvas, rectangle
-from xview_loc.simulation.objects import Array, Boxes, Trees
+from xview_loc.simulation.objects import Array, Boxes, Canvas, Trees, rectangle
 from xview_loc.simulation.streets import Street, make_streets
-from xview_loc.simulation.styles import Rgb, Style
+from xview_loc.simulation.styles import Style
 
 # Ground classes of the material raster.
 GRASS, ASPHALT, PAVEMENT, PLAZA, GRAVEL, KERB, PARKING, GARDEN = range(8)
 
 _TREE_SHARED = 0.88  # share of the trees that both views show
-
-
-def material_colours(style: Style) -> dict[int, Rgb]:
-    """Return the colour of each ground class."""
-
-    def scale(rgb: Rgb, factor: float) -> Rgb:
-        return rgb[0] * factor, rgb[1] * factor, rgb[2] * factor
-
-    grass = style.grass
-    return {
-        GRASS: grass,
-        ASPHALT: style.asphalt,
-        PAVEMENT: style.pavement,
-        PLAZA: style.plaza,
-        GRAVEL: style.gravel,
-        KERB: scale(style.pavement, 1.16),
-        PARKING: scale(style.asphalt, 1.15),
-        GARDEN: (grass[0] * 0.62, grass[1] * 0.72, grass[2] * 0.6),
-    }
 
 
 class Layout:
@@ -48,23 +28,37 @@ class Layout:
         self.style, self.size, self.gsd = style, size, gsd
         self.half = half = size * gsd / 2
         self.rng = np.random.default_rng([seed, 2])
-        self.canvas = Canvas(half, gsd)
+        self.canvas = Canvas(half, gsd, size)
         self.streets = make_streets(style, half, self.rng)
-        self.material = np.full((self.size, self.size), GRASS, np.uint8)
-        self.height = np.zeros((self.size, self.size), np.float32)
-        self.objects = np.zeros((self.size, self.size), np.uint16)
-        self.marking = np.zeros((2 * self.size, 2 * self.size), np.uint8)
+        self.material = np.full((size, size), GRASS, np.uint8)
+        self.height = np.zeros((size, size), np.float32)
+        self.objects = np.zeros((size, size), np.uint16)
+        self.marking = np.zeros((2 * size, 2 * size), np.uint8)
         # Cells of 1 m that are taken: 1 by a street, 2 by a building.
-        self.plan = Canvas(half, 1.0)
-        self.taken = np.zeros((math.ceil(2 * half),) * 2, np.uint8)
+        self.plan = Canvas(half, 1.0, math.ceil(2 * half))
+        self.taken = np.zeros((self.plan.size,) * 2, np.uint8)
         self.boxes: list[tuple[Any, ...]] = []
-        self.roofs: list[tuple[int, Array, Array, Array, Rgb, float]] = []
+        self.roofs: list[tuple[int, Array, Array, Array, Any, float]] = []
         self.trees: list[tuple[float, ...]] = []
         self.slots: list[tuple[float, ...]] = []
         self.poles: list[tuple[float, float]] = []
         self.patches: list[tuple[Array, float]] = []
         self._draw_streets()
         self._draw_blocks()
+
+    def material_colours(self) -> dict[int, Any]:
+        """Return the colour of each ground class."""
+        style = self.style
+        return {
+            GRASS: style.grass,
+            ASPHALT: style.asphalt,
+            PAVEMENT: style.pavement,
+            PLAZA: style.plaza,
+            GRAVEL: style.gravel,
+            KERB: np.multiply(style.pavement, 1.16),
+            PARKING: np.multiply(style.asphalt, 1.15),
+            GARDEN: np.multiply(style.grass, (0.62, 0.72, 0.6)),
+        }
 
     def planted(self, rng: np.random.Generator) -> Trees:
         """Return the trees that stand on no carriageway; ``rng`` draws which view shows which."""
@@ -95,20 +89,19 @@ class Layout:
 
     def _draw_streets(self) -> None:
         style, canvas = self.style, self.canvas
-        shown = [street for street in self.streets.streets if self._inside(street.points, -20.0)]
+        shown = {i: s for i, s in enumerate(self.streets.streets) if self._inside(s.points, -20.0)}
         for extra, value in ((style.pavement_m, PAVEMENT), (0.3, KERB), (0.0, ASPHALT)):
-            for street in shown:
+            for street in shown.values():
                 width = 2 * (street.half_width + extra)
                 canvas.fill(self.material, street.strip(0.0, street.length, 0.0, width), value)
                 for end in street.nodes:
                     radius = street.half_width + extra + (1.2 if extra < style.pavement_m else 0.0)
                     canvas.disc(self.material, self.streets.nodes[end], radius, value)
-        for street in shown:
+        for street in shown.values():
             outline = street.strip(0.0, street.length, 0.0, 2 * (street.half_width + style.pavement_m))
             self.plan.fill(self.taken, outline, 1)
-        for index, street in enumerate(self.streets.streets):
-            if self._inside(street.points, -20.0):
-                self._furnish_street(index, street)
+        for index, street in shown.items():
+            self._furnish_street(index, street)
 
     def _furnish_street(self, index: int, street: Street) -> None:
         style, canvas, rng = self.style, self.canvas, self.rng
@@ -123,29 +116,26 @@ class Layout:
             degree = len(self.streets.at_node[street.nodes[which]])
             if degree < 3:
                 continue
-            crossing = rng.random() < style.zebra
             s = edge + sign * 0.6
-            if crossing:
+            if rng.random() < style.zebra:
                 low, high = sorted((s, s + sign * 3.2))
                 self._draw_crossing(street, low, high)
                 s += sign * 4.4
             # Only the lanes that drive towards the crossing have a stop line.
-            towards = -1.0 if sign < 0 else 1.0
             low, high = sorted((s, s + sign * 0.4))
-            canvas.fill(paint, street.strip(low, high, towards * lanes_half / 2, lanes_half), 255, 2, True)
+            canvas.paint(paint, street.strip(low, high, sign * lanes_half / 2, lanes_half))
             free[which] = s + sign * 0.8
         low, high = free
         length, gap = style.dash_m
         if street.lanes == 2:
             for lateral in (-0.14, 0.14):
-                canvas.fill(paint, street.strip(low, high, lateral, style.line_m), 255, 2, True)
-        lines = [0.0] if street.lanes == 1 else [-street.lane_m, street.lane_m]
-        for lateral in lines:
+                canvas.paint(paint, street.strip(low, high, lateral, style.line_m))
+        for lateral in [0.0] if street.lanes == 1 else [-street.lane_m, street.lane_m]:
             for s in np.arange(low + rng.uniform(0, gap), high - length, length + gap):
-                canvas.fill(paint, street.strip(s, s + length, lateral, style.line_m, 4.0), 255, 2, True)
+                canvas.paint(paint, street.strip(s, s + length, lateral, style.line_m, 4.0))
         if style.edge_line >= 0.5 or (street.parking and style.edge_line > 0.2):
             for lateral in (-lanes_half, lanes_half):
-                canvas.fill(paint, street.strip(low, high, lateral, style.line_m), 210, 2, True)
+                canvas.paint(paint, street.strip(low, high, lateral, style.line_m), 210)
         if street.lanes == 2 and high - low > 30:
             for s, lateral, sign in ((high - 9, -lanes_half / 4 * 3, 1), (low + 9, lanes_half / 4 * 3, -1)):
                 self._draw_arrow(street, s, lateral, sign)
@@ -158,10 +148,10 @@ class Layout:
                         continue
                     (place,) = street.at(s + 2.9, lateral)
                     (direction,) = street.tangent(s + 2.9)
-                    self.slots.append((*place, *(-side * -direction), rng.normal(0, 0.04)))
+                    self.slots.append((*place, *(side * direction), rng.normal(0, 0.04)))
                     if style.crossing == "ladder":
                         bay = street.strip(s - 0.06, s + 0.06, lateral, 2.0)
-                        canvas.fill(paint, bay, 190, 2, True)
+                        canvas.paint(paint, bay, 190)
         for s in np.arange(low, high, 26.0):
             self.poles.append(tuple(street.at(s, (street.half_width + 0.5) * (1 if int(s) % 2 else -1))[0]))
         for side in (-1.0, 1.0):
@@ -183,10 +173,10 @@ class Layout:
         kind = self.style.crossing
         if kind in ("zebra", "ladder"):
             for lateral in np.arange(-half + 0.3, half, 1.0):
-                canvas.fill(paint, street.strip(low, high, lateral, 0.5), 255, 2, True)
+                canvas.paint(paint, street.strip(low, high, lateral, 0.5))
         if kind in ("lines", "ladder"):
             for s in (low, high):
-                canvas.fill(paint, street.strip(s - 0.13, s + 0.13, 0.0, 2 * half), 255, 2, True)
+                canvas.paint(paint, street.strip(s - 0.13, s + 0.13, 0.0, 2 * half))
 
     def _draw_arrow(self, street: Street, s: float, lateral: float, sign: int) -> None:
         (place,), (t,) = street.at(s, lateral), street.tangent(s)
@@ -194,14 +184,13 @@ class Layout:
         n = np.array([-t[1], t[0]])
         outline = [(0, 0.08), (2.4, 0.08), (2.4, 0.35), (4.0, 0), (2.4, -0.35), (2.4, -0.08), (0, -0.08)]
         polygon = np.array([place + t * (x - 2.0) + n * y for x, y in outline])
-        self.canvas.fill(self.marking, polygon, 255, 2, True)
+        self.canvas.paint(self.marking, polygon)
 
     def _add_tree(self, place: Array, radius: float, top: float, bottom: float) -> None:
         top = max(top, bottom + 0.9 * radius)
         col, row = int(place[0] + self.half), int(self.half - place[1])
-        if 0 <= row < self.taken.shape[0] and 0 <= col < self.taken.shape[1]:
-            low_r, low_c = max(row - 1, 0), max(col - 1, 0)
-            if (self.taken[low_r : row + 2, low_c : col + 2] == 2).any():
+        if min(row, col) >= 0 and max(row, col) < self.plan.size:
+            if (self.taken[max(row - 1, 0) : row + 2, max(col - 1, 0) : col + 2] == 2).any():
                 return
             self.trees.append((place[0], place[1], radius, top, bottom, self.rng.normal()))
 
@@ -224,16 +213,10 @@ class Layout:
 
     def _fill_ground(self, polygon: Array, value: int) -> None:
         """Fill the part of a polygon that is no street."""
-        points = self.canvas.points(polygon)
-        low = np.maximum(points.min(axis=0) >> SHIFT, 0)
-        high = np.minimum((points.max(axis=0) >> SHIFT) + 2, self.size)
-        if (high <= low).any():
-            return
-        mask = np.zeros((high[1] - low[1], high[0] - low[0]), np.uint8)
-        cv2.fillPoly(mask, [points - (low << SHIFT)], 1, cv2.LINE_8, SHIFT)
-        window = self.material[low[1] : high[1], low[0] : high[0]]
-        street = (window == ASPHALT) | (window == PAVEMENT) | (window == KERB)
-        window[(mask == 1) & ~street] = value
+        window = self.canvas.window(polygon)
+        ground = self.material[window]
+        street = (ground == ASPHALT) | (ground == PAVEMENT) | (ground == KERB)
+        ground[self.canvas.mask(polygon, window) & ~street] = value
 
     def _draw_open_block(self, ring: list[tuple[Array, float]], centre: Array) -> None:
         """Draw a park, a square or a car park."""
@@ -256,16 +239,16 @@ class Layout:
                 self._add_tree(place, rng.uniform(2.0, 4.2), rng.uniform(6, 13), 2.2)
         else:
             (side, width), *_ = ring
-            d = (side[-1] - side[0]) / np.hypot(*(side[-1] - side[0]))
+            length = np.hypot(*(side[-1] - side[0]))
+            d = (side[-1] - side[0]) / length
             n = np.array([-d[1], d[0]])
             n = n if n @ (centre - side[0]) > 0 else -n
-            length = np.hypot(*(side[-1] - side[0]))
             for row in np.arange(width + 12.0, 60.0, 17.0):
                 for s in np.arange(20.0, length - 20.0, 2.6):
                     place = side[0] + d * s + n * row
                     line = rectangle(place + d * 1.3, n, np.array([2.4, 0.07]))
                     if cv2.pointPolygonTest(outline.astype(np.float32), place.tolist(), True) > width + 6:
-                        self.canvas.fill(self.marking, line, 220, 2, True)
+                        self.canvas.paint(self.marking, line, 220)
                         self.slots.append((*place, *n, rng.normal(0, 0.06)))
 
     def _draw_lots(self, ring: list[tuple[Array, float]], centre: Array) -> None:
@@ -298,11 +281,8 @@ class Layout:
     ) -> None:
         style, rng = self.style, self.rng
         yard = rng.uniform(4.0, 10.0)
-        plot = rectangle(
-            front + n * (setback + depth + yard) / 2,
-            d,
-            np.array([frontage / 2 + 1.0, (setback + depth + yard) / 2]),
-        )
+        reach = setback + depth + yard
+        plot = rectangle(front + n * reach / 2, d, np.array([frontage / 2 + 1.0, reach / 2]))
         if not self._inside(plot, -2.0):
             return
         self._fill_ground(plot, int(rng.choice([GRASS, GARDEN, GRAVEL, PLAZA], p=[0.45, 0.2, 0.2, 0.15])))
@@ -313,13 +293,12 @@ class Layout:
             if rng.random() < style.hedges:
                 for end in (-1.0, 1.0):
                     place = front + d * end * frontage * 0.28 + n * 0.4
-                    self._add_hedge(place, d, np.array([frontage * 0.19, 0.4]))
+                    green = np.asarray(style.foliage_ground) * rng.uniform(0.6, 0.9)
+                    hedge = (place, d, np.array([frontage * 0.19, 0.4]), rng.uniform(0.8, 1.5))
+                    self._add_box(*hedge, (*green, *green, 0.0, 1.0, hedge[-1]), green)
         for _ in range(rng.poisson(1.4 * style.yard_trees)):
-            place = (
-                front
-                + d * rng.uniform(-0.5, 0.5) * frontage
-                + n * (setback + depth + rng.uniform(2, yard + 6))
-            )
+            place = front + d * rng.uniform(-0.5, 0.5) * frontage
+            place = place + n * (setback + depth + rng.uniform(2, yard + 6))
             self._add_tree(place, rng.uniform(1.5, 4.0), rng.uniform(5, 12), 1.6)
         if rng.random() < style.gap:
             return
@@ -335,49 +314,49 @@ class Layout:
         if rng.random() < 0.35 and frontage > 11:
             wing = np.array([frontage * rng.uniform(0.18, 0.28), rng.uniform(3.0, 6.0)])
             shift = d * rng.choice([-1.0, 1.0]) * (frontage / 2 - wing[0]) + n * (depth / 2 + wing[1] - 0.2)
-            self._add_building(
-                centre + shift, d, wing, height * rng.uniform(0.4, 0.9), 0.0, roof_rgb, wall_rgb
-            )
+            height *= rng.uniform(0.4, 0.9)
+            self._add_building(centre + shift, d, wing, height, 0.0, roof_rgb, wall_rgb)
 
     def _add_building(
         self, centre: Array, d: Array, half: Array, height: float, slope: float, roof: Array, wall: Array
     ) -> None:
         rng = self.rng
         footprint = rectangle(centre, d, half)
-        cells = self.plan.points(footprint)
-        low = np.maximum((cells.min(axis=0) >> SHIFT) - 1, 0)
-        high = np.minimum((cells.max(axis=0) >> SHIFT) + 2, self.taken.shape[0])
-        if (high <= low).any():
+        window = self.plan.window(footprint)
+        mask = self.plan.mask(rectangle(centre, d, half - 0.6), window)
+        if not mask.size:
             return
-        mask = np.zeros((high[1] - low[1], high[0] - low[0]), np.uint8)
-        cv2.fillPoly(mask, [self.plan.points(rectangle(centre, d, half - 0.6)) - (low << SHIFT)], 1, 8, SHIFT)
-        window = self.taken[low[1] : high[1], low[0] : high[0]]
-        if ((window > 0) & (mask > 0)).sum() > 0.04 * mask.sum() + (2 if half.min() > 4 else 0):
+        if (mask & (self.taken[window] > 0)).sum() > 0.04 * mask.sum() + (2 if half.min() > 4 else 0):
             return
-        cv2.fillPoly(window, [cells - (low << SHIFT)], 2, 8, SHIFT)
+        self.plan.fill(self.taken, footprint, 2)
         glass = np.array([60.0, 72.0, 84.0]) * rng.uniform(0.7, 1.3)
         grid = (3.1 * rng.uniform(0.95, 1.05), rng.uniform(2.0, 3.8))
-        self.boxes.append((*centre, *d, *half, *wall, *glass, *grid, height))
-        rgb: Rgb = (float(roof[0]), float(roof[1]), float(roof[2]))
-        self._stamp(centre, d, half, height, slope, rgb)
+        self._add_box(centre, d, half, height, (*wall, *glass, *grid, height), roof, slope)
         if slope == 0.0 and half.min() > 4.0:
             for _ in range(rng.integers(0, 3)):  # lift housings and machinery on flat roofs
                 place = centre + d * rng.uniform(-0.6, 0.6) * half[0] + rng.normal(0, 0.15) * half[1]
                 box = np.array([rng.uniform(0.8, 2.2), rng.uniform(0.8, 1.6)])
-                grey = float(rng.uniform(110, 190))
-                self.boxes.append((*place, *d, *box, *[grey] * 3, *glass, 0.0, 1.0, height + 2.0))
-                self._stamp(place, d, box, height + rng.uniform(1.0, 2.4), 0.0, (grey, grey, grey))
+                grey = np.full(3, rng.uniform(110, 190))
+                look = (*grey, *glass, 0.0, 1.0, height + 2.0)
+                self._add_box(place, d, box, height + rng.uniform(1.0, 2.4), look, grey)
 
-    def _add_hedge(self, centre: Array, d: Array, half: Array) -> None:
-        green = np.asarray(self.style.foliage_ground) * self.rng.uniform(0.6, 0.9)
-        height = self.rng.uniform(0.8, 1.5)
-        self.boxes.append((*centre, *d, *half, *green, *green, 0.0, 1.0, height))
-        rgb: Rgb = (float(green[0]), float(green[1]), float(green[2]))
-        self._stamp(centre, d, half, height, 0.0, rgb)
+    def _add_box(
+        self,
+        centre: Array,
+        d: Array,
+        half: Array,
+        height: float,
+        look: tuple[float, ...],
+        roof: Array,
+        slope: float = 0.0,
+    ) -> None:
+        """Put a box into the height field and the object raster; its roof is painted later.
 
-    def _stamp(self, centre: Array, d: Array, half: Array, height: float, slope: float, roof: Rgb) -> None:
-        """Put the last box into the height field and the object raster; its roof is painted later."""
-        window, along, across = self.canvas.window(centre, d, half, self.size)
+        ``look`` holds the columns of :class:`Boxes` from the wall on.
+        """
+        self.boxes.append((*centre, *d, *half, *look))
+        window = self.canvas.window(rectangle(centre, d, half))
+        along, across = self.canvas.along(centre, d, window)
         if along.size == 0:
             return
         inside = (np.abs(along) <= half[0]) & (np.abs(across) <= half[1])

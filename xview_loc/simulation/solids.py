@@ -5,31 +5,58 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from xview_loc.simulation.city import City
 from xview_loc.simulation.objects import Cars, Floats
 from xview_loc.simulation.styles import Style
-from xview_loc.simulation.textures import LEAVES, SIDE
 
 Ints = NDArray[np.int64]
 
+SIDE = 256  # of the square noise textures; a power of two
 _TREE_RANGE_M = 90.0
 _CAR_RANGE_M = 70.0
 # A car's body and cabin, in metres: half length, half width, bottom, top, and the centre's shift forward.
 _CAR_BOXES = ((2.2, 0.9, 0.22, 0.86, 0.0), (1.25, 0.78, 0.86, 1.46, -0.25))
 
 
+def _make() -> tuple[Floats, Floats, Floats]:
+    """Make noise textures, which stay where they are from frame to frame.
+
+    Returns fine noise and leaves (SIDE * SIDE,), and clouds (256, 512) that close on themselves.
+    """
+    rng = np.random.default_rng(7)
+    fine = rng.standard_normal((SIDE, SIDE)).astype(np.float32).ravel()
+    smooth = [
+        cv2.GaussianBlur(rng.standard_normal((SIDE, SIDE)).astype(np.float32), (0, 0), sigma)
+        for sigma in (2.0, 5.0)
+    ]
+    leaves = sum(s / s.std() for s in smooth).astype(np.float32).ravel()
+    cloud = sum(
+        cv2.resize(
+            rng.standard_normal((n, 2 * n)).astype(np.float32), (576, 256), interpolation=cv2.INTER_CUBIC
+        )
+        for n in (3, 6, 12, 24)
+    )
+    # The first columns fade into those that follow the last, so that the sky closes on itself.
+    fade = np.linspace(0.0, 1.0, 64, dtype=np.float32)
+    cloud = np.asarray(cloud, np.float32) / 2.0
+    cloud[:, :64] = fade * cloud[:, :64] + (1 - fade) * cloud[:, 512:]
+    return fine, leaves, np.ascontiguousarray(cloud[:, :512])
+
+
+FINE, LEAVES, CLOUDS = _make()
+
+
 @dataclass(frozen=True)
 class RayGrid:
     """Rays from one point: yaw per column, elevation per row plus an offset per column, radians.
 
-    Attributes:
-        east, north, height: Origin, metres in the city's plane and over the ground.
-        top: Elevation of the upper edge of the first row, without offset.
-        step: Angle between rows.
-        full: The columns go once round.
+    The origin is in metres in the city's plane and over the ground. ``top`` is the elevation of the upper
+    edge of the first row without offset, ``step`` the angle between rows. The columns of a ``full`` grid go
+    once round.
     """
 
     east: float
@@ -84,8 +111,7 @@ class StreetImage:
         z0, z1 = low - rays.height, high - rays.height
         bottom_angle = np.arctan(z0 / np.where(z0 < 0, near, far))
         top_angle = np.arctan(z1 / np.where(z1 > 0, near, far))
-        start = rays.bottom
-        slack = float(np.abs(rays.offset).max())
+        slack, start = float(np.abs(rays.offset).max()), rays.bottom
         row0 = np.clip(np.floor((bottom_angle - slack - start) / rays.step), 0, rays.rows).astype(np.int64)
         row1 = np.clip(np.ceil((top_angle + slack - start) / rays.step), 0, rays.rows).astype(np.int64)
         tall = np.maximum(row1 - row0, 0)
@@ -95,9 +121,7 @@ class StreetImage:
         col = first[solid] + within // np.maximum(tall[solid], 1)
         row = row0[solid] + within % np.maximum(tall[solid], 1)
         if rays.full:
-            col %= columns
-            ray = col * rays.rows + row
-            return order[solid], ray
+            return order[solid], col % columns * rays.rows + row
         # In a sector, drop what lies beyond its edges.
         keep = (col >= 0) & (col < columns)
         return order[solid[keep]], (col * rays.rows + row)[keep]
@@ -225,11 +249,8 @@ def draw_cars(image: StreetImage, cars: Cars, style: Style) -> None:
         sign = np.where(on_end, -np.sign(du[hit]), -np.sign(dv[hit]))
         nx = np.where(on_end, ux[hit], -uy[hit]) * sign
         ny = np.where(on_end, uy[hit], ux[hit]) * sign
-        sun = np.where(
-            on_top,
-            math.sin(elevation),
-            (nx * math.sin(azimuth) + ny * math.cos(azimuth)) * math.cos(elevation),
-        )
+        side = (nx * math.sin(azimuth) + ny * math.cos(azimuth)) * math.cos(elevation)
+        sun = np.where(on_top, math.sin(elevation), side)
         light = np.where(on_top, 1.0, 0.8) * (1 - style.ground_shadow * (0.5 - 0.6 * np.maximum(sun, -0.2)))
         colour = cars.colour[near][solid] * light[:, None]
         size = scale[solid]
@@ -243,7 +264,6 @@ def draw_cars(image: StreetImage, cars: Cars, style: Style) -> None:
             colour = np.where((wheel | under)[:, None], np.array([24, 24, 26], np.float32), colour)
             lamp = on_end & (np.abs(v) > 0.55 * size) & (np.abs(z - 0.62 * size) < 0.09)
             red = (u < 0)[:, None]
-            colour = np.where(
-                lamp[:, None], np.where(red, (170.0, 30.0, 30.0), (240.0, 236.0, 220.0)), colour
-            )
+            light_rgb = np.where(red, (170.0, 30.0, 30.0), (240.0, 236.0, 220.0))
+            colour = np.where(lamp[:, None], light_rgb, colour)
         image.put(ray, distance.astype(np.float32), colour.astype(np.float32))

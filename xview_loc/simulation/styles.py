@@ -13,7 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 Rgb = tuple[float, float, float]
-Palette = tuple[Rgb, Rgb, Rgb, Rgb, Rgb]
+Palette = tuple[Rgb, ...]
+
+
+def _palette(codes: str) -> Palette:
+    """Return the colours of hexadecimal codes."""
+    return tuple((float(r), float(g), float(b)) for r, g, b in map(bytes.fromhex, codes.split()))
+
+
+_ROOFS, _WALLS = map(_palette, ("984c38 804236 706e70 96928c 605652", "d6c8aa c6a884 cececa aa6852 bcbca4"))
 
 
 @dataclass(frozen=True)
@@ -70,20 +78,8 @@ class Style:
     grass: Rgb = (98.0, 122.0, 66.0)
     gravel: Rgb = (160.0, 148.0, 126.0)
     plaza: Rgb = (178.0, 166.0, 150.0)
-    roofs: Palette = (
-        (152.0, 76.0, 56.0),
-        (128.0, 66.0, 54.0),
-        (112.0, 110.0, 112.0),
-        (150.0, 146.0, 140.0),
-        (96.0, 86.0, 82.0),
-    )
-    walls: Palette = (
-        (214.0, 200.0, 170.0),
-        (198.0, 168.0, 132.0),
-        (206.0, 206.0, 202.0),
-        (170.0, 104.0, 82.0),
-        (188.0, 188.0, 164.0),
-    )
+    roofs: Palette = _ROOFS
+    walls: Palette = _WALLS
     foliage_aerial: Rgb = (66.0, 98.0, 48.0)
     foliage_ground: Rgb = (78.0, 112.0, 52.0)
     # light
@@ -146,20 +142,8 @@ TARGET = Style(
     grass=(146.0, 130.0, 78.0),
     gravel=(178.0, 152.0, 118.0),
     plaza=(170.0, 140.0, 118.0),
-    roofs=(
-        (184.0, 178.0, 168.0),
-        (164.0, 152.0, 138.0),
-        (96.0, 106.0, 116.0),
-        (172.0, 114.0, 78.0),
-        (206.0, 200.0, 190.0),
-    ),
-    walls=(
-        (196.0, 148.0, 116.0),
-        (222.0, 196.0, 148.0),
-        (148.0, 146.0, 150.0),
-        (206.0, 176.0, 168.0),
-        (126.0, 104.0, 92.0),
-    ),
+    roofs=_palette("b8b2a8 a4988a 606a74 ac724e cec8be"),
+    walls=_palette("c49474 dec494 949296 ceb0a8 7e685c"),
     foliage_aerial=(112.0, 104.0, 54.0),
     foliage_ground=(158.0, 120.0, 50.0),
     aerial_sun=(235.0, 36.0),
@@ -206,13 +190,7 @@ VALIDATION = replace(
     asphalt=(74.0, 76.0, 84.0),
     pavement=(136.0, 134.0, 136.0),
     grass=(112.0, 138.0, 84.0),
-    roofs=(
-        (88.0, 84.0, 88.0),
-        (116.0, 78.0, 66.0),
-        (70.0, 76.0, 86.0),
-        (132.0, 118.0, 98.0),
-        (104.0, 98.0, 92.0),
-    ),
+    roofs=_palette("585458 744e42 464c56 847662 68625c"),
     foliage_aerial=(84.0, 106.0, 70.0),
     foliage_ground=(116.0, 124.0, 58.0),
     aerial_sun=(190.0, 58.0),
@@ -256,18 +234,6 @@ _SPREAD: dict[str, tuple[float, float, float]] = {
     "camera_height_m": (0.15, 1.2, 2.6),
     "aerial_jpeg": (10.0, 40.0, 98.0),
 }
-_COLOURS = {
-    "asphalt",
-    "pavement",
-    "marking",
-    "grass",
-    "gravel",
-    "plaza",
-    "foliage_aerial",
-    "foliage_ground",
-    "sky_top",
-    "sky_low",
-}
 
 
 def _mix(a: Any, b: Any, t: float) -> Any:
@@ -287,9 +253,8 @@ def blend(a: Style, b: Style, t: float) -> Style:
     if not 0.0 <= t <= 1.0:
         raise ValueError(f"a blend lies between 0 and 1, got {t}")
     values = {f.name: _mix(getattr(a, f.name), getattr(b, f.name), t) for f in fields(Style)}
-    return Style(
-        **{**values, "name": a.name if t == 0.0 else b.name if t == 1.0 else f"{a.name}-{b.name}-{t:g}"}
-    )
+    values["name"] = {0.0: a.name, 1.0: b.name}.get(t, f"{a.name}-{b.name}-{t:g}")
+    return Style(**values)
 
 
 def _vary_colour(colour: Rgb, rng: np.random.Generator, strength: float) -> Rgb:
@@ -309,15 +274,15 @@ def vary(style: Style, rng: np.random.Generator, strength: float = 1.0) -> Style
         if name == "crossing":
             draw, other = rng.random(), str(rng.choice(["zebra", "ladder", "lines"]))
             values[name] = other if draw < 0.5 * strength else value
-        elif name in _COLOURS:
-            values[name] = _vary_colour(value, rng, strength)
-        elif name in ("roofs", "walls"):
-            values[name] = tuple(_vary_colour(colour, rng, strength) for colour in value)
         elif name in ("aerial_gain", "camera_gain"):
             gain = np.asarray(value) * (1.0 + 0.12 * strength * rng.normal())
             values[name] = tuple(
                 np.clip(gain * (1.0 + 0.05 * strength * rng.normal(size=3)), 0.5, 1.5).tolist()
             )
+        elif field.type == "Rgb":
+            values[name] = _vary_colour(value, rng, strength)
+        elif field.type == "Palette":
+            values[name] = tuple(_vary_colour(colour, rng, strength) for colour in value)
         elif name in ("aerial_sun", "ground_sun"):
             azimuth = (value[0] + 60.0 * strength * rng.normal()) % 360.0
             values[name] = (azimuth, float(np.clip(value[1] + 9.0 * strength * rng.normal(), 18.0, 68.0)))

@@ -8,18 +8,16 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from xview_loc.simulation.canvas import rectangle
-from xview_loc.simulation.layout import ASPHALT, Layout, material_colours
-from xview_loc.simulation.objects import CAR_SIZE, Array, Cars, Floats, Image, Trees
+from xview_loc.simulation.layout import ASPHALT, Layout
+from xview_loc.simulation.objects import CAR_SIZE, Array, Cars, Floats, Image, Trees, rectangle
 from xview_loc.simulation.styles import Style, colour_matrix
 
 
 def noise(rng: np.random.Generator, size: int, cell_px: float) -> Floats:
     """Return smooth noise (size, size) of mean 0 and about unit variance, with features of ``cell_px``."""
     n = max(2, int(size / cell_px) + 2)
-    return cv2.resize(
-        rng.standard_normal((n, n), np.float32) * 1.3, (size, size), interpolation=cv2.INTER_CUBIC
-    )
+    coarse = rng.standard_normal((n, n), np.float32) * 1.3
+    return cv2.resize(coarse, (size, size), interpolation=cv2.INTER_CUBIC)
 
 
 def sunlight_on(height: Floats, gsd: float, sun: tuple[float, float]) -> Floats:
@@ -40,7 +38,7 @@ def sunlight_on(height: Floats, gsd: float, sun: tuple[float, float]) -> Floats:
 
 def paint_ground(layout: Layout, rng: np.random.Generator) -> Image:
     """Return the colour of the ground without light and road paint; repairs of the road are in it."""
-    colours = material_colours(layout.style)
+    colours = layout.material_colours()
     table = np.zeros((256, 1, 3), np.uint8)
     for value, rgb in colours.items():
         table[value, 0] = np.clip(rgb, 0, 255)
@@ -81,7 +79,8 @@ def paint_roofs(layout: Layout, image: Image) -> Floats:
     sun = np.array([math.sin(azimuth), math.cos(azimuth)]) * math.cos(elevation)
     light = np.ones(image.shape[:2], np.float32)
     for number, centre, d, half, rgb, slope in layout.roofs:
-        window, u, v = layout.canvas.window(centre, d, half, layout.size)
+        window = layout.canvas.window(rectangle(centre, d, half))
+        u, v = layout.canvas.along(centre, d, window)
         own = layout.objects[window] == number
         texture = np.ones(v.shape, np.float32)
         if slope > 0.0:
@@ -89,9 +88,8 @@ def paint_roofs(layout: Layout, image: Image) -> Floats:
             side = np.sign(v)
             normal = np.array([-d[1], d[0]])
             facing = float(normal @ sun) * slope / math.hypot(1, slope) * side
-            light[window][own] = (
-                (math.sin(elevation) / math.hypot(1, slope) + facing) / math.sin(elevation)
-            )[own]
+            lit = (math.sin(elevation) / math.hypot(1, slope) + facing) / math.sin(elevation)
+            light[window][own] = lit[own]
             texture = 1.0 + 0.05 * np.sin(v * (2 * math.pi / 1.1)).astype(np.float32)
         else:
             rim = np.minimum(half[0] - np.abs(u), half[1] - np.abs(v))
@@ -107,9 +105,8 @@ def with_crowns(layout: Layout, trees: Trees, chosen: NDArray[np.bool_]) -> Floa
     """Return the height field with the crowns of the chosen trees as discs, for casting shadows."""
     height = layout.height.copy()
     order = np.flatnonzero(chosen)
-    order = order[np.argsort(trees.top[order])]
     crowns = np.zeros_like(height)
-    for index in order:
+    for index in order[np.argsort(trees.top[order])]:
         radius, top = float(trees.radius[index]), float(trees.top[index])
         layout.canvas.disc(crowns, trees.centre[index], radius * 0.92, top * 0.82)
         layout.canvas.disc(crowns, trees.centre[index], radius * 0.55, top)
@@ -181,8 +178,7 @@ def _draw_crowns(layout: Layout, image: Image, trees: Trees, rng: np.random.Gene
 
 
 def _sense_aerial(image: Image, style: Style, rng: np.random.Generator) -> Image:
-    matrix = colour_matrix(style.aerial_gain, style.aerial_saturation)
-    image = cv2.transform(image, matrix)
+    image = cv2.transform(image, colour_matrix(style.aerial_gain, style.aerial_saturation))
     if style.aerial_blur > 0.15:
         image = cv2.GaussianBlur(image, (0, 0), style.aerial_blur)
     speckle = rng.standard_normal((1024, 1024), np.float32) * style.aerial_noise

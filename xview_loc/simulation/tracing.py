@@ -16,9 +16,18 @@ from numpy.typing import NDArray
 
 from xview_loc.simulation.city import City
 from xview_loc.simulation.objects import Cars, Floats, Image
-from xview_loc.simulation.solids import Ints, RayGrid, StreetImage, draw_cars, draw_crowns, draw_posts
+from xview_loc.simulation.solids import (
+    CLOUDS,
+    FINE,
+    SIDE,
+    Ints,
+    RayGrid,
+    StreetImage,
+    draw_cars,
+    draw_crowns,
+    draw_posts,
+)
 from xview_loc.simulation.styles import Style
-from xview_loc.simulation.textures import CLOUDS, FINE, SIDE
 
 _RADII = np.geomspace(0.45, 260.0, 160).astype(np.float32)
 
@@ -44,9 +53,10 @@ def _march(city: City, rays: RayGrid, tan: Floats) -> tuple[Floats, Floats, NDAr
     sampled = heights[_pixel_index(city, east + cos * _RADII, north + sin * _RADII)]
     slope = (sampled - np.float32(rays.height)) / _RADII
     np.maximum.accumulate(slope, axis=1, out=slope)
-    bottom = rays.bottom
     # Number of rows, from the bottom, that look below the running maximum of each sample.
-    below = np.floor((np.arctan(slope) - rays.offset[:, None] - bottom) / rays.step + 0.5).astype(np.int32)
+    below = np.floor((np.arctan(slope) - rays.offset[:, None] - rays.bottom) / rays.step + 0.5).astype(
+        np.int32
+    )
     np.clip(below, 0, rays.rows, out=below)
     below += np.arange(columns, dtype=np.int32)[:, None] * (rays.rows + 1)
     passed = np.bincount(below.ravel(), minlength=columns * (rays.rows + 1)).reshape(columns, -1)
@@ -54,10 +64,9 @@ def _march(city: City, rays: RayGrid, tan: Floats) -> tuple[Floats, Floats, NDAr
     missed = first == count
     first = np.minimum(first, count - 1)
     with np.errstate(divide="ignore"):
-        flat = np.where(tan < 0, -np.float32(rays.height) / tan, np.inf)
+        distance = np.where(tan < 0, -np.float32(rays.height) / tan, np.inf).astype(np.float32)
     surface = np.take_along_axis(sampled, first, axis=1)
     is_object = (surface > 0.05) & ~missed
-    distance = np.where(tan < 0, flat, np.inf).astype(np.float32)
     col, row = np.nonzero(is_object)
     if len(col):
         index = first[col, row]
@@ -82,33 +91,28 @@ def _march(city: City, rays: RayGrid, tan: Floats) -> tuple[Floats, Floats, NDAr
 
 def _ground_colour(city: City, east: Floats, north: Floats, distance: Floats) -> Floats:
     """Return the lit colour (n, 3) of ground and roofs at places (n,)."""
-    shape = (1, -1)
-    half = city.size_m / 2
-    col, row = (
-        ((east + half) / city.gsd - 0.5).reshape(shape),
-        ((half - north) / city.gsd - 0.5).reshape(shape),
-    )
+    row, col = city.to_pixel(east, north)
 
-    def sample(image: Image, zoom: float) -> NDArray[Any]:
+    def sample(image: Image, zoom: float, chosen: Any = slice(None)) -> NDArray[Any]:
+        x, y = (((v[chosen] + 0.5) * zoom - 0.5).astype(np.float32) for v in (col, row))
         # OpenCV remaps at most 32767 pixels along an axis.
         parts = [
             cv2.remap(
                 image,
-                ((col[:, k : k + 30000] + 0.5) * zoom - 0.5).astype(np.float32),
-                ((row[:, k : k + 30000] + 0.5) * zoom - 0.5).astype(np.float32),
+                x[None, k : k + 30000],
+                y[None, k : k + 30000],
                 cv2.INTER_LINEAR,
                 borderMode=cv2.BORDER_REPLICATE,
             )[0]
-            for k in range(0, col.shape[1], 30000)
+            for k in range(0, len(x), 30000)
         ]
         return np.concatenate(parts).astype(np.float32)
 
     colour = sample(city.ground_far, 0.25)
     near = distance < 26.0
     if near.any():
-        whole, (col, row) = (col, row), (col[:, near], row[:, near])
-        paint = sample(city.marking, 2.0)[:, None] * (1 / 255)
-        close = sample(city.ground, 1.0)
+        paint = sample(city.marking, 2.0, near)[:, None] * (1 / 255)
+        close = sample(city.ground, 1.0, near)
         grain = ((east[near] * 24).astype(np.int32) & (SIDE - 1)) * SIDE
         grain += (north[near] * 24).astype(np.int32) & (SIDE - 1)
         fade = np.maximum(0.0, 1.0 - distance[near] / 9.0) * 0.05
@@ -116,9 +120,7 @@ def _ground_colour(city: City, east: Floats, north: Floats, distance: Floats) ->
         close += paint * (np.asarray(city.style.marking, np.float32) - close)
         share = np.clip((distance[near] - 14.0) / 12.0, 0.0, 1.0)[:, None]
         colour[near] = share * colour[near] + (1 - share) * close
-        col, row = whole
-    lit: Floats = colour * (sample(city.light, 1.0)[:, None] * (1 / 255))
-    return lit
+    return np.asarray(colour * (sample(city.light, 1.0)[:, None] * (1 / 255)))
 
 
 def _wall_colour(
@@ -145,25 +147,21 @@ def _wall_colour(
     fz = storey % 1.0
     half = np.where(end, b, a)
     inside = (np.abs(along) < half - 0.5) & (z < boxes.height[number] - 0.4)
-    ground_floor = storey < 1.0
-    shop = (number % 5 == 0) & ground_floor
+    shop = (number % 5 == 0) & (storey < 1.0)
     window = has & inside & (np.abs(fx - 0.5) < 0.26) & (fz > 0.32) & (fz < 0.82)
     window |= shop & has & inside & (np.abs(fx - 0.5) < 0.43) & (fz > 0.1) & (fz < 0.85)
     door = has & ~shop & (np.abs(along) < 0.65) & (z < 2.2) & ~end
     # Far windows blend into the wall: a pixel holds more than one.
     sharp = np.clip(1.25 - distance / 110.0, 0.25, 1.0)[:, None]
     sky = np.asarray(style.sky_low, np.float32)
-    pane = (
-        0.7 * boxes.glass[number]
-        + 0.3 * sky * ((number * 7 + (storey).astype(np.int64) * 3) % 4 == 0)[:, None]
-    )
+    bright = (number * 7 + storey.astype(np.int64) * 3) % 4 == 0
+    pane = 0.7 * boxes.glass[number] + 0.3 * sky * bright[:, None]
     colour = np.where(window[:, None], (1 - sharp) * colour + sharp * pane, colour)
     colour = np.where(door[:, None], colour * 0.4, colour)
     colour *= np.where(has & (z < 0.6), 0.78, 1.0)[:, None]
     index = ((along * 5).astype(np.int64) & (SIDE - 1)) * SIDE + ((z * 5).astype(np.int64) & (SIDE - 1))
     colour *= (light * (1.0 + 0.03 * FINE[index]))[:, None]
-    result: Floats = colour.astype(np.float32)
-    return result
+    return np.asarray(colour, np.float32)
 
 
 def _sky(rays: RayGrid, elevation: Floats, style: Style) -> Floats:
@@ -176,15 +174,13 @@ def _sky(rays: RayGrid, elevation: Floats, style: Style) -> Floats:
         cloud = cv2.remap(CLOUDS, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP)
         cover = np.clip(0.6 * cloud + 1.6 * style.clouds - 0.8, 0.0, 1.0)[..., None]
         colour = colour + cover * (np.float32(225.0) + 14 * cloud[..., None] - colour) * 0.8
-    result: Floats = colour.astype(np.float32)
-    return result
+    return np.asarray(colour, np.float32)
 
 
 def trace(city: City, rays: RayGrid, traffic: Cars | None) -> Image:
     """Return the RGB image (rows, columns, 3) of a grid of rays, before the effects of the camera."""
     style = city.style
-    bottom = rays.bottom
-    centres = (bottom + (np.arange(rays.rows) + 0.5) * rays.step).astype(np.float32)
+    centres = (rays.bottom + (np.arange(rays.rows) + 0.5) * rays.step).astype(np.float32)
     elevation = centres[None, :] + rays.offset[:, None]
     tan = np.tan(elevation)
     distance, surface, is_object = _march(city, rays, tan)
@@ -216,5 +212,4 @@ def trace(city: City, rays: RayGrid, traffic: Cars | None) -> Image:
     veil = np.where(seen, 1.0 - np.exp(-np.where(seen, image.distance, 0.0) / style.haze_m), 0.0)[:, None]
     image.colour += veil * (np.asarray(style.sky_low, np.float32) - image.colour)
     pixels = image.colour.reshape(len(rays.yaw), rays.rows, 3)[:, ::-1].transpose(1, 0, 2)
-    result: Image = np.clip(pixels, 0, 255).astype(np.uint8)
-    return result
+    return np.asarray(np.clip(pixels, 0, 255).astype(np.uint8))

@@ -83,8 +83,7 @@ def _expose(image: Image, style: Style, rng: np.random.Generator | None) -> Imag
         noise = rng.standard_normal(image.shape, np.float32)
         noise *= style.camera_noise
         image = cv2.add(image, np.round(noise).astype(np.int16), dtype=cv2.CV_8U)
-    result: Image = image
-    return result
+    return np.asarray(image)
 
 
 def render_panorama(
@@ -105,17 +104,9 @@ def render_panorama(
     step = math.radians(view.top_deg - view.bottom_deg) / view.height
     # With the nose down, each row sees lower ahead.
     offset = -pose.pitch * np.cos(turn) - pose.roll * np.sin(turn)
-    rays = RayGrid(
-        pose.east,
-        pose.north,
-        pose.height,
-        (pose.heading - turn).astype(np.float32),
-        math.radians(view.top_deg),
-        step,
-        view.height,
-        offset.astype(np.float32),
-        True,
-    )
+    yaw, top = (pose.heading - turn).astype(np.float32), math.radians(view.top_deg)
+    origin = (pose.east, pose.north, pose.height)
+    rays = RayGrid(*origin, yaw, top, step, view.height, offset.astype(np.float32), full=True)
     return _expose(trace(city, rays, traffic), city.style, rng)
 
 
@@ -172,11 +163,6 @@ def overhead_view(
     step = math.radians(view.top_deg - view.bottom_deg) / view.height
     map_x = turn * (view.width / (2 * math.pi)) - 0.5
     map_y = (math.radians(view.top_deg) - elevation) / step - 0.5
-    image = cv2.remap(
-        panorama,
-        map_x.astype(np.float32),
-        map_y.astype(np.float32),
-        cv2.INTER_LINEAR,
-        borderMode=cv2.BORDER_WRAP,
-    )
+    pixels = (map_x.astype(np.float32), map_y.astype(np.float32))
+    image = cv2.remap(panorama, *pixels, cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP)
     return image, map_y < view.height - 0.5
