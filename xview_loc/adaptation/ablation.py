@@ -38,10 +38,9 @@ class Row:
 def run_ablation(distillation: Distillation, measured: tuple[PairSource, Array] | None = None) -> list[Row]:
     """Measure the rows of Table 2 (:data:`TABLE`), then sweep K' and T.
 
-    Student-M-OF learns from the teacher's heat maps instead of their maxima.
-
-    measured: pairs to measure errors on, with metres (N, 2) from their coarse fixes to their true positions.
-        Default: the held-out pairs, whose true positions must be known.
+    Student-M-OF learns from the teacher's heat maps instead of their maxima. ``measured`` are the pairs to
+    measure errors on, with metres (N, 2) from their coarse fixes to their true positions; default: the
+    held-out pairs, whose true positions must be known.
     """
     labels = distillation.teacher_labels()
 
@@ -62,12 +61,8 @@ def run_ablation(distillation: Distillation, measured: tuple[PairSource, Array] 
         return distillation.student(kept, loss, f"student K'={levels} T={keep:.0%}")
 
     levels, keep = distillation.recipe(smoothed=False)
-    rows = [Row("Teacher", None, None, errors(distillation.teacher))]
-    for name, share, mode_based in (
-        ("Student-M-OF", 1.0, False),
-        ("Student+M-OF", 1.0, True),
-        ("Student+M+OF", keep, True),
-    ):
+    rows = [Row(TABLE[0], None, None, errors(distillation.teacher))]
+    for name, share, mode_based in zip(TABLE[1:], (1.0, 1.0, keep), (False, True, True), strict=True):
         rows.append(Row(name, levels, share, errors(student(levels, share, mode_based).load())))
     for count in range(1, distillation.teacher.model.level_count + 1):
         rows.append(Row(f"K' = {count}", count, keep, errors(student(count, keep).load())))
@@ -83,28 +78,22 @@ def write_ablation(rows: Sequence[Row], distillation: Distillation, folder: Path
     page = Page(f"Ablation of {distillation.teacher.model.spec.name}")
     page.text(f"Errors on {rows[0].errors.frames} pairs; adapted to {distillation.source.name}.")
     page.heading("Parts (Table 2 of the paper)")
-    page.table(
-        ["", "mean, m", "median, m"],
-        [[r.name, f"{r.errors.mean:.2f}", f"{r.errors.median:.2f}"] for r in rows if r.name in TABLE],
-    )
-    for title, attribute in (
-        ("Supervised levels K' (Figure 5)", "levels"),
-        ("Share kept T (Figure 6)", "keep"),
-    ):
-        start = "K'" if attribute == "levels" else "T ="
+    parts = [[r.name, f"{r.errors.mean:.2f}", f"{r.errors.median:.2f}"] for r in rows if r.name in TABLE]
+    page.table(["", "mean, m", "median, m"], parts)
+    for symbol, title in (("K'", "Supervised levels K' (Figure 5)"), ("T", "Share kept T (Figure 6)")):
         page.heading(title)
-        page.figure(_sweep([r for r in rows if r.name.startswith(start)], rows[0], attribute), title)
+        page.figure(_sweep([r for r in rows if r.name.startswith(f"{symbol} =")], rows[0], symbol), title)
     page.write(folder / "ablation.html")
 
 
-def _sweep(rows: Sequence[Row], teacher: Row, attribute: str) -> Figure:
+def _sweep(rows: Sequence[Row], teacher: Row, symbol: str) -> Figure:
     figure = Figure(figsize=(8, 3.2))
-    values: list[Any] = [getattr(row, attribute) for row in rows]
+    values: list[Any] = [row.levels if symbol == "K'" else row.keep for row in rows]
     for number, statistic in enumerate(("mean", "median"), start=1):
         axes = figure.add_subplot(1, 2, number)
         axes.plot(values, [getattr(row.errors, statistic) for row in rows], "o-", label="student")
         axes.axhline(getattr(teacher.errors, statistic), color="0.5", linestyle="--", label="teacher")
-        axes.set(xlabel="K'" if attribute == "levels" else "T", ylabel=f"{statistic} error, m", xticks=values)
+        axes.set(xlabel=symbol, ylabel=f"{statistic} error, m", xticks=values)
         axes.grid(alpha=0.3)
         axes.legend()
     return figure

@@ -13,6 +13,7 @@ import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +73,11 @@ class Auxiliary:
 class Adapted:
     """The outcome of an adaptation; all but ``before`` is of the round whose student is kept.
 
-    labeller: the teacher, or the student of the previous round. maxima: its labels of the training pairs.
-    labels: the pseudo ground truth derived from them. kept: (N,), the labels that trained the student.
-    auxiliary: None without outlier filter.
-    before, after: labels of the held-out pairs, by teacher and student.
-    recipe: how the students were trained.
-    smoothed: the maxima corrected by whole drives, if requested.
-    rounds: one verdict per further round, on its student against the previous one; only the last may be bad.
+    ``labeller`` is the teacher, or the student of the previous round, ``maxima`` its labels of the training
+    pairs, ``smoothed`` these corrected by whole drives, if requested, ``labels`` the pseudo ground truth
+    derived from them, and ``kept`` (N,) selects the labels that trained the student. ``auxiliary`` is None
+    without outlier filter. ``before`` and ``after`` are labels of the held-out pairs, by teacher and student.
+    ``rounds`` has a verdict per further round, on its student against the previous; only the last may be bad.
     """
 
     labeller: Checkpoint
@@ -98,9 +97,8 @@ class Distillation:
     """Adapt ``teacher`` to the pairs of ``source``; ``folder`` keeps the stages.
 
     ``true_from_fix`` (N, 2), metres east and north from each pair's coarse fix to its true position, is only
-    for reported errors and never decides anything.
-
-    Raises AdaptationError if there are too few pairs or none can be read, and the errors of :func:`train`.
+    for reported errors and never decides anything. Raises AdaptationError if there are too few pairs or none
+    can be read, and the errors of :func:`train`.
     """
 
     def __init__(
@@ -114,10 +112,8 @@ class Distillation:
         true_from_fix: Array | None = None,
         on_progress: OnProgress = lambda stage, done, total: None,
     ) -> None:
-        self.options, self.source, self.teacher = options, source, teacher
-        self.true_from_fix = true_from_fix
-        self.fabric, self._folder = fabric, folder
-        self._on_progress = on_progress
+        self.options, self.source, self.teacher, self.fabric = options, source, teacher, fabric
+        self.true_from_fix, self._folder, self._on_progress = true_from_fix, folder, on_progress
         training, prior = options.training, options.heading_prior_deg
         self._reading = ReadOptions(prior, training.seed, training.workers)
         # What labels depend on: the seed only matters for random turns.
@@ -180,10 +176,8 @@ class Distillation:
         ``before``: the teacher's labels of the held-out pairs, if known.
         """
         name = "" if number == 1 else f", round {number}"
-        maxima = self.labels_of(labeller, f"teacher labels{name}").of(self.training_index)
-        labels, smoothed = maxima, None
-        if self.options.smooth:
-            smoothed = self.smoothed(maxima, labeller, name)
+        maxima = labels = self.labels_of(labeller, f"teacher labels{name}").of(self.training_index)
+        smoothed = self.smoothed(maxima, labeller, name) if self.options.smooth else None
         corrected = smoothed is not None and smoothed.mostly_usable
         if smoothed is not None and corrected:
             labels = smoothed.labels(maxima.of(smoothed.index))
@@ -226,19 +220,14 @@ class Distillation:
             if self.fabric.is_global_zero:
                 shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted run
             return found
-        store = store_heat_maps(
-            self.fabric,
-            labeller.model,
-            self.source,
-            labels.index,
-            folder,
-            self._reading,
-            lambda done: self._on_progress(f"teacher heat maps{name}", done, len(labels)),
-        )
+
+        def on_pairs(done: int) -> None:
+            self._on_progress(f"teacher heat maps{name}", done, len(labels))
+
+        model, index = labeller.model, labels.index
+        store = store_heat_maps(self.fabric, model, self.source, index, folder, self._reading, on_pairs)
         if self.fabric.is_global_zero:
-            found = smooth(
-                self.track, labels, store, lambda done, of: self._on_progress(f"smoothing{name}", done, of)
-            )
+            found = smooth(self.track, labels, store, partial(self._on_progress, f"smoothing{name}"))
         found = self.fabric.broadcast(found)
         assert found is not None
         if self._reading.heading_prior_deg != 0:
@@ -264,16 +253,9 @@ class Distillation:
         def on_step(progress: TrainingProgress) -> None:
             self._on_progress(stage, progress.steps, options.epochs * progress.steps_per_epoch)
 
+        model, parent = copy.deepcopy(self._model), {"parent": self.teacher.sha256}
         progress = train(
-            self.fabric,
-            copy.deepcopy(self._model),
-            data,
-            validation,
-            folder,
-            loss,
-            options,
-            metadata={"parent": self.teacher.sha256},
-            on_step=on_step,
+            self.fabric, model, data, validation, folder, loss, options, metadata=parent, on_step=on_step
         )
         on_step(progress)
         return Student(folder / BEST_FILE, progress.history)
@@ -281,15 +263,12 @@ class Distillation:
     def labels_of(self, checkpoint: Checkpoint, stage: str, source: PairSource | None = None) -> PseudoLabels:
         """Return a model's labels of all pairs of ``source`` (default: the one adapted to)."""
         source = source or self.source
-        path = self._path("labels", checkpoint.sha256, [source.name, *self._turns])
-        return label_pairs(
-            self.fabric,
-            checkpoint.model,
-            source,
-            path.with_suffix(".npz"),
-            self._reading,
-            lambda done: self._on_progress(stage, done, len(source)),
-        )
+        path = self._path("labels", checkpoint.sha256, [source.name, *self._turns]).with_suffix(".npz")
+
+        def on_pairs(done: int) -> None:
+            self._on_progress(stage, done, len(source))
+
+        return label_pairs(self.fabric, checkpoint.model, source, path, self._reading, on_pairs)
 
     def held_out_labels(self, checkpoint: Checkpoint) -> LabelsByView:
         """Return a model's labels of the held-out pairs in every view."""
@@ -303,15 +282,13 @@ class Distillation:
 
     def history(self, student: Student) -> list[dict[str, float]]:
         """Return a student's figures of each epoch, with its true held-out errors where known."""
-        entries = []
-        for entry in student.history:
+        entries = [dict(entry) for entry in student.history]
+        for entry in entries:
             labels = PseudoLabels.load(held_out_file(student.path.parent, int(entry["epoch"])))
             errors = self.true_errors_m(labels) if labels else np.zeros(0)
             errors = errors[np.isfinite(errors)]
-            true = {}
             if len(errors):
-                true = {"true_mean_m": float(errors.mean()), "true_median_m": float(np.median(errors))}
-            entries.append({**entry, **true})
+                entry.update(true_mean_m=float(errors.mean()), true_median_m=float(np.median(errors)))
         return entries
 
     @property

@@ -86,23 +86,19 @@ def smoothed_drive(distillation: Distillation, maxima: PseudoLabels, smoothed: S
     figures = []
     for rows, what in ((stretch, "The part of a drive whose labels moved most"), (whole, "The whole drive")):
         figure = Figure(figsize=(12, 6.2), layout="compressed")
-        panels = (("maxima", maxima.rows(rows)), ("smoothed", after.rows(rows[smoothed.usable[rows]])))
+        left, right = figure.subplots(1, 2, sharex=True, sharey=True)
         tiles = _tiles(distillation, maxima.index[rows])
-        for axes, (title, labels) in zip(
-            figure.subplots(1, 2, sharex=True, sharey=True), panels, strict=True
-        ):
-            axes.set_title(title)
-            _draw_drive(axes, distillation, labels, tiles)
-        known = distillation.true_from_fix is not None
-        caption = f"{what}: labels red, coarse fixes blue" + (", truth green" if known else "")
-        figures.append((figure, caption))
+        _draw_drive(left, "maxima", distillation, maxima.rows(rows), tiles)
+        _draw_drive(right, "smoothed", distillation, after.rows(rows[smoothed.usable[rows]]), tiles)
+        truth = "" if distillation.true_from_fix is None else ", truth green"
+        figures.append((figure, f"{what}: labels red, coarse fixes blue{truth}"))
     return figures
 
 
 def most_moved(drive: NDArray[np.int64], moved: Array) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Find the stretch of a drive whose labels moved most in total; return the drive's rows and its rows.
 
-    drive: (N,), number of each pair's drive. moved: (N,), distances that labels moved.
+    ``drive`` (N,) numbers each pair's drive; ``moved`` (N,) are the distances that labels moved.
     """
     found: list[tuple[float, NDArray[np.int64], NDArray[np.int64]]] = []
     for number in np.unique(drive):
@@ -123,12 +119,10 @@ def moved_pairs(distillation: Distillation, adapted: Adapted, student: CrossView
         index = int(after.index[row])
         sample = distillation.source[index]
         turns = base_turns(_batch(sample), prior)
+        models = (("teacher", distillation.teacher.model, before), ("student", student, after))
         panels = [
             _Panel(name, _heat_map(model, sample, prior, turns), labels.position[row])
-            for name, model, labels in (
-                ("teacher", distillation.teacher.model, before),
-                ("student", student, after),
-            )
+            for name, model, labels in models
         ]
         caption = f"Pair {index}: the estimate moved by {moved[row]:.1f} m; circle: estimate"
         figures.append(_pair(distillation, sample, panels, caption))
@@ -149,12 +143,12 @@ def moved_labels(
         pixels = float(sample["meters_per_pixel"])
         label = smoothed.position[row], smoothed.covariance[row].astype(np.float64) / pixels**2
         turns = turns_of(_batch(sample), ReadOptions(prior, seed))
+        first, second = (
+            _heat_map(model, sample, prior, turns) for model in (adapted.labeller.model, student)
+        )
         panels = [
-            _Panel(name, _heat_map(model, sample, prior, turns), place, *label)
-            for name, model, place in (
-                ("labelling model", adapted.labeller.model, maxima.position[row]),
-                ("student", student, None),
-            )
+            _Panel("labelling model", first, maxima.position[row], *label),
+            _Panel("student", second, None, *label),
         ]
         caption = (
             f"Pair {index}: the label moved by {moved[row]:.1f} m; circle: maximum of the heat map, square "
@@ -191,17 +185,19 @@ def _tiles(distillation: Distillation, index: NDArray[np.int64]) -> list[Placed]
         sample = distillation.source[int(k)]
         gsd, (row, col) = float(sample["meters_per_pixel"]), sample["fix"].tolist()
         image = _pixels(sample["aerial"])
-        side = image.shape[0]
+        side = len(image)
         west, north = fixes[k] + gsd * np.array([-0.5 - col, row + 0.5])
         every = max(1, int(size / gsd / _MAP_PX))
-        extent = (west, west + side * gsd, north - side * gsd, north)
-        tiles.append((image[::every, ::every].copy(), extent))
+        tiles.append((image[::every, ::every].copy(), (west, west + side * gsd, north - side * gsd, north)))
     return tiles
 
 
-def _draw_drive(axes: Axes, distillation: Distillation, labels: PseudoLabels, tiles: list[Placed]) -> None:
+def _draw_drive(
+    axes: Axes, title: str, distillation: Distillation, labels: PseudoLabels, tiles: list[Placed]
+) -> None:
     """Draw tiles, coarse fixes, labels and the truth if known."""
     assert distillation.track is not None
+    axes.set_title(title)
     for image, extent in tiles:
         axes.imshow(image, extent=extent)
     fixes = _fixes(distillation.track)[labels.index]
@@ -216,9 +212,9 @@ def _draw_drive(axes: Axes, distillation: Distillation, labels: PseudoLabels, ti
 
 @dataclass(frozen=True, eq=False)
 class _Panel:
-    """A heat map on its tile, with an estimate and a label, if any; positions are (row, col).
+    """A heat map on its tile, with an estimate and a label, if any; positions are (row, col), tile pixels.
 
-    heat_map: its extent is in tile pixels. covariance: of the label, ENU, pixels squared.
+    ``covariance`` is that of the label, ENU, pixels squared.
     """
 
     title: str
@@ -272,8 +268,8 @@ def _pair(distillation: Distillation, sample: PairSample, panels: list[_Panel], 
             axes.plot(*panel.estimate[::-1], "o", markersize=12, fillstyle="none", color="cyan")
         if panel.label is not None:
             axes.plot(*panel.label[::-1], "s", markersize=12, fillstyle="none", color="yellow")
-        if panel.label is not None and panel.covariance is not None and np.isfinite(panel.covariance).all():
-            axes.add_patch(_ellipse(panel.label, panel.covariance))
+            if panel.covariance is not None and np.isfinite(panel.covariance).all():
+                axes.add_patch(_ellipse(panel.label, panel.covariance))
         axes.plot(col, row, "+", color="white", markersize=10)
         if distillation.true_from_fix is not None:
             axes.plot(col + east, row - north, "x", color="lime", markersize=10)

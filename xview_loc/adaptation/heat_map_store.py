@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,9 @@ class _Block(PairTable):
 
 
 class HeatMapStore:
-    """Likelihoods of pairs; ``store[index]`` is that of one pair.
+    """Likelihoods of pairs; ``store[index]`` is that of one pair, ``side`` cells a side, placed by ``grid``.
 
     Not tempered by the model's calibration: tempering made labels worse.
-
-    grid: position of the cells on the tile. side: cells per side, n.
     """
 
     def __init__(self, folder: Path, model: CrossViewModel) -> None:
@@ -47,7 +45,7 @@ class HeatMapStore:
         self.side = model.map_size // pool
         self._starts = sorted(int(file.stem) for file in folder.glob("*.npz"))
         # Two blocks: reading along a drive, in either direction, opens each file once.
-        self._block = lru_cache(maxsize=2)(partial(_load, folder))
+        self._block = lru_cache(maxsize=2)(lambda start: _Block.load(folder / f"{start}.npz"))
 
     def __getitem__(self, index: int) -> NDArray[np.float32]:
         """Return a likelihood (n, n). Raises KeyError for a pair that is not stored."""
@@ -93,10 +91,6 @@ def store_heat_maps(
 def stored_bytes(model: CrossViewModel) -> int:
     """Return the size of one stored heat map."""
     return 2 * (model.map_size // _pool(model)) ** 2
-
-
-def _load(folder: Path, start: int) -> _Block | None:
-    return _Block.load(folder / f"{start}.npz")
 
 
 def _pool(model: CrossViewModel) -> int:

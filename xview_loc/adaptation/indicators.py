@@ -37,10 +37,10 @@ _MAX_DISAGREEMENT_M = 20.0
 
 @dataclass(frozen=True)
 class LabelsByView:
-    """A model's labels of the same pairs in three views.
+    """A model's labels of the same pairs in three views: unchanged, shifted and turned.
 
-    plain: unchanged. shifted: on tiles shifted by a sixteenth of their side, in pixels of the unshifted tile.
-    turned: of turned panoramas; None for other cameras.
+    ``shifted`` is on tiles shifted by a sixteenth of their side, in pixels of the unshifted tile. ``turned``
+    is of turned panoramas; None for other cameras.
     """
 
     plain: PseudoLabels
@@ -91,7 +91,7 @@ def base_turns(batch: Batch, heading_prior_deg: float | None) -> NDArray[np.int6
 def _further_turns(batch: Batch, heading_prior_deg: float | None) -> NDArray[np.int64]:
     """Return the columns (B,) of the turned view.
 
-    A third of a turn beyond :func:`base_turns` where the heading is unknown; else a few degrees, to the left
+    A third of a turn beyond :func:`base_turns` where the heading is unknown; else a few degrees, left
     and right alternately.
     """
     width = batch["ground"].shape[3]
@@ -111,12 +111,9 @@ def _shift(aerial: Tensor, step: int) -> Tensor:
 class Indicators:
     """Label-free evidence for or against a model, one value per pair (N,), in metres unless noted.
 
-    tile_shift, turn: how far the estimate moves with the shifted tile and the turned panorama, at most 20.
-    motion: difference between the step from the previous estimate and odometry's, at most 20; NaN without
-        odometry.
-    stray_sigmas: distance from the coarse fix to the maximum of the whole map, in standard deviations of the
-        fix.
-    entropy: nats. peak_mass: probability within two metres of the maximum.
+    ``tile_shift`` and ``turn`` are how far the estimate moves with the shifted tile and the turned panorama,
+    ``motion`` the difference between the step from the previous estimate and odometry's (NaN without), all
+    at most 20. ``stray_sigmas`` and ``peak_mass`` are as in :class:`PseudoLabels`, ``entropy`` is in nats.
     """
 
     tile_shift: Array
@@ -151,11 +148,8 @@ class Indicators:
 
     def summary(self) -> dict[str, float]:
         """Return means over the pairs; ``score`` (m, smaller is better) judges the model."""
-        figures = {}
-        for name in ("tile_shift", "turn", "motion", "stray_sigmas", "entropy", "peak_mass"):
-            values = getattr(self, name)
-            if np.isfinite(values).any():
-                figures[name] = float(np.nanmean(values))
+        columns = {name: values for name, values in vars(self).items() if np.isfinite(values).any()}
+        figures = {name: float(np.nanmean(values)) for name, values in columns.items()}
         return {**figures, "score": float(np.nanmean(self.score_terms()))}
 
 

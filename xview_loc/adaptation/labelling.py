@@ -51,10 +51,9 @@ class _Readable(Dataset[PairSample | UserError]):
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How pairs are read.
+    """How pairs are read: the largest error of the headings (None: unknown), and processes that load data.
 
-    heading_prior_deg: largest error of the headings; None: unknown. seed: of the random turns by which the
-    headings are hidden from the model (:func:`turns_of`). workers: processes that load data.
+    ``seed`` is that of the random turns by which headings are hidden from the model (:func:`turns_of`).
     """
 
     heading_prior_deg: float | None = 0.0
@@ -117,15 +116,11 @@ def turns_of(batch: Batch, options: ReadOptions) -> NDArray[np.int64] | None:
 
     A pair's turn depends on its index and the seed alone.
     """
-    prior = options.heading_prior_deg
+    width, prior = batch["ground"].shape[3], options.heading_prior_deg
     if prior == 0:
         return None
-    width = batch["ground"].shape[3]
-    draws = [
-        random_turns(np.random.default_rng([options.seed, int(index)]), 1, width, prior)
-        for index in batch["index"]
-    ]
-    return np.concatenate(draws)
+    generators = (np.random.default_rng([options.seed, int(index)]) for index in batch["index"])
+    return np.concatenate([random_turns(rng, 1, width, prior) for rng in generators])
 
 
 def gather_rows(fabric: Fabric, tables: list[Table]) -> Table | None:
@@ -191,9 +186,8 @@ def label_batch(
 ) -> tuple[PseudoLabels, HeatMaps]:
     """Return a model's labels of a batch, and the heat maps they come from.
 
-    features: the encoded tiles, if there are any already. turns: columns (B,) by which panoramas are turned
-    first (:func:`xview_loc.training.turned_panoramas.turn_panoramas`); labels have the headings of the
-    unturned ones.
+    ``features`` are the encoded tiles, if known already, ``turns`` the columns (B,) by which panoramas are
+    turned first (:func:`turn_panoramas`); labels have the headings of the unturned ones.
     """
     whole, turned = match_batch(model, batch, heading_prior_deg, features, turns)
     maps = whole.within(batch["fix"], search_radius(batch))
@@ -242,9 +236,7 @@ def label_pairs(
 
     An interrupted call resumes block by block; pairs that could not be used are tried again. The caller
     chooses another ``path`` for another model, source or options. ``on_pairs`` receives the number of pairs
-    done. Processes share the work, and each returns all labels.
-
-    Raises AdaptationError if no pair can be used.
+    done. Processes share the work; each returns all labels. Raises AdaptationError if no pair can be used.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     model = prepare_model(fabric, model)

@@ -65,16 +65,11 @@ class PseudoLabels(PairTable):
     """Maxima of a model's heat maps; all columns but the index are float32.
 
     Heat maps are limited to three standard deviations around the coarse fix, where these are known.
-
-    position: (N, 2), (row, col) of the heat map's maximum, in tile pixels.
-    heading: (N,), of the stored image's centre column, radians: nominal where the pair's heading is known,
-        else that of the best heading bin at the maximum.
-    fix: (N, 2), coarse fix, in tile pixels. fix_std: (N,), its standard deviation, m.
-    meters_per_pixel: (N,), of the tile.
-    stray_sigmas: (N,), distance from the fix to the maximum of the whole heat map, in standard deviations of
-        the fix.
-    entropy: (N,), of the finest map, nats.
-    peak_mass: (N,), probability within two metres of the maximum.
+    ``position`` and ``fix`` (N, 2) are (row, col) of the maximum and the coarse fix in tile pixels,
+    ``fix_std`` is the fix's standard deviation, m. ``heading`` is that of the stored image's centre column,
+    radians: nominal where the pair's heading is known, else that of the best heading bin at the maximum.
+    ``stray_sigmas`` is the distance from the fix to the maximum of the whole heat map, in ``fix_std``,
+    ``entropy`` that of the finest map, nats, ``peak_mass`` the probability within two metres of the maximum.
     """
 
     position: NDArray[np.float32]
@@ -95,7 +90,7 @@ class PseudoLabels(PairTable):
     def errors_m(self, true_from_fix: NDArray[np.float64]) -> NDArray[np.float64]:
         """Distances (N,) from the true positions, metres.
 
-        true_from_fix: (M, 2), metres east and north from the coarse fixes of all pairs of the source.
+        ``true_from_fix`` (M, 2): metres east and north from the coarse fixes of all pairs of the source.
         """
         return np.asarray(np.linalg.norm(self.from_fix - true_from_fix[self.index], axis=1), np.float64)
 

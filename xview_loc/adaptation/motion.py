@@ -32,10 +32,9 @@ _GAIN_REACH_M, _GAIN_STD = 300.0, 0.3
 
 @dataclass(frozen=True, eq=False)
 class Steps:
-    """Steps from the previous pair to each pair (N,).
+    """Steps from the previous pair to each pair: mean (N, 2), metres east and north, variance per axis, m^2.
 
-    linked: False where the step is unknown, which begins a new chain. mean: (N, 2), metres east and north.
-    variance: (N,), along each axis, m^2.
+    ``linked`` is False where the step is unknown, which begins a new chain.
     """
 
     linked: NDArray[np.bool_]
@@ -52,9 +51,8 @@ def steps_along(track: Track, fix_std: Array, gain: Complex | None = None, loose
     """Fuse odometry, much the more precise where there is any, with the steps between fixes.
 
     The error of a fix is a slow random walk, so two consecutive fixes measure a step better than a position.
-    Without odometry, velocities from fixes are smoothed, which also bridges a jump of the fixes.
-
-    fix_std: (N,), metres. gain: (N,), factors on odometry's steps. looseness: factor on their variance.
+    Without odometry, velocities from fixes are smoothed, which also bridges a jump of the fixes. ``fix_std``
+    (N,) is in metres, ``gain`` (N,) multiplies odometry's steps, ``looseness`` their variance.
     """
     seconds = np.diff(track.stamp_ns, prepend=track.stamp_ns[0]) / 1e9
     same = (np.diff(track.drive, prepend=-1) == 0) & (seconds > 0.0)
@@ -67,7 +65,10 @@ def steps_along(track: Track, fix_std: Array, gain: Complex | None = None, loose
         own = slice(start + 1, end)
         if end - start > 1:
             mean[own], variance[own] = _smoothed_velocity(fix_steps[own], fix_variance[own], seconds[own])
-    driven = track.moved if gain is None else _turned(track.moved, gain)
+    driven = track.moved
+    if gain is not None:
+        turned = (driven @ (1.0, 1j)) * gain
+        driven = np.stack([turned.real, turned.imag], 1)
     known = same & np.isfinite(driven).all(1)
     noise = (_STEP_VARIANCE + _VARIANCE_PER_M * np.hypot(*driven[known].T)) * looseness
     off = ((driven - fix_steps)[known] ** 2).sum(1)
@@ -111,9 +112,8 @@ def _smoothed_velocity(steps: Array, variance: Array, seconds: Array) -> tuple[A
 def odometry_gain(track: Track, position: Array, weight: Array) -> Complex:
     """Fit the complex factors (N,) on odometry's steps, its scale and its turn, to positions along the way.
 
-    Weighted least squares over 300 m on either side, with a prior at one.
-
-    position: (N, 2), metres. weight: (N,), inverse variances of the positions, 1 / m^2.
+    Weighted least squares over 300 m on either side, with a prior at one. ``weight`` (N,) are the inverse
+    variances of ``position`` (N, 2), 1 / m^2.
     """
     known = np.isfinite(track.moved).all(1)
     step = np.where(known, track.moved @ (1.0, 1j), 0.0).astype(np.complex128)
@@ -139,9 +139,3 @@ def _about_means(values: Complex, weight: Array, group: NDArray[np.int64]) -> Co
     total = np.bincount(group, weight)
     real, imaginary = (np.bincount(group, weight * part) for part in (values.real, values.imag))
     return values - ((real + 1j * imaginary) / np.maximum(total, 1e-12))[group]
-
-
-def _turned(moved: Array, gain: Complex) -> Array:
-    """Apply a gain to steps (N, 2)."""
-    driven = (moved @ (1.0, 1j)) * gain
-    return np.stack([driven.real, driven.imag], 1)

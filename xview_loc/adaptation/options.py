@@ -11,11 +11,7 @@ from xview_loc.training.trainer import TrainingOptions
 
 
 class Recipe(NamedTuple):
-    """How students are trained.
-
-    levels: K', the number of supervised levels. keep: T, the share of labels that the outlier filter keeps
-    (1: no filter).
-    """
+    """How students are trained: K' supervised levels, and T, the share of labels kept (1: no filter)."""
 
     levels: int
     keep: float
@@ -25,12 +21,11 @@ class Recipe(NamedTuple):
 class AdaptationOptions:
     """Settings of an adaptation; use :meth:`published` for the paper's.
 
-    training: of both students; its only heading prior applies to the teacher too.
-    levels, keep: see :class:`Recipe`; None: the default of :meth:`recipe`.
-    sigma: standard deviation of the label, in pixels of the finest heat map.
-    held_out: share of the pairs left out of training; they select the epoch and decide the verdict.
-    smooth: correct the labels with whole drives (:mod:`xview_loc.adaptation.smoothing`).
-    rounds: maximum number of rounds; from the second on, the previous round's student labels the pairs.
+    ``training`` is for both students; its only heading prior applies to the teacher too. ``levels`` and
+    ``keep`` are those of :class:`Recipe` (None: the default of :meth:`recipe`), ``sigma`` is the standard
+    deviation of the label in pixels of the finest heat map. The share ``held_out`` of the pairs selects the
+    epoch and decides the verdict. ``smooth`` corrects labels with whole drives. From the second of at most
+    ``rounds`` rounds on, the previous round's student labels the pairs.
     """
 
     training: TrainingOptions
@@ -53,13 +48,11 @@ class AdaptationOptions:
 
         ``smoothed`` labels are nearly as good as true ones: all levels, and no filter.
         """
+        levels, keep = (2, 0.8) if isinstance(model, CCVPE) else (3, 0.7)
         if smoothed:
-            default = Recipe(model.level_count, 1.0)
-        else:
-            default = Recipe(2, 0.8) if isinstance(model, CCVPE) else Recipe(3, 0.7)
+            levels, keep = model.level_count, 1.0
         return Recipe(
-            default.levels if self.levels is None else self.levels,
-            default.keep if self.keep is None else self.keep,
+            levels if self.levels is None else self.levels, keep if self.keep is None else self.keep
         )
 
     @property

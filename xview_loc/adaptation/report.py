@@ -12,15 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from xview_loc.adaptation import figures
 from xview_loc.adaptation.distillation import Adapted, Distillation
-from xview_loc.adaptation.figures import (
-    distance_histogram,
-    error_curves,
-    moved_labels,
-    moved_pairs,
-    smoothed_drive,
-    track_map,
-)
 from xview_loc.adaptation.indicators import Indicators
 from xview_loc.adaptation.labels import PseudoLabels, distance_m
 from xview_loc.adaptation.smoothing import Smoothed
@@ -67,8 +60,6 @@ def _metrics(
     distillation: Distillation, adapted: Adapted, before: Indicators, after: Indicators, verdict: Verdict
 ) -> dict[str, Any]:
     """Summarise inputs and outcome as JSON values."""
-    options = distillation.options
-    settings = {**asdict(options), **adapted.recipe._asdict()}
     metrics: dict[str, Any] = {
         "model": distillation.teacher.model.spec.name,
         "data": distillation.source.name,
@@ -77,7 +68,7 @@ def _metrics(
         "trained_on": int(adapted.kept.sum()),
         "held_out": len(adapted.before.plain),
         "teacher_to_student_held_out_m": _spread(distance_m(adapted.before.plain, adapted.after.plain)),
-        "options": settings,
+        "options": {**asdict(distillation.options), **adapted.recipe._asdict()},
         "indicators": {"teacher": before.summary(), "student": after.summary()},
         "epochs": {"student": distillation.history(adapted.student)},
         "verdict": asdict(verdict),
@@ -92,16 +83,16 @@ def _metrics(
     if adapted.smoothed is not None:
         metrics["smoothing"] = _smoothing(adapted.maxima.of(adapted.smoothed.index), adapted.smoothed)
     if distillation.true_from_fix is not None:
-        errors = {
-            "teacher, held out": distillation.true_errors_m(adapted.before.plain),
-            "student, held out": distillation.true_errors_m(adapted.after.plain),
-            "pseudo ground truth": distillation.true_errors_m(adapted.labels),
-            "pseudo ground truth, kept": distillation.true_errors_m(adapted.labels.rows(adapted.kept)),
+        labelled = {
+            "teacher, held out": adapted.before.plain,
+            "student, held out": adapted.after.plain,
+            "pseudo ground truth": adapted.labels,
+            "pseudo ground truth, kept": adapted.labels.rows(adapted.kept),
         }
         if adapted.smoothed is not None:
-            maxima = adapted.maxima.of(adapted.labels.index)
-            errors["maxima of the same pairs"] = distillation.true_errors_m(maxima)
-        metrics["true_errors"] = {name: finite(asdict(Errors.of(e))) for name, e in errors.items()}
+            labelled["maxima of the same pairs"] = adapted.maxima.of(adapted.labels.index)
+        errors = {name: Errors.of(distillation.true_errors_m(labels)) for name, labels in labelled.items()}
+        metrics["true_errors"] = {name: finite(asdict(e)) for name, e in errors.items()}
         metrics["epoch_picks"] = _epoch_picks(metrics["epochs"]["student"])
     return metrics
 
@@ -164,7 +155,7 @@ def _page(
     if "true_errors" in metrics:
         page.heading("True errors")
         page.table(["metres", "pairs", "mean", "median", "95 %"], error_rows(metrics["true_errors"]))
-        page.figure(error_curves(distillation, adapted), "Share of held-out pairs by error")
+        page.figure(figures.error_curves(distillation, adapted), "Share of held-out pairs by error")
     if adapted.smoothed is not None:
         page.heading("Labels smoothed along drives")
         smoothing = metrics["smoothing"]
@@ -175,32 +166,27 @@ def _page(
                 f"{smoothing['maxima_wrong']:.0%} of the maxima are wrong by more than five metres."
             )
             maxima = adapted.maxima.of(adapted.smoothed.index)
-            figures = smoothed_drive(distillation, maxima, adapted.smoothed)
-            figures += moved_labels(distillation, adapted, adapted.smoothed, student)
-            for figure, caption in figures:
+            shown = figures.smoothed_drive(distillation, maxima, adapted.smoothed)
+            shown += figures.moved_labels(distillation, adapted, adapted.smoothed, student)
+            for figure, caption in shown:
                 page.figure(figure, caption)
     if adapted.auxiliary is not None:
         page.heading("Outlier filter")
         distances = distance_m(adapted.labels, adapted.auxiliary.labels)
-        page.figure(
-            distance_histogram(distances, adapted.recipe.keep),
-            "Distance between label and auxiliary student; pairs to the right of the line are left out",
-        )
+        caption = "Distance between label and auxiliary student; pairs to the right of the line are left out"
+        page.figure(figures.distance_histogram(distances, adapted.recipe.keep), caption)
     if distillation.track is not None:
         page.heading("Along the drives")
-        page.figure(
-            track_map(distillation, adapted), "Held-out pairs, coloured by how far the estimate moved, m"
-        )
+        drawn = figures.track_map(distillation, adapted)
+        page.figure(drawn, "Held-out pairs, coloured by how far the estimate moved, m")
     page.heading("Pairs whose estimate moved most")
-    for figure, caption in moved_pairs(distillation, adapted, student):
+    for figure, caption in figures.moved_pairs(distillation, adapted, student):
         page.figure(figure, caption)
     page.heading("Epochs")
     for name, history in metrics["epochs"].items():
         columns = list(history[0])
-        page.table(
-            [name.replace("_", " "), *columns],
-            [["", *(f"{entry.get(c, math.nan):.4g}" for c in columns)] for entry in history],
-        )
+        rows = [["", *(f"{entry.get(c, math.nan):.4g}" for c in columns)] for entry in history]
+        page.table([name.replace("_", " "), *columns], rows)
     page.heading("Settings")
     settings = {**metrics["options"], **metrics["options"]["training"]}
     del settings["training"]
@@ -216,7 +202,7 @@ def error_rows(errors: Mapping[str, Mapping[str, float | None]]) -> list[list[st
         [
             name,
             str(e["frames"]),
-            *("" if e[key] is None else f"{e[key]:.2f}" for key in ("mean", "median", "p95")),
+            *("" if v is None else f"{v:.2f}" for v in (e["mean"], e["median"], e["p95"])),
         ]
         for name, e in errors.items()
     ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import count
 
 import cv2
 import numpy as np
@@ -45,15 +46,13 @@ Likelihood = Callable[[int, BeliefGrid], Grid]
 
 @dataclass(frozen=True, eq=False)
 class Smoothed(PairTable):
-    """Positions of pairs given their whole drives.
+    """Positions of pairs given their whole drives, one row per pair.
 
-    position: float32 (N, 2), (row, col) in tile pixels.
-    heading: float32 (N,), radians, as in :class:`PseudoLabels`.
-    covariance: float32 (N, 2, 2), ENU, m^2.
-    wrong: float32 (N,), probability that the teacher's maximum is more than five metres off.
-    supported: (N,), False where the rest of the drive predicts heat maps no better than coarse fixes do:
-        position is then the teacher's maximum, covariance and ``wrong`` are NaN.
-    on_map: (N,), True where the position lies on the heat map.
+    ``position`` is (row, col) in tile pixels, ``heading`` as in :class:`PseudoLabels`, ``covariance`` (N, 2,
+    2) ENU, m^2, and ``wrong`` the probability that the teacher's maximum is more than five metres off.
+    ``supported`` is False where the rest of the drive predicts heat maps no better than coarse fixes do:
+    position is then the teacher's maximum, covariance and ``wrong`` are NaN. ``on_map``: the position lies on
+    the heat map.
     """
 
     position: NDArray[np.float32]
@@ -97,13 +96,10 @@ def smooth(
     """
     drives = _Drives(track.rows(teacher.index), teacher, heat_maps)
     odometry = np.isfinite(drives.track.moved).any()
-    passes = 2 if odometry else 1
-    done = 0
+    done, total = count(1), len(teacher) * (2 if odometry else 1)
 
     def on_pair() -> None:
-        nonlocal done
-        done += 1
-        on_pairs(done, passes * len(teacher))
+        on_pairs(next(done), total)
 
     gain = None
     if odometry:
@@ -118,11 +114,10 @@ def smooth(
 
 @dataclass(frozen=True, eq=False)
 class _Beliefs:
-    """Beliefs given whole drives, in the plane of :class:`_Drives`.
+    """Beliefs given whole drives, as in :class:`Smoothed` but in the plane of :class:`_Drives`.
 
-    position: (N, 2). covariance: (N, 2, 2). wrong: (N,), see :class:`Smoothed`.
-    support: (N,), logarithm of how much likelier a pair's heat map is given the rest of the drive than given
-        its coarse fix, averaged over neighbours.
+    ``support`` (N,) is the logarithm of how much likelier a pair's heat map is given the rest of the drive
+    than given its coarse fix, averaged over neighbours.
     """
 
     position: Array
@@ -149,18 +144,16 @@ class _Drives:
 
     def smoothed(self, steps: Steps, on_pair: Callable[[], object]) -> _Beliefs:
         """Run both passes over all chains."""
-        count = len(self.fix)
         corners = self._corners(steps)
         begins = ~steps.linked
         ends = np.append(begins[1:], True)
         fix_weight = np.where(begins, 0.0, self.fix_weight) + 0.5 * begins + 0.5 * ends
         weight = np.minimum(1.0, np.where(begins, 1.0, steps.length / _DECORRELATION_M))
-        out = _Beliefs(np.zeros((count, 2)), np.zeros((count, 2, 2)), np.zeros(count), np.zeros(count))
+        out = _Beliefs(*(np.zeros((len(self.fix), *shape)) for shape in ((2,), (2, 2), (), ())))
 
         def likelihood(k: int, grid: BeliefGrid) -> Grid:
-            return np.asarray(
-                self._heat_map(k, grid) ** weight[k] * self._fix(k, grid) ** fix_weight[k], np.float32
-            )
+            both = self._heat_map(k, grid) ** weight[k] * self._fix(k, grid) ** fix_weight[k]
+            return np.asarray(both, np.float32)
 
         for k, others in smoothed_beliefs(corners, steps, likelihood, _CELLS, CELL_M):
             heat_map, fix = self._heat_map(k, others), self._fix(k, others)
@@ -178,9 +171,8 @@ class _Drives:
         teacher, grid = self._teacher, self._heat_maps.grid
         supported = beliefs.support > _SUPPORT
         east, north = ((beliefs.position - self.fix) / teacher.meters_per_pixel[:, None]).T
-        position = np.where(
-            supported[:, None], teacher.fix + np.stack([-north, east], 1), teacher.position
-        ).astype(np.float32)
+        moved = teacher.fix + np.stack([-north, east], 1)
+        position = np.where(supported[:, None], moved, teacher.position).astype(np.float32)
         cell = (position - grid.origin) / grid.scale
         on_map = np.all((cell >= -0.5) & (cell <= self._heat_maps.side - 0.5), axis=1)
         covariance = np.where(supported[:, None, None], beliefs.covariance, np.nan)
@@ -238,10 +230,9 @@ def smoothed_beliefs(
 ) -> Iterator[tuple[int, BeliefGrid]]:
     """Yield each pair's number k and the belief given all *other* pairs of its chain, last pair first.
 
-    Multiplied with ``likelihood(k, belief)``, it becomes the belief given all pairs.
-
-    corners: (N, 2), centre of cell (0, 0) for each pair; it moves by the steps plus whole cells. A chain of n
-    pairs holds about 2 sqrt(n) beliefs at a time and evaluates each likelihood three times.
+    Multiplied with ``likelihood(k, belief)``, it becomes the belief given all pairs. ``corners`` (N, 2) are
+    the centres of cell (0, 0), which moves by the steps plus whole cells. A chain of n pairs holds about
+    2 sqrt(n) beliefs at a time and evaluates each likelihood three times.
     """
 
     def flat(k: int) -> BeliefGrid:

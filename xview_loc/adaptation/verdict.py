@@ -17,11 +17,10 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Verdict:
-    """Verdict on a student.
+    """Verdict on a student: True if it may replace its teacher, and the evidence, line by line.
 
-    deploy: True if the student may replace its teacher. reasons: the evidence, line by line.
-    probability_better: probability that the student's label-free score is better than its teacher's.
-    score_change: mean and 95 % interval, m; negative is better.
+    ``probability_better``: probability that the student's label-free score is better than its teacher's.
+    ``score_change``: mean and 95 % interval, m; negative is better.
     """
 
     deploy: bool

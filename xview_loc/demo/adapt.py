@@ -48,14 +48,9 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Plan:
-    """Settings of the demo.
+    """Settings of the demo: side of the city in metres, frames of the held-out route and of the recording.
 
-    Attributes:
-        size_m: Side of the city, metres.
-        frames: Length of the held-out route, in frames.
-        recorded: Length of the recording, in frames.
-        epochs: Passes over the pairs for each student.
-        deploy_anyway: Deploy the student whatever the verdict.
+    ``epochs`` are passes over the pairs for each student; ``deploy_anyway`` ignores the verdict.
     """
 
     size_m: float
@@ -67,12 +62,11 @@ class Plan:
     def drive(self, recording: bool) -> list[Any]:
         """Return the options of ``xview-loc simulate`` for the recording or the held-out route."""
         half, line = self.size_m / 2, LINE_SHARE * self.size_m
-        west, east = (-half, line - GAP_M) if recording else (line, half)
-        frames, seed, speed = (
-            (self.recorded, RECORDING_SEED, RECORDING_SPEED)
-            if recording
-            else (self.frames, HELD_OUT_SEED, LIVE_SPEED)
-        )
+        if recording:
+            west, east, frames, seed = -half, line - GAP_M, self.recorded, RECORDING_SEED
+        else:
+            west, east, frames, seed = line, half, self.frames, HELD_OUT_SEED
+        speed = RECORDING_SPEED if recording else LIVE_SPEED
         words: list[Any] = ["--style", STYLE, "--city", CITY, "--size", self.size_m, "--height", 64]
         words += ["--rate", RATE_HZ, "--frames", frames, "--seed", seed, "--speed", speed]
         return [*words, "--area", west, -half, east, half]
@@ -82,13 +76,9 @@ class Plan:
 class Results:
     """Results of the demo, for the page.
 
-    Attributes:
-        drives: Log of each drive.
-        checkpoints: Checkpoint in use in each drive, as the node reports it.
-        pairs: Number of recorded pairs.
-        metrics: Metrics of the adaptation.
-        answer: Answer of the node to the student; "" if it was not deployed.
-        seconds: Duration of each step.
+    ``checkpoints`` are those in use in each drive, as the node reports them, ``pairs`` the number of recorded
+    pairs, ``metrics`` those of the adaptation, ``answer`` the node's to the student ("" if it was not
+    deployed), and ``seconds`` the duration of each step.
     """
 
     plan: Plan
@@ -128,9 +118,10 @@ def run(plan: Plan, folder: Path) -> Results:
 
         def drive(name: str, first: bool) -> None:
             listener.drive, listener.print_every = DriveLog(), 20
-            moving = demo.start_drive(folder / name.replace(" ", "-"), *plan.drive(recording=False))
+            out = folder / name.replace(" ", "-")
+            moving = demo.start_drive(out, *plan.drive(recording=False))
             if first:
-                results.map_path = folder / name.replace(" ", "-") / "city.tif"
+                results.map_path = out / "city.tif"
                 demo.start_localizer(results.map_path, MODEL, PARAMETERS)
             log = demo.follow(moving, plan.frames, plan.frames / RATE_HZ / LIVE_SPEED)
             # The node reports its weights once per second.
@@ -149,11 +140,8 @@ def run(plan: Plan, folder: Path) -> Results:
             with results.step("deployment: the student on the running node"):
                 results.answer = deploy(demo, folder / "adapted" / STUDENT_FILE)
                 digest = results.metrics["student_sha256"][:12]
-                demo.need(
-                    lambda: digest in listener.checkpoint,
-                    START_TIMEOUT_S,
-                    "the localizer did not change its weights",
-                )
+                problem = "the localizer did not change its weights"
+                demo.need(lambda: digest in listener.checkpoint, START_TIMEOUT_S, problem)
         with results.step("second drive: the same frames again"):
             drive(AFTER, first=False)
     return results
@@ -179,8 +167,7 @@ def record(demo: Demo, plan: Plan, folder: Path, map_path: Path) -> Path:
     listening = partial(demo.listener.count_subscribers, "/odom")
     demo.need(listening, START_TIMEOUT_S, "the pair logger did not start")
     drive = demo.start_drive(folder / "recording", *plan.drive(recording=True))
-    timeout_s = START_TIMEOUT_S + plan.recorded / RATE_HZ
-    demo.finish(drive, timeout_s, "the recording did not end")
+    demo.finish(drive, START_TIMEOUT_S + plan.recorded / RATE_HZ, "the recording did not end")
     demo.stop(logger, "the pair logger did not end")
     (bag,) = (folder / "pairs").iterdir()
     return bag
@@ -225,10 +212,8 @@ def verdict_text(results: Results) -> str:
         return "The verdict was to deploy the student, and the running node now uses it."
     if results.plan.deploy_anyway:
         return "The verdict was not to deploy the student. It was deployed anyway, as requested."
-    return (
-        "The verdict was not to deploy the student. The node kept its weights, so both drives show the same "
-        "model."
-    )
+    kept = "The node kept its weights, so both drives show the same model."
+    return f"The verdict was not to deploy the student. {kept}"
 
 
 def make_page(results: Results, report: str) -> Page:
@@ -248,13 +233,11 @@ def make_page(results: Results, report: str) -> Page:
     )
     page.text(verdict_text(results))
     weights = {name: Path(results.checkpoints[name].rsplit(" ", 1)[0]).stem for name in results.drives}
-    page.table(
-        ["distance from the truth", "mean", "median", "95 %", "frames", "weights"],
-        [
-            [name, *(f"{v:.2f} m" for v in (e.mean, e.median, e.p95)), str(e.frames), weights.get(name, "")]
-            for name, e in rows.items()
-        ],
-    )
+    table = [
+        [name, *(f"{v:.2f} m" for v in (e.mean, e.median, e.p95)), str(e.frames), weights.get(name, "")]
+        for name, e in rows.items()
+    ]
+    page.table(["distance from the truth", "mean", "median", "95 %", "frames", "weights"], table)
     mean, median = (rows[AFTER].mean / rows[BEFORE].mean, rows[AFTER].median / rows[BEFORE].median)
     localised = [len(log.estimate) for log in results.drives.values()]
     page.text(
@@ -265,14 +248,11 @@ def make_page(results: Results, report: str) -> Page:
     )
     page.heading("Both drives")
     titled = {f"{name}: {weights[name]}": log for name, log in results.drives.items()}
-    page.figure(
-        draw_maps(titled, results.map_path), "Truth, coarse fixes, and estimates with lines to the truth"
-    )
+    maps = draw_maps(titled, results.map_path)
+    page.figure(maps, "Truth, coarse fixes, and estimates with lines to the truth")
     page.heading("Errors")
-    page.figure(
-        draw_distribution(errors, COLOURS, max(20.0, rows[FIX].p95)),
-        "Share of frames with at most this error",
-    )
+    shares = draw_distribution(errors, COLOURS, max(20.0, rows[FIX].p95))
+    page.figure(shares, "Share of frames with at most this error")
     own = {name: errors[name] for name in (BEFORE, AFTER)}
     page.figure(draw_change(own, COLOURS), "Error of each frame in both drives, and the change")
     page.heading("Verdict, without ground truth")
@@ -298,9 +278,8 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=300, help="length of the held-out route, frames")
     parser.add_argument("--recorded", type=int, default=1700, help="length of the recording, frames")
     parser.add_argument("--epochs", type=int, default=3, help="passes over the pairs for each student")
-    parser.add_argument(
-        "--deploy-anyway", action="store_true", help="deploy the student whatever the verdict"
-    )
+    anyway = "deploy the student whatever the verdict"
+    parser.add_argument("--deploy-anyway", action="store_true", help=anyway)
     a = parser.parse_args()
     out = a.out.resolve()
     folder = out / "adapt"

@@ -84,8 +84,7 @@ class Listener(Node):
             print(f"frame {count:3d}: coarse fix {coarse:5.1f} m off, estimate {own:5.1f} m off", flush=True)
 
     def _on_grid(self, grid: OccupancyGrid) -> None:
-        self.grid = grid
-        self.grid_stamp = valid_stamp_ns(grid)
+        self.grid, self.grid_stamp = grid, valid_stamp_ns(grid)
 
     def _on_diagnostics(self, message: DiagnosticArray) -> None:
         for status in message.status:
@@ -185,22 +184,16 @@ class Demo:
         self.wait(lambda: not self.listener.count_publishers("/image"), START_TIMEOUT_S)
         drive = self.start("xview_loc.cli", "simulate", folder, "--ros", *words)
         # Its topics appear once the map is written.
-        started = partial(self.listener.count_publishers, "/image")
-        self.need(started, START_TIMEOUT_S, "the simulated drive did not start")
+        publishers = partial(self.listener.count_publishers, "/image")
+        self.need(publishers, START_TIMEOUT_S, "the simulated drive did not start")
         return drive
 
     def start_localizer(self, map_path: Path, model: str, parameters: dict[str, Any] | None = None) -> None:
         """Start the localizer node and wait until it is active."""
         datum_lat, datum_lon = map_middle(map_path)
-        common = {
-            "map": map_path,
-            "model": model,
-            "heading_source": "quaternion",
-            "qos_reliability": "reliable",
-            "datum_lat": datum_lat,
-            "datum_lon": datum_lon,
-        }
-        self.start_node("localizer_node", {**common, **(parameters or {})})
+        common = {"map": map_path, "model": model, "datum_lat": datum_lat, "datum_lon": datum_lon}
+        common.update(heading_source="quaternion", qos_reliability="reliable", **(parameters or {}))
+        self.start_node("localizer_node", common)
         self.need(lambda: self.listener.state == "active", START_TIMEOUT_S, "the localizer did not start")
 
     def follow(self, drive: subprocess.Popen, frames: int, seconds: float) -> DriveLog:

@@ -42,9 +42,8 @@ def main() -> None:
     listener, map_path = run_drive(folder, model)
     log = listener.drive
     coarse, own = log.errors(log.fix), log.errors(log.estimate)
-    rows = {
-        name: Errors.of(np.array(list(e.values()))) for name, e in (("coarse fix", coarse), ("estimate", own))
-    }
+    named = {"coarse fix": coarse, "estimate": own}
+    rows = {name: Errors.of(np.array(list(errors.values()))) for name, errors in named.items()}
     page = Page("xview_loc: a drive through a city it has never seen")
     page.text(
         f"The localizer node with {model} localised {len(own)} of {FRAMES} frames of a simulated drive, live "
@@ -59,15 +58,11 @@ def main() -> None:
     if listener.grid is not None:
         datum = LocalProjection(*map_middle(map_path))
         page.heading("Heat map")
-        page.figure(
-            draw_heat_map(log, listener.grid, listener.grid_stamp, map_path, datum),
-            "Aerial tile and heat map of the last frame",
-        )
+        heat_map = draw_heat_map(log, listener.grid, listener.grid_stamp, map_path, datum)
+        page.figure(heat_map, "Aerial tile and heat map of the last frame")
     page.write(folder / "demo.html")
-    for name, errors in rows.items():
-        print(
-            f"{name:10s}: median {errors.median:5.2f} m, mean {errors.mean:5.2f} m, 95 % {errors.p95:5.2f} m"
-        )
+    for name, e in rows.items():
+        print(f"{name:10s}: median {e.median:5.2f} m, mean {e.mean:5.2f} m, 95 % {e.p95:5.2f} m")
     ratio = rows["estimate"].median / rows["coarse fix"].median
     print(f"the estimate's median error is {ratio:.0%} of the coarse fix's")
     print(f"page: {folder / 'demo.html'}")

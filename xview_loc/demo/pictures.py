@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -11,12 +12,18 @@ from matplotlib.figure import Figure
 from nav_msgs.msg import OccupancyGrid
 from numpy.typing import NDArray
 
-from xview_loc.demo.live import DriveLog
+from xview_loc.demo.live import DriveLog, Place
 from xview_loc.geodesy import LocalProjection
 from xview_loc.maps import open_map
 
 Array = NDArray[np.float64]
 COARSE = "tab:orange"
+
+
+def _shown(log: DriveLog) -> list[tuple[str, str, dict[int, Place]]]:
+    """Return label, colour and places of what figures show of a drive."""
+    estimate = ("estimate", "cyan", log.estimate)
+    return [("truth", "white", log.truth), ("coarse fix", COARSE, log.fix), estimate]
 
 
 def draw_map(log: DriveLog, map_path: Path) -> Figure:
@@ -36,8 +43,7 @@ def draw_maps(drives: Mapping[str, DriveLog], map_path: Path) -> Figure:
     for axes, (title, log) in zip(panels, drives.items(), strict=True):
         low, high = _draw_drive(axes, log, map_path, spokes=True)
         axes.set(title=title, xlim=(low[0], high[0]), ylim=(low[1], high[1]))
-    width = 6.0
-    figure.set_size_inches(width * len(drives), width * (high[1] - low[1]) / (high[0] - low[0]) + 0.8)
+    figure.set_size_inches(6.0 * len(drives), 6.0 * (high[1] - low[1]) / (high[0] - low[0]) + 0.8)
     panels[0].set(ylabel="north, m")
     panels[-1].legend(loc="best", fontsize=8, facecolor="0.6")
     return figure
@@ -55,11 +61,7 @@ def _draw_drive(axes: Axes, log: DriveLog, map_path: Path, spokes: bool = False)
         tile = aerial.tile(plane.lat, plane.lon, 1000, 2 * half_extent / 1000)
     axes.imshow(tile.image, extent=(-half_extent, half_extent, -half_extent, half_extent))
     shown = []
-    for label, look, colour, places in (
-        ("truth", "-", "white", log.truth),
-        ("coarse fix", ".-", COARSE, log.fix),
-        ("estimate", ".", "cyan", log.estimate),
-    ):
+    for (label, colour, places), look in zip(_shown(log), ("-", ".-", "."), strict=True):
         east, north = plane.forward(*np.array([places[s] for s in sorted(places)]).T)
         axes.plot(east, north, look, color=colour, linewidth=1.5, markersize=5, label=label)
         shown.append(np.stack([east, north], axis=1))
@@ -108,8 +110,7 @@ def draw_change(errors: Mapping[str, Array], colours: Mapping[str, str]) -> Figu
     above.legend(loc="upper right")
     before, after = errors.values()
     change = after - before
-    frames = np.arange(len(change))
-    below.bar(frames, change, 1.0, color=np.where(change < 0, "tab:green", "tab:red"))
+    below.bar(np.arange(len(change)), change, 1.0, color=np.where(change < 0, "tab:green", "tab:red"))
     below.axhline(0.0, color="black", linewidth=0.8)
     below.set(xlabel="frame", ylabel="second minus first, m\n(green: closer)")
     for axes in (above, below):
@@ -133,16 +134,10 @@ def draw_heat_map(
         axes.imshow(tile.image, extent=extent)
         if index:
             axes.imshow(np.flipud(cells), extent=extent, cmap="inferno", alpha=0.65)
-        for label, colour, marker, places in (
-            ("truth", "white", "o", log.truth),
-            ("coarse fix", COARSE, "x", log.fix),
-            ("estimate", "cyan", "+", log.estimate),
-        ):
+        for (label, colour, places), marker in zip(_shown(log), "ox+", strict=True):
             if stamp in places:
-                east, north = datum.forward(*places[stamp])
-                axes.plot(
-                    east, north, marker, color=colour, markersize=9, fillstyle="none", label=label, ls=""
-                )
+                look: Any = {"color": colour, "markersize": 9, "fillstyle": "none", "linestyle": ""}
+                axes.plot(*datum.forward(*places[stamp]), marker, label=label, **look)
         axes.set(xlabel="east, m", xlim=extent[:2], ylim=extent[2:])
     axes.legend(loc="lower left", fontsize=8)
     return figure

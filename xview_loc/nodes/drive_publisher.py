@@ -23,8 +23,8 @@ def publish_drive(frames: Iterable[Frame], rate_hz: float, speed: float = 1.0) -
     """Publish frames at ``rate_hz`` times ``speed``; return how many were published.
 
     Wait for a subscriber to the image, and until no further one has come for a second. Stamps are the times
-    of publishing if ``speed`` is 1, else the vehicle's time, counted from the first frame. A frame that takes
-    longer to render comes late and delays those after it. Ends early when ROS shuts down.
+    of publishing if ``speed`` is 1, else the vehicle's time, counted from the first frame. A frame rendered
+    late delays those after it. Ends early when ROS shuts down.
     """
     rclpy.init()
     node = Node("drive")

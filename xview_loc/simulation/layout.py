@@ -294,8 +294,8 @@ class Layout:
                 for end in (-1.0, 1.0):
                     place = front + d * end * frontage * 0.28 + n * 0.4
                     green = np.asarray(style.foliage_ground) * rng.uniform(0.6, 0.9)
-                    hedge = (place, d, np.array([frontage * 0.19, 0.4]), rng.uniform(0.8, 1.5))
-                    self._add_box(*hedge, (*green, *green, 0.0, 1.0, hedge[-1]), green)
+                    height, half = rng.uniform(0.8, 1.5), np.array([frontage * 0.19, 0.4])
+                    self._add_box(place, d, half, height, (*green, *green, 0.0, 1.0, height), green)
         for _ in range(rng.poisson(1.4 * style.yard_trees)):
             place = front + d * rng.uniform(-0.5, 0.5) * frontage
             place = place + n * (setback + depth + rng.uniform(2, yard + 6))
