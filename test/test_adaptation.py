@@ -36,13 +36,12 @@ from torch.utils.data import DataLoader, Subset, default_collate
 from xview_loc.adaptation import ablation
 from xview_loc.adaptation import distillation as distill
 from xview_loc.adaptation import verdict as verdicts_module
-from xview_loc.adaptation.distillation import Adapted, Distillation
+from xview_loc.adaptation.distillation import AdaptationOptions, Adapted, Distillation
 from xview_loc.adaptation.figures import most_moved
 from xview_loc.adaptation.heat_map_store import store_heat_maps, stored_bytes
 from xview_loc.adaptation.indicators import Indicators, LabelFreeValidation, LabelsByView, label_views
 from xview_loc.adaptation.labelling import ReadOptions, encode_tiles, label_pairs, with_model_headings
 from xview_loc.adaptation.labels import AdaptationError, PseudoLabels, distance_m, reliable
-from xview_loc.adaptation.options import AdaptationOptions
 from xview_loc.adaptation.report import round_lines, write_results
 from xview_loc.adaptation.verdict import Verdict, judge
 from xview_loc.bags.ros_types import header, message, quaternion, serialize

@@ -25,10 +25,9 @@ from rich.console import Console
 from rich.table import Table
 
 from xview_loc.adaptation.ablation import TABLE
-from xview_loc.adaptation.distillation import Distillation
+from xview_loc.adaptation.distillation import AdaptationOptions, Distillation
 from xview_loc.adaptation.indicators import Indicators
 from xview_loc.adaptation.labels import reliable
-from xview_loc.adaptation.options import AdaptationOptions
 from xview_loc.adaptation.verdict import judge
 from xview_loc.datasets.base import true_from_fix
 from xview_loc.datasets.pairs import PairDataset

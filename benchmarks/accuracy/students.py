@@ -32,9 +32,8 @@ from rich.console import Console
 from rich.table import Table
 from smoothing import CASES, FAR_M, label, make_jumping_pairs
 
-from xview_loc.adaptation.distillation import Distillation
+from xview_loc.adaptation.distillation import AdaptationOptions, Distillation
 from xview_loc.adaptation.labels import PseudoLabels, reliable
-from xview_loc.adaptation.options import AdaptationOptions
 from xview_loc.adaptation.smoothing import smooth
 from xview_loc.models.checkpoint import Checkpoint, load_model
 from xview_loc.simulation.city import build_city

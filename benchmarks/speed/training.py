@@ -30,8 +30,8 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import default_collate
 
+from xview_loc.adaptation.distillation import AdaptationOptions
 from xview_loc.adaptation.labelling import label_batch
-from xview_loc.adaptation.options import AdaptationOptions
 from xview_loc.datasets.pairs import PairDataset
 from xview_loc.images import encode_jpeg
 from xview_loc.maps import open_map

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from lightning_fabric import Fabric
@@ -31,14 +31,22 @@ from xview_loc.adaptation.indicators import (
 )
 from xview_loc.adaptation.labelling import ReadOptions, label_pairs, with_model_headings
 from xview_loc.adaptation.labels import AdaptationError, LabelledPairs, PseudoLabels, reliable
-from xview_loc.adaptation.options import AdaptationOptions, Recipe
 from xview_loc.adaptation.smoothing import Smoothed, smooth
 from xview_loc.adaptation.verdict import Verdict, judge
 from xview_loc.datasets.base import PairSource
+from xview_loc.models.base import CrossViewModel
+from xview_loc.models.ccvpe import CCVPE
 from xview_loc.models.checkpoint import Checkpoint, load_checkpoint
 from xview_loc.statistics import MIN_MEASUREMENTS
 from xview_loc.training.losses import DistillationLoss
-from xview_loc.training.trainer import BEST_FILE, TrainingProgress, check_heading, comparable, train
+from xview_loc.training.trainer import (
+    BEST_FILE,
+    TrainingOptions,
+    TrainingProgress,
+    check_heading,
+    comparable,
+    train,
+)
 
 Array = NDArray[np.float64]
 # Part of every stage's digest: raise it when the content of stages changes.
@@ -47,6 +55,58 @@ _FORMAT = 1
 _SMOOTHING_FORMAT = 2
 # (stage, pairs or steps done, total)
 OnProgress = Callable[[str, int, int], object]
+
+
+class Recipe(NamedTuple):
+    """How students are trained: K' supervised levels, and T, the share of labels kept (1: no filter)."""
+
+    levels: int
+    keep: float
+
+
+@dataclass(frozen=True)
+class AdaptationOptions:
+    """Settings of an adaptation; use :meth:`published` for the paper's.
+
+    ``training`` is for both students; its only heading prior applies to the teacher too. ``levels`` and
+    ``keep`` are those of :class:`Recipe` (None: the default of :meth:`recipe`), ``sigma`` is the standard
+    deviation of the label in pixels of the finest heat map. The share ``held_out`` of the pairs selects the
+    epoch and decides the verdict. ``smooth`` corrects labels with whole drives. From the second of at most
+    ``rounds`` rounds on, the previous round's student labels the pairs.
+    """
+
+    training: TrainingOptions
+    levels: int | None = None
+    keep: float | None = None
+    sigma: float = 4.0
+    held_out: float = 0.1
+    smooth: bool = False
+    rounds: int = 1
+
+    @classmethod
+    def published(cls, model: CrossViewModel, **changes: Any) -> AdaptationOptions:
+        """Return the paper's options for a model; ``changes`` are fields of these or the training options."""
+        training = {name: changes.pop(name) for name in TrainingOptions.__annotations__ if name in changes}
+        defaults = {"epochs": 3, "batch_size": 8 if isinstance(model, CCVPE) else 4}
+        return cls(TrainingOptions(**{**defaults, **training}), **changes)
+
+    def recipe(self, model: CrossViewModel, smoothed: bool) -> Recipe:
+        """Fill in defaults: the paper's for a model's own maxima.
+
+        ``smoothed`` labels are nearly as good as true ones: all levels, and no filter.
+        """
+        levels, keep = (2, 0.8) if isinstance(model, CCVPE) else (3, 0.7)
+        if smoothed:
+            levels, keep = model.level_count, 1.0
+        return Recipe(
+            levels if self.levels is None else self.levels, keep if self.keep is None else self.keep
+        )
+
+    @property
+    def heading_prior_deg(self) -> float | None:
+        """Largest error of the heading, for teacher and students; None: the heading is unknown."""
+        (prior,) = self.training.heading_priors_deg
+        return prior
 
 
 @dataclass(frozen=True)
@@ -140,12 +200,13 @@ class Distillation:
             drives = [np.flatnonzero(self.track.drive == drive) for drive in np.unique(self.track.drive)]
             held = np.concatenate([d[len(d) - round(len(d) * share) :] for d in drives])
         held = np.sort(held).astype(np.int64)
+        batch = self.options.training.batch_size * self.fabric.world_size
         # Smoothing may fall back to the paper's recipe.
         keep = min(self.recipe(smoothed).keep for smoothed in {False, self.options.smooth})
-        if len(held) < 2 or math.floor((count - len(held)) * keep) < self._batch:
+        if len(held) < 2 or math.floor((count - len(held)) * keep) < batch:
             raise AdaptationError(
                 f"{count} pairs are too few: at least two must be held out (now {len(held)}), and {keep:.0%} "
-                f"of the others must fill a batch of {self._batch}"
+                f"of the others must fill a batch of {batch}"
             )
         if self.options.rounds > 1 and len(held) < MIN_MEASUREMENTS:
             raise AdaptationError(
@@ -197,7 +258,7 @@ class Distillation:
         return Adapted(labeller, maxima, labels, kept, auxiliary, student, before, after, recipe, smoothed)
 
     def recipe(self, smoothed: bool) -> Recipe:
-        """See :meth:`AdaptationOptions.recipe`."""
+        """Return the recipe for the teacher's class of model."""
         return self.options.recipe(self._model, smoothed)
 
     def loss(self, levels: int, mode_based: bool = True) -> DistillationLoss:
@@ -290,11 +351,6 @@ class Distillation:
             if len(errors):
                 entry.update(true_mean_m=float(errors.mean()), true_median_m=float(np.median(errors)))
         return entries
-
-    @property
-    def _batch(self) -> int:
-        """Pairs per step, over all processes."""
-        return self.options.training.batch_size * self.fabric.world_size
 
     def _path(self, kind: str, sha256: str, *inputs: Any) -> Path:
         """Return the path of a stage that starts from the weights with this digest."""

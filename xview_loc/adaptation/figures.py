@@ -269,19 +269,15 @@ def _pair(distillation: Distillation, sample: PairSample, panels: list[_Panel], 
         if panel.label is not None:
             axes.plot(*panel.label[::-1], "s", markersize=12, fillstyle="none", color="yellow")
             if panel.covariance is not None and np.isfinite(panel.covariance).all():
-                axes.add_patch(_ellipse(panel.label, panel.covariance))
+                values, vectors = np.linalg.eigh(panel.covariance)
+                # Its 95 % region. Rows grow downwards.
+                width, height = 2.0 * np.sqrt(5.991 * values.clip(0.0))
+                angle = np.degrees(np.arctan2(-vectors[1, 0], vectors[0, 0]))
+                look = {"angle": angle, "fill": False, "color": "yellow"}
+                axes.add_patch(Ellipse(panel.label[::-1].tolist(), width, height, **look))
         axes.plot(col, row, "+", color="white", markersize=10)
         if distillation.true_from_fix is not None:
             axes.plot(col + east, row - north, "x", color="lime", markersize=10)
         axes.set(xlim=(-0.5, aerial.shape[1] - 0.5), ylim=(aerial.shape[0] - 0.5, -0.5))
         axes.axis("off")
     return figure, caption
-
-
-def _ellipse(position: NDArray[np.float32], covariance: Array) -> Ellipse:
-    """Return the 95 % ellipse of a position (row, col); covariance: ENU, pixels squared."""
-    values, vectors = np.linalg.eigh(covariance)
-    width, height = 2.0 * np.sqrt(5.991 * values.clip(0.0))
-    # Rows grow downwards.
-    angle = np.degrees(np.arctan2(-vectors[1, 0], vectors[0, 0]))
-    return Ellipse((position[1], position[0]), width, height, angle=angle, fill=False, color="yellow")

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from xview_loc.adaptation.labelling import ReadOptions, match_batch, prepare_model, tabulate
 from xview_loc.adaptation.labels import PairTable
 from xview_loc.datasets.base import Batch, PairSource
-from xview_loc.models.base import CrossViewModel, HeatMapGrid, HeatMaps
+from xview_loc.models.base import CrossViewModel, HeatMapGrid
 
 # Cell size of stored heat maps, metres: about the teacher's best errors, and 13 kB per pair.
 CELL_M = 1.0
@@ -75,7 +75,11 @@ def store_heat_maps(
 
     def table_of(batch: Batch, turns: NDArray[np.int64] | None) -> _Block:
         maps, _ = match_batch(model, batch, options.heading_prior_deg, turns=turns)
-        return _Block(batch["index"].cpu().numpy(), _likelihood(model, maps))
+        logits = maps.logits.float()
+        share = logits.flatten(1).softmax(1).view_as(logits)
+        cells: Any = F.avg_pool2d(share[:, None] * logits[0].numel(), _pool(model))[:, 0]
+        likelihood = cells.clamp_max(torch.finfo(torch.float16).max).half()
+        return _Block(batch["index"].cpu().numpy(), likelihood.cpu().numpy())
 
     for start in range(0, len(index), _BLOCK):
         chosen = index[start : start + _BLOCK]
@@ -96,10 +100,3 @@ def stored_bytes(model: CrossViewModel) -> int:
 def _pool(model: CrossViewModel) -> int:
     """Return the side of the square of finest-map pixels that are averaged into one cell."""
     return max(1, round(CELL_M / (model.spec.gsd * model.grid.scale)))
-
-
-def _likelihood(model: CrossViewModel, maps: HeatMaps) -> NDArray[np.float16]:
-    logits = maps.logits.float()
-    share = logits.flatten(1).softmax(1).view_as(logits)
-    cells: Any = F.avg_pool2d(share[:, None] * logits[0].numel(), _pool(model))[:, 0]
-    return np.asarray(cells.clamp_max(torch.finfo(torch.float16).max).half().cpu().numpy(), np.float16)

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from lightning_fabric import Fabric
 from numpy.typing import NDArray
-from torch import Tensor
 
 from xview_loc.adaptation.labelling import (
     PairReader,
@@ -68,7 +67,9 @@ def label_views(
         if model.spec.camera == "panorama":
             further = _further_turns(batch, prior)
             turned.append(label_batch(model, batch, prior, features, further)[0])
-        moved = {**batch, "aerial": _shift(batch["aerial"], step), "fix": batch["fix"] + step}
+        # Down and to the right; the first row and column fill the gap.
+        aerial = F.pad(batch["aerial"], (step, 0, step, 0), mode="replicate")[..., :-step, :-step]
+        moved = {**batch, "aerial": aerial, "fix": batch["fix"] + step}
         labels, _ = label_batch(model, moved, prior, turns=turns)
         back = np.float32(step)
         shifted.append(replace(labels, position=labels.position - back, fix=labels.fix - back))
@@ -100,11 +101,6 @@ def _further_turns(batch: Batch, heading_prior_deg: float | None) -> NDArray[np.
         return base + width // 3
     few = max(1, round(_TURN_DEG / 360 * width))
     return np.where(batch["index"].cpu().numpy() % 2 == 0, few, -few)
-
-
-def _shift(aerial: Tensor, step: int) -> Tensor:
-    """Shift tiles ``step`` pixels down and right; the first row and column fill the gap."""
-    return F.pad(aerial, (step, 0, step, 0), mode="replicate")[..., : aerial.shape[2], : aerial.shape[3]]
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,6 @@ def plan_run(distillation: Distillation) -> Plan:
 
 
 def _seconds_per_pair(distillation: Distillation, levels: int) -> tuple[float, float]:
-    """Measure labelling and training."""
     fabric, model, source = distillation.fabric, distillation.teacher.model, distillation.source
     prior = distillation.options.heading_prior_deg
     index = distillation.training_index[: distillation.options.training.batch_size]

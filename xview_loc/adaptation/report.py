@@ -98,7 +98,6 @@ def _metrics(
 
 
 def _smoothing(maxima: PseudoLabels, smoothed: Smoothed) -> dict[str, Any]:
-    """Summarise how smoothing changed the labels."""
     moved = distance_m(maxima, replace(maxima, position=smoothed.position))
     known = smoothed.supported
     return {
@@ -198,12 +197,9 @@ def _page(
 
 def error_rows(errors: Mapping[str, Mapping[str, float | None]]) -> list[list[str]]:
     """Format the metrics' ``true_errors``: name, pairs, mean, median and 95 % quantile."""
+    statistics = ("mean", "median", "p95")
     return [
-        [
-            name,
-            str(e["frames"]),
-            *("" if v is None else f"{v:.2f}" for v in (e["mean"], e["median"], e["p95"])),
-        ]
+        [name, str(e["frames"]), *("" if v is None else f"{v:.2f}" for v in map(e.get, statistics))]
         for name, e in errors.items()
     ]
 

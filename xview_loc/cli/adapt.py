@@ -69,8 +69,7 @@ class _Shared:
 
     def distillation(self, progress: _Progress, **more: Any) -> Distillation:
         """Set up the run; ``more`` are further fields of :class:`AdaptationOptions`."""
-        from xview_loc.adaptation.distillation import Distillation
-        from xview_loc.adaptation.options import AdaptationOptions
+        from xview_loc.adaptation.distillation import AdaptationOptions, Distillation
         from xview_loc.models.checkpoint import load_model
         from xview_loc.training.trainer import make_fabric
 

@@ -109,7 +109,8 @@ class City:
         The warp from the city's plane to UTM is exact on a 33 x 33 grid, interpolated between (0.01 mm).
         """
         path = Path(path)
-        crs = utm_crs(self.projection.lat, self.projection.lon)
+        zone = int((self.projection.lon + 180.0) // 6.0) % 60 + 1
+        crs = CRS.from_epsg((32600 if self.projection.lat >= 0 else 32700) + zone)
         to_utm = Transformer.from_crs("EPSG:4326", crs, always_xy=True)
         edge = np.linspace(-self.size_m / 2, self.size_m / 2, 33)
         lat, lon = self.to_latlon(*np.meshgrid(edge, edge))
@@ -137,12 +138,6 @@ class City:
             inside = image.any(axis=2, keepdims=True)
             file.write(np.where(inside, np.maximum(image, 1), 0).transpose(2, 0, 1))
         return path
-
-
-def utm_crs(lat: float, lon: float) -> CRS:
-    """Return the WGS-84 UTM zone of a place."""
-    zone = int((lon + 180.0) // 6.0) % 60 + 1
-    return CRS.from_epsg((32600 if lat >= 0 else 32700) + zone)
 
 
 def _linear_weights(nodes: Array, count: int) -> Array:

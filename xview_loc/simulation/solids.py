@@ -126,6 +126,12 @@ class StreetImage:
         keep = (col >= 0) & (col < columns)
         return order[solid[keep]], (col * rays.rows + row)[keep]
 
+    def near(self, centre: Floats, reach: float) -> tuple[Ints, Floats, Floats]:
+        """Return the rows of ``centre`` (n, 2) within reach, metres, and their places from the camera."""
+        dx, dy = (centre - (self.rays.east, self.rays.north)).astype(np.float32).T
+        near = np.flatnonzero(dx * dx + dy * dy < reach**2)
+        return near, dx[near], dy[near]
+
     def put(self, ray: Ints, distance: Floats, colour: Floats) -> None:
         """Paint hits where nothing is in front; later, nearer solids go over earlier ones."""
         visible = distance < self.distance[ray]
@@ -137,12 +143,10 @@ class StreetImage:
 def draw_crowns(image: StreetImage, city: City) -> None:
     """Draw the crowns of trees: ellipsoids with ragged outlines."""
     trees, rays, style = city.trees, image.rays, city.style
-    dx = (trees.centre[:, 0] - rays.east).astype(np.float32)
-    dy = (trees.centre[:, 1] - rays.north).astype(np.float32)
-    near = np.flatnonzero(trees.in_ground & (dx * dx + dy * dy < _TREE_RANGE_M**2))
-    if len(near) == 0:
-        return
-    dx, dy, radius, low, top = dx[near], dy[near], trees.radius[near], trees.bottom[near], trees.top[near]
+    near, dx, dy = image.near(trees.centre, _TREE_RANGE_M)
+    shown = trees.in_ground[near]
+    near, dx, dy = near[shown], dx[shown], dy[shown]
+    radius, low, top = trees.radius[near], trees.bottom[near], trees.top[near]
     solid, ray = image.pairs(dx, dy, radius * 1.12, low, top)
     half = (top - low) / 2
     middle = (top + low) / 2 - np.float32(rays.height)
@@ -190,15 +194,10 @@ def draw_posts(image: StreetImage, city: City) -> None:
     lamps = len(city.poles)
     radius = np.concatenate([0.09 + 0.06 * trees.radius[chosen], np.full(lamps, 0.09)]).astype(np.float32)
     top = np.concatenate([trees.bottom[chosen] + 0.8, np.full(lamps, 6.5)]).astype(np.float32)
-    dx, dy = (centre - (rays.east, rays.north)).astype(np.float32).T
-    near = np.flatnonzero(dx * dx + dy * dy < 60.0**2)
-    if len(near) == 0:
-        return
-    dx, dy, radius, top = dx[near], dy[near], radius[near], top[near]
+    near, dx, dy = image.near(centre, 60.0)
     is_lamp = near >= len(chosen)
-    reach = np.hypot(dx, dy)
     # A post narrower than a column would flicker.
-    radius = np.maximum(radius, 0.5 * reach * rays.column_step)
+    radius, top = np.maximum(radius[near], 0.5 * np.hypot(dx, dy) * rays.column_step), top[near]
     solid, ray = image.pairs(dx, dy, radius, np.zeros_like(top), top)
     col = ray // rays.rows
     across = dx[solid] * image.sin[col] - dy[solid] * image.cos[col]
@@ -215,17 +214,15 @@ def draw_posts(image: StreetImage, city: City) -> None:
 def draw_cars(image: StreetImage, cars: Cars, style: Style) -> None:
     """Draw cars: a body and a cabin, each a box."""
     rays = image.rays
-    dx, dy = (cars.centre - (rays.east, rays.north)).astype(np.float32).T
-    square = dx * dx + dy * dy
-    near = np.flatnonzero((square < _CAR_RANGE_M**2) & (square > 2.6**2))
-    if len(near) == 0:
-        return
+    near, dx, dy = image.near(cars.centre, _CAR_RANGE_M)
+    clear = dx * dx + dy * dy > 2.6**2
+    near, dx, dy = near[clear], dx[clear], dy[clear]
     ax, ay = cars.axis[near].astype(np.float32).T
     scale = cars.scale[near]
     azimuth, elevation = np.radians(style.ground_sun)
     for part, (length, width, bottom, top, shift) in enumerate(_CAR_BOXES):
         a, b = length * scale, width * scale
-        cx, cy = dx[near] + ax * shift, dy[near] + ay * shift
+        cx, cy = dx + ax * shift, dy + ay * shift
         low = np.zeros_like(a) if part == 0 else bottom * scale
         solid, ray = image.pairs(cx, cy, np.hypot(a, b), low, top * scale)
         col = ray // rays.rows
