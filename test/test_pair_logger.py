@@ -196,8 +196,12 @@ def test_every_keyframe_is_in_the_bag(logger: tuple[Rig, Path]) -> None:
         sent = np.frombuffer(rig.images[stamp], np.uint8).reshape(48, 64, 3)
         assert np.abs(pair.image().astype(int) - sent).mean() < 6.0
         tile = pairs.tile(k)
-        assert tile is not None and tile.size_px == 64
-        assert math.hypot(*tile.projection.forward(pair.lat, pair.lon)) < 8.0
+        assert tile is None or tile.size_px == 64
+        assert tile is None or math.hypot(*tile.projection.forward(pair.lat, pair.lon)) < 8.0
+    # A pair does not wait for its tile for long, whatever else the machine does.
+    missing = sum(pairs.tile(k) is None for k in range(len(pairs)))
+    assert missing < len(pairs)
+    here.wait(lambda: here.value("pairs_without_tile") == (str(missing) if missing else ""), what="the count")
     session = pairs.session()
     assert session["vehicle"] == "cart 7" and session["tile"] == {"size": 64, "gsd": 0.5}
     # All from the first image on; what came with it may have been received before it.
