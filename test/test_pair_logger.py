@@ -320,7 +320,8 @@ def test_a_slow_disk_loses_nothing_that_was_accepted_and_a_full_one_counts_it(
             busy.touch()
             stamps = rig.drive(20)
             stop = here.begin_trigger("/pair_logger/stop")
-            # It is being stopped: these frames are not recorded, and the node goes on meanwhile.
+            here.wait(lambda: here.value("recording") == "no", what="the stop's begin")
+            # These frames are not recorded, and the node goes on meanwhile.
             rig.drive(5)
             assert not stop.done()
             busy.unlink()
