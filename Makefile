@@ -7,8 +7,10 @@ STAMP := $(VENV)/.installed
 
 .PHONY: demo demo-adapt test test-slow lint clean
 
-# A file's tests share their fixtures, so a file stays with one worker; each worker takes about 1 GB.
-PYTEST := $(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+# A file's tests share their fixtures, so a file stays with one worker. One worker more than there are cores, since
+# tests of nodes wait a lot; each takes about 1 GB.
+WORKERS := $(shell echo $$(($$(nproc) + 1)))
+PYTEST := $(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --dist loadfile
 
 demo: $(STAMP)
 	$(VENV)/bin/python -m xview_loc.demo.localize
