@@ -180,6 +180,6 @@ def test_a_process_does_not_wait_for_a_hanging_server(tmp_path):
     with TileServer(None) as server:
         server.fault = "hang"
         code = HANGING.format(url=server.url, cache=str(tmp_path))
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "not answered" in done.stdout

@@ -72,7 +72,7 @@ def text_of(page: str) -> str:
 
 
 def test_a_drive_is_localised_live(tmp_path: Path) -> None:
-    log = finish(start(tmp_path, "-c", DRIVE), timeout_s=280)
+    log = finish(start(tmp_path, "-c", DRIVE), timeout_s=800)
     page = (tmp_path / "demo_output" / "demo.html").read_text()
     localised = re.search(r"localised (\d+) of 10 frames", text_of(page))
     assert localised and int(localised[1]) >= 5
@@ -111,7 +111,7 @@ def test_a_terminated_demo_leaves_no_process(tmp_path: Path) -> None:
         assert any("[localizer]: active" in line for line in process.stdout)
         assert len(processes_that_name(tmp_path)) > 1
         process.send_signal(signal.SIGTERM)
-        log, _ = process.communicate(timeout=120)
+        log, _ = process.communicate(timeout=600)
     finally:
         process.kill()
     assert process.returncode == 128 + signal.SIGTERM

@@ -100,7 +100,7 @@ def test_command_writes_a_bag_once(
 ) -> None:
     words = ["simulate", str(tmp_path), "--frames", "3", "--size", "300", "--height", "32"]
     process = [sys.executable, "-m", "xview_loc.cli", *words]
-    done = subprocess.run(process, capture_output=True, text=True, cwd=ROOT, timeout=250)
+    done = subprocess.run(process, capture_output=True, text=True, cwd=ROOT, timeout=800)
     assert done.returncode == 0, done.stderr
     with AnyReader([tmp_path / "drive"]) as reader:
         assert {c.topic: c.msgcount for c in reader.connections} == dict.fromkeys(TOPICS, 3)
@@ -113,7 +113,7 @@ def test_command_writes_a_bag_once(
 @pytest.mark.parametrize(("module", "advice"), [("cv2", "pip install opencv"), ("rclpy", "xview_loc[ros]")])
 def test_command_says_what_to_install(tmp_path: Path, module: str, advice: str) -> None:
     words = [sys.executable, "-c", BLOCK.format(module), "simulate", str(tmp_path / "out"), "--ros"]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=250)
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=800)
     assert done.returncode == 1 and not (tmp_path / "out").exists()
     (line,) = done.stderr.splitlines()
     assert module in line and advice in line

@@ -269,7 +269,7 @@ def test_a_node_serves_without_the_runtime_that_auto_would_take(tif: Path, tmp_p
     node = NodeProcess(domain, tmp_path / "log", {"map": str(tif), "model": "stub", "backend": "auto"})
     try:
         with bench(domain) as b:
-            b.wait(lambda: b.value("backend") == "torch float32", 60.0, "the backend's name")
+            b.wait(lambda: b.value("backend") == "torch float32", what="the backend's name")
             assert "torch instead of openvino: stub cannot be exported" in node.log
     finally:
         assert node.stop() == 0

@@ -95,7 +95,7 @@ def test_what_they_show_is_there(tmp_path):
     node = NodeProcess(domain, tmp_path / "log", {"map": str(tif), "model": "stub", "torch_threads": 1})
     try:
         with bench(domain) as b:
-            b.wait(lambda: b.node.count_subscribers("/fix"), 40.0, "the active node")
+            b.wait(lambda: b.node.count_subscribers("/fix"), what="the active node")
             fused = Shown(
                 robot_localization()["ekf_map"]["pose0"], "geometry_msgs/msg/PoseWithCovarianceStamped", {}
             )

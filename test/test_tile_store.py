@@ -12,7 +12,7 @@ from xview_loc.maps.base import AerialMap, AerialTile, MapUnavailableError, NoIm
 from xview_loc.maps.store import RETRY_AFTER_S, TILES_AHEAD, TileStore
 
 LAT, LON = 48.2, 16.3
-WAIT_S = 60.0
+WAIT_S = 300.0
 SOON = 1e-3
 
 
