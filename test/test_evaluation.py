@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 from xview_loc.cli import app
 from xview_loc.cli.console import UsageError
 from xview_loc.datasets import DatasetError, PoseDataset, Sample
+from xview_loc.datasets.benchmark import part_of
 from xview_loc.estimation.observation import LocalizationError, Observation
 from xview_loc.evaluation import (
     DriveErrors,
@@ -278,16 +279,34 @@ class Broken(Maps):
 
 
 def test_evaluation_errors_are_clear() -> None:
-    for workers in (0, 1):
-        with pytest.raises(DatasetError) as caught:
-            evaluate(Mirror(NORTH), Broken([(40, 40)] * 2, [(40, 40)] * 2), 0.0, workers=workers)
-        assert str(caught.value) == "tile.png does not exist (named in labels.txt line 2)"
+    with pytest.raises(DatasetError, match=r"^tile.png does not exist \(named in labels.txt line 2\)$"):
+        evaluate(Mirror(NORTH), Broken([(40, 40)] * 2, [(40, 40)] * 2), 0.0)
     blind = Mirror(NORTH)
     blind.weight.data.fill_(math.nan)
     with pytest.raises(EvaluationError, match=r"stub on sample 0: .* not finite"):
         evaluate(blind, Maps([(40, 40)], [(40, 40)]), 0.0)
     with pytest.raises(EvaluationError, match="maps has no samples"):
         evaluate(Mirror(NORTH), Maps(np.zeros((0, 2)), np.zeros((0, 2))), 0.0)
+
+
+@pytest.mark.parametrize(("workers", "batch_size"), [(0, 1), (0, 3), (1, 2)])
+def test_unreadable_samples_are_left_out(workers: int, batch_size: int) -> None:
+    data = Broken([(40, 40)] * 4, [(40 + i, 40) for i in range(4)])
+    failures: list[str] = []
+    done: list[int] = []
+    errors = evaluate(
+        Mirror(NORTH),
+        data,
+        0.0,
+        batch_size=batch_size,
+        workers=workers,
+        on_batch=done.append,
+        on_unreadable=lambda error: failures.append(str(error)),
+    )
+    assert errors.index.tolist() == [0, 2, 3]
+    assert errors.distance_m == pytest.approx(np.array([0, 2, 3]) * GSD)
+    assert failures == ["tile.png does not exist (named in labels.txt line 2)"]
+    assert sum(done) == 4
 
 
 @pytest.fixture(scope="module")
@@ -361,6 +380,34 @@ def test_errors_on_kitti_are_along_and_across(benchmarks: Path, monkeypatch: pyt
     assert re.search(rf"ccvpe-kitti\D+{-ahead:.2f}\D+{-ahead:.2f}\D+{-right:.2f}\D+{-right:.2f}", output)
     assert re.search(r"CCVPE, student\D+6\.18\D+2\.35\D+1\.76\D+0\.98", output)
     assert re.search(r"GGCVT, teacher\D+9\.27\D+4\.66\D+2\.19\D+0\.85", output)
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_damaged_images_do_not_end_an_evaluation(tmp_path: Path, workers: str) -> None:
+    root, out = tmp_path / "vigor", tmp_path / "errors.json"
+    make_vigor_target(root, 10)
+    files = []
+    for number in part_of("test", 20):
+        city = "SanFrancisco" if number < 10 else "Chicago"
+        files.append(root / city / "panorama" / f"P{number % 10}.jpg")
+    files[1].write_bytes(files[1].read_bytes()[:-40])
+    files[2].unlink()
+    words = ["evaluate", "--dataset", "vigor", "--root", str(root), "--out", str(out), "--workers", workers]
+    done = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert done.exit_code == 3
+    named = [line for line in done.output.splitlines() if "unreadable" in line]
+    assert len(named) == 1 and re.search(r"left out 2 unreadable samples: .* truncated .* exist", named[0])
+    assert str(files[1]) in named[0] and str(files[2]) in named[0]
+    assert "CCVPE, student" in done.output
+    errors = json.loads(out.read_text())
+    assert (errors["summary"]["samples"], errors["summary"]["unreadable"]) == (2, 2)
+    assert errors["samples"]["index"] == [0, 3] and len(errors["unreadable"]) == 2
+    for file in (files[0], files[3]):
+        file.write_bytes(b"")
+    with pytest.raises(
+        EvaluationError, match=r"no sample of vigor:test:\w+ can be read; the first: .*P\d.jpg"
+    ):
+        CliRunner().invoke(app, words, catch_exceptions=False)
 
 
 def test_wrong_uses_of_evaluate_are_named(benchmarks: Path) -> None:

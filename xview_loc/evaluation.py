@@ -7,15 +7,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from xview_loc.datasets.base import PoseDataset, load_batches
+from xview_loc.datasets.base import PoseDataset, Readable, load_readable
 from xview_loc.errors import UserError
 from xview_loc.estimation.heat_map import HeatMap, HeatMapError
 from xview_loc.estimation.localizer import Localizer
@@ -114,18 +113,19 @@ class EvaluationError(UserError):
 
 @dataclass(frozen=True)
 class PoseErrors:
-    """A model's errors on the samples of a dataset, one value for each sample, in the dataset's order.
+    """A model's errors on the samples of a dataset that could be read, one value for each, in their order.
 
-    ``distance_m`` is that of the finest map's maximum from the truth; ``longitudinal_m`` and ``lateral_m``
-    are the same error, signed, ahead and to the right of the true heading, NaN unless tiles are turned to it.
-    ``heading_deg`` is the signed error of the orientation field at the maximum, counter-clockwise seen from
-    above, NaN for a model without a field or with a given heading. ``probability`` is that of the map's pixel
-    at the truth, ``nll`` the negative logarithm of its density, in nats, per square metre (outside the map 0
-    and infinity). ``mahalanobis`` is the truth's distance from the sub-pixel peak, by the localizer's
-    covariance. ``encode_ms`` and ``match_ms`` are times for the aerial tile and for the rest: the batch's,
-    divided by its size.
+    ``index`` is the sample's in the dataset. ``distance_m`` is the distance of the finest map's maximum from
+    the truth; ``longitudinal_m`` and ``lateral_m`` are the same error, signed, ahead and to the right of the
+    true heading, NaN unless tiles are turned to it. ``heading_deg`` is the signed error of the orientation
+    field at the maximum, counter-clockwise seen from above, NaN for a model without a field or with a given
+    heading. ``probability`` is that of the map's pixel at the truth, ``nll`` the negative logarithm of its
+    density, in nats, per square metre (outside the map 0 and infinity). ``mahalanobis`` is the truth's
+    distance from the sub-pixel peak, by the localizer's covariance. ``encode_ms`` and ``match_ms`` are times
+    for the aerial tile and for the rest: the batch's, divided by its size.
     """
 
+    index: NDArray[np.int64]
     distance_m: Array
     longitudinal_m: Array
     lateral_m: Array
@@ -158,6 +158,10 @@ class PoseErrors:
         return figures | {f"{name}_p50": float(np.median(getattr(self, name))) for name in times}
 
 
+def _raise(error: UserError) -> NoReturn:
+    raise error
+
+
 @torch.inference_mode()
 def evaluate(
     model: CrossViewModel,
@@ -169,6 +173,7 @@ def evaluate(
     every: int = 1,
     on_batch: Callable[[int], object] = lambda samples: None,
     on_heat_map: Callable[[HeatMap, tuple[float, float]], object] = lambda heat_map, truth: None,
+    on_unreadable: Callable[[UserError], object] = _raise,
 ) -> PoseErrors:
     """Match the samples of ``dataset``, without a search disc, and compare with their true poses.
 
@@ -176,8 +181,9 @@ def evaluate(
     With a ``batch_size`` of 1 the times are latencies. ``workers`` are processes that load data; only each
     ``every``-th sample is matched. ``on_batch`` is called with each batch's number of samples,
     ``on_heat_map`` with each sample's heat map, on a tile at latitude and longitude 0, and true (lat, lon).
-    Raises DatasetError if a sample cannot be read, EvaluationError if heat maps are not finite or the dataset
-    is empty.
+    A sample that cannot be read is left out: ``on_unreadable`` is called with its error, and by default
+    raises it. Raises EvaluationError if heat maps are not finite, the dataset is empty or no sample can be
+    read.
     """
     if not len(dataset):
         raise EvaluationError(f"{dataset.name} has no samples")
@@ -185,9 +191,15 @@ def evaluate(
     orientation = model.spec.bins > 0 and heading_prior_deg != 0
     model.eval()
     rows: list[dict[str, float]] = []
-    for loaded in load_batches(
-        DataLoader(dataset, batch_size, sampler=range(0, len(dataset), every), num_workers=workers)
-    ):
+    first: UserError | None = None
+    samples = Readable(dataset, range(0, len(dataset), every))
+    for loaded, errors in load_readable(samples, batch_size, workers):
+        for error in errors:
+            on_unreadable(error)
+        on_batch(len(errors))
+        if loaded is None:
+            first = first or errors[0]
+            continue
         batch = {name: value.to(device) for name, value in loaded.items()}
         count = len(batch["aerial"])
         extra: dict[str, Any] = {name: batch[name] for name in model.extra_inputs}
@@ -198,13 +210,16 @@ def evaluate(
         matched = _now(device)
         times = {"encode_ms": (encoded - start) / count, "match_ms": (matched - encoded) / count}
         for i in range(count):
+            index = int(loaded["index"][i])
             try:
                 heat_map, truth, row = _errors(model, maps, loaded, i)
             except HeatMapError as error:
-                raise EvaluationError(f"{model.spec.name} on sample {len(rows)}: {error}") from None
+                raise EvaluationError(f"{model.spec.name} on sample {index}: {error}") from None
             on_heat_map(heat_map, truth)
-            rows.append(row | times)
+            rows.append({"index": index} | row | times)
         on_batch(count)
+    if not rows:
+        raise EvaluationError(f"no sample of {dataset.name} can be read; the first: {first}")
     return PoseErrors(**{f.name: np.array([row[f.name] for row in rows]) for f in fields(PoseErrors)})
 
 

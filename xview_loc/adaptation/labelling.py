@@ -12,10 +12,9 @@ import torch
 from lightning_fabric import Fabric
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
 
 from xview_loc.adaptation.labels import AdaptationError, PairTable, PseudoLabels
-from xview_loc.datasets.base import Batch, PairSample, PairSource
+from xview_loc.datasets.base import Batch, PairSample, PairSource, Readable, load_readable
 from xview_loc.errors import UserError
 from xview_loc.models.base import CrossViewModel, HeatMaps
 from xview_loc.training.losses import search_radius
@@ -29,23 +28,17 @@ _PEAK_RADIUS_M = 2.0
 Table = TypeVar("Table", bound=PairTable)
 
 
-class _Readable(Dataset[PairSample | UserError]):
-    """Pairs of a source; one that cannot be used comes as its error."""
+class _Usable(Readable):
+    """Readable pairs; one whose heading is needed but unknown comes as an error."""
 
     def __init__(self, source: PairSource, index: NDArray[np.int64], needs_heading: bool) -> None:
-        self._source, self._index, self._needs_heading = source, index, needs_heading
-
-    def __len__(self) -> int:
-        return len(self._index)
+        super().__init__(source, index)
+        self._needs_heading = needs_heading
 
     def __getitem__(self, row: int) -> PairSample | UserError:
-        index = int(self._index[row])
-        try:
-            sample = self._source[index]
-        except UserError as error:
-            return error
-        if self._needs_heading and not sample["heading_known"]:
-            return AdaptationError(f"pair {index} has no heading: adapt with an unknown heading")
+        sample = super().__getitem__(row)
+        if self._needs_heading and not isinstance(sample, UserError) and not sample["heading_known"]:
+            return AdaptationError(f"pair {self._index[row]} has no heading: adapt with an unknown heading")
         return sample
 
 
@@ -74,18 +67,16 @@ class PairReader:
         self.first_failure = ""
         self._fabric = fabric
         share = index[fabric.global_rank :: fabric.world_size]
-        readable = _Readable(source, share, options.heading_prior_deg is not None)
-        self._loader = DataLoader(readable, options.batch_size, num_workers=options.workers, collate_fn=list)
+        self._pairs = _Usable(source, share, options.heading_prior_deg is not None)
+        self._options = options
 
     def __iter__(self) -> Iterator[Batch]:
-        for items in self._loader:
-            errors = [item for item in items if isinstance(item, UserError)]
+        for batch, errors in load_readable(self._pairs, self._options.batch_size, self._options.workers):
             if errors and not self.first_failure:
                 self.first_failure = str(errors[0])
-            good = [item for item in items if not isinstance(item, UserError)]
-            if good:
-                batch: Any = self._fabric.to_device(default_collate(good))
-                yield batch
+            if batch is not None:
+                on_device: Batch = self._fabric.to_device(batch)
+                yield on_device
 
 
 def tabulate(

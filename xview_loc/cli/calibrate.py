@@ -21,8 +21,10 @@ from xview_loc.cli.evaluate import (
     Weights,
     load,
     open_benchmark,
+    print_unreadable,
     simulated_drive,
 )
+from xview_loc.errors import UserError
 
 
 def calibrate(
@@ -53,6 +55,7 @@ def calibrate(
     net.calibration = Calibration(None, 0.0)
     known = heading is Heading.known
     kept: list[CalibrationFrame] = []
+    unreadable: list[UserError] = []
     if dataset is not None:
         data, prior = open_benchmark(net, dataset, root, split, heading)
         evaluate(
@@ -61,7 +64,10 @@ def calibrate(
             prior,
             every=max(1, len(data) // samples),
             on_heat_map=lambda *pair: kept.append(CalibrationFrame.of(*pair)),
+            on_unreadable=unreadable.append,
         )
+        if unreadable:
+            print_unreadable(unreadable)
         frames_from = f"{dataset.value}:{split}:{len(kept)}"
     else:
         for seed in track(parse_cities(cities), "cities", console=console, transient=True):

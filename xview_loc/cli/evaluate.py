@@ -16,7 +16,7 @@ from rich.progress import Progress, track
 from rich.table import Table
 
 from xview_loc.cli.console import UsageError, console
-from xview_loc.errors import reason
+from xview_loc.errors import UserError, reason
 
 if TYPE_CHECKING:
     from xview_loc.datasets.base import PoseDataset
@@ -59,6 +59,9 @@ Root = Annotated[Path | None, typer.Option(help="Folder of the benchmark.")]
 Split = Annotated[str, typer.Option(help="Split of the benchmark.")]
 
 
+# Exit code if samples of a benchmark were left out, and how many of them are named.
+_SOME_UNREADABLE = 3
+_NAMED = 3
 # Published errors, (mean, median) in metres: teacher and student on the last 20 % of the target area (Xia et
 # al., ECCV 2024, table 1).
 _MEASURES = {Benchmark.vigor: ("distance",), Benchmark.kitti: ("longitudinal", "lateral")}
@@ -101,12 +104,14 @@ def evaluate(
     """Localise every frame by itself and print the errors.
 
     Frames are from drives through simulated cities or, with --dataset and --root, from VIGOR or KITTI, whose
-    published figures are printed too.
+    published figures are printed too. Samples of a benchmark that cannot be read are named and left out; the
+    exit code is then 3.
     """
     from xview_loc.evaluation import evaluate as evaluate_model
     from xview_loc.report import finite
 
     net = load(model, checkpoint, heading).model
+    unreadable: list[UserError] = []
     if dataset is None:
         content = _on_drives(net, style, cities, frames, heading)
     else:
@@ -124,15 +129,20 @@ def evaluate(
                 batch_size=batch_size,
                 workers=workers,
                 on_batch=lambda count: progress.advance(bar, count),
+                on_unreadable=unreadable.append,
             )
         _print_benchmark(errors, net.spec.name, dataset, split, heading)
         content = {"dataset": dataset.value, "split": split}
         content |= {"labels": labels.value} if dataset is Benchmark.vigor else {}
-        content |= {"summary": errors.summary()}
+        content |= {"summary": {**errors.summary(), "unreadable": len(unreadable)}}
+        content |= {"unreadable": [str(error) for error in unreadable]}
         content |= {"samples": {name: values.tolist() for name, values in asdict(errors).items()}}
     if out:
         figures = {"model": net.spec.name, "heading": heading.value, **content}
         out.write_text(json.dumps(finite(figures), allow_nan=False))
+    if unreadable:
+        print_unreadable(unreadable)
+        raise typer.Exit(_SOME_UNREADABLE)
 
 
 def load(model: str, checkpoint: Path | None, heading: Heading) -> Checkpoint:
@@ -164,6 +174,13 @@ def open_benchmark(
     trusted = known and (net.spec.aerial_up == "north" or net.spec.bins == 0)
     data = open_dataset(f"{dataset.value}:{root}:{split}{original}", net.spec, heading_known=known)
     return data, 0.0 if trusted else None
+
+
+def print_unreadable(errors: list[UserError]) -> None:
+    """Say in one line how many samples were left out, and why the first ones were."""
+    more = "; ..." if len(errors) > _NAMED else ""
+    reasons = "; ".join(map(str, errors[:_NAMED]))
+    console.print(f"left out {len(errors)} unreadable samples: {reasons}{more}", markup=False, soft_wrap=True)
 
 
 @contextmanager

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypedDict, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from xview_loc.errors import UserError
 from xview_loc.geodesy import LocalProjection
@@ -120,6 +120,35 @@ class PairSource(Dataset[PairSample]):
     def track(self) -> Track | None:
         """Return the drives that the pairs were taken on; None if they are not from drives."""
         return None
+
+
+class Readable(Dataset[PairSample | UserError]):
+    """The samples ``index`` of a source, in this order; one that cannot be read comes as its error."""
+
+    def __init__(self, source: PairSource, index: Sequence[int] | NDArray[np.int64]) -> None:
+        self._source, self._index = source, index
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, row: int) -> PairSample | UserError:
+        try:
+            return self._source[int(self._index[row])]
+        except UserError as error:
+            return error
+
+
+def load_readable(
+    samples: Readable, batch_size: int, workers: int
+) -> Iterator[tuple[Batch | None, list[UserError]]]:
+    """Yield stacked samples, at most ``batch_size``, and the errors of those that cannot be read.
+
+    None: no sample of the batch can be read. ``workers`` are processes that load data.
+    """
+    for items in DataLoader(samples, batch_size, num_workers=workers, collate_fn=list):
+        errors = [item for item in items if isinstance(item, UserError)]
+        good = [item for item in items if not isinstance(item, UserError)]
+        yield (default_collate(good) if good else None), errors
 
 
 def load_batches(batches: Iterable[T]) -> Iterator[T]:
