@@ -376,7 +376,8 @@ def test_errors_on_kitti_are_along_and_across(benchmarks: Path, monkeypatch: pyt
     ahead, right = 10.5 * spec.gsd - 4.0, -4.5 * spec.gsd - 2.0
     assert errors["samples"]["longitudinal_m"] == pytest.approx([ahead], abs=1e-4)
     assert errors["samples"]["lateral_m"] == pytest.approx([right], abs=1e-4)
-    assert "labels" not in errors and errors["samples"]["heading_deg"] == [None]
+    assert "labels" not in errors and errors["intrinsics"] == "published"
+    assert errors["samples"]["heading_deg"] == [None]
     assert re.search(rf"ccvpe-kitti\D+{-ahead:.2f}\D+{-ahead:.2f}\D+{-right:.2f}\D+{-right:.2f}", output)
     assert re.search(r"CCVPE, student\D+6\.18\D+2\.35\D+1\.76\D+0\.98", output)
     assert re.search(r"GGCVT, teacher\D+9\.27\D+4\.66\D+2\.19\D+0\.85", output)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,10 +21,15 @@ from benchmark_fixtures import (
     make_kitti_frame,
     write_image,
 )
+from torch.utils.data import default_collate
 
+from xview_loc.adaptation.labelling import match_batch
+from xview_loc.cli.evaluate import Benchmark, Heading, open_benchmark
 from xview_loc.datasets import DatasetError, KittiDataset, PoseDataset, Sample, open_dataset
+from xview_loc.evaluation import evaluate
 from xview_loc.models.base import IMAGENET_MEAN, IMAGENET_STD
-from xview_loc.models.ccvpe import CONFIGS
+from xview_loc.models.ccvpe import CCVPE, CONFIGS
+from xview_loc.training.trainer import PoseValidation
 
 SPEC = CONFIGS["ccvpe-kitti"].spec
 REAL = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "kitti"
@@ -37,7 +44,7 @@ def found(sample: Sample, channel: int) -> np.ndarray:
     return np.argwhere(weight > 0.25).mean(axis=0)
 
 
-def frame(root: Path, yaw: float, line: str, **options: float) -> Sample:
+def frame(root: Path, yaw: float, line: str, **options: Any) -> Sample:
     make_kitti_frame(root, 1, yaw, kitti_scene(yaw))
     (root / "test2_files.txt").write_text(f"{kitti_name(1)} {line}\n")
     return KittiDataset(root, "test2", SPEC, **options)[0]
@@ -84,8 +91,23 @@ def test_shifts_and_turn_are_the_benchmarks(tmp_path: Path) -> None:
     assert float(some["meters_per_pixel"]) == pytest.approx(KITTI_GSD)
 
 
-def test_intrinsics_are_those_of_the_resized_image(tmp_path: Path) -> None:
+def test_intrinsics_are_scaled_as_ggcvt_was_trained(tmp_path: Path) -> None:
+    """By 1242 x 375 pixels whatever the image's size, and without regard to where pixel centres lie."""
     sample = frame(tmp_path, 0.0, "0 0 0")
+    across, down = 1024 / 1242, 256 / 375
+    expected = [[721.5377 * across, 0, 609.5593 * across], [0, 721.5377 * down, 172.854 * down], [0, 0, 1]]
+    assert sample["intrinsics"].numpy() == pytest.approx(np.array(expected), abs=1e-3)
+    image = tmp_path / "raw_data" / DRIVE / "image_02" / "data" / "0000000001.png"
+    write_image(image, np.zeros((370, 1226, 3), np.uint8))
+    other = KittiDataset(tmp_path, "test2", SPEC)
+    assert torch.equal(other[0]["intrinsics"], sample["intrinsics"])
+    exact = open_dataset(f"kitti:{tmp_path}:test2:exact", SPEC)
+    assert float(exact[0]["intrinsics"][0, 0]) == pytest.approx(721.5377 * 1024 / 1226)
+    assert exact.name != other.name
+
+
+def test_exact_intrinsics_are_those_of_the_resized_image(tmp_path: Path) -> None:
+    sample = frame(tmp_path, 0.0, "0 0 0", intrinsics="exact")
     assert sample["ground"].shape == (3, 256, 1024)
     across, down = 1024 / 1242, 256 / 375
     # Pixel-centre coordinates: the image's edge is half a pixel before the first centre.
@@ -130,7 +152,7 @@ def test_the_real_split_files_are_read(tmp_path: Path) -> None:
 
 
 def test_errors_are_one_line(tmp_path: Path) -> None:
-    def fails(message: str, split: str = "test2", **options: float) -> None:
+    def fails(message: str, split: str = "test2", **options: Any) -> None:
         with pytest.raises(DatasetError, match=message) as caught:
             KittiDataset(tmp_path, split, SPEC, **options)[0]
         assert "\n" not in str(caught.value)
@@ -161,6 +183,7 @@ def test_errors_are_one_line(tmp_path: Path) -> None:
         KittiDataset(tmp_path, "test2", CONFIGS["ccvpe-vigor"].spec)
     fails("no split 'val'", split="val")
     fails("0 to 180 degrees", rotation_deg=-1.0)
+    fails("published or exact, not right", intrinsics="right")
 
 
 @pytest.mark.parametrize(
@@ -190,3 +213,22 @@ def test_known_headings_have_no_turn(tmp_path: Path) -> None:
     unknown = open_dataset(text, SPEC, heading_known=False)
     assert float(unknown[0]["heading"]) == pytest.approx(math.radians(80))
     assert unknown.name != open_dataset(text, SPEC).name
+
+
+def test_adaptation_labels_with_the_bins_of_an_evaluation(tmp_path: Path) -> None:
+    """All of them, as the published model does, though the heading is known."""
+    torch.manual_seed(0)
+    narrow = replace(CONFIGS["ccvpe-kitti"], width=0.25, up=(32,) * 5)
+    narrow = replace(narrow, up_orientation=(32,) * 5, conv_orientation=(32,) * 5)
+    model = CCVPE(narrow).eval()
+    make_kitti_frame(tmp_path, 1, 0.4, kitti_scene(0.4))
+    (tmp_path / "test2_files.txt").write_text(f"{kitti_name(1)} 0.2 -0.1 0\n{kitti_name(1)} -0.9 0.6 0\n")
+    dataset, prior = open_benchmark(model, Benchmark.kitti, tmp_path, "test2", Heading.known)
+    batch = default_collate([dataset[0], dataset[1]])
+    maps, _ = match_batch(model, batch, 0.0)
+    assert maps.levels[0].shape[1] == SPEC.bins
+    distance = (maps.peak() - batch["position"]).norm(dim=1) * KITTI_GSD
+    evaluated = evaluate(model, dataset, prior)
+    assert evaluated.distance_m == pytest.approx(distance.numpy(), abs=1e-3)
+    trained = PoseValidation(dataset, (0.0,), 2, 0)(model, 0)
+    assert trained["known_mean_m"] == pytest.approx(evaluated.distance_m.mean(), abs=1e-3)

@@ -164,7 +164,8 @@ def match_batch(
     if turns is not None:
         shown = turn_panoramas(shown, turns)
     extra: dict[str, Any] = {name: batch[name] for name in model.extra_inputs}
-    return model.match(shown["ground"], features, heading_prior_deg, **extra), shown["heading"]
+    prior = model.spec.matching_prior(heading_prior_deg)
+    return model.match(shown["ground"], features, prior, **extra), shown["heading"]
 
 
 @torch.inference_mode()

@@ -48,6 +48,13 @@ class LabelSet(str, Enum):
     original = "original"
 
 
+class Intrinsics(str, Enum):
+    """A way to scale KITTI's intrinsics."""
+
+    published = "published"
+    exact = "exact"
+
+
 # Options shared with other commands.
 ModelName = Annotated[str, typer.Option(help="Name of the model.")]
 Weights = Annotated[Path | None, typer.Option(help="Checkpoint file; default: the shipped weights.")]
@@ -96,6 +103,9 @@ def evaluate(
     root: Root = None,
     split: Split = "test",
     labels: Annotated[LabelSet, typer.Option(help="Labels of VIGOR.")] = LabelSet.corrected,
+    intrinsics: Annotated[
+        Intrinsics, typer.Option(help="KITTI's intrinsics, scaled as GGCVT was trained or exactly.")
+    ] = Intrinsics.published,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples of a benchmark matched together.")] = 1,
     workers: Annotated[int, typer.Option(min=0, help="Processes that load a benchmark.")] = 0,
     device: Annotated[str, typer.Option(help="Device for a benchmark: cpu or cuda.")] = "cpu",
@@ -119,7 +129,7 @@ def evaluate(
             net.to(device)
         except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch without CUDA
             raise UsageError(f"no device {device!r}: {reason(error)}") from None
-        data, prior = open_benchmark(net, dataset, root, split, heading, labels)
+        data, prior = open_benchmark(net, dataset, root, split, heading, labels, intrinsics)
         with Progress(console=console, transient=True) as progress:
             bar = progress.add_task("samples", total=len(data))
             errors = evaluate_model(
@@ -133,7 +143,8 @@ def evaluate(
             )
         _print_benchmark(errors, net.spec.name, dataset, split, heading)
         content = {"dataset": dataset.value, "split": split}
-        content |= {"labels": labels.value} if dataset is Benchmark.vigor else {}
+        is_vigor = dataset is Benchmark.vigor
+        content |= {"labels": labels.value} if is_vigor else {"intrinsics": intrinsics.value}
         content |= {"summary": {**errors.summary(), "unreadable": len(unreadable)}}
         content |= {"unreadable": [str(error) for error in unreadable]}
         content |= {"samples": {name: values.tolist() for name, values in asdict(errors).items()}}
@@ -162,18 +173,21 @@ def open_benchmark(
     split: str,
     heading: Heading,
     labels: LabelSet = LabelSet.corrected,
+    intrinsics: Intrinsics = Intrinsics.published,
 ) -> tuple[PoseDataset, float | None]:
     """Open a benchmark for a model; returns it and the heading prior (degrees) to match with."""
     from xview_loc.datasets import open_dataset
 
     if root is None:
         raise UsageError(f"--dataset {dataset.value} needs --root, the benchmark's folder")
-    original = ":original" if dataset is Benchmark.vigor and labels is LabelSet.original else ""
+    variant = ""
+    if dataset is Benchmark.vigor and labels is LabelSet.original:
+        variant = ":original"
+    elif dataset is Benchmark.kitti and intrinsics is Intrinsics.exact:
+        variant = ":exact"
     known = heading is Heading.known
-    # On tiles turned to the heading, all bins are scored, as the published models do.
-    trusted = known and (net.spec.aerial_up == "north" or net.spec.bins == 0)
-    data = open_dataset(f"{dataset.value}:{root}:{split}{original}", net.spec, heading_known=known)
-    return data, 0.0 if trusted else None
+    data = open_dataset(f"{dataset.value}:{root}:{split}{variant}", net.spec, heading_known=known)
+    return data, net.spec.matching_prior(0.0 if known else None)
 
 
 def print_unreadable(errors: list[UserError]) -> None:

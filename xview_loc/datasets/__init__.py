@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from xview_loc.datasets.base import DatasetError, PoseDataset, Sample
-from xview_loc.datasets.kitti import KittiDataset
+from xview_loc.datasets.kitti import Intrinsics, KittiDataset
 from xview_loc.datasets.simulated import SimulatedDataset, parse_cities
 from xview_loc.datasets.vigor import Labels, VigorDataset
 from xview_loc.models.base import ModelSpec
@@ -43,8 +43,8 @@ def open_dataset(
     searches), ``cache_dir`` and ``augment``.
     ``vigor:ROOT:SPLIT``: a split of :class:`VigorDataset`; ``vigor:ROOT:SPLIT:original`` uses the original
     labels. Without ``heading_known``, panoramas are turned at random.
-    ``kitti:ROOT:SPLIT``: a split of :class:`KittiDataset`. Without ``heading_known``, tiles are turned by up
-    to 10 degrees either way.
+    ``kitti:ROOT:SPLIT``: a split of :class:`KittiDataset`; ``kitti:ROOT:SPLIT:exact`` uses exact intrinsics.
+    Without ``heading_known``, tiles are turned by up to 10 degrees either way.
     """
     kind, _, rest = text.partition(":")
     if kind == "simulated":
@@ -60,11 +60,13 @@ def open_dataset(
             cache_dir=cache_dir,
             augment=augment,
         )
-    labels: Labels = "original" if kind == "vigor" and rest.endswith(":original") else "corrected"
-    root, colon, split = rest.removesuffix(":original").rpartition(":")
+    variant = {"vigor": ":original", "kitti": ":exact"}.get(kind, "")
+    root, colon, split = rest.removesuffix(variant).rpartition(":")
     if kind == "vigor" and colon:
+        labels: Labels = "original" if rest.endswith(variant) else "corrected"
         return VigorDataset(Path(root), split, spec, labels=labels, heading_known=heading_known)
     if kind == "kitti" and colon:
         rotation = 0.0 if heading_known else _KITTI_ROTATION_DEG
-        return KittiDataset(Path(root), split, spec, rotation_deg=rotation)
+        intrinsics: Intrinsics = "exact" if rest.endswith(variant) else "published"
+        return KittiDataset(Path(root), split, spec, rotation_deg=rotation, intrinsics=intrinsics)
     raise DatasetError(f"unknown dataset {text!r}; known: {_FORMS}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import cv2
 import numpy as np
@@ -19,12 +19,16 @@ from xview_loc.images import Image
 from xview_loc.models.base import KITTI_GSD, ModelSpec
 from xview_loc.models.inputs import normalise, prepare_ground
 
+Intrinsics = Literal["published", "exact"]
+
 # Side in pixels of satellite maps, which are centred on the vehicle's GPS antenna with north up.
 MAP_SIZE = 1280
 # Position of the left colour camera from the antenna, metres ahead and to the left.
 CAMERA_FROM_GPS = (1.08, -0.26)
 # Length of a random shift of 1, metres along each axis.
 SHIFT_M = 20.0
+# Size of most of KITTI's images, by which GGCVT's authors scale the intrinsics of all.
+_PUBLISHED_SIZE = (1242, 375)
 _CAMERA = "image_02"
 _PROJECTION = "P_rect_02"
 # Number of fields in a line of the inertial system's data, and index of the heading.
@@ -62,27 +66,42 @@ class KittiDataset(PoseDataset):
     way (0: known heading). Shift and turn come from the split file; for ``train`` they depend on index and
     epoch. The coarse fix is the tile's centre.
 
+    ``intrinsics`` of the resized image are ``"published"``, as GGCVT was trained: the camera matrix times the
+    ratio of sizes, as if all images had 1242 x 375 pixels; or ``"exact"``: by the image's own size, with
+    pixel centres at whole numbers before and after.
+
     Raises DatasetError if the model does not take a pinhole camera on turned tiles, on unknown splits,
     missing files and malformed lines.
     """
 
-    def __init__(self, root: Path, split: str, spec: ModelSpec, *, rotation_deg: float = 0.0) -> None:
+    def __init__(
+        self,
+        root: Path,
+        split: str,
+        spec: ModelSpec,
+        *,
+        rotation_deg: float = 0.0,
+        intrinsics: Intrinsics = "published",
+    ) -> None:
         if spec.camera != "pinhole" or spec.aerial_up != "left":
             raise DatasetError(
                 f"KITTI has a pinhole camera on tiles turned to the heading, which {spec.name} does not take"
             )
         if split not in _FILES:
             raise DatasetError(f"KITTI has no split {split!r}; choose from {', '.join(SPLITS)}")
+        if intrinsics not in get_args(Intrinsics):
+            raise DatasetError(f"intrinsics are published or exact, not {intrinsics}")
         if not 0.0 <= rotation_deg <= 180.0:
             raise DatasetError(f"tiles are turned by 0 to 180 degrees, not {rotation_deg:g}")
         self._root = root.expanduser()
         self._spec = spec
         self._rotation = math.radians(rotation_deg)
+        self._intrinsics = intrinsics
         self._file = self._root / _FILES[split]
         lines = enumerate(read_lines(self._file), start=1)
         frames = [_parse(self._file, number, line, split == "train") for number, line in lines]
         self._frames = [frames[i] for i in part_of(split, len(frames))] if split in PARTS else frames
-        self.name = f"kitti:{split}:{digest((rotation_deg, *self._frames))}"
+        self.name = f"kitti:{split}:{digest((rotation_deg, intrinsics, *self._frames))}"
 
     def __len__(self) -> int:
         return len(self._frames)
@@ -96,11 +115,9 @@ class KittiDataset(PoseDataset):
         raw = self._root / "raw_data"
         drive = raw / frame.image.parent
         image = read_image(drive / _CAMERA / "data" / frame.image.name, place)
-        matrix = _projection(raw / frame.image.parts[0] / "calib_cam_to_cam.txt")
-        height, width = image.shape[:2]
         # The images are rectified.
-        camera = CameraModel(width, height, matrix)
-        intrinsics = camera.scaled_matrix(spec.ground_size[1], spec.ground_size[0])
+        matrix = _projection(raw / frame.image.parts[0] / "calib_cam_to_cam.txt")
+        camera = CameraModel(image.shape[1], image.shape[0], matrix)
         shift, turn = self._pose(index)
         path = self._root / "satmap" / frame.image
         satellite = read_image(path, place)
@@ -120,11 +137,17 @@ class KittiDataset(PoseDataset):
             "heading_known": torch.tensor(self._rotation == 0.0),
             "meters_per_pixel": torch.tensor(spec.gsd),
             "index": torch.tensor(index),
-            "intrinsics": torch.tensor(intrinsics, dtype=torch.float32),
+            "intrinsics": torch.tensor(self._scaled(camera), dtype=torch.float32),
             "position": torch.tensor([middle - up, middle + right], dtype=torch.float32),
             # Clockwise from the tile's top edge; the turn is counter-clockwise from the right.
             "heading": torch.tensor(math.pi / 2 - turn),
         }
+
+    def _scaled(self, camera: CameraModel) -> NDArray[np.float64]:
+        height, width = self._spec.ground_size
+        if self._intrinsics == "exact":
+            return camera.scaled_matrix(width, height)
+        return np.diag([width / _PUBLISHED_SIZE[0], height / _PUBLISHED_SIZE[1], 1.0]) @ camera.matrix
 
     def true_from_fix(self) -> NDArray[np.float64]:
         """See :meth:`PoseDataset.true_from_fix`; right and up on each turned tile."""

@@ -145,7 +145,7 @@ class Localizer:
         self._precompute = self.backend != "torch" or (precompute and spec.aerial_up == "north")
         # The runtime of the latest settings.
         self._runtime: tuple[FrameSettings, Runtime] | None = None
-        # A turned panorama faces north up to the prior; any other image leaves all bins open.
+        # A turned panorama faces north up to the prior.
         self._turns_image = spec.camera == "panorama" and heading_prior_deg is not None
         self._needs_heading = self._turns_image or spec.aerial_up == "left" or heading_prior_deg == 0
         self._resources = ExitStack()
@@ -314,9 +314,8 @@ class Localizer:
             height, width = self.spec.ground_size
             matrix = observation.camera.scaled_matrix(width, height)
             inputs["intrinsics"] = (tuple(map(tuple, matrix.tolist())),)
-        known_to_model = self._turns_image or self.spec.bins == 0
         settings = FrameSettings(
-            self._heading_prior_deg if known_to_model else None,
+            self.spec.matching_prior(self._heading_prior_deg),
             orientation=self._heading_prior_deg != 0,
             inputs=tuple(inputs.items()),
         )

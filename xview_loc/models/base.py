@@ -42,6 +42,13 @@ class ModelSpec:
         """Angle of an image of known heading, in the convention of :attr:`HeatMaps.orientation`, radians."""
         return 0.0 if self.aerial_up == "north" else math.pi / 2
 
+    def matching_prior(self, heading_prior_deg: float | None) -> float | None:
+        """Return the heading prior to match with where headings are known up to ``heading_prior_deg``.
+
+        None, all bins, for pinhole models with bins: their authors train and evaluate them so.
+        """
+        return heading_prior_deg if self.camera == "panorama" or self.bins == 0 else None
+
     def to_json(self) -> dict[str, Any]:
         """Return the spec in plain JSON types, for a checkpoint's metadata."""
         return asdict(self)

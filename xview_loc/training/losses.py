@@ -118,10 +118,11 @@ class CCVPELoss:
     ) -> Tensor:
         """See :class:`HeatMapLoss`; the orientation is included unless the prior is 0."""
         assert isinstance(model, CCVPE)
+        prior = model.spec.matching_prior(heading_prior_deg)
         features = model.encode_aerial(batch["aerial"])
-        maps = model.match(batch["ground"], features, heading_prior_deg, orientation=heading_prior_deg != 0)
+        maps = model.match(batch["ground"], features, prior, orientation=prior != 0)
         label = gaussian_label(batch["position"], model.spec.aerial_size, self.sigma)
-        bins = bin_weights(batch["heading"], model.spec.bins)[:, model.prior_bins(heading_prior_deg)]
+        bins = bin_weights(batch["heading"], model.spec.bins)[:, model.prior_bins(prior)]
         levels = [info_nce(scores, label, bins) for scores in maps.levels]
         total = cross_entropy(maps.logits, label) + self.level_weight * torch.stack(levels).mean()
         if maps.orientation is not None:
@@ -152,7 +153,8 @@ class GGCVTLoss:
 
 def _match(model: CrossViewModel, batch: Mapping[str, Tensor], heading_prior_deg: float | None) -> HeatMaps:
     extra: dict[str, Any] = {name: batch[name] for name in model.extra_inputs}
-    return model.match(batch["ground"], model.encode_aerial(batch["aerial"]), heading_prior_deg, **extra)
+    prior = model.spec.matching_prior(heading_prior_deg)
+    return model.match(batch["ground"], model.encode_aerial(batch["aerial"]), prior, **extra)
 
 
 def search_radius(batch: Mapping[str, Tensor]) -> Tensor:

@@ -128,7 +128,8 @@ class PoseValidation:
             extra: dict[str, Any] = {name: batch[name] for name in model.extra_inputs}
             for prior in self._priors:
                 turned = turn_at_random(batch, rng, prior)
-                found = model.match(turned["ground"], features, prior, **extra).peak()
+                matching = model.spec.matching_prior(prior)
+                found = model.match(turned["ground"], features, matching, **extra).peak()
                 distance = (found - batch["position"]).norm(dim=1) * batch["meters_per_pixel"]
                 distances[_heading_name(prior)].append(distance.cpu())
         figures = {}
