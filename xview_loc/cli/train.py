@@ -42,6 +42,10 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder of the run; an unfinished run is resumed.")],
     model: Annotated[str, typer.Option(help="Name of the model.")] = "ccvpe-small",
     start: Annotated[Path | None, typer.Option(help="Checkpoint to start from.")] = None,
+    init: Annotated[
+        Path | None,
+        typer.Option(help="ImageNet weights to start from: EfficientNet-B0 for CCVPE, VGG-16 for GGCVT."),
+    ] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the data.")] = 10,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples per step and process.")] = 8,
     learning_rate: Annotated[float, typer.Option(min=0.0, help="Learning rate of Adam.")] = 1e-4,
@@ -65,14 +69,23 @@ def train(
     from xview_loc.datasets import SimulatedDataset, open_dataset
     from xview_loc.models import create_model
     from xview_loc.models.checkpoint import load_checkpoint
+    from xview_loc.models.pretrained import load_pretrained
     from xview_loc.training import trainer as training
     from xview_loc.training.losses import CCVPELoss, loss_for
 
+    if start and init:
+        raise UsageError("--init is for new models: leave it out with --start")
+    # Only the first of several processes renders and prints.
+    first = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
     torch.manual_seed(seed)
     try:
         net = load_checkpoint(start, model).model if start else create_model(model)
     except ValueError as error:
         raise UsageError(str(error)) from None
+    if init:
+        unused = load_pretrained(net, init)
+        if first:
+            console.print(f"{init}: unused weights: {', '.join(unused) or 'none'}", soft_wrap=True)
     loss = loss_for(net)
     if isinstance(loss, CCVPELoss):
         loss = replace(loss, sigma=sigma)
@@ -92,8 +105,6 @@ def train(
         workers=workers,
         save_every=save_every,
     )
-    # Only the first of several processes renders and prints.
-    first = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -87,7 +87,7 @@ def load_checkpoint(path: str | os.PathLike[str], expected_model: str | None = N
     if data.startswith(_TORCH_MAGIC) and data[8:9] != b"{":
         if expected_model is None:
             raise CheckpointError(f"checkpoint {path} does not say which model it holds; name the model")
-        state = _read_torch(path, data)
+        state = read_torch(path, data)
         metadata: dict[str, Any] = {"model": expected_model}
     else:
         state, metadata = _read_safetensors(path, data)
@@ -139,7 +139,11 @@ def weights_digest(model: CrossViewModel) -> str:
     return digest.hexdigest()
 
 
-def _read_torch(path: Path, data: bytes) -> dict[str, Tensor]:
+def read_torch(path: Path, data: bytes) -> dict[str, Tensor]:
+    """Read the state dict in the content ``data`` of a ``.pt`` or ``.pth`` file; code in it is never run.
+
+    Raises CheckpointError, which names ``path``.
+    """
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
