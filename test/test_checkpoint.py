@@ -101,6 +101,25 @@ def test_spec_comes_from_the_file(tmp_path: Path) -> None:
     assert "spec" in fails(tmp_path / "b")
 
 
+def test_normalisation_comes_from_the_file(tmp_path: Path) -> None:
+    """Without the field it is ImageNet's, as all models were trained when files had none."""
+    for name, published in (("ccvpe-small", "imagenet"), ("ggcvt-small", "unit")):
+        model, path = create_model(name), tmp_path / name
+        save_checkpoint(model, path)
+        assert load_checkpoint(path).model.spec.normalisation == published
+        spec = model.spec.to_json()
+        assert spec.pop("normalisation") == published
+        for change, loaded in (({}, "imagenet"), ({"normalisation": "unit"}, "unit")):
+            altered(model, path, {"format": 1, "model": name, "spec": {**spec, **change}})
+            assert load_checkpoint(path).model.spec.normalisation == loaded
+        assert load_model(name).model.spec.normalisation == "imagenet"  # the shipped weights
+        torch.save(model.state_dict(), path)
+        assert load_checkpoint(path, name).model.spec.normalisation == published
+        for unknown in ("unti", None, ["unit"]):
+            metadata = {"format": 1, "model": name, "spec": {**spec, "normalisation": unknown}}
+            assert "normalisation is imagenet or unit, not" in fails(altered(model, path, metadata), name)
+
+
 def test_calibration_comes_from_the_file(tmp_path: Path) -> None:
     model = create_model(NAME)
     model.calibration = Calibration(9.5, 0.4)

@@ -203,7 +203,7 @@ class Dots(PoseDataset):
         image[row, col] = 255
         return {
             "ground": torch.zeros(3, *SPEC.ground_size),
-            "aerial": normalise(image)[0],
+            "aerial": normalise(image, SPEC)[0],
             "position": torch.tensor([row, col], dtype=torch.float32),
             "heading": torch.tensor(0.0),
             "fix": torch.full((2,), (side - 1) / 2),

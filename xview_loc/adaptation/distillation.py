@@ -354,8 +354,8 @@ class Distillation:
 
     def _path(self, kind: str, sha256: str, *inputs: Any) -> Path:
         """Return the path of a stage that starts from the weights with this digest."""
-        model, precision = self.teacher.model.spec.name, self.fabric.strategy.precision.precision
-        content = json.dumps([_FORMAT, model, precision, sha256, *inputs])
+        spec, precision = self.teacher.model.spec, self.fabric.strategy.precision.precision
+        content = json.dumps([_FORMAT, spec.name, spec.normalisation, precision, sha256, *inputs])
         return self._folder / "stages" / f"{kind}-{_digest(content.encode())}"
 
 

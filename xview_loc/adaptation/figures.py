@@ -18,7 +18,8 @@ from xview_loc.adaptation.labels import PseudoLabels, distance_m
 from xview_loc.adaptation.smoothing import Smoothed
 from xview_loc.datasets.base import Batch, PairSample, Track
 from xview_loc.geodesy import LocalProjection
-from xview_loc.models.base import IMAGENET_MEAN, IMAGENET_STD, CrossViewModel
+from xview_loc.models.base import CrossViewModel
+from xview_loc.models.inputs import denormalise
 
 Array = NDArray[np.float64]
 Captioned = tuple[Figure, str]
@@ -184,7 +185,7 @@ def _tiles(distillation: Distillation, index: NDArray[np.int64]) -> list[Placed]
         covered = np.vstack([covered, fixes[k]])
         sample = distillation.source[int(k)]
         gsd, (row, col) = float(sample["meters_per_pixel"]), sample["fix"].tolist()
-        image = _pixels(sample["aerial"])
+        image = denormalise(sample["aerial"], spec)
         side = len(image)
         west, north = fixes[k] + gsd * np.array([-0.5 - col, row + 0.5])
         every = max(1, int(size / gsd / _MAP_PX))
@@ -239,20 +240,15 @@ def _heat_map(
     return share.numpy(), (col + first, col + last, row + last, row + first)
 
 
-def _pixels(image: torch.Tensor) -> NDArray[np.float32]:
-    """Undo the normalisation of an image: (H, W, 3) in [0, 1]."""
-    plain = image * IMAGENET_STD[:, None, None] + IMAGENET_MEAN[:, None, None]
-    return np.asarray(plain.clamp(0, 1).permute(1, 2, 0).numpy(), np.float32)
-
-
 def _pair(distillation: Distillation, sample: PairSample, panels: list[_Panel], caption: str) -> Captioned:
     """Draw the ground image above the heat maps on the aerial tile."""
+    spec = distillation.teacher.model.spec
     figure = Figure(figsize=(8, 6))
     grid = figure.add_gridspec(2, 2, height_ratios=(1, 2.6))
     above = figure.add_subplot(grid[0, :])
-    above.imshow(_pixels(sample["ground"]))
+    above.imshow(denormalise(sample["ground"], spec))
     above.axis("off")
-    aerial = _pixels(sample["aerial"])
+    aerial = denormalise(sample["aerial"], spec)
     row, col = sample["fix"].tolist()
     caption += ", plus: coarse fix"
     if distillation.true_from_fix is not None:

@@ -131,7 +131,7 @@ class KittiDataset(PoseDataset):
         middle = (spec.aerial_size - 1) / 2
         return {
             "ground": prepare_ground(image, spec, heading=None, camera=camera)[0],
-            "aerial": normalise(_cut(satellite, spec, heading, shift, turn))[0],
+            "aerial": normalise(_cut(satellite, spec, heading, shift, turn), spec)[0],
             "fix": torch.full((2,), middle),
             "fix_std": torch.tensor(SHIFT_M / math.sqrt(3)),  # of a uniform distribution
             "heading_known": torch.tensor(self._rotation == 0.0),

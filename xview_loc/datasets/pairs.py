@@ -111,8 +111,8 @@ class PairDataset(PairSource):
             record = self._decode(index)
             self._decoded.put(index, record)
         return {
-            "ground": normalise(record["ground"])[0],
-            "aerial": normalise(record["aerial"])[0],
+            "ground": normalise(record["ground"], self._spec)[0],
+            "aerial": normalise(record["aerial"], self._spec)[0],
             "fix": torch.from_numpy(record["fix"]),
             "fix_std": torch.tensor(record["fix_std"]),
             "heading_known": torch.tensor(record["heading_known"]),

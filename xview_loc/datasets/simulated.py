@@ -111,7 +111,7 @@ class SimulatedDataset(PoseDataset):
         position = (middle + offset[1] / gsd, middle - offset[0] / gsd)
         return {
             "ground": ground[0],
-            "aerial": normalise(tile)[0],
+            "aerial": normalise(tile, self._spec)[0],
             "fix": torch.full((2,), middle),
             "fix_std": torch.tensor(self._reach / math.sqrt(3)),  # of a uniform distribution
             "heading_known": torch.tensor(True),

@@ -118,6 +118,7 @@ class VigorDataset(PoseDataset):
         label, turn = self._labels[number], float(self._turns[number])
         folder, size = self._root / label.city, self._spec.aerial_size
         panorama = read_image(folder / "panorama" / label.panorama, label.place)
+        tile = self._tile(folder / "satellite" / label.tile, label.place)
         ground = prepare_ground(panorama, self._spec, heading=None, camera=None)[0]
         middle, scale = (size - 1) / 2, size / RAW_SIZE
         gsd = RAW_GSD[label.city] / scale
@@ -125,7 +126,7 @@ class VigorDataset(PoseDataset):
         return {
             # Content rolled to the right comes from the left: the image's centre turns counter-clockwise.
             "ground": ground.roll(round(turn * ground.shape[2]), dims=2),
-            "aerial": normalise(self._tile(folder / "satellite" / label.tile, label.place))[0],
+            "aerial": normalise(tile, self._spec)[0],
             "fix": torch.full((2,), middle),
             "fix_std": torch.tensor(_RAW_REACH / math.sqrt(3) * RAW_GSD[label.city]),
             "heading_known": torch.tensor(self._heading_known),

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from xview_loc.errors import UserError, reason
@@ -93,7 +93,7 @@ class CheckpointSwap:
     def _verified(self, path: Path) -> Deployed:
         old = self.active.localizer
         checkpoint = load_checkpoint(path, old.spec.name)
-        if checkpoint.model.spec != old.spec:
+        if replace(checkpoint.model.spec, normalisation=old.spec.normalisation) != old.spec:
             raise CheckpointError(f"checkpoint {path} is for other inputs than the active one")
         try:
             localizer = self._build(checkpoint.model)

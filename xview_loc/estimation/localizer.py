@@ -244,7 +244,7 @@ class Localizer:
         tile = AerialTile(aerial, 0.0, 0.0, self.spec.gsd)
         height, width = self.spec.ground_size
         camera = CameraModel(width, height, (width, 0, width / 2, 0, width, height / 2, 0, 0, 1))
-        ground = self._to_model(normalise(rng.integers(0, 256, (height, width, 3), np.uint8)))
+        ground = self._to_model(normalise(rng.integers(0, 256, (height, width, 3), np.uint8), self.spec))
         features = self._features_of(aerial)
         observation = Observation(aerial, 0.0, 0.0, heading=0.0, camera=camera)
         maps = self._match(ground, features, tile, observation)
@@ -300,7 +300,7 @@ class Localizer:
         return features
 
     def _features_of(self, aerial: Image) -> Any:
-        features = self._model.encode_aerial(self._to_model(normalise(aerial)))
+        features = self._model.encode_aerial(self._to_model(normalise(aerial, self.spec)))
         if not self._precompute:
             return features
         return self._model.precompute(features, orientation=self._heading_prior_deg != 0)

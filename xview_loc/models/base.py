@@ -17,6 +17,12 @@ _CONTRAST_POWER = 1.5
 KITTI_GSD = 156543.03392 * math.cos(math.radians(49.015)) / 2**18 / 2
 IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406])
 IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225])
+Normalisation = Literal["imagenet", "unit"]
+# What is subtracted from RGB in [0, 1], and what it is divided by.
+NORMALISATIONS: dict[Normalisation, tuple[Tensor, Tensor]] = {
+    "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
+    "unit": (torch.zeros(3), torch.ones(3)),
+}
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,9 @@ class ModelSpec:
     ``ground_size`` is (height, width) of the ground image and ``aerial_size`` the side of the square tile,
     pixels; ``gsd`` is the tile's ground sample distance, m/px. Its top edge faces ``aerial_up``: ``"north"``,
     or the vehicle's ``"left"`` for models trained on tiles turned so that the heading points right. ``bins``
-    is the number of heading bins that the model scores; 0: it needs a known heading.
+    is the number of heading bins that the model scores; 0: it needs a known heading. ``normalisation`` says
+    how both images are normalised: ``"imagenet"`` to ImageNet's mean and standard deviation, ``"unit"`` to
+    RGB in [0, 1]. Its default is what a spec without it means: all models were trained so before it existed.
     """
 
     name: str
@@ -36,6 +44,7 @@ class ModelSpec:
     gsd: float
     bins: int
     aerial_up: Literal["north", "left"] = "north"
+    normalisation: Normalisation = "imagenet"
 
     @property
     def nominal_heading(self) -> float:

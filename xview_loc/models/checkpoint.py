@@ -20,7 +20,7 @@ from torch import Tensor
 from xview_loc.errors import UserError
 from xview_loc.files import write_whole
 from xview_loc.models import MODEL_NAMES, create_model
-from xview_loc.models.base import Calibration, CrossViewModel, ModelSpec
+from xview_loc.models.base import NORMALISATIONS, Calibration, CrossViewModel, ModelSpec
 
 _FORMAT = 1
 _METADATA_KEY = "xview_loc"
@@ -214,14 +214,18 @@ def _check_finite(path: Path, state: Mapping[str, Tensor]) -> None:
 
 
 def _checked_spec(path: Path, data: dict[str, Any], own: ModelSpec) -> ModelSpec:
-    """Return the file's spec; only its ground sample distance may differ from the model's own."""
+    """Return the file's spec; only gsd and normalisation may differ from the model's own."""
     try:
         spec = ModelSpec.from_json(data)
-        valid = replace(spec, gsd=own.gsd) == own and 0 < float(spec.gsd) < float("inf")
+        valid = replace(spec, gsd=own.gsd, normalisation=own.normalisation) == own
+        valid = valid and 0 < float(spec.gsd) < float("inf")
     except (KeyError, TypeError, ValueError):
         valid = False
     if not valid:
         raise CheckpointError(f"checkpoint {path} has a spec that does not fit {own.name}: {data}")
+    if spec.normalisation not in tuple(NORMALISATIONS):
+        known = " or ".join(NORMALISATIONS)
+        raise CheckpointError(f"checkpoint {path}: normalisation is {known}, not {spec.normalisation!r}")
     return spec
 
 

@@ -51,19 +51,19 @@ CONFIGS = {
     config.spec.name: config
     for config in (
         GGCVTConfig(
-            ModelSpec("ggcvt-vigor", "panorama", (320, 640), 512, 0.14, 0),
+            ModelSpec("ggcvt-vigor", "panorama", (320, 640), 512, 0.14, 0, normalisation="unit"),
             CameraGeometry(2.0),
             zero_cell=0.5,
         ),
         GGCVTConfig(
-            ModelSpec("ggcvt-kitti", "pinhole", (256, 1024), 512, KITTI_GSD, 0, aerial_up="left"),
+            ModelSpec("ggcvt-kitti", "pinhole", (256, 1024), 512, KITTI_GSD, 0, "left", "unit"),
             CameraGeometry(1.65),
             zero_cell=0.0,
             search_m=60.0,
         ),
         GGCVTConfig(
             # A search window of 65 m, as the shipped drives' fixes need.
-            ModelSpec("ggcvt-small", "panorama", (64, 256), 192, 0.48, 0),
+            ModelSpec("ggcvt-small", "panorama", (64, 256), 192, 0.48, 0, normalisation="unit"),
             CameraGeometry(2.0, elevation_deg=(30.0, -60.0), image_origin=-0.5),
             zero_cell=-0.5,
             crop=0.3,

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -29,6 +30,7 @@ from xview_loc.errors import UserError, reason
 from xview_loc.files import write_whole
 from xview_loc.models.base import CrossViewModel
 from xview_loc.models.checkpoint import load_checkpoint, save_checkpoint, weights_digest
+from xview_loc.models.inputs import normalise
 
 OPSET = 20
 EXPORT_TIMEOUT_S = 600.0
@@ -80,10 +82,9 @@ def graph_inputs(ground: Tensor, tile: Sequence[Tensor]) -> list[Tensor]:
 
 def example(model: CrossViewModel, settings: FrameSettings) -> tuple[Tensor, Any]:
     """Return an image of noise (1, 3, h, w) and the precomputed features of a tile of noise."""
-    generator = torch.Generator().manual_seed(0)
-    side = model.spec.aerial_size
-    ground = torch.randn(1, 3, *model.spec.ground_size, generator=generator)
-    aerial = torch.randn(1, 3, side, side, generator=generator)
+    rng, spec = np.random.default_rng(0), model.spec
+    sizes = (spec.ground_size, (spec.aerial_size, spec.aerial_size))
+    ground, aerial = (normalise(rng.integers(0, 256, (*size, 3), np.uint8), spec) for size in sizes)
     with torch.no_grad():
         return ground, model.precompute(model.encode_aerial(aerial), orientation=settings.orientation)
 

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from xview_loc.camera import CameraModel
 from xview_loc.images import Image, ImageError
-from xview_loc.models.base import IMAGENET_MEAN, IMAGENET_STD, ModelSpec
+from xview_loc.models.base import NORMALISATIONS, ModelSpec
 
 
 def prepare_ground(
     image: Image, spec: ModelSpec, *, heading: float | None, camera: CameraModel | None
 ) -> Tensor:
     """Return a model's ground input, float32 (1, 3, h, w): the normalised :func:`ground_image`."""
-    return normalise(ground_image(image, spec, heading=heading, camera=camera))
+    return normalise(ground_image(image, spec, heading=heading, camera=camera), spec)
 
 
 def ground_image(
@@ -51,14 +51,22 @@ def ground_image(
     return _roll(_resize(image, spec.ground_size), shift)
 
 
-def normalise(image: Image) -> Tensor:
-    """Normalise an RGB image to ImageNet's statistics: float32 (1, 3, H, W), channels last in memory."""
+def normalise(image: Image, spec: ModelSpec) -> Tensor:
+    """Normalise an RGB image as a model expects it: float32 (1, 3, H, W), channels last in memory."""
     height, width, _ = image.shape
+    mean, deviation = NORMALISATIONS[spec.normalisation]
     # Broadcasting whole rows is many times faster than broadcasting three values.
     values = image.reshape(height, -1).astype(np.float32)
-    values *= np.tile((1.0 / (255.0 * IMAGENET_STD)).numpy(), width)
-    values += np.tile((-IMAGENET_MEAN / IMAGENET_STD).numpy(), width)
+    values *= np.tile((1.0 / (255.0 * deviation)).numpy(), width)
+    values += np.tile((-mean / deviation).numpy(), width)
     return torch.from_numpy(values.reshape(image.shape)).permute(2, 0, 1)[None]
+
+
+def denormalise(image: Tensor, spec: ModelSpec) -> NDArray[np.float32]:
+    """Undo :func:`normalise` for an image (3, H, W): RGB in [0, 1], (H, W, 3)."""
+    mean, deviation = NORMALISATIONS[spec.normalisation]
+    plain = image * deviation[:, None, None] + mean[:, None, None]
+    return np.asarray(plain.clamp(0, 1).permute(1, 2, 0).numpy(), np.float32)
 
 
 def _roll(image: NDArray[Any], turns: float) -> NDArray[Any]:

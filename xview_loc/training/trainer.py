@@ -202,8 +202,9 @@ def train(
     optimizer = torch.optim.Adam(step.parameters(), lr=options.learning_rate)
     wrapped, wrapped_optimizer = fabric.setup(step, optimizer)
     run: dict[str, Any] = {"options": comparable(options), "data": data.name, "validation": validation.name}
-    run |= {"model": model.spec.name, "loss": loss.to_json(), "processes": fabric.world_size}
-    run |= {"samples": len(data), "start": weights_digest(model)}
+    run |= {"model": model.spec.name, "normalisation": model.spec.normalisation}
+    run |= {"loss": loss.to_json(), "processes": fabric.world_size, "samples": len(data)}
+    run["start"] = weights_digest(model)
     run["precision"] = fabric.strategy.precision.precision
     progress = TrainingProgress(steps_per_epoch=per_epoch)
     totals = [0.0, 0]
