@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from torch import nn
 
 from xview_loc.models import create_model
 from xview_loc.models.base import Calibration, CrossViewModel
@@ -147,7 +148,49 @@ def test_published_state_dict(
     assert same_weights(loaded.model, model)
     assert loaded.metadata["model"] == NAME
     assert loaded.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert loaded.note == f"read as {NAME}: normalisation imagenet, padding reflect"
     assert "name the model" in fails(path, None)
+
+
+def test_published_files_of_ggcvt_give_the_same_maps(tmp_path: Path) -> None:
+    """As its trainers save it: in a DataParallel, and the KITTI model with a rotation beside it."""
+    torch.manual_seed(1)
+    model = create_model("ggcvt-small")
+    state = model.state_dict()
+    parallel = nn.DataParallel(model).state_dict()
+    rotation = {"coe_R": torch.tensor(-5.0), "coe_T": torch.tensor(-3.0)}
+    inputs = torch.rand(1, 3, *model.spec.ground_size), torch.rand(1, 3, *[model.spec.aerial_size] * 2)
+
+    def maps(net: CrossViewModel) -> torch.Tensor:
+        with torch.no_grad():
+            gsd = torch.tensor([net.spec.gsd])
+            return net.match(inputs[0], net.encode_aerial(inputs[1]), 0.0, meters_per_pixel=gsd).logits
+
+    expected = maps(model)
+    removed, ignored = f"removed module. from {len(state)} keys, ", "ignored coe_R, coe_T, "
+    for content, legacy, done in (
+        (state, False, ""),
+        (state, True, ""),
+        ({"state_dict": state}, False, ""),
+        (parallel, False, removed),
+        (parallel, True, removed),
+        ({"epoch": 3, "state_dict": parallel}, False, removed),
+        ({**state, **rotation}, False, ignored),
+        (
+            {**parallel, **{f"module.{key}": value for key, value in rotation.items()}},
+            True,
+            removed.replace(str(len(state)), str(len(state) + 2)) + ignored,
+        ),
+    ):
+        torch.save(content, tmp_path / "model.pth", _use_new_zipfile_serialization=not legacy)
+        loaded = load_checkpoint(tmp_path / "model.pth", "ggcvt-small")
+        assert torch.equal(maps(loaded.model), expected)
+        assert loaded.note == f"read as ggcvt-small: {done}normalisation unit"
+    half = {(f"module.{key}" if key.startswith("GrdEnc") else key): value for key, value in state.items()}
+    torch.save(half, tmp_path / "half.pt")
+    assert "unexpected (first: module.GrdEnc" in fails(tmp_path / "half.pt", "ggcvt-small")
+    save_checkpoint(model, tmp_path / "ours.safetensors")
+    assert load_checkpoint(tmp_path / "ours.safetensors").note == ""
 
 
 def test_write_is_atomic(
@@ -218,7 +261,7 @@ def test_code_is_never_run(tmp_path: Path) -> None:
 
 
 def test_no_state_dict(tmp_path: Path) -> None:
-    for content in ([torch.zeros(3)], {"epoch": 3}, torch.zeros(3), {"model": {"a": 1}}):
+    for content in ([torch.zeros(3)], {"epoch": 3}, torch.zeros(3), {"model": {"a": 1}}, {1: torch.zeros(3)}):
         torch.save(content, tmp_path / "other.pt")
         assert "no plain state dict" in fails(tmp_path / "other.pt")
 

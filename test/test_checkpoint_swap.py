@@ -76,6 +76,11 @@ def test_weights_change_and_come_back(shipped: CrossViewModel, other: Path) -> N
     assert place(now.localizer) != before
     assert swap.rollback().result(60) is first and place(swap.active.localizer) == before
     assert swap.rollback().result(60) is now
+    assert now.with_note == str(now)
+    torch.save(shipped.state_dict(), other.with_suffix(".pt"))
+    published = swap.load(other.with_suffix(".pt")).result(60)
+    assert place(published.localizer) != place(now.localizer)
+    assert published.with_note == f"{published}, read as {NAME}: normalisation imagenet, padding reflect"
     swap.close()
 
 

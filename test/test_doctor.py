@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from xview_loc import doctor as doctor_module
 from xview_loc.cli import app
 from xview_loc.doctor import PACKAGES, PROFILE_VARIABLES
-from xview_loc.models.checkpoint import shipped_checkpoint
+from xview_loc.models.checkpoint import load_model, shipped_checkpoint
 
 LAT, LON = 48.2, 16.37
 ROOT = Path(__file__).resolve().parent.parent
@@ -246,6 +246,12 @@ def test_a_bad_checkpoint_is_a_failure(tmp_path, content, arguments, message):
 def test_a_checkpoint_says_which_model_it_holds(no_rate):
     report = doctor("--checkpoint", str(shipped_checkpoint("ggcvt-small")))
     assert report.level("checkpoint") == "ok" and "ggcvt-small" in report.text("checkpoint")
+
+
+def test_how_a_published_file_was_read_is_said(no_rate, tmp_path):
+    torch.save(load_model("ccvpe-small").model.state_dict(), tmp_path / "a.pt")
+    report = doctor("--checkpoint", str(tmp_path / "a.pt"), "--model", "ccvpe-small")
+    assert report.level("checkpoint") == "ok" and "padding reflect" in report.text("checkpoint")
 
 
 def test_random_weights_are_a_warning(no_rate):

@@ -60,12 +60,6 @@ def seen() -> Iterator[list[Tensor]]:
         yield images
 
 
-def saved(name: str, folder: Path) -> Path:
-    torch.manual_seed(0)
-    save_checkpoint(create_model(name), folder / f"{name}.safetensors")
-    return folder / f"{name}.safetensors"
-
-
 def check(images: list[Tensor], normalisation: Normalisation) -> None:
     """Check images with dark and light pixels."""
     assert images
@@ -131,6 +125,13 @@ def test_exported_graph(
     check([*given, *seen], "unit")
 
 
+def published(name: str, folder: Path) -> Path:
+    """Random weights as GGCVT's authors save them."""
+    path = folder / f"{name}.pt"
+    torch.save(nn.DataParallel(create_model(name)).state_dict(), path)
+    return path
+
+
 def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
     monkeypatch.setattr(sys, "argv", ["xview-loc", *words])
     with pytest.raises(SystemExit) as ended:
@@ -145,11 +146,16 @@ def test_evaluate(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     seen: list[Tensor],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     make_vigor_target(tmp_path, 2)
-    words = ["--model", name, "--checkpoint", str(saved(name, tmp_path)), "--device", "cpu"]
+    checkpoint = str(published(name, tmp_path))
+    words = ["--model", name, "--checkpoint", checkpoint, "--device", "cpu"]
     words += ["--dataset", "vigor", "--root", str(tmp_path), "--split", "cross-test"]
     run(monkeypatch, "evaluate", *words)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "read as" in line]
+    assert len(lines) == 1 and lines[0].startswith(f"{checkpoint}: read as {name}: removed module. from ")
+    assert f"normalisation {normalisation}" in lines[0]
     check(seen, normalisation)
 
 
@@ -165,7 +171,13 @@ def write_pairs(folder: Path, count: int) -> str:
 
 
 @pytest.mark.parametrize("source", ["pairs", "vigor"])
-def test_adapt(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: list[Tensor]) -> None:
+def test_adapt(
+    source: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    seen: list[Tensor],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """Teacher, students and the report's heat maps alike."""
     if source == "pairs":
         data = write_pairs(tmp_path / "pairs", 5)
@@ -173,9 +185,10 @@ def test_adapt(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, see
         make_vigor_target(tmp_path, 3)
         data = f"vigor:{tmp_path}:cross-test"
     name = "ggcvt-tiny"
-    words = ["--model", name, "--checkpoint", str(saved(name, tmp_path)), "--accelerator", "cpu"]
+    words = ["--model", name, "--checkpoint", str(published(name, tmp_path)), "--accelerator", "cpu"]
     words += ["--epochs", "1", "--batch-size", "1", "--held-out", "0.4"]
     run(monkeypatch, "adapt", data, "--out", str(tmp_path / "run"), *words)
+    assert capsys.readouterr().out.count("read as ggcvt-tiny: removed module. from ") == 1
     check(seen, "unit")
 
 

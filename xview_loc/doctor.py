@@ -301,6 +301,8 @@ def _weights(model: str | None, checkpoint: Path | None) -> tuple[CrossViewModel
     except ValueError as error:
         return None, Finding(Level.failure, "checkpoint", str(error), "correct --model")
     text = f"{loaded.model.spec.name}, sha256 {loaded.sha256[:12]}, complete and finite: {path}"
+    if loaded.note:
+        text += f"; {loaded.note}"
     return loaded.model, Finding(Level.ok, "checkpoint", text)
 
 

@@ -74,6 +74,8 @@ class _Shared:
         from xview_loc.training.trainer import make_fabric
 
         teacher = load_model(self.model, self.checkpoint)
+        if teacher.note and progress.first:
+            console.print(f"{self.checkpoint}: {teacher.note}", markup=False, soft_wrap=True)
         if self.batch_size is not None:
             more["batch_size"] = self.batch_size
         for name in ("keep", "levels", "sigma", "epochs", "learning_rate", "held_out", "seed", "workers"):

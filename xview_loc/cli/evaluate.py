@@ -163,6 +163,8 @@ def load(model: str, checkpoint: Path | None, heading: Heading) -> Checkpoint:
     loaded = load_model(model, checkpoint)
     if loaded.model.spec.bins == 0 and heading is Heading.unknown:
         raise UsageError(f"{loaded.model.spec.name} needs a known heading")
+    if loaded.note:
+        console.print(f"{checkpoint}: {loaded.note}", markup=False, soft_wrap=True)
     return loaded
 
 

@@ -79,9 +79,12 @@ def train(
     first = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
     torch.manual_seed(seed)
     try:
-        net = load_checkpoint(start, model).model if start else create_model(model)
+        started = load_checkpoint(start, model) if start else None
+        net = started.model if started else create_model(model)
     except ValueError as error:
         raise UsageError(str(error)) from None
+    if started and started.note and first:
+        console.print(f"{start}: {started.note}", markup=False, soft_wrap=True)
     if init:
         unused = load_pretrained(net, init)
         if first:

@@ -26,14 +26,23 @@ NICENESS = 10
 
 @dataclass(frozen=True)
 class Deployed:
-    """A localizer and the checkpoint of its weights; ``path`` and ``sha256`` are "" for random weights."""
+    """A localizer and the checkpoint of its weights; ``path`` and ``sha256`` are "" for random weights.
+
+    ``note`` is that of :class:`~xview_loc.models.checkpoint.Checkpoint`.
+    """
 
     localizer: Localizer
     path: str = ""
     sha256: str = ""
+    note: str = ""
 
     def __str__(self) -> str:
         return f"{self.path} sha256:{self.sha256[:12]}" if self.path else "none"
+
+    @property
+    def with_note(self) -> str:
+        """Path, digest and note, for the log."""
+        return f"{self}, {self.note}" if self.note else str(self)
 
 
 class CheckpointSwap:
@@ -100,7 +109,7 @@ class CheckpointSwap:
             localizer.warm_up()
         except (LocalizationError, UserError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"checkpoint {path} fails its trial: {reason(error)}") from None
-        return Deployed(localizer, str(path), checkpoint.sha256)
+        return Deployed(localizer, str(path), checkpoint.sha256, checkpoint.note)
 
     def _rollback(self) -> Deployed:
         if self._previous is None:

@@ -153,13 +153,15 @@ class CrossViewModel(nn.Module):
 
     ``extra_inputs`` are keyword arguments that ``match`` needs beyond the common ones: ``meters_per_pixel``
     (B,), the tile's ground sample distance, or ``intrinsics`` (B, 3, 3), the camera matrix in pixels of the
-    ground image. ``ignored_weights`` are prefixes of keys in the authors' checkpoints that it does not need.
+    ground image. ``ignored_weights`` are prefixes of keys in the authors' checkpoints that it does not need,
+    ``assumed`` are its properties on which these say nothing, for the log.
     """
 
     spec: ModelSpec
     calibration: Calibration = Calibration()
     extra_inputs: frozenset[str] = frozenset()
     ignored_weights: tuple[str, ...] = ()
+    assumed: tuple[str, ...] = ()
 
     @property
     def level_count(self) -> int:

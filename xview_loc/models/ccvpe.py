@@ -164,6 +164,7 @@ class CCVPE(CrossViewModel):
     def __init__(self, config: CCVPEConfig) -> None:
         super().__init__()
         self.spec = config.spec
+        self.assumed = (f"padding {config.padding}",)
         self._config = config
         self._levels = len(config.ground_channels)
         features = head_channels(config.width)

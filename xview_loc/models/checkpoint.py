@@ -28,6 +28,8 @@ _METADATA_KEY = "xview_loc"
 _TORCH_MAGIC = (b"PK\x03\x04", b"\x80")
 # Keys of the state dict in published files that wrap it.
 _WRAPPERS = ("state_dict", "model")
+# Prefix of every key in the state dict of a DataParallel.
+_PARALLEL = "module."
 
 
 class CheckpointError(UserError):
@@ -36,11 +38,16 @@ class CheckpointError(UserError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded model (evaluation mode), its metadata and the SHA-256 (hex) of the file it came from."""
+    """A loaded model (evaluation mode), its metadata and the SHA-256 (hex) of the file it came from.
+
+    ``note`` is a line for the log on how a published file was read, and what was assumed as it does not say;
+    "" for our own files.
+    """
 
     model: CrossViewModel
     metadata: dict[str, Any]
     sha256: str
+    note: str = ""
 
 
 def save_checkpoint(
@@ -72,7 +79,8 @@ def load_checkpoint(path: str | os.PathLike[str], expected_model: str | None = N
     """Read one of our checkpoints, or a published ``.pt``/``.pth`` state dict; code in it is never run.
 
     ``expected_model`` is the model's name. Published files carry none, so they need it; in ours it is checked
-    if given. The model gets the file's spec. Raises CheckpointError on any unusable file.
+    if given. The model gets the file's spec, published ones its own. The weights of a DataParallel are
+    accepted too. Raises CheckpointError on any unusable file.
     """
     path = Path(path)
     try:
@@ -83,12 +91,17 @@ def load_checkpoint(path: str | os.PathLike[str], expected_model: str | None = N
         raise CheckpointError(f"checkpoint {path} cannot be read: {error.strerror}") from None
     if not data:
         raise CheckpointError(f"checkpoint {path} is empty")
+    notes: list[str] = []
     # Safetensors start with eight bytes of header length, which may equal a magic number, then a brace.
-    if data.startswith(_TORCH_MAGIC) and data[8:9] != b"{":
+    published = data.startswith(_TORCH_MAGIC) and data[8:9] != b"{"
+    if published:
         if expected_model is None:
             raise CheckpointError(f"checkpoint {path} does not say which model it holds; name the model")
         state = read_torch(path, data)
         metadata: dict[str, Any] = {"model": expected_model}
+        if all(key.startswith(_PARALLEL) for key in state):
+            state = {key.removeprefix(_PARALLEL): value for key, value in state.items()}
+            notes.append(f"removed {_PARALLEL} from {len(state)} keys")
     else:
         state, metadata = _read_safetensors(path, data)
         if expected_model is not None and metadata["model"] != expected_model:
@@ -97,6 +110,9 @@ def load_checkpoint(path: str | os.PathLike[str], expected_model: str | None = N
         model = create_model(metadata["model"])
     except ValueError as error:
         raise CheckpointError(f"checkpoint {path}: {error}") from None
+    ignored = [what for what in model.ignored_weights if any(key.startswith(what) for key in state)]
+    if ignored:
+        notes.append(f"ignored {', '.join(what.rstrip('.') for what in ignored)}")
     state = {key: value for key, value in state.items() if not key.startswith(model.ignored_weights)}
     _check_state(path, state, model)
     model.load_state_dict(state)
@@ -108,7 +124,9 @@ def load_checkpoint(path: str | os.PathLike[str], expected_model: str | None = N
             model.calibration = Calibration(**metadata["calibration"])
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"checkpoint {path} has an unusable calibration: {error}") from None
-    return Checkpoint(model, metadata, hashlib.sha256(data).hexdigest())
+    notes += [f"normalisation {model.spec.normalisation}", *model.assumed]
+    note = f"read as {model.spec.name}: {', '.join(notes)}" if published else ""
+    return Checkpoint(model, metadata, hashlib.sha256(data).hexdigest(), note)
 
 
 def shipped_checkpoint(name: str) -> Path | None:
@@ -157,7 +175,9 @@ def read_torch(path: Path, data: bytes) -> dict[str, Tensor]:
     if isinstance(content, dict):
         wrapped = (content[key] for key in _WRAPPERS if isinstance(content.get(key), dict))
         content = next(wrapped, content)
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+    if not isinstance(content, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
+    ):
         raise CheckpointError(f"checkpoint {path} holds no plain state dict")
     return dict(content)
 

@@ -115,7 +115,8 @@ class _Refine(nn.Module):
 class GGCVT(CrossViewModel):
     """Matches an image of known heading to a tile; parameters are named as in published checkpoints."""
 
-    ignored_weights = ("SatFeatureNet.conv_dec3.", "SatFeatureNet.conf", "TransRefine.")
+    # The last two: the rotation's share of the KITTI model with three degrees of freedom.
+    ignored_weights = ("SatFeatureNet.conv_dec3.", "SatFeatureNet.conf", "TransRefine.", "coe_R", "coe_T")
 
     def __init__(self, config: GGCVTConfig) -> None:
         super().__init__()

@@ -168,7 +168,7 @@ class Checkpoints:
                 return
             error = change.exception()
             if error is None:
-                text = f"in use: {change.result()}"
+                text = f"in use: {change.result().with_note}"
                 self._health.value("checkpoint", change.result())
                 self._health.clear("untrained")
                 self._health.clear("checkpoint_refused")

@@ -172,6 +172,8 @@ class LocalizerNode(VehicleNode):
         if path:
             checkpoint = load_checkpoint(path, name or None)
             self._health.clear("untrained")
+            if checkpoint.note:
+                self.get_logger().info(f"{path}: {checkpoint.note}")
             return checkpoint.model, str(path), checkpoint.sha256
         model = create_model(name)
         text = f"no checkpoint: {name} runs with random weights, its poses mean nothing"

@@ -162,7 +162,7 @@ class ShadowRunner:
             error = candidate.exception()
             if error is None:
                 self._trial = self._new_trial(candidate.result())
-                text = f"in the shadow: {candidate.result()}"
+                text = f"in the shadow: {candidate.result().with_note}"
                 self._health.value("shadow", f"{candidate.result()}, 0 of {self._trial.frames} frames")
                 self._log.info(text)
             else:
