@@ -6,10 +6,8 @@ with the published outputs.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -18,12 +16,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hashed_models import hash_weights, hashed_model, inputs, uniform
+from published import REFERENCE, published_name, reference_inputs, reference_model
 
 from xview_loc.models import MODEL_NAMES, create_model
 from xview_loc.models.ccvpe import CCVPE, CONFIGS, AerialFeatures
 
 ROOT = Path(__file__).resolve().parent.parent
-REFERENCE = ROOT.parent / "shared" / "reference"
 RECORDED = ROOT / "test" / "data" / "ccvpe_expected.npz"
 TOLERANCE = 1e-4
 ONE_VIGOR = ("ccvpe-vigor", None)
@@ -60,35 +58,6 @@ def reference_run(path: Path) -> tuple[str, float | None]:
     return name, float(prior) if prior else None
 
 
-def published_name(name: str) -> str:
-    """The variants of a model share the published keys, shapes and inputs."""
-    return name.removesuffix("-reflect")
-
-
-@lru_cache(maxsize=1)
-def reference_weights():
-    spec = importlib.util.spec_from_file_location("refweights", REFERENCE / "refweights.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@lru_cache(maxsize=1)
-def reference_model(name: str, seed: int) -> CCVPE:
-    shapes = json.loads((REFERENCE / f"state_{published_name(name)}.json").read_text())
-    state = {key: torch.empty(shape) for key, shape in shapes.items()}
-    filled = reference_weights().fill_state(state, seed)
-    state = {
-        key: torch.tensor(0) if key.endswith("num_batches_tracked") else torch.from_numpy(filled[key])
-        for key in state
-    }
-    model = create_model(name)
-    assert isinstance(model, CCVPE)
-    model.load_state_dict(state, strict=True)
-    return model
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("path", reference_runs() or [None], ids=lambda p: p.stem if p else "absent")
 def test_agrees_with_the_published_code(path: Path | None) -> None:
@@ -98,7 +67,8 @@ def test_agrees_with_the_published_code(path: Path | None) -> None:
     expected = np.load(path)
     seed = int(expected["seed"])
     model = reference_model(name, seed)
-    ground, aerial = map(torch.from_numpy, reference_weights().make_inputs(published_name(name), seed))
+    assert isinstance(model, CCVPE)
+    ground, aerial = reference_inputs(name, seed)
 
     ours = outputs(model, ground, aerial, prior)
 

@@ -6,8 +6,6 @@ with the published outputs.
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import math
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hashed_models import hashed_model, inputs
+from published import REFERENCE, reference_inputs, reference_model
 
 from xview_loc.models import create_model
 from xview_loc.models.base import HeatMaps
@@ -25,7 +24,6 @@ from xview_loc.models.projection import project_panorama
 from xview_loc.models.vgg import unit
 
 ROOT = Path(__file__).resolve().parent.parent
-REFERENCE = ROOT.parent / "shared" / "reference"
 RECORDED = ROOT / "test" / "data" / "ggcvt_expected.npz"
 KITTI_CAMERA = torch.tensor([[[583.0, 0.0, 496.2], [0.0, 482.7, 125.0], [0.0, 0.0, 1.0]]])
 
@@ -71,19 +69,10 @@ def test_recorded_outputs(name: str) -> None:
 @pytest.mark.parametrize("name", ["ggcvt-vigor", "ggcvt-kitti"])
 @torch.inference_mode()
 def test_published_outputs(name: str) -> None:
-    module_spec = importlib.util.spec_from_file_location("refweights", REFERENCE / "refweights.py")
-    assert module_spec and module_spec.loader
-    refweights = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(refweights)
     expected = np.load(REFERENCE / f"expected_{name}.npz")
-    model = create_model(name)
+    model = reference_model(name, 11)
     assert isinstance(model, GGCVT)
-    own = model.state_dict()
-    shapes = json.loads((REFERENCE / f"state_{name}.json").read_text())
-    state = {key: own.get(key, torch.zeros(shape)) for key, shape in shapes.items()}
-    state |= {key: torch.from_numpy(x) for key, x in refweights.fill_state(state, 11).items()}
-    model.load_state_dict({key: x for key, x in state.items() if not key.startswith(model.ignored_weights)})
-    ground, aerial = (torch.from_numpy(x) for x in refweights.make_inputs(name, 11))
+    ground, aerial = reference_inputs(name, 11)
     if name == "ggcvt-vigor":
         keywords = {"meters_per_pixel": torch.tensor([float(expected["meter_per_pixel"])])}
     else:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from published import REFERENCE, reference_inputs, reference_model
 
 from xview_loc.models import create_model
 from xview_loc.models.ccvpe import CCVPE, CONFIGS
 from xview_loc.training.losses import (
     CCVPELoss,
+    DistillationLoss,
     bin_weights,
     cross_entropy,
     gaussian_label,
@@ -142,3 +146,63 @@ def test_every_model_has_its_authors_loss() -> None:
         "orientation_weight": 10.0,
     }
     assert loss_for(create_model("ggcvt-small")).to_json() == {"name": "ggcvt"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REFERENCE.is_dir(), reason="the published values are not beside the repository")
+@pytest.mark.parametrize(
+    ("what", "name"), [("student", "ccvpe-vigor-reflect"), ("supervised", "ccvpe-vigor")], ids=str
+)
+def test_a_training_step_is_the_published_one(what: str, name: str) -> None:
+    """Loss and gradients, without drop-connect."""
+    expected = np.load(REFERENCE / f"training_{what}-{name}.npz")
+    model = copy.deepcopy(reference_model(name, 11)).train()
+    for module in model.modules():
+        if hasattr(module, "drop_connect_rate"):
+            module.drop_connect_rate = 0.0
+    grounds, aerials = zip(*(reference_inputs(name, 11 + i) for i in range(2)), strict=True)
+    batch = {"ground": torch.cat(grounds), "aerial": torch.cat(aerials)}
+    batch |= {key: torch.from_numpy(expected[key]) for key in ("position", "heading")}
+    loss = DistillationLoss(2) if what == "student" else CCVPELoss()
+    value = loss(model, batch, None)
+    value.backward()
+    assert value.item() == pytest.approx(float(expected["loss"]), rel=1e-4)
+    norms = {key: float(p.grad.norm()) for key, p in model.named_parameters() if p.grad is not None}
+    theirs = dict(zip(expected["names"].tolist(), expected["grad_norms"].tolist(), strict=True))
+    # Biases before a batch normalisation have no gradient but rounding errors: up to 1e-6 of the largest one.
+    rounding = 1e-6 * max(theirs.values())
+    assert {key for key, norm in norms.items() if norm} == set(theirs)
+    assert {key: norms[key] for key in theirs} == pytest.approx(theirs, rel=1e-3, abs=rounding)
+    if what == "supervised":  # its terms, in evaluation of the same forward pass
+        features = model.encode_aerial(batch["aerial"])
+        maps = model.match(batch["ground"], features, None, orientation=True)
+        label = gaussian_label(batch["position"], 512, 4.0)
+        bins = bin_weights(batch["heading"], 20)
+        terms = [info_nce(scores, label, bins).item() for scores in maps.levels]
+        assert terms == pytest.approx(expected["info_nce"].tolist(), rel=1e-4)
+        assert cross_entropy(maps.logits, label).item() == pytest.approx(expected["cross_entropy"], rel=1e-4)
+        error = orientation_error(maps.orientation, batch["heading"], label).item()
+        assert error == pytest.approx(float(expected["orientation"]), rel=1e-4)
+
+
+def test_drop_connect_drops_residual_blocks_at_the_published_rates() -> None:
+    model = create_model("ccvpe-vigor").train()
+    torch.manual_seed(0)
+    for net in (model.grd_efficientnet, model.sat_efficientnet):
+        for number, block in enumerate(net._blocks):
+            width = (block._expand_conv if block._expands else block._depthwise_conv).in_channels
+            x = torch.rand(1000, width, 2, 2)
+            with torch.no_grad():
+                out = block(x)
+            if out.shape != x.shape:
+                continue
+            rate = 0.2 * number / 16
+            dropped = float((out == x).flatten(1).all(1).float().mean())
+            assert abs(dropped - rate) <= 3 * math.sqrt(rate * (1 - rate) / 1000)
+            if rate:
+                # The kept ones are divided by the rest.
+                kept = (out != x).flatten(1).any(1)
+                block.drop_connect_rate = 0.0
+                with torch.no_grad():
+                    plain = block(x)
+                torch.testing.assert_close(((out - x) * (1 - rate))[kept], (plain - x)[kept])

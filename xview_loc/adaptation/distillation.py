@@ -33,7 +33,7 @@ from xview_loc.adaptation.labelling import ReadOptions, label_pairs, with_model_
 from xview_loc.adaptation.labels import AdaptationError, LabelledPairs, PseudoLabels, reliable
 from xview_loc.adaptation.smoothing import Smoothed, smooth
 from xview_loc.adaptation.verdict import Verdict, judge
-from xview_loc.datasets.base import PairSource
+from xview_loc.datasets.base import JoinedPairs, PairSource, PoseDataset
 from xview_loc.models.base import CrossViewModel
 from xview_loc.models.ccvpe import CCVPE
 from xview_loc.models.checkpoint import Checkpoint, load_checkpoint
@@ -41,8 +41,10 @@ from xview_loc.statistics import MIN_MEASUREMENTS
 from xview_loc.training.losses import DistillationLoss
 from xview_loc.training.trainer import (
     BEST_FILE,
+    PoseValidation,
     TrainingOptions,
     TrainingProgress,
+    Validation,
     check_heading,
     comparable,
     train,
@@ -50,7 +52,7 @@ from xview_loc.training.trainer import (
 
 Array = NDArray[np.float64]
 # Part of every stage's digest: raise it when the content of stages changes.
-_FORMAT = 1
+_FORMAT = 2
 # The same, for smoothed labels only.
 _SMOOTHING_FORMAT = 2
 # (stage, pairs or steps done, total)
@@ -68,14 +70,15 @@ class Recipe(NamedTuple):
 class AdaptationOptions:
     """Settings of an adaptation; use :meth:`published` for the paper's.
 
-    ``training`` is for both students; its only heading prior applies to the teacher too. ``levels`` and
-    ``keep`` are those of :class:`Recipe` (None: the default of :meth:`recipe`), ``sigma`` is the standard
-    deviation of the label in pixels of the finest heat map. The share ``held_out`` of the pairs selects the
-    epoch and decides the verdict. ``smooth`` corrects labels with whole drives. From the second of at most
-    ``rounds`` rounds on, the previous round's student labels the pairs.
+    ``training`` is for both students. ``heading_prior_deg`` is the largest error of the pairs' headings, for
+    all labels (None: headings are unknown). ``levels`` and ``keep`` are those of :class:`Recipe` (None: the
+    default of :meth:`recipe`), ``sigma`` is the standard deviation of the label in tile pixels. The share
+    ``held_out`` of the pairs selects the epoch and decides the verdict. ``smooth`` corrects labels with whole
+    drives. From the second of at most ``rounds`` rounds on, the previous round's student labels the pairs.
     """
 
     training: TrainingOptions
+    heading_prior_deg: float | None = 0.0
     levels: int | None = None
     keep: float | None = None
     sigma: float = 4.0
@@ -84,11 +87,25 @@ class AdaptationOptions:
     rounds: int = 1
 
     @classmethod
-    def published(cls, model: CrossViewModel, **changes: Any) -> AdaptationOptions:
-        """Return the paper's options for a model; ``changes`` are fields of these or the training options."""
+    def published(
+        cls,
+        model: CrossViewModel,
+        *,
+        heading_prior_deg: float | None = 0.0,
+        turned: bool | None = None,
+        **changes: Any,
+    ) -> AdaptationOptions:
+        """Return the paper's options for a model; ``changes`` are fields of these or the training options.
+
+        ``turned`` trains students on panoramas turned at random, by any angle, whatever is known of their
+        headings: one student then serves with known and unknown heading. None: as the paper does for CCVPE.
+        """
+        if turned is None:
+            turned = isinstance(model, CCVPE) and model.spec.camera == "panorama"
         training = {name: changes.pop(name) for name in TrainingOptions.__annotations__ if name in changes}
-        defaults = {"epochs": 3, "batch_size": 8 if isinstance(model, CCVPE) else 4}
-        return cls(TrainingOptions(**{**defaults, **training}), **changes)
+        defaults: dict[str, Any] = {"epochs": 3, "batch_size": 8 if isinstance(model, CCVPE) else 4}
+        defaults["heading_priors_deg"] = (None if turned else heading_prior_deg,)
+        return cls(TrainingOptions(**{**defaults, **training}), heading_prior_deg, **changes)
 
     def recipe(self, model: CrossViewModel, smoothed: bool) -> Recipe:
         """Fill in defaults: the paper's for a model's own maxima.
@@ -101,12 +118,6 @@ class AdaptationOptions:
         return Recipe(
             levels if self.levels is None else self.levels, keep if self.keep is None else self.keep
         )
-
-    @property
-    def heading_prior_deg(self) -> float | None:
-        """Largest error of the heading, for teacher and students; None: the heading is unknown."""
-        (prior,) = self.training.heading_priors_deg
-        return prior
 
 
 @dataclass(frozen=True)
@@ -157,7 +168,9 @@ class Distillation:
     """Adapt ``teacher`` to the pairs of ``source``; ``folder`` keeps the stages.
 
     ``true_from_fix`` (N, 2), metres east and north from each pair's coarse fix to its true position, is only
-    for reported errors and never decides anything. Raises AdaptationError if there are too few pairs or none
+    for reported errors and never decides anything. With ``validation``, all pairs of ``source`` are for
+    training: the epoch is selected by the true errors on this dataset, as in the paper, and its pairs are the
+    held-out ones. Raises AdaptationError if there are too few pairs or none
     can be read, and the errors of :func:`train`.
     """
 
@@ -170,8 +183,14 @@ class Distillation:
         options: AdaptationOptions,
         *,
         true_from_fix: Array | None = None,
+        validation: PoseDataset | None = None,
         on_progress: OnProgress = lambda stage, done, total: None,
     ) -> None:
+        self._validation, self._training_pairs = validation, len(source)
+        if validation is not None:
+            known = np.full((len(source), 2), math.nan) if true_from_fix is None else true_from_fix
+            true_from_fix = np.concatenate([known, validation.true_from_fix()])
+            source = JoinedPairs(source, validation)
         self.options, self.source, self.teacher, self.fabric = options, source, teacher, fabric
         self.true_from_fix, self._folder, self._on_progress = true_from_fix, folder, on_progress
         training, prior = options.training, options.heading_prior_deg
@@ -191,9 +210,14 @@ class Distillation:
             raise AdaptationError(f"{source.name} has no drives, which smoothing needs")
 
     def _split(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return training and held-out pairs: the end of each drive is held out, or random pairs."""
+        """Return training and held-out pairs.
+
+        Held out is the validation dataset, or the end of each drive, or random pairs.
+        """
         count, share = len(self.source), self.options.held_out
-        if self.track is None:
+        if self._validation is not None:
+            held = np.arange(self._training_pairs, count)
+        elif self.track is None:
             order = np.random.default_rng(self.options.training.seed).permutation(count)
             held = order[: round(count * share)]
         else:
@@ -263,7 +287,8 @@ class Distillation:
 
     def loss(self, levels: int, mode_based: bool = True) -> DistillationLoss:
         """Supervise the first ``levels`` levels, by labels or by the teacher's heat maps."""
-        return DistillationLoss(levels, self.options.sigma, None if mode_based else self._model)
+        teacher = None if mode_based else self._model
+        return DistillationLoss(levels, self.options.sigma, teacher, self.options.heading_prior_deg)
 
     def teacher_labels(self) -> PseudoLabels:
         """Return the teacher's labels of the training pairs."""
@@ -301,15 +326,20 @@ class Distillation:
         return found
 
     def student(self, labels: PseudoLabels, loss: DistillationLoss, stage: str) -> Student:
-        """Train a copy of the teacher on labelled pairs; the label-free score selects the epoch."""
+        """Train a copy of the teacher on labelled pairs; the validation's score selects the epoch."""
         content = _digest(labels.index.tobytes(), labels.position.tobytes(), labels.heading.tobytes())
         data = LabelledPairs(self.source, labels, f"labels {content}")
         options = self.options.training
         inputs = [data.name, loss.to_json(), comparable(options), self.held_out_index.tolist()]
         folder = self._path("student", self.teacher.sha256, inputs, self.fabric.world_size)
-        validation = LabelFreeValidation(
-            self.fabric, self.source, self.held_out_index, self.track, folder, self._reading
-        )
+        validation: Validation
+        if self._validation is None:
+            validation = LabelFreeValidation(
+                self.fabric, self.source, self.held_out_index, self.track, folder, self._reading
+            )
+        else:
+            prior = self._reading.heading_prior_deg
+            validation = PoseValidation(self._validation, (prior,), options.batch_size, options.workers)
 
         def on_step(progress: TrainingProgress) -> None:
             self._on_progress(stage, progress.steps, options.epochs * progress.steps_per_epoch)

@@ -46,6 +46,14 @@ class _Shared:
     ] = None
     truth_topic: Annotated[str | None, typer.Option(help="NavSatFix topic of the true positions.")] = None
     heading: Annotated[str, typer.Option(help="known, unknown, or its largest error in degrees.")] = "known"
+    turn: Annotated[
+        bool | None,
+        typer.Option(
+            "--turn/--no-turn",
+            help="Train on panoramas turned at random, so that the student also finds headings. "
+            "Default: only for CCVPE.",
+        ),
+    ] = None
     keep: Annotated[
         float | None, typer.Option(min=0.01, max=1.0, help="T: share of labels to keep; 1: no filter.")
     ] = None
@@ -53,7 +61,7 @@ class _Shared:
         int | None, typer.Option(min=1, help="K': number of supervised levels, from the coarsest.")
     ] = None
     sigma: Annotated[
-        float, typer.Option(min=0.1, help="Standard deviation of the label, in heat-map pixels.")
+        float, typer.Option(min=0.1, help="Standard deviation of the label, in pixels of the tile.")
     ] = 4.0
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the pairs, for each student.")] = 3
     batch_size: Annotated[int | None, typer.Option(min=1, help="Pairs per step and process.")] = None
@@ -61,6 +69,13 @@ class _Shared:
     held_out: Annotated[
         float, typer.Option(min=0.01, max=0.5, help="Share of the pairs held out to judge the student.")
     ] = 0.1
+    validation: Annotated[
+        str | None,
+        typer.Option(
+            help="Dataset with true positions to pick the epoch by, such as vigor:ROOT:validation; "
+            "no pairs are held out then."
+        ),
+    ] = None
     seed: Annotated[int, typer.Option(min=0, help="Seed for the order of pairs and random turns.")] = 0
     workers: Annotated[int, typer.Option(min=0, help="Processes that load data.")] = 0
     precision: Annotated[str, typer.Option(help="32-true, bf16-mixed or 16-mixed.")] = "32-true"
@@ -70,6 +85,7 @@ class _Shared:
     def distillation(self, progress: _Progress, **more: Any) -> Distillation:
         """Set up the run; ``more`` are further fields of :class:`AdaptationOptions`."""
         from xview_loc.adaptation.distillation import AdaptationOptions, Distillation
+        from xview_loc.datasets import open_dataset
         from xview_loc.models.checkpoint import load_model
         from xview_loc.training.trainer import make_fabric
 
@@ -80,13 +96,20 @@ class _Shared:
             more["batch_size"] = self.batch_size
         for name in ("keep", "levels", "sigma", "epochs", "learning_rate", "held_out", "seed", "workers"):
             more[name] = getattr(self, name)
-        more["heading_priors_deg"] = (_heading_prior(self.heading),)
-        options = AdaptationOptions.published(teacher.model, **more)
+        more["heading_prior_deg"] = _heading_prior(self.heading)
+        options = AdaptationOptions.published(teacher.model, turned=self.turn, **more)
         source = _source(self.data, teacher.model)
         truth = _true_positions(source, self.truth, self.truth_topic, progress.first)
-        fabric = make_fabric(self.accelerator, self.devices, self.precision)
+        spec, reach = teacher.model.spec, teacher.model.half_extent_m
         return Distillation(
-            fabric, teacher, source, self.out, options, true_from_fix=truth, on_progress=progress
+            make_fabric(self.accelerator, self.devices, self.precision),
+            teacher,
+            source,
+            self.out,
+            options,
+            true_from_fix=truth,
+            validation=open_dataset(self.validation, spec, half_extent_m=reach) if self.validation else None,
+            on_progress=progress,
         )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TypedDict, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
@@ -149,6 +150,22 @@ def load_readable(
         errors = [item for item in items if isinstance(item, UserError)]
         good = [item for item in items if not isinstance(item, UserError)]
         yield (default_collate(good) if good else None), errors
+
+
+class JoinedPairs(PairSource):
+    """The pairs of one source, followed by those of another, without their drives."""
+
+    def __init__(self, first: PairSource, second: PairSource) -> None:
+        self.name = f"{first.name} and {second.name}"
+        self._first, self._second = first, second
+
+    def __len__(self) -> int:
+        return len(self._first) + len(self._second)
+
+    def __getitem__(self, index: int) -> PairSample:
+        count = len(self._first)
+        sample = self._first[index] if index < count else self._second[index - count]
+        return {**sample, "index": torch.tensor(index)}
 
 
 def load_batches(batches: Iterable[T]) -> Iterator[T]:

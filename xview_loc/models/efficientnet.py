@@ -26,6 +26,8 @@ _GROUPS = (
 _STEM_CHANNELS = 32
 _HEAD_CHANNELS = 1280
 _CLASSES = 1000
+# Drop-connect: a residual block's rate is this times its number over that of all blocks.
+_DROP_CONNECT, _BLOCKS = 0.2, sum(repeats for repeats, *_ in _GROUPS)
 
 
 def scaled_channels(channels: int, width: float) -> int:
@@ -78,7 +80,11 @@ _batch_norm = partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01)
 
 
 class _Block(nn.Module):
-    """Inverted bottleneck with squeeze-and-excitation."""
+    """Inverted bottleneck with squeeze-and-excitation.
+
+    In training, a residual block skips its branch with probability ``drop_connect_rate``, for each sample
+    by itself (drop-connect, also called stochastic depth).
+    """
 
     def __init__(
         self, channels_in: int, channels_out: int, kernel: int, stride: int, expansion: int, padding: Padding
@@ -97,12 +103,19 @@ class _Block(nn.Module):
         self._project_conv = nn.Conv2d(inner, channels_out, 1, bias=False)
         self._bn2 = _batch_norm(channels_out)
         self._residual = stride == 1 and channels_in == channels_out
+        self.drop_connect_rate = 0.0
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.silu(self._bn0(self._expand_conv(x))) if self._expands else x
         y = F.silu(self._bn1(self._depthwise_conv(y)))
         y = self._bn2(self._project_conv(y * self._gate(y)))
-        return x + y if self._residual else y
+        if not self._residual:
+            return y
+        if self.training and self.drop_connect_rate:
+            kept = 1.0 - self.drop_connect_rate
+            # Divided by the share that is kept, so that the mean stays that of evaluation.
+            y = y * (torch.rand(len(y), 1, 1, 1, device=y.device) < kept).to(y.dtype) / kept
+        return x + y
 
     def _gate(self, y: Tensor) -> Tensor:
         """Compute squeeze and excitation (B, C, 1, 1); linear, since 1x1 convolutions of a pixel are slow."""
@@ -135,6 +148,7 @@ class EfficientNet(nn.Module):
             for i in range(repeats):
                 out_scaled = scaled_channels(out, width)
                 block = _Block(channels, out_scaled, kernel, 1 if i else stride, expansion, padding)
+                block.drop_connect_rate = _DROP_CONNECT * len(self._blocks) / _BLOCKS
                 self._blocks.append(block)
                 channels = out_scaled
         self._conv_head = nn.Conv2d(channels, head_channels(width), 1, bias=False)

@@ -19,6 +19,7 @@ from xview_loc.estimation.localizer import MIN_SEARCH_M, SEARCH_SIGMAS
 from xview_loc.models.base import CrossViewModel, HeatMaps
 from xview_loc.models.ccvpe import CCVPE
 from xview_loc.models.ggcvt import ranking_loss
+from xview_loc.training.turned_panoramas import turn_back
 
 TEMPERATURE = 0.1
 # Cells with a larger label are positives.
@@ -73,18 +74,18 @@ def info_nce(scores: Tensor, label: Tensor, bins: Tensor, positive: float = POSI
 def cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
     """Compute the mean cross-entropy of ``logits`` (B, H, W) against ``label`` (B, H, W), normalised here."""
     log_share = F.log_softmax(logits.float().flatten(1), dim=1)
-    return -(log_share * _normalised(label).flatten(1)).sum(1).mean()
+    share = label / label.sum((1, 2), keepdim=True).clamp_min(1e-12)
+    return -(log_share * share.flatten(1)).sum(1).mean()
 
 
 def orientation_error(field: Tensor, heading: Tensor, label: Tensor) -> Tensor:
-    """Compute the squared error of the (cos, sin) ``field`` (B, 2, H, W), weighted by ``label``."""
+    """Sum the squared error of the (cos, sin) ``field`` (B, 2, H, W), weighted by ``label`` (B, H, W).
+
+    Returns the mean over the batch. As published, the label is not normalised.
+    """
     target = torch.stack([heading.cos(), heading.sin()], 1)[:, :, None, None]
     error = (field.float() - target).square().sum(1)
-    return (error * _normalised(label)).sum((1, 2)).mean()
-
-
-def _normalised(label: Tensor) -> Tensor:
-    return label / label.sum((1, 2), keepdim=True).clamp_min(1e-12)
+    return (error * label).sum((1, 2)).mean()
 
 
 class HeatMapLoss(Protocol):
@@ -167,13 +168,15 @@ class DistillationLoss:
     """Coarse-only supervision by pseudo ground truth (ECCV 2024, Sections 3.1 and 3.2).
 
     The mean over the first ``levels`` levels of the InfoNCE loss against the pseudo ground truth X: a
-    Gaussian of ``sigma`` pixels of the finest map about the batch's ``position`` or the ``teacher``'s heat
-    map. For CCVPE, labels are distributed over the heading bins by the batch's ``heading``.
+    Gaussian of ``sigma`` tile pixels (Equation 6) about the batch's ``position``, or the ``teacher``'s heat
+    map with the heading prior ``teacher_prior_deg``. For CCVPE, labels are distributed over the heading bins
+    by the batch's ``heading``.
     """
 
     levels: int
     sigma: float = 4.0
     teacher: CrossViewModel | None = None
+    teacher_prior_deg: float | None = None
     weight: ClassVar[float] = 1e4  # as published
 
     def __call__(
@@ -185,7 +188,7 @@ class DistillationLoss:
         # All bins are scored, whatever the prior: those of wrong headings are negatives too.
         prior = None if isinstance(model, CCVPE) else heading_prior_deg
         maps = model.match_levels(batch["ground"], features, prior, self.levels, **extra)
-        label = self._label(model, batch, heading_prior_deg)
+        label = self._label(model, batch)
         bins = torch.ones_like(batch["heading"])[:, None]
         if isinstance(model, CCVPE):
             bins = bin_weights(batch["heading"], model.spec.bins)
@@ -195,19 +198,20 @@ class DistillationLoss:
     def to_json(self) -> dict[str, Any]:
         """See :class:`HeatMapLoss`."""
         mode_based = self.teacher is None
-        sigma = self.sigma if mode_based else None
-        return {"name": "distillation", "levels": self.levels, "mode_based": mode_based, "sigma": sigma}
+        target = {"sigma": self.sigma} if mode_based else {"teacher_prior_deg": self.teacher_prior_deg}
+        return {"name": "distillation", "levels": self.levels, "mode_based": mode_based, **target}
 
-    def _label(
-        self, model: CrossViewModel, batch: Mapping[str, Tensor], heading_prior_deg: float | None
-    ) -> Tensor:
+    def _label(self, model: CrossViewModel, batch: Mapping[str, Tensor]) -> Tensor:
         if self.teacher is None:
             grid = model.grid
             cell = (batch["position"] - batch["position"].new_tensor(grid.origin)) / grid.scale
-            return gaussian_label(cell, model.map_size, self.sigma)
-        teacher = self.teacher.eval().to(batch["ground"].device)
+            return gaussian_label(cell, model.map_size, self.sigma / grid.scale)
+        teacher, prior = self.teacher.eval().to(batch["ground"].device), self.teacher_prior_deg
+        if prior is not None and model.spec.camera == "panorama":
+            # The student's panoramas may be turned further than the teacher is to search.
+            batch = turn_back(batch)
         with torch.no_grad():
-            maps = _match(teacher, batch, heading_prior_deg)
+            maps = _match(teacher, batch, prior)
             logits = maps.within(batch["fix"], search_radius(batch)).logits
             share: Tensor = logits.float().flatten(1).softmax(1).view_as(logits)
         return share

@@ -247,6 +247,8 @@ def train(
             rng = np.random.default_rng([options.seed, count, fabric.global_rank])
             prior = options.heading_priors_deg[count % len(options.heading_priors_deg)]
             batch = turn_at_random(batch, rng, prior)
+            # For drop-connect: a resumed run drops the same blocks.
+            torch.manual_seed(int(rng.integers(1 << 62)))
             for group in optimizer.param_groups:
                 group["lr"] = options.learning_rate * _rate(options, count, options.epochs * per_epoch)
             value = wrapped(batch, prior)

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from xview_loc.datasets.base import Batch
 
 
-def turn_panoramas(batch: Batch, columns: NDArray[np.int64]) -> Batch:
+def turn_panoramas(batch: Mapping[str, Tensor], columns: NDArray[np.int64]) -> Batch:
     """Turn each panorama to the left by ``columns`` (B,), and its heading with it."""
     ground = batch["ground"]
     turned = torch.stack([g.roll(int(c), 2) for g, c in zip(ground, columns, strict=True)])
     angle = torch.as_tensor(columns, dtype=torch.float32, device=ground.device)
     heading = batch["heading"] + angle * (2 * math.pi / ground.shape[3])
     return {**batch, "ground": turned, "heading": heading}
+
+
+def turn_back(batch: Mapping[str, Tensor]) -> Batch:
+    """Turn each panorama north by its heading."""
+    columns = batch["heading"] * (batch["ground"].shape[3] / (2 * math.pi))
+    return turn_panoramas(batch, -columns.round().long().cpu().numpy())
 
 
 def random_turns(
