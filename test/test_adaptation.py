@@ -62,6 +62,7 @@ from xview_loc.recordings.tracks import TrackError, read_timed_track
 from xview_loc.simulation.city import City
 from xview_loc.training.losses import DistillationLoss, pool_label
 from xview_loc.training.trainer import BEST_FILE, TrainingError, TrainingProgress, make_fabric
+from xview_loc.training.turned_panoramas import turn_panoramas
 
 START_NS = 1_700_000_000_000_000_000
 FABRIC = make_fabric("cpu")
@@ -347,7 +348,8 @@ def test_the_loss_is_that_of_an_independent_computation(name: str) -> None:
         maps = model.match(batch["ground"], model.encode_aerial(batch["aerial"]), everywhere, **extra)
     row, col = ((batch["position"][0] - torch.tensor(maps.grid.origin)) / maps.grid.scale).tolist()
     y, x = np.mgrid[:side, :side]
-    label = np.exp(-((y - row) ** 2 + (x - col) ** 2) / 18.0)
+    sigma = 3.0 / maps.grid.scale  # pixels of the tile
+    label = np.exp(-((y - row) ** 2 + (x - col) ** 2) / (2 * sigma**2))
     total = 0.0
     for level in maps.levels[:count]:
         cells = level.shape[2]
@@ -683,7 +685,7 @@ def test_drives_with_unknown_headings_are_smoothed(
     teacher: Checkpoint, simulated_drive: tuple[PairDataset, np.ndarray], tmp_path: Path
 ) -> None:
     source, truth = simulated_drive
-    chosen = options(teacher.model, smooth=True, heading_priors_deg=(None,))
+    chosen = options(teacher.model, smooth=True, heading_prior_deg=None)
     run = Distillation(FABRIC, teacher, source, tmp_path, chosen, true_from_fix=truth)
     maxima = run.teacher_labels()
     smoothed = run.smoothed(maxima, teacher)
@@ -737,12 +739,57 @@ def test_every_model_and_heading_is_adapted(
     save_checkpoint(model, tmp_path / "teacher.safetensors")
     first = load_checkpoint(tmp_path / "teacher.safetensors")
     source = simulated_pairs(model.spec, cache, model.half_extent_m)
-    chosen = options(model, heading_priors_deg=(prior,), keep=0.6)
+    chosen = options(model, heading_prior_deg=prior, keep=0.6)
     adapted = Distillation(FABRIC, first, source, tmp_path, chosen).run()
     assert 0 < adapted.kept.sum() < len(adapted.labels)
     assert math.isfinite(adapted.student.history[0]["loss"])
     changed = adapted.student.load().model.state_dict()
     assert any(not torch.equal(value, changed[key]) for key, value in model.state_dict().items())
+
+
+def test_one_student_serves_with_and_without_a_heading(tiny: Checkpoint, tiny_city: SimulatedDataset) -> None:
+    """CCVPE panoramas are turned in training whatever is known; other students are trained as read."""
+    small = create_model("ggcvt-tiny")
+    for model, turned, prior, trained in (
+        (tiny.model, None, 0.0, None),
+        (tiny.model, None, None, None),
+        (tiny.model, False, 0.0, 0.0),
+        (tiny.model, False, 30.0, 30.0),
+        (small, None, 0.0, 0.0),
+    ):
+        chosen = options(model, heading_prior_deg=prior, turned=turned)
+        assert chosen.heading_prior_deg == prior and chosen.training.heading_priors_deg == (trained,)
+
+
+def test_turned_students_learn_from_the_teacher_s_upright_heat_maps(city: SimulatedDataset) -> None:
+    torch.manual_seed(0)
+    model = create_model("ccvpe-tiny").eval()
+    batch = default_collate([city[index] for index in range(3)])
+    batch["heading"] = torch.zeros(3)
+    loss = DistillationLoss(2, teacher=model, teacher_prior_deg=0.0)
+    turned = turn_panoramas(batch, np.array([16, 96, 200]))
+    with torch.no_grad():
+        torch.testing.assert_close(loss._label(model, turned), loss._label(model, batch))
+        searched = replace(loss, teacher_prior_deg=None)
+        assert not torch.allclose(searched._label(model, batch), loss._label(model, batch), rtol=0.1)
+
+
+def test_a_dataset_with_truth_picks_the_epoch(tiny: Checkpoint, cache: Path, tmp_path: Path) -> None:
+    """All pairs are trained on then; the dataset's are the held-out ones of verdict and report."""
+    source = simulated_pairs(SPEC, cache)
+    run = Distillation(
+        FABRIC, tiny, source, tmp_path, options(tiny.model, epochs=2, keep=1.0), validation=source
+    )
+    assert len(run.training_index) == 40 and run.held_out_index.tolist() == list(range(40, 80))
+    adapted = run.run()
+    history = adapted.student.history
+    best = min(history, key=lambda entry: entry["known_mean_m"])
+    written = load_checkpoint(adapted.student.path).metadata["training"]
+    assert written["epoch"] == best["epoch"] and written["validation"] == source.name
+    assert len(adapted.kept) == 40 and len(adapted.after.plain) == 40
+    # The same poses are the truth of the held-out pairs; of the others none was given.
+    assert np.isfinite(run.true_errors_m(adapted.after.plain)).all()
+    assert np.isnan(run.true_errors_m(adapted.labels)).all()
 
 
 def test_the_ablation_measures_every_part(
