@@ -152,6 +152,7 @@ def adapt(
             return
         from xview_loc.adaptation.report import REPORT_FILE, STUDENT_FILE, write_results
 
+        _check_padding(distillation, progress.first)
         adapted = distillation.run()
         if not progress.first:
             return
@@ -186,6 +187,7 @@ def ablate(
             measured = None if truth is None else (source, truth)
         if measured is None and (test is not None or distillation.true_from_fix is None):
             raise UsageError("ablate needs true positions: give --truth, or --test with --test-truth")
+        _check_padding(distillation, progress.first)
         rows = run_ablation(distillation, measured)
         if not progress.first:
             return
@@ -252,6 +254,16 @@ def _source(data: list[str], model: CrossViewModel) -> PairSource:
     if len(data) == 1 and ":" in data[0] and not folders[0].exists():
         return open_dataset(data[0], model.spec, half_extent_m=model.half_extent_m)
     return PairDataset(folders, model.spec)
+
+
+def _check_padding(distillation: Distillation, verbose: bool) -> None:
+    from xview_loc.adaptation.labelling import ReadOptions
+    from xview_loc.adaptation.padding import padding_warning
+
+    options = ReadOptions(distillation.options.heading_prior_deg)
+    warning = padding_warning(distillation.fabric, distillation.teacher, distillation.source, options)
+    if warning and verbose:
+        console.print(f"warning: {warning}", soft_wrap=True)
 
 
 def _true_positions(
