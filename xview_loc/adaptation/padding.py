@@ -12,6 +12,7 @@ from xview_loc.datasets.base import PairSource
 from xview_loc.models import create_model
 from xview_loc.models.base import CrossViewModel
 from xview_loc.models.checkpoint import Checkpoint
+from xview_loc.statistics import MIN_MEASUREMENTS
 
 # Models that differ in their padding alone.
 _ALTERNATIVES = {"ccvpe-vigor": "ccvpe-vigor-reflect", "ccvpe-vigor-reflect": "ccvpe-vigor"}
@@ -24,11 +25,12 @@ def padding_warning(
 ) -> str | None:
     """Run a published CCVPE file with both paddings; return a line if the other one fits better.
 
-    Returns None as well for models without an alternative, for files that name their model, and where there
-    are too few pairs to tell. Raises AdaptationError if no pair can be used.
+    Returns None also for models without an alternative, for files that name their model, and for too few
+    pairs. Raises AdaptationError if no pair can be used.
     """
     name = checkpoint.model.spec.name
-    if "format" in checkpoint.metadata or name not in _ALTERNATIVES:
+    published = "format" not in checkpoint.metadata
+    if not published or name not in _ALTERNATIVES or len(source) < MIN_MEASUREMENTS:
         return None
     other = create_model(_ALTERNATIVES[name])
     other.load_state_dict(checkpoint.model.state_dict())
