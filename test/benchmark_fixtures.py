@@ -39,10 +39,12 @@ def write_image(path: Path, image: Image) -> Path:
     return path
 
 
-def write_labels(root: Path, city: str, stem: str, lines: list[str], corrected: bool = True) -> Path:
+CORRECTED = "splits__corrected/{city}/{stem}__corrected.txt"
+
+
+def write_labels(root: Path, city: str, stem: str, lines: list[str], layout: str = CORRECTED) -> Path:
     """Write one of VIGOR's label files."""
-    mark = "__corrected" if corrected else ""
-    path = root / f"splits{mark}" / city / f"{stem}{mark}.txt"
+    path = root / layout.format(city=city, stem=stem)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n")
     return path

@@ -178,13 +178,31 @@ def test_both_kinds_of_labels_and_all_splits_are_found(tmp_path: Path) -> None:
     for city in ("NewYork", "Seattle", "SanFrancisco", "Chicago"):
         write_labels(tmp_path, city, "same_area_balanced_train", [vigor_line(0, 10.0)])
         write_labels(tmp_path, city, "same_area_balanced_test", [vigor_line(0), vigor_line(1)])
-        write_labels(tmp_path, city, "same_area_balanced_test", [vigor_line(0, -50.0)], corrected=False)
+        write_labels(
+            tmp_path, city, "same_area_balanced_test", [vigor_line(0, -50.0)], "splits/{city}/{stem}.txt"
+        )
         write_vigor_images(tmp_path, city, vigor_line(0), GREY, noise(np.random.default_rng(0), 80, 80))
     assert len(VigorDataset(tmp_path, "same-train", SPEC)) == 4
     assert len(VigorDataset(tmp_path, "same-test", SPEC)) == 8
     original = open_dataset(f"vigor:{tmp_path}:same-test:original", SPEC)
     assert len(original) == 4
     assert original[2]["position"].tolist() == pytest.approx([255.5 - 40, 255.5])
+
+
+@pytest.mark.parametrize("name", ["{stem}__corrected.txt", "{stem}.txt"])
+def test_corrected_labels_are_found_where_the_models_authors_keep_them(tmp_path: Path, name: str) -> None:
+    for city in ("NewYork", "Seattle"):
+        write_labels(
+            tmp_path, city, "pano_label_balanced", [vigor_line(0, 10.0)], f"splits_new/{{city}}/{name}"
+        )
+        write_vigor_images(tmp_path, city, vigor_line(0), GREY, noise(np.random.default_rng(0), 80, 80))
+    dataset = VigorDataset(tmp_path, "cross-train", SPEC)
+    assert dataset[0]["position"].tolist() == pytest.approx([255.5 + 8, 255.5]) and len(dataset) == 2
+    # SliceMatch's own folder is read where there is one.
+    write_labels(tmp_path, "Seattle", "pano_label_balanced", [vigor_line(0, 20.0)])
+    assert VigorDataset(tmp_path, "cross-train", SPEC)[1]["position"][0] == pytest.approx(255.5 + 16)
+    with pytest.raises(DatasetError, match=r"splits/NewYork/pano_label_balanced.txt does not exist"):
+        VigorDataset(tmp_path, "cross-train", SPEC, labels="original")
 
 
 def test_errors_are_one_line(tmp_path: Path) -> None:

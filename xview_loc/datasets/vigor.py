@@ -38,6 +38,12 @@ _SPLITS = {
     **{part: (_TARGET, "pano_label_balanced") for part in PARTS},
 }
 SPLITS = tuple(_SPLITS)
+# Folders of label files and ends of their names; the first file that exists is read. The authors of CCVPE and
+# GGCVT keep the corrected labels in splits_new, under either name.
+_LAYOUTS: dict[Labels, tuple[tuple[str, str], ...]] = {
+    "corrected": (("splits__corrected", "__corrected"), ("splits_new", "__corrected"), ("splits_new", "")),
+    "original": (("splits", ""),),
+}
 
 
 class _Label(NamedTuple):
@@ -61,8 +67,9 @@ class VigorDataset(PoseDataset):
     """VIGOR's panoramas on their positive tiles, in the original folders under ``root``.
 
     Images are ROOT/CITY/panorama/*.jpg and ROOT/CITY/satellite/*.png. Labels are ROOT/splits/CITY/*.txt
-    (``"original"``) or ROOT/splits__corrected/CITY/*__corrected.txt (``"corrected"``, by SliceMatch's
-    authors, who corrected the ground resolution). Lists of tiles are not needed.
+    (``"original"``), or those by SliceMatch's authors, who corrected the ground resolution (``"corrected"``):
+    ROOT/splits__corrected/CITY/*__corrected.txt, else ROOT/splits_new/CITY/*__corrected.txt or *.txt. Lists
+    of tiles are not needed.
 
     ``split``: ``same-train`` and ``same-test`` (all cities); ``cross-train`` (New York, Seattle) and
     ``cross-test`` (San Francisco, Chicago); ``adapt``, ``validation`` and ``test`` are 70, 10 and 20 % of
@@ -153,8 +160,8 @@ class VigorDataset(PoseDataset):
 
 
 def _read(root: Path, city: str, stem: str, labels: Labels) -> Iterator[_Label]:
-    corrected = "__corrected" if labels == "corrected" else ""
-    path = root / f"splits{corrected}" / city / f"{stem}{corrected}.txt"
+    files = [root / folder / city / f"{stem}{end}.txt" for folder, end in _LAYOUTS[labels]]
+    path = next((file for file in files if file.exists()), files[0])
     for number, line in enumerate(read_lines(path), start=1):
         fields = line.split()
         # A panorama, then four tiles, each with the panorama's position on it; the first is the positive one.
