@@ -53,7 +53,8 @@ def test_both_backbones_of_ccvpe_start_from_one_file(tmp_path: Path) -> None:
 def test_both_encoders_of_ggcvt_start_from_the_first_blocks(tmp_path: Path) -> None:
     torch.manual_seed(0)
     state = vgg16()
-    torch.save({"state_dict": state}, tmp_path / "vgg16.pth", _use_new_zipfile_serialization=False)
+    parallel = {f"module.{key}": value for key, value in state.items()}
+    torch.save({"state_dict": parallel}, tmp_path / "vgg16.pth", _use_new_zipfile_serialization=False)
     model = create_model("ggcvt-vigor")
     unused = load_pretrained(model, tmp_path / "vgg16.pth")
     assert unused == [key for key in state if "features" not in key or int(key.split(".")[1]) > 14]

@@ -14,10 +14,12 @@ def load_pretrained(model: CrossViewModel, path: Path) -> list[str]:
     """Load ImageNet weights into both backbones of a model; return the file's keys that it does not use.
 
     ``path`` holds the state dict of an EfficientNet-B0 for CCVPE (keys such as ``_conv_stem.weight``), of a
-    VGG-16 for GGCVT (torchvision's keys, such as ``features.0.weight``). Code in the file is never run.
+    VGG-16 for GGCVT (torchvision's keys, such as ``features.0.weight``), those of a DataParallel included.
+    Code in the file is never run.
     Raises CheckpointError if it does not fit the backbones, OSError if it cannot be read.
     """
-    state = read_torch(path, path.read_bytes())
+    weights = read_torch(path, path.read_bytes())
+    state = {key.removeprefix("module."): value for key, value in weights.items()}
     what, backbones, own_key = _backbones(model)
     missing = [key for key in own_key if key not in state and not key.endswith("num_batches_tracked")]
     if missing:
