@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ from adaptation_fixtures import (
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, default_collate
 
-from xview_loc.adaptation import ablation
+from xview_loc import models
+from xview_loc.adaptation import ablation, padding
 from xview_loc.adaptation import distillation as distill
 from xview_loc.adaptation import verdict as verdicts_module
 from xview_loc.adaptation.distillation import AdaptationOptions, Adapted, Distillation
@@ -42,11 +44,12 @@ from xview_loc.adaptation.heat_map_store import store_heat_maps, stored_bytes
 from xview_loc.adaptation.indicators import Indicators, LabelFreeValidation, LabelsByView, label_views
 from xview_loc.adaptation.labelling import ReadOptions, encode_tiles, label_pairs, with_model_headings
 from xview_loc.adaptation.labels import AdaptationError, PseudoLabels, distance_m, reliable
+from xview_loc.adaptation.padding import padding_warning
 from xview_loc.adaptation.report import round_lines, write_results
 from xview_loc.adaptation.verdict import Verdict, judge
 from xview_loc.bags.ros_types import header, message, quaternion, serialize
 from xview_loc.cli import main
-from xview_loc.datasets import SimulatedDataset
+from xview_loc.datasets import SimulatedDataset, simulated
 from xview_loc.datasets.base import DatasetError, PairSample, PairSource, true_from_fix
 from xview_loc.datasets.pairs import PairDataset
 from xview_loc.errors import UserError
@@ -56,10 +59,11 @@ from xview_loc.images import encode_jpeg
 from xview_loc.maps.base import AerialTile
 from xview_loc.models import create_model
 from xview_loc.models.base import CrossViewModel
+from xview_loc.models.ccvpe import CCVPE, CONFIGS
 from xview_loc.models.checkpoint import Checkpoint, load_checkpoint, load_model, save_checkpoint
 from xview_loc.recordings.pairs import Pair, PairWriter
 from xview_loc.recordings.tracks import TrackError, read_timed_track
-from xview_loc.simulation.city import City
+from xview_loc.simulation.city import City, build_city
 from xview_loc.training.losses import DistillationLoss, pool_label
 from xview_loc.training.trainer import BEST_FILE, TrainingError, TrainingProgress, make_fabric
 from xview_loc.training.turned_panoramas import turn_panoramas
@@ -953,3 +957,26 @@ def test_a_dry_run_does_nothing(cache: Path, tmp_path: Path) -> None:
     assert "student: 22 pairs, about" in printed and "MB of disk" in printed
     assert "auxiliary" not in printed
     assert not (tmp_path / "out").exists()
+
+
+def test_the_other_padding_is_noticed(
+    teacher: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shipped weights were trained with reflect padding; their plain state dict does not say so."""
+    familiar = build_city(3, "source", size_m=500.0)
+    monkeypatch.setattr(simulated, "build_city", lambda seed, style: familiar)
+    pairs = SimulatedDataset("source", range(3, 4), 64, SPEC, cache_dir=tmp_path)
+    zeros = replace(CONFIGS["ccvpe-small"], spec=replace(SPEC, name="ccvpe-zeros"), padding="zeros")
+    monkeypatch.setitem(models._CONSTRUCTORS, "ccvpe-zeros", partial(CCVPE, zeros))
+    monkeypatch.setattr(
+        padding, "_ALTERNATIVES", {"ccvpe-small": "ccvpe-zeros", "ccvpe-zeros": "ccvpe-small"}
+    )
+    torch.save(teacher.model.state_dict(), tmp_path / "published.pt")
+    warnings = {
+        name: padding_warning(FABRIC, load_checkpoint(tmp_path / "published.pt", name), pairs, ReadOptions())
+        for name in ("ccvpe-zeros", "ccvpe-small")
+    }
+    assert warnings["ccvpe-small"] is None
+    assert warnings["ccvpe-zeros"] is not None and "--model ccvpe-small" in warnings["ccvpe-zeros"]
+    # Our own files name their model.
+    assert padding_warning(FABRIC, teacher, pairs, ReadOptions()) is None

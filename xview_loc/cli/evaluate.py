@@ -117,10 +117,14 @@ def evaluate(
     published figures are printed too. Samples of a benchmark that cannot be read are named and left out; the
     exit code is then 3.
     """
+    from xview_loc.adaptation.labelling import ReadOptions
+    from xview_loc.adaptation.padding import padding_warning
     from xview_loc.evaluation import evaluate as evaluate_model
     from xview_loc.report import finite
+    from xview_loc.training.trainer import make_fabric
 
-    net = load(model, checkpoint, heading).model
+    loaded = load(model, checkpoint, heading)
+    net = loaded.model
     unreadable: list[UserError] = []
     if dataset is None:
         content = _on_drives(net, style, cities, frames, heading)
@@ -130,6 +134,11 @@ def evaluate(
         except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch without CUDA
             raise UsageError(f"no device {device!r}: {reason(error)}") from None
         data, prior = open_benchmark(net, dataset, root, split, heading, labels, intrinsics)
+        fabric = make_fabric(next(net.parameters()).device.type)
+        warning = padding_warning(fabric, loaded, data, ReadOptions(prior, workers=workers))
+        if warning:
+            console.print(f"warning: {warning}", markup=False, soft_wrap=True)
+        net.to(device)  # the warning's device may be another one of the same type
         with Progress(console=console, transient=True) as progress:
             bar = progress.add_task("samples", total=len(data))
             errors = evaluate_model(
