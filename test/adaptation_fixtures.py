@@ -53,6 +53,27 @@ _GGCVT_TINY = replace(
 
 
 @contextmanager
+def tiny_published_models() -> Iterator[None]:
+    """Replace the published models by ones of fewer features, on smaller images of the same extent."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, ccvpe in CCVPE_CONFIGS.items():
+            if ccvpe.spec.name != "ccvpe-small":
+                spec = _smaller(ccvpe.spec, 80, bins=_CCVPE_TINY.spec.bins)
+                config = replace(_CCVPE_TINY, spec=spec, padding=ccvpe.padding)
+                patch.setitem(models._CONSTRUCTORS, name, partial(CCVPE, config))
+        for name, ggcvt in GGCVT_CONFIGS.items():
+            if ggcvt.spec.name != "ggcvt-small":
+                smaller = replace(ggcvt, spec=_smaller(ggcvt.spec, 128), channels=_GGCVT_TINY.channels)
+                patch.setitem(models._CONSTRUCTORS, name, partial(GGCVT, smaller))
+        yield
+
+
+def _smaller(spec: ModelSpec, side: int, **changes: int) -> ModelSpec:
+    gsd = spec.gsd * spec.aerial_size / side
+    return replace(spec, ground_size=SPEC.ground_size, aerial_size=side, gsd=gsd, **changes)
+
+
+@contextmanager
 def tiny_models() -> Iterator[None]:
     """Add ``ccvpe-tiny`` and ``ggcvt-tiny`` to the models; both take the panoramas of ``ccvpe-small``."""
     with pytest.MonkeyPatch.context() as patch:
