@@ -188,7 +188,7 @@ def test_published_files_of_ggcvt_give_the_same_maps(tmp_path: Path) -> None:
         assert loaded.note == f"read as ggcvt-small: {done}normalisation unit"
     half = {(f"module.{key}" if key.startswith("GrdEnc") else key): value for key, value in state.items()}
     torch.save(half, tmp_path / "half.pt")
-    assert "unexpected (first: module.GrdEnc" in fails(tmp_path / "half.pt", "ggcvt-small")
+    assert "unexpected weights (first: module.GrdEnc" in fails(tmp_path / "half.pt", "ggcvt-small")
     save_checkpoint(model, tmp_path / "ours.safetensors")
     assert load_checkpoint(tmp_path / "ours.safetensors").note == ""
 
@@ -279,8 +279,8 @@ def test_wrong_model(model: CrossViewModel, saved: Path, tmp_path: Path) -> None
 def test_weights_that_do_not_fit(model: CrossViewModel, tmp_path: Path) -> None:
     bias = "deconv4__bias"
     path = tmp_path / "model.safetensors"
-    assert "1 missing (first: deconv4.bias)" in fails(altered(model, path, **{bias: None}))
-    assert "1 unexpected (first: extra)" in fails(altered(model, path, extra=torch.zeros(2)))
+    assert "1 missing weights (first: deconv4.bias)" in fails(altered(model, path, **{bias: None}))
+    assert "1 unexpected weights (first: extra)" in fails(altered(model, path, extra=torch.zeros(2)))
     assert "has shape (3,), not (96,)" in fails(altered(model, path, **{bias: torch.zeros(3)}))
     assert "has type" in fails(altered(model, path, **{bias: torch.zeros(96, dtype=torch.int64)}))
     for value in (float("nan"), float("inf")):

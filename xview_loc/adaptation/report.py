@@ -27,7 +27,7 @@ from xview_loc.report import Page, finite
 STUDENT_FILE, METRICS_FILE, REPORT_FILE = "student.safetensors", "metrics.json", "report.html"
 # Descriptions of the indicators.
 _INDICATORS = {
-    "score": "inconsistency (mean of the next three), m",
+    "score": "score: mean inconsistency (of the next three), m",
     "tile_shift": "change when the tile is shifted, m",
     "turn": "change when the panorama is turned, m",
     "motion": "difference of steps from odometry, m",
@@ -139,8 +139,8 @@ def _page(
 ) -> Page:
     page = Page(f"Adaptation of {metrics['model']}: " + ("deploy" if verdict.deploy else "do not deploy"))
     page.text(
-        f"The student was trained on {metrics['trained_on']} of {metrics['pairs']} pairs and judged on "
-        f"{metrics['held_out']} held-out ones; {metrics['unreadable']} could not be read."
+        f"The student was trained on {metrics['trained_on']} of {len(distillation.training_index)} pairs and "
+        f"judged on {metrics['held_out']} held-out ones; {metrics['unreadable']} could not be read."
     )
     for line in (*round_lines(metrics.get("rounds", ())), *verdict.reasons):
         page.text(line)
@@ -178,7 +178,7 @@ def _page(
         page.heading("Along the drives")
         drawn = figures.track_map(distillation, adapted)
         page.figure(drawn, "Held-out pairs, coloured by how far the estimate moved, m")
-    page.heading("Pairs whose estimate moved most")
+    page.heading("Held-out pairs whose estimate moved most, from teacher to student")
     for figure, caption in figures.moved_pairs(distillation, adapted, student):
         page.figure(figure, caption)
     page.heading("Epochs")

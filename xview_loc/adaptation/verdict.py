@@ -38,11 +38,14 @@ def judge(before: Indicators, after: Indicators) -> Verdict:
     mean = float(np.nanmean(change))
     enough = len(change) >= MIN_MEASUREMENTS
     consistent = better >= SIGNIFICANT
-    reasons = [
-        f"mean inconsistency of the estimates {np.nanmean(after.score_terms()):.2f} m, previously "
-        f"{np.nanmean(before.score_terms()):.2f} m ({mean:+.2f} m, 95 % interval {low:+.2f} to {high:+.2f}): "
-        + ("better" if consistent else "not significantly better")
-    ]
+    scores = (
+        f"score (mean inconsistency of the estimates) {np.nanmean(after.score_terms()):.2f} m, previously "
+        f"{np.nanmean(before.score_terms()):.2f} m"
+    )
+    change_text = f" ({mean:+.2f} m, 95 % interval {low:+.2f} to {high:+.2f}): "
+    change_text += "better" if consistent else "not significantly better"
+    # From too few pairs, the interval would mean nothing.
+    reasons = [scores + change_text if enough else scores]
     if not enough:
         reasons.append(f"{len(change)} held-out pairs are too few to judge: {MIN_MEASUREMENTS} are needed")
     far_before, far_after = (
@@ -54,7 +57,7 @@ def judge(before: Indicators, after: Indicators) -> Verdict:
     else:
         close = certainty_of_decrease(far_before - far_after) < SIGNIFICANT
         reasons.append(
-            f"{np.nanmean(far_after):.1%} of the maxima of whole maps lie more than {SEARCH_SIGMAS:.0f} "
+            f"{np.nanmean(far_after):.1%} of the maxima of whole heat maps lie more than {SEARCH_SIGMAS:.0f} "
             f"sigma from their coarse fix, previously {np.nanmean(far_before):.1%}: "
             + ("not significantly more" if close else "more than before")
         )

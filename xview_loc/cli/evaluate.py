@@ -63,7 +63,13 @@ Frames = Annotated[int, typer.Option(min=1, help="Frames of each drive, one a se
 KnownHeading = Annotated[Heading, typer.Option(help="Is the heading known?")]
 Dataset = Annotated[Benchmark | None, typer.Option(help="Benchmark to use instead of simulated drives.")]
 Root = Annotated[Path | None, typer.Option(help="Folder of the benchmark.")]
-Split = Annotated[str, typer.Option(help="Split of the benchmark.")]
+Split = Annotated[
+    str,
+    typer.Option(
+        help="Split of the benchmark: test, validation, adapt; VIGOR also same-train, same-test, "
+        "cross-train, cross-test; KITTI train, test1, test2."
+    ),
+]
 
 
 # Exit code if samples of a benchmark were left out, and how many of them are named.

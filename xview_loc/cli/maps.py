@@ -40,7 +40,8 @@ def info(source: Source, header: Headers = None, api_key_env: KeyEnv = "") -> No
         south, west, north, east = facts.bounds
         console.print(f"bounds       {south:.6f},{west:.6f},{north:.6f},{east:.6f} (south,west,north,east)")
     if facts.resolution_m:
-        console.print(f"resolution   {facts.resolution_m:.3f} m/px")
+        where = "" if facts.bounds else " at the equator"
+        console.print(f"resolution   {facts.resolution_m:.3f} m/px{where}")
     if facts.zooms:
         console.print(f"zooms        {facts.zooms[0]} to {facts.zooms[1]}")
     console.print(f"attribution  {facts.attribution or 'none given'}")

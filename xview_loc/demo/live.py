@@ -27,7 +27,8 @@ from xview_loc.evaluation import distance_m
 from xview_loc.maps import open_map
 from xview_loc.vehicle.messages import valid_stamp_ns
 
-START_TIMEOUT_S = 90.0
+# Generous: a busy machine takes a minute to build a city. A process that fails ends the wait at once.
+START_TIMEOUT_S = 600.0
 LAST_FRAME_TIMEOUT_S = 1.5
 FASTDDS_PROFILE = Path(__file__).resolve().parents[2] / "config" / "fastdds.xml"
 
@@ -163,7 +164,7 @@ class Demo:
     def need(self, condition: Callable[[], object], timeout_s: float, problem: str) -> None:
         """Wait for ``condition``. Raises SystemExit that names the ``problem`` on failure."""
         if not self.wait(condition, timeout_s):
-            raise SystemExit(f"{self._name}: {problem}; see the messages above")
+            raise SystemExit(f"{self._name}: {problem} (messages of its processes, if any, are above)")
 
     def finish(self, process: subprocess.Popen, timeout_s: float, problem: str) -> None:
         """Wait until a process has ended, also with an error. Raises SystemExit if that takes too long."""

@@ -210,11 +210,11 @@ def _check_state(path: Path, state: Mapping[str, Tensor], model: CrossViewModel)
     unexpected = [key for key in state if key not in wanted]
     if missing or unexpected:
         counts = [
-            f"{len(keys)} {what} (first: {keys[0]})"
+            f"{len(keys)} {what} weights (first: {keys[0]})"
             for keys, what in ((missing, "missing"), (unexpected, "unexpected"))
             if keys
         ]
-        raise CheckpointError(f"checkpoint {path} does not fit {name}: weights {', '.join(counts)}")
+        raise CheckpointError(f"checkpoint {path} does not fit {name}: {', '.join(counts)}")
     for key, value in state.items():
         own = wanted[key]
         problem = ""

@@ -53,9 +53,14 @@ class _Deployer(Node):
     def _call(self, kind: Any, service: str, request: Any) -> Any:
         client: Any = self.create_client(kind, f"{self._to}/{service}")
         if not client.wait_for_service(max(0.0, self._end - time.monotonic())):
-            raise DeploymentError(f"there is no localizer {self._to}: it offers no {service}")
+            raise DeploymentError(
+                f"no localizer answers as {self._to} ({service}): is it running, in the same ROS domain?"
+            )
         call = client.call_async(request)
         rclpy.spin_until_future_complete(self, call, timeout_sec=max(0.0, self._end - time.monotonic()))
         if not call.done():
-            raise DeploymentError(f"{self._to} does not answer {service} in time: raise --timeout")
+            raise DeploymentError(
+                f"{self._to} has not answered {service} in time. It may still prepare the checkpoint, and "
+                "will then use it: see checkpoint in /diagnostics, or call ~/rollback"
+            )
         return call.result()

@@ -173,6 +173,8 @@ class PairLoggerNode(VehicleNode):
         writer, self._writer = self._writer, None
         if writer is not None:
             self._complete_bag(writer)
+            self._health.value("pairs", writer.pairs)
+            self._health.value("pairs_per_s", "0.00")
 
     def before_report(self) -> None:
         """Report pairs, rate and size."""

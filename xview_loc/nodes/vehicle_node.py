@@ -358,7 +358,7 @@ class VehicleNode(LifecycleNode):
         for _ in range(dropped):
             self._health.count("frames_dropped")
         self._health.count("time_restarts")
-        text = f"{topic} stamps went back in time; collected inputs were forgotten"
+        text = f"{topic} stamps went back in time; collected inputs were discarded"
         self.get_logger().warning(text)
         self._health.condition("time_restart", WARN, text, for_s=RESTART_SHOWN_S)
 
