@@ -454,7 +454,7 @@ def test_deploy_waits_for_the_verdict(rig, tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     assert "in use" in deploy(good, "/localizer", 300.0) and "good.safetensors" in rig.parameter("checkpoint")
     assert rows_moved(rig.good_frame()) == pytest.approx(8, abs=0.1)
-    with pytest.raises(DeploymentError, match="no localizer /nobody"):
+    with pytest.raises(DeploymentError, match="no localizer answers as /nobody"):
         deploy(good, "/nobody", 1.0)
     command = [sys.executable, "-m", "xview_loc.cli", "deploy", str(bad)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
