@@ -753,6 +753,7 @@ def test_every_model_and_heading_is_adapted(
 
 def test_one_student_serves_with_and_without_a_heading(tiny: Checkpoint, tiny_city: SimulatedDataset) -> None:
     """CCVPE panoramas are turned in training whatever is known; other students are trained as read."""
+    assert options(tiny.model, smooth=True).training.heading_priors_deg == (0.0,)
     small = create_model("ggcvt-tiny")
     for model, turned, prior, trained in (
         (tiny.model, None, 0.0, None),

@@ -98,10 +98,12 @@ class AdaptationOptions:
         """Return the paper's options for a model; ``changes`` are fields of these or the training options.
 
         ``turned`` trains students on panoramas turned at random, by any angle, whatever is known of their
-        headings: one student then serves with known and unknown heading. None: as the paper does for CCVPE.
+        headings: one student then serves with known and unknown heading. None: as the paper does for CCVPE,
+        but not with smoothed labels.
         """
         if turned is None:
-            turned = isinstance(model, CCVPE) and model.spec.camera == "panorama"
+            panoramas = isinstance(model, CCVPE) and model.spec.camera == "panorama"
+            turned = panoramas and not changes.get("smooth", False)
         training = {name: changes.pop(name) for name in TrainingOptions.__annotations__ if name in changes}
         defaults: dict[str, Any] = {"epochs": 3, "batch_size": 8 if isinstance(model, CCVPE) else 4}
         defaults["heading_priors_deg"] = (None if turned else heading_prior_deg,)

@@ -51,7 +51,7 @@ class _Shared:
         typer.Option(
             "--turn/--no-turn",
             help="Train on panoramas turned at random, so that the student also finds headings. "
-            "Default: only for CCVPE.",
+            "Default: for CCVPE without --smooth.",
         ),
     ] = None
     keep: Annotated[
