@@ -37,6 +37,7 @@ from xview_loc.evaluation import (
 from xview_loc.geodesy import LocalProjection
 from xview_loc.models.base import CrossViewModel, HeatMapGrid, HeatMaps, ModelSpec
 from xview_loc.models.ccvpe import CCVPE, CONFIGS
+from xview_loc.models.checkpoint import Checkpoint
 from xview_loc.report import Page
 from xview_loc.simulation.city import City, build_city
 
@@ -344,7 +345,7 @@ def test_a_model_is_evaluated_on_kitti(benchmarks: Path, monkeypatch: pytest.Mon
     torch.manual_seed(0)
     config = CONFIGS["ccvpe-kitti"]
     narrow = replace(config, width=0.25, up=(32,) * 5, up_orientation=(32,) * 5, conv_orientation=(32,) * 5)
-    loaded = SimpleNamespace(model=CCVPE(narrow))
+    loaded = Checkpoint(CCVPE(narrow), {}, "")
     monkeypatch.setattr("xview_loc.models.checkpoint.load_model", lambda *_: loaded)
     output, errors = run(benchmarks, "kitti", "--heading", "unknown", "--split", "validation")
     assert "kitti validation, heading unknown" in output and "published" not in output
@@ -370,7 +371,7 @@ def test_errors_on_kitti_are_along_and_across(benchmarks: Path, monkeypatch: pyt
             logits[:, 251, 266] = 20.0
             return HeatMaps([], logits)
 
-    monkeypatch.setattr("xview_loc.models.checkpoint.load_model", lambda *_: SimpleNamespace(model=Always()))
+    monkeypatch.setattr("xview_loc.models.checkpoint.load_model", lambda *_: Checkpoint(Always(), {}, ""))
     output, errors = run(benchmarks, "kitti")
     # The truth: 4 m ahead of the tile's centre, 2 m to its right.
     ahead, right = 10.5 * spec.gsd - 4.0, -4.5 * spec.gsd - 2.0
