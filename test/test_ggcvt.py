@@ -214,7 +214,7 @@ def test_unused_branches_of_published_checkpoints_are_ignored(tmp_path: Path) ->
     loaded = load_checkpoint(path, "ggcvt-small").model.state_dict()
     assert loaded.keys() == state.keys() and all(torch.equal(loaded[key], state[key]) for key in state)
     torch.save({**state, "SatFeatureNet.extra": torch.zeros(1)}, path)
-    with pytest.raises(CheckpointError, match=r"1 unexpected \(first: SatFeatureNet.extra\)"):
+    with pytest.raises(CheckpointError, match=r"1 unexpected weights \(first: SatFeatureNet.extra\)"):
         load_checkpoint(path, "ggcvt-small")
 
 
