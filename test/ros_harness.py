@@ -33,7 +33,7 @@ HERE = Path(__file__).parent
 
 
 # Longest wait for anything: minutes of a machine that is busy with something else.
-PATIENCE_S = 300.0
+PATIENCE_S = 600.0
 
 
 @cache
