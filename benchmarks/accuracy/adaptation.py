@@ -122,7 +122,7 @@ def adapt_once(teacher: Checkpoint, folder: Path, seed: int, heading: str) -> di
     pairs, truth = open_pairs(folder, "pairs", spec)
     held = open_pairs(folder, "held", spec)
     prior = 0.0 if heading == "known" else None
-    options = AdaptationOptions.published(teacher.model, sigma=SIGMA, seed=seed, heading_priors_deg=(prior,))
+    options = AdaptationOptions.published(teacher.model, sigma=SIGMA, seed=seed, heading_prior_deg=prior)
     rates = Rates(options.training.batch_size)
     run = Distillation(
         make_fabric("cpu"),

@@ -76,7 +76,8 @@ class Cell:
     """A teacher and its students, tested on held-out pairs; stages are kept in a folder."""
 
     def __init__(self, teacher: Checkpoint, pairs: Source, held: Source, folder: Path, seed: int) -> None:
-        options = AdaptationOptions.published(teacher.model, sigma=SIGMA, seed=seed)
+        # All rows on panoramas as they are labelled, so that they differ in their labels alone.
+        options = AdaptationOptions.published(teacher.model, turned=False, sigma=SIGMA, seed=seed)
         self._run = Distillation(make_fabric("cpu"), teacher, pairs[0], folder, options)
         self._teacher, self._pairs, self._held, self._folder = teacher, pairs, held, folder
         self._truth = pairs[1]
