@@ -673,7 +673,7 @@ def test_the_drive_corrects_the_teacher(
     assert not list((tmp_path / "stages").glob("*.maps"))
     assert np.array_equal(adapted.labels.position, better.position)
     # All levels, and no filter.
-    assert adapted.recipe == (4, 1.0) and adapted.kept.all()
+    assert adapted.recipe == (4, 1.0, False) and adapted.kept.all()
     metrics = write_results(run, adapted, tmp_path)
     assert metrics["options"]["levels"] == 4 and metrics["unreadable"] == 0
     assert metrics["smoothing"]["pairs"] == len(labels) and metrics["smoothing"]["without_grounds"] == 0
@@ -724,12 +724,12 @@ def test_smoothing_says_what_it_cannot_do(
     run = Distillation(FABRIC, tiny, source, tmp_path / "smooth", chosen)
     adapted = run.run()
     metrics = write_results(run, adapted, tmp_path / "smooth")
-    assert not metrics["smoothing"]["used"] and adapted.recipe == (2, 0.8)
+    assert not metrics["smoothing"]["used"] and adapted.recipe == (2, 0.8, True)
     text = "smoothing was not used, but the teacher's maxima and the paper's recipe: "
     assert text in html.unescape((tmp_path / "smooth" / "report.html").read_text())
     # Without smoothing nothing is left to do: the stages are the same.
     stages = sorted((tmp_path / "smooth" / "stages").iterdir())
-    plain = Distillation(FABRIC, tiny, source, tmp_path / "smooth", options(tiny.model, turned=False)).run()
+    plain = Distillation(FABRIC, tiny, source, tmp_path / "smooth", options(tiny.model)).run()
     assert np.array_equal(adapted.labels.position, plain.labels.position)
     assert sorted((tmp_path / "smooth" / "stages").iterdir()) == stages
 
@@ -753,7 +753,6 @@ def test_every_model_and_heading_is_adapted(
 
 def test_one_student_serves_with_and_without_a_heading(tiny: Checkpoint, tiny_city: SimulatedDataset) -> None:
     """CCVPE panoramas are turned in training whatever is known; other students are trained as read."""
-    assert options(tiny.model, smooth=True).training.heading_priors_deg == (0.0,)
     small = create_model("ggcvt-tiny")
     for model, turned, prior, trained in (
         (tiny.model, None, 0.0, None),
@@ -763,7 +762,11 @@ def test_one_student_serves_with_and_without_a_heading(tiny: Checkpoint, tiny_ci
         (small, None, 0.0, 0.0),
     ):
         chosen = options(model, heading_prior_deg=prior, turned=turned)
-        assert chosen.heading_prior_deg == prior and chosen.training.heading_priors_deg == (trained,)
+        training = chosen.student_training(chosen.recipe(model, smoothed=False))
+        assert training.heading_priors_deg == (trained,)
+        if turned is None:
+            smoothed = chosen.student_training(chosen.recipe(model, smoothed=True))
+            assert smoothed.heading_priors_deg == (prior,)
 
 
 def test_turned_students_learn_from_the_teacher_s_upright_heat_maps(tiny_city: SimulatedDataset) -> None:

@@ -135,7 +135,7 @@ def adapt_once(teacher: Checkpoint, folder: Path, seed: int, heading: str) -> di
     )
     labels = run.teacher_labels()
     start = time.perf_counter()
-    levels, keep = run.recipe(smoothed=False)
+    levels, keep, _ = run.recipe(smoothed=False)
     auxiliary = run.student(labels, run.loss(levels), "auxiliary student")
     kept = reliable(labels, run.labels_of(auxiliary.load(), "auxiliary labels").of(labels.index), keep)
     student = run.student(labels.rows(kept), run.loss(levels), "student")

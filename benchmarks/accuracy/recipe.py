@@ -54,7 +54,7 @@ def run_recipe(teacher: Checkpoint, folder: Path, seed: int, turned: bool, drop_
         for chosen in (options, replace(options, heading_prior_deg=None))
     )
     labels = run.teacher_labels()
-    levels, keep = run.recipe(smoothed=False)
+    levels, keep, _ = run.recipe(smoothed=False)
     auxiliary = run.student(labels, run.loss(levels), "auxiliary student")
     kept = reliable(labels, run.labels_of(auxiliary.load(), "auxiliary labels").of(labels.index), keep)
     student = run.student(labels.rows(kept), run.loss(levels), "student")

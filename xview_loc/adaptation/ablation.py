@@ -60,7 +60,7 @@ def run_ablation(distillation: Distillation, measured: tuple[PairSource, Array] 
         kept = labels.rows(reliable(labels, other, keep))
         return distillation.student(kept, loss, f"student K'={levels} T={keep:.0%}")
 
-    levels, keep = distillation.recipe(smoothed=False)
+    levels, keep, _ = distillation.recipe(smoothed=False)
     rows = [Row(TABLE[0], None, None, errors(distillation.teacher))]
     for name, share, mode_based in zip(TABLE[1:], (1.0, 1.0, keep), (False, True, True), strict=True):
         rows.append(Row(name, levels, share, errors(student(levels, share, mode_based).load())))

@@ -60,66 +60,65 @@ OnProgress = Callable[[str, int, int], object]
 
 
 class Recipe(NamedTuple):
-    """How students are trained: K' supervised levels, and T, the share of labels kept (1: no filter)."""
+    """How students are trained.
+
+    K' supervised ``levels``; T, the share of labels to ``keep`` (1: no filter); on panoramas ``turned`` at
+    random by any angle, whatever is known of their headings, so that one student serves with and without a
+    heading.
+    """
 
     levels: int
     keep: float
+    turned: bool
 
 
 @dataclass(frozen=True)
 class AdaptationOptions:
     """Settings of an adaptation; use :meth:`published` for the paper's.
 
-    ``training`` is for both students. ``heading_prior_deg`` is the largest error of the pairs' headings, for
-    all labels (None: headings are unknown). ``levels`` and ``keep`` are those of :class:`Recipe` (None: the
-    default of :meth:`recipe`), ``sigma`` is the standard deviation of the label in tile pixels. The share
-    ``held_out`` of the pairs selects the epoch and decides the verdict. ``smooth`` corrects labels with whole
-    drives. From the second of at most ``rounds`` rounds on, the previous round's student labels the pairs.
+    ``training`` is for both students, except its heading priors (:meth:`student_training`).
+    ``heading_prior_deg`` is the largest error of the pairs' headings, for all labels (None: headings are
+    unknown). ``levels``, ``keep`` and ``turned`` are those of :class:`Recipe` (None: the default of
+    :meth:`recipe`), ``sigma`` is the standard deviation of the label in tile pixels. The share ``held_out``
+    of the pairs selects the epoch and decides the verdict. ``smooth`` corrects labels with whole drives. From
+    the second of at most ``rounds`` rounds on, the previous round's student labels the pairs.
     """
 
     training: TrainingOptions
     heading_prior_deg: float | None = 0.0
     levels: int | None = None
     keep: float | None = None
+    turned: bool | None = None
     sigma: float = 4.0
     held_out: float = 0.1
     smooth: bool = False
     rounds: int = 1
 
     @classmethod
-    def published(
-        cls,
-        model: CrossViewModel,
-        *,
-        heading_prior_deg: float | None = 0.0,
-        turned: bool | None = None,
-        **changes: Any,
-    ) -> AdaptationOptions:
-        """Return the paper's options for a model; ``changes`` are fields of these or the training options.
-
-        ``turned`` trains students on panoramas turned at random, by any angle, whatever is known of their
-        headings: one student then serves with known and unknown heading. None: as the paper does for CCVPE,
-        but not with smoothed labels.
-        """
-        if turned is None:
-            panoramas = isinstance(model, CCVPE) and model.spec.camera == "panorama"
-            turned = panoramas and not changes.get("smooth", False)
+    def published(cls, model: CrossViewModel, **changes: Any) -> AdaptationOptions:
+        """Return the paper's options for a model; ``changes`` are fields of these or the training options."""
         training = {name: changes.pop(name) for name in TrainingOptions.__annotations__ if name in changes}
-        defaults: dict[str, Any] = {"epochs": 3, "batch_size": 8 if isinstance(model, CCVPE) else 4}
-        defaults["heading_priors_deg"] = (None if turned else heading_prior_deg,)
-        return cls(TrainingOptions(**{**defaults, **training}), heading_prior_deg, **changes)
+        defaults = {"epochs": 3, "batch_size": 8 if isinstance(model, CCVPE) else 4}
+        return cls(TrainingOptions(**{**defaults, **training}), **changes)
 
     def recipe(self, model: CrossViewModel, smoothed: bool) -> Recipe:
         """Fill in defaults: the paper's for a model's own maxima.
 
         ``smoothed`` labels are nearly as good as true ones: all levels, and no filter.
         """
-        levels, keep = (2, 0.8) if isinstance(model, CCVPE) else (3, 0.7)
         if smoothed:
-            levels, keep = model.level_count, 1.0
-        return Recipe(
-            levels if self.levels is None else self.levels, keep if self.keep is None else self.keep
-        )
+            default = Recipe(model.level_count, 1.0, False)
+        elif isinstance(model, CCVPE):
+            default = Recipe(2, 0.8, model.spec.camera == "panorama")
+        else:
+            default = Recipe(3, 0.7, False)
+        given = {name: getattr(self, name) for name in Recipe._fields}
+        return default._replace(**{name: value for name, value in given.items() if value is not None})
+
+    def student_training(self, recipe: Recipe) -> TrainingOptions:
+        """Return the training options of a recipe's students."""
+        prior = None if recipe.turned else self.heading_prior_deg
+        return replace(self.training, heading_priors_deg=(prior,))
 
 
 @dataclass(frozen=True)
@@ -200,7 +199,8 @@ class Distillation:
         # What labels depend on: the seed only matters for random turns.
         self._turns = [prior, training.seed if prior != 0 else 0]
         self._model = teacher.model.eval()
-        check_heading(teacher.model.spec, options.training)
+        for smoothed in {False, options.smooth}:
+            check_heading(teacher.model.spec, options.student_training(self.recipe(smoothed)))
         levels = self.recipe(options.smooth).levels
         if not 1 <= levels <= teacher.model.level_count:
             raise AdaptationError(
@@ -273,12 +273,12 @@ class Distillation:
         auxiliary = None
         kept = np.ones(len(labels), bool)
         if recipe.keep < 1:
-            auxiliary_student = self.student(labels, loss, f"auxiliary student{name}")
+            auxiliary_student = self.student(labels, loss, f"auxiliary student{name}", recipe)
             others = self.labels_of(auxiliary_student.load(), f"auxiliary labels{name}").of(labels.index)
             labels = labels.of(others.index)  # a pair may have become unreadable
             kept = reliable(labels, others, recipe.keep)
             auxiliary = Auxiliary(auxiliary_student, others)
-        student = self.student(labels.rows(kept), loss, f"student{name}")
+        student = self.student(labels.rows(kept), loss, f"student{name}", recipe)
         before = self.held_out_labels(self.teacher) if before is None else before
         after = self.held_out_labels(student.load())
         return Adapted(labeller, maxima, labels, kept, auxiliary, student, before, after, recipe, smoothed)
@@ -327,11 +327,16 @@ class Distillation:
             shutil.rmtree(folder)
         return found
 
-    def student(self, labels: PseudoLabels, loss: DistillationLoss, stage: str) -> Student:
-        """Train a copy of the teacher on labelled pairs; the validation's score selects the epoch."""
+    def student(
+        self, labels: PseudoLabels, loss: DistillationLoss, stage: str, recipe: Recipe | None = None
+    ) -> Student:
+        """Train a copy of the teacher on labelled pairs; the validation's score selects the epoch.
+
+        ``recipe`` decides on turned panoramas; default: that of a model's own maxima.
+        """
         content = _digest(labels.index.tobytes(), labels.position.tobytes(), labels.heading.tobytes())
         data = LabelledPairs(self.source, labels, f"labels {content}")
-        options = self.options.training
+        options = self.options.student_training(recipe or self.recipe(smoothed=False))
         inputs = [data.name, loss.to_json(), comparable(options), self.held_out_index.tolist()]
         folder = self._path("student", self.teacher.sha256, inputs, self.fabric.world_size)
         validation: Validation

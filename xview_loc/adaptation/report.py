@@ -60,6 +60,8 @@ def _metrics(
     distillation: Distillation, adapted: Adapted, before: Indicators, after: Indicators, verdict: Verdict
 ) -> dict[str, Any]:
     """Summarise inputs and outcome as JSON values."""
+    options = distillation.options
+    options = replace(options, training=options.student_training(adapted.recipe))
     metrics: dict[str, Any] = {
         "model": distillation.teacher.model.spec.name,
         "data": distillation.source.name,
@@ -68,7 +70,7 @@ def _metrics(
         "trained_on": int(adapted.kept.sum()),
         "held_out": len(adapted.before.plain),
         "teacher_to_student_held_out_m": _spread(distance_m(adapted.before.plain, adapted.after.plain)),
-        "options": {**asdict(distillation.options), **adapted.recipe._asdict()},
+        "options": {**asdict(options), **adapted.recipe._asdict()},
         "indicators": {"teacher": before.summary(), "student": after.summary()},
         "epochs": {"student": distillation.history(adapted.student)},
         "verdict": asdict(verdict),

@@ -94,10 +94,11 @@ class _Shared:
             console.print(f"{self.checkpoint}: {teacher.note}", markup=False, soft_wrap=True)
         if self.batch_size is not None:
             more["batch_size"] = self.batch_size
+        more["turned"] = self.turn
         for name in ("keep", "levels", "sigma", "epochs", "learning_rate", "held_out", "seed", "workers"):
             more[name] = getattr(self, name)
         more["heading_prior_deg"] = _heading_prior(self.heading)
-        options = AdaptationOptions.published(teacher.model, turned=self.turn, **more)
+        options = AdaptationOptions.published(teacher.model, **more)
         source = _source(self.data, teacher.model)
         truth = _true_positions(source, self.truth, self.truth_topic, progress.first)
         spec, reach = teacher.model.spec, teacher.model.half_extent_m
