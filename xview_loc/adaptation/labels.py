@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 from xview_loc.datasets.base import PairSource, PoseDataset, Sample
 from xview_loc.errors import UserError
 from xview_loc.files import write_whole
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class AdaptationError(UserError):

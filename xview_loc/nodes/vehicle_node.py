@@ -22,13 +22,13 @@ from rclpy.qos import HistoryPolicy, QoSCompatibility, QoSProfile, ReliabilityPo
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image, Imu, NavSatFix
 
 from xview_loc.camera import CameraModel
-from xview_loc.errors import UserError
 from xview_loc.geodesy import LocalProjection
 from xview_loc.maps import open_map
 from xview_loc.maps.base import AerialMap
 from xview_loc.maps.store import TileStore
 from xview_loc.nodes import parameters
-from xview_loc.nodes.diagnostics import ERROR, WARN, Health
+from xview_loc.nodes.diagnostics import WARN, Health
+from xview_loc.nodes.transitions import transition
 from xview_loc.vehicle import messages as input_messages
 from xview_loc.vehicle.pairing import Paired, Pairing
 from xview_loc.vehicle.synchronisation import NS, GnssFix, RejectedInput, StampNotNewerError
@@ -97,6 +97,7 @@ class VehicleNode(LifecycleNode):
         self._params: dict[str, Any] = {}
         self._inputs: dict[str, Any] = {}
         self._worker: Worker | None = None
+        self._wait_timer: Any = None
         self._map: AerialMap | None = None
         self._tiles: TileStore | None = None
         self._needs_camera_info = False
@@ -105,55 +106,59 @@ class VehicleNode(LifecycleNode):
 
     # Lifecycle
 
+    @transition("configure", "not_configured")
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Get everything ready; report failures, as rclpy would swallow the exception."""
+        """Get everything ready."""
         try:
             self._configure()
-        except Exception as error:
+        except Exception:
             self.close()
-            text = " ".join(str(error).split())
-            if not isinstance(error, (UserError, ValueError, OSError)):
-                text = f"{type(error).__name__}: {text}"
-            self.get_logger().error(f"cannot configure: {text}")
-            self._health.condition("not_configured", ERROR, text)
-            return TransitionCallbackReturn.FAILURE
-        self._health.clear("not_configured")
+            raise
         _freeze_objects()
         self._state = "inactive"
         return TransitionCallbackReturn.SUCCESS
 
+    @transition("become active", "not_active")
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Start to listen."""
-        result = super().on_activate(state)
         try:
             self._worker = self.make_worker()
-        except OSError as error:
-            self._health.condition("not_active", ERROR, str(error))
-            self.get_logger().error(f"cannot become active: {error}")
-            return TransitionCallbackReturn.FAILURE
-        self._health.clear("not_active")
-        self._subscribe()
+            self._subscribe()
+        except Exception:
+            self._stop()
+            raise
         self._state = "active"
         self._active_since = time.monotonic()
         self.get_logger().info("active")
-        return result
+        return super().on_activate(state)
 
+    @transition("become inactive", "not_deactivated")
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Stop listening, and finish the frame in work."""
         self._stop()
         self._state = "inactive"
         return super().on_deactivate(state)
 
+    @transition("clean up", "not_cleaned_up")
     def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Release everything that configuring made."""
         self.close()
         self._state = "unconfigured"
         return TransitionCallbackReturn.SUCCESS
 
+    @transition("shut down", "not_shut_down")
     def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Release everything."""
-        self.close()
+        """Release everything; the node ends finalized, also if that fails."""
         self._state = "finalized"
+        self.close()
+        return TransitionCallbackReturn.SUCCESS
+
+    @transition("recover from an error", "not_recovered")
+    def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Release everything, so that the node can be configured again; if that fails it is finalized."""
+        self._state = "finalized"
+        self.close()
+        self._state = "unconfigured"
         return TransitionCallbackReturn.SUCCESS
 
     def destroy_node(self) -> None:
@@ -233,9 +238,11 @@ class VehicleNode(LifecycleNode):
         ]
         if self.wants_heading():
             inputs.append(Input(HEADING_TYPES[p["heading_source"]], "heading", self._on_heading))
+        # Runs while images wait. Humble and Iron cannot create a timer that is not running.
+        self._wait_timer = self.create_timer(0.02, self._release)
+        self._wait_timer.cancel()
         for one in inputs:
             self._listen(*one)
-        self._wait_timer = self.create_timer(0.02, self._release, autostart=False)
 
     def _listen(self, kind: Any, name: str, call: Callable[[Any], None], raw: bool = False) -> None:
         p = self._params
@@ -262,8 +269,9 @@ class VehicleNode(LifecycleNode):
         return guarded
 
     def _stop(self) -> None:
-        if self._inputs:
+        if self._wait_timer is not None:
             self.destroy_timer(self._wait_timer)
+            self._wait_timer = None
         for name in list(self._inputs):
             self._unlisten(name)
         if self._worker is not None:
