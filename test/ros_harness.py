@@ -77,8 +77,8 @@ class NodeProcess:
         self._log = log
         program = ["-m", module] if module else [str(HERE / "stub_node.py")]
         if not module:
-            # Stubs cannot be exported.
-            parameters = {"backend": "torch", **parameters}
+            # Stubs cannot be exported, and have no weights.
+            parameters = {"backend": "torch", "allow_untrained": True, **parameters}
         command = [sys.executable, *program, "--ros-args"]
         for name, value in parameters.items():
             text = str(value).lower() if isinstance(value, bool) else str(value)

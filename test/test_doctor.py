@@ -254,10 +254,10 @@ def test_how_a_published_file_was_read_is_said(no_rate, tmp_path):
     assert report.level("checkpoint") == "ok" and "padding reflect" in report.text("checkpoint")
 
 
-def test_random_weights_are_a_warning(no_rate):
+def test_a_model_without_weights_is_a_failure(no_rate):
     report = doctor("--model", "ccvpe-vigor")
-    assert report.code == 0
-    assert report.level("checkpoint") == "warning" and "random weights" in report.text("checkpoint")
+    assert report.code == 1
+    assert report.level("checkpoint") == "failure" and "give a file" in report.text("checkpoint")
 
 
 def test_an_unknown_model_is_a_failure():

@@ -58,8 +58,9 @@ PARAMETERS: dict[str, Any] = {
     "torch_threads": 1,
     # The tests' vehicle is where a test needs it.
     "fix_max_jump_m": 0.0,
-    # Stubs cannot be exported.
+    # Stubs cannot be exported, and have no weights.
     "backend": "torch",
+    "allow_untrained": True,
 }
 STOP = (Transition.TRANSITION_DEACTIVATE, Transition.TRANSITION_CLEANUP)
 START = (Transition.TRANSITION_CONFIGURE, Transition.TRANSITION_ACTIVATE)
@@ -586,6 +587,11 @@ def test_bad_configuration_is_said_and_survived(rig, tmp_path):
         ({"map": str(tmp_path / "none.tif")}, "none.tif"),
         ({"map": ""}, "map is empty"),
         ({"model": "nonesuch"}, "unknown model 'nonesuch'; choose from ccvpe-vigor"),
+        (
+            {"model": "ccvpe-vigor", "allow_untrained": False},
+            "no weights are shipped for ccvpe-vigor: give a checkpoint (docs/benchmarks.md says where the "
+            "authors' are), or choose ccvpe-small or ggcvt-small",
+        ),
         ({"datum_lat": math.nan}, "both datum_lat and datum_lon"),
     ]
     if not importlib.util.find_spec("tf2_ros"):

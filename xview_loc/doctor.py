@@ -287,9 +287,9 @@ def _weights(model: str | None, checkpoint: Path | None) -> tuple[CrossViewModel
     try:
         if path is None:
             assert model is not None
-            advice = "give a file with --checkpoint: poses of random weights mean nothing"
-            text = f"none is shipped with {model}"
-            return create_model(model), Finding(Level.warning, "checkpoint", text, advice)
+            advice = "give a file with --checkpoint; docs/benchmarks.md says where the authors' are"
+            text = f"none is shipped with {model}, so the node would not start"
+            return create_model(model), Finding(Level.failure, "checkpoint", text, advice)
         loaded = load_checkpoint(path, model)
         _localizer(loaded.model, None, "cpu", "torch").warm_up()
     except CheckpointError as error:

@@ -142,7 +142,11 @@ def load_model(name: str, path: str | os.PathLike[str] | None = None) -> Checkpo
     """
     path = path or shipped_checkpoint(name)
     if path is None and name in MODEL_NAMES:
-        raise CheckpointError(f"no weights are shipped for {name}: give a checkpoint")
+        shipped = " or ".join(other for other in MODEL_NAMES if shipped_checkpoint(other))
+        raise CheckpointError(
+            f"no weights are shipped for {name}: give a checkpoint (docs/benchmarks.md says where the "
+            f"authors' are), or choose {shipped}"
+        )
     if path is None:
         raise CheckpointError(f"unknown model {name!r}; choose from {', '.join(MODEL_NAMES)}")
     return load_checkpoint(path, name)

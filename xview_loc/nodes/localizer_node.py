@@ -29,7 +29,7 @@ from xview_loc.images import ImageError
 from xview_loc.maps.base import MapError, NoImageryError
 from xview_loc.models import create_model
 from xview_loc.models.base import CrossViewModel
-from xview_loc.models.checkpoint import load_checkpoint, shipped_checkpoint
+from xview_loc.models.checkpoint import load_checkpoint, load_model, shipped_checkpoint
 from xview_loc.models.graph import RuntimeUnavailableError
 from xview_loc.models.runtimes import choose_backend
 from xview_loc.nodes import parameters
@@ -169,17 +169,16 @@ class LocalizerNode(VehicleNode):
         """Return the model with its checkpoint's path and SHA-256, both "" for random weights."""
         name = self._params["model"]
         path = self._params["checkpoint"] or shipped_checkpoint(name)
-        if path:
-            checkpoint = load_checkpoint(path, name or None)
-            self._health.clear("untrained")
-            if checkpoint.note:
-                self.get_logger().info(f"{path}: {checkpoint.note}")
-            return checkpoint.model, str(path), checkpoint.sha256
-        model = create_model(name)
-        text = f"no checkpoint: {name} runs with random weights, its poses mean nothing"
-        self.get_logger().warning(text)
-        self._health.condition("untrained", WARN, text)
-        return model, "", ""
+        if path is None and self._params["allow_untrained"]:
+            text = f"no checkpoint: {name} runs with random weights, its poses mean nothing"
+            self.get_logger().warning(text)
+            self._health.condition("untrained", WARN, text)
+            return create_model(name), "", ""
+        checkpoint = load_checkpoint(path, name or None) if path else load_model(name)
+        self._health.clear("untrained")
+        if checkpoint.note:
+            self.get_logger().info(f"{path}: {checkpoint.note}")
+        return checkpoint.model, str(path), checkpoint.sha256
 
     def _first_localizer(self, model: CrossViewModel) -> Localizer:
         """Build and warm up a localizer; later checkpoints use its backend too."""

@@ -65,8 +65,9 @@ _INPUTS: tuple[Parameter, ...] = (
 LOCALIZER: tuple[Parameter, ...] = (
     *_MAP,
     *_INPUTS,
-    P("model", "ccvpe-vigor", "Name of the model."),
-    P("checkpoint", "", "File of weights; empty: the shipped ones, or random ones if none are shipped."),
+    P("model", "ccvpe-small", "Name of the model."),
+    P("checkpoint", "", "File of weights; empty: the shipped ones (models ccvpe-small and ggcvt-small)."),
+    P("allow_untrained", False, "For tests: run with random weights where none are shipped."),
     P("device", "cpu", "PyTorch device, for example cpu or cuda:0."),
     P(
         "backend",
