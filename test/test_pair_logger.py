@@ -82,13 +82,24 @@ class Rig:
         names = ("image", "fix", "heading", "odom")
         return {name: int(self.here.value(f"{name}_received") or 0) for name in names}
 
-    def frame(self, speed: float = SPEED, image: bytes | None = None) -> int:
-        """Publish one frame, a tenth of a second after the last; return its stamp."""
+    def frame(
+        self,
+        speed: float = SPEED,
+        image: bytes | None = None,
+        twist: float | None = None,
+        pose: float | None = None,
+        fix_moves: bool = True,
+    ) -> int:
+        """Publish one frame, a tenth of a second after the last; return its stamp.
+
+        twist: odometry's speed, if not the vehicle's. pose: odometry's position, if it has one.
+        """
         self.at += round(NS / RATE_HZ)
-        self.driven += speed / RATE_HZ
+        self.driven += speed / RATE_HZ if fix_moves else 0.0
         lat, lon = PLANE.inverse(self.driven, 0.0)
         odometry = self.stamped(Odometry())
-        odometry.twist.twist.linear.x = speed
+        odometry.twist.twist.linear.x = speed if twist is None else twist
+        odometry.pose.pose.position.x = pose or 0.0
         self.odom.publish(odometry)
         heading = self.stamped(QuaternionStamped())
         heading.quaternion.z, heading.quaternion.w = math.sin(0.05), math.cos(0.05)
@@ -256,6 +267,30 @@ def test_bad_messages_cost_no_more_than_themselves(logger: tuple[Rig, Path]) -> 
     )
     assert rig.call("stop")[0]
     assert len(PairBag(newest(folder))) == 8
+
+
+def test_odometry_without_a_twist_and_odometry_that_contradicts_the_fixes(logger: tuple[Rig, Path]) -> None:
+    rig, folder = logger
+    here = rig.here
+    rig.at -= 1000 * NS  # time starts again, with another odometry
+    rig.drive(1, twist=0.0)
+    assert rig.call("start")[0]
+    before = rig.received()
+    for k in range(60):
+        rig.frame(twist=0.0, pose=SPEED / RATE_HZ * k)
+    rig.wait_received(before, image=60, fix=60, heading=60, odom=60)
+    assert rig.call("stop")[0]
+    # 0.8 m a frame: every third is a keyframe.
+    assert 18 <= len(PairBag(newest(folder))) <= 20
+    rig.at -= 1000 * NS
+    rig.drive(25, speed=30.0, twist=0.0)
+    here.wait_diagnosis("odom_still: fixes moved", "odometry 0.0 m")
+    rig.drive(35, speed=30.0)
+    here.wait(lambda: "odom_still" not in here.text(), what="the end of the warning")
+    rig.drive(60, speed=30.0, fix_moves=False)
+    here.wait_diagnosis("fix_still: odometry moved")
+    rig.drive(1)
+    here.wait(lambda: "fix_still" not in here.text(), what="the end of the warning")
 
 
 def test_pairs_without_a_folder_without_a_map_and_with_a_map_out_of_reach(tmp_path: Path) -> None:

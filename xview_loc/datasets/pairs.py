@@ -27,6 +27,8 @@ from xview_loc.models.base import ModelSpec
 from xview_loc.models.inputs import ground_image, normalise
 from xview_loc.recordings.pairs import ODOMETRY, TOPICS, PairBag
 from xview_loc.vehicle.keyframes import SPEED_AGE_NS
+from xview_loc.vehicle.messages import VelocityReader
+from xview_loc.vehicle.synchronisation import RejectedInput
 
 # Disk space left to others.
 _LEAVE_FREE_BYTES = 1 << 30
@@ -186,11 +188,14 @@ def _bag_track(number: int, bag: PairBag) -> Track:
 
 
 def _driven(bag: PairBag, stamps: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return metres (N - 1,) driven between stamps (N,), from wheel speeds; NaN where odometry is missing."""
-    seen = [
-        (stamp, deserialize(TOPICS[ODOMETRY], data).twist.twist.linear.x) for stamp, data in bag.odometry()
-    ]
-    seen = sorted((stamp, speed) for stamp, speed in seen if math.isfinite(speed))
+    """Return metres (N - 1,) driven between stamps (N,), by odometry; NaN where it is missing."""
+    reader, seen = VelocityReader(), []
+    for _, data in bag.odometry():
+        with suppress(RejectedInput):
+            velocity = reader.read(deserialize(TOPICS[ODOMETRY], data))
+            if velocity is not None:
+                seen.append((velocity.stamp_ns, velocity.forward))
+    seen.sort()
     if len(seen) < 2:
         return np.full(max(0, len(stamps) - 1), math.nan)
     seconds = np.array([(stamp - seen[0][0]) / 1e9 for stamp, _ in seen])

@@ -39,11 +39,8 @@ from xview_loc.nodes.outputs import Outputs, tf2_ros
 from xview_loc.nodes.vehicle_node import Input, PairedFrame, VehicleNode, run
 from xview_loc.vehicle import messages as input_messages
 from xview_loc.vehicle.mounting import Mounting
-from xview_loc.vehicle.odometry import Odometry as Velocities
 from xview_loc.vehicle.synchronisation import GnssFix, RejectedInput
 
-# Longer gaps in odometry leave the motion unknown.
-MAX_ODOMETRY_GAP_S = 1.0
 # Longest wait for an aerial tile, which goes on loading for later images. Shorter with the filter, whose pose
 # waits for the heat map.
 TILE_WAIT_S, TILE_WAIT_WITH_FILTER_S = 1.0, 0.2
@@ -117,7 +114,6 @@ class LocalizerNode(VehicleNode):
         self._open_map(required_tile_px(model.spec), model.spec.gsd, snap_m=model.half_extent_m / 2)
         localizer = self._first_localizer(model)
         self._needs_camera_info = model.spec.camera == "pinhole"
-        self._odometry = Velocities(MAX_ODOMETRY_GAP_S)
         errors = FilterOptions(p["filter_outlier"], p["filter_drift_m"], p["filter_decorrelation_m"])
         self._filter = PositionFilter(self._odometry, errors) if p["filter"] else None
         self._tf: Any = self._tf_buffer() if p["camera_frame"] or p["antenna_frame"] else None
@@ -224,7 +220,7 @@ class LocalizerNode(VehicleNode):
     def _on_odom(self, message: Odometry) -> None:
         self._health.count("odom_received")
         try:
-            velocity = input_messages.velocity_from_odometry(message)
+            self._read_velocity(message)
         except RejectedInput as error:
             self._refuse("odom", error)
             return
@@ -235,10 +231,6 @@ class LocalizerNode(VehicleNode):
                 self.get_logger().warning(text)
         else:
             self._health.clear("odom_frame")
-        if self._odometry.add(velocity):
-            self._health.clear("odom")
-        else:
-            self._health.count("odom_rejected/stamp_not_newer")
 
     def _mounting(self) -> Mounting:
         p = self._params

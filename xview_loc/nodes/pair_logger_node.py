@@ -281,12 +281,12 @@ class PairLoggerNode(VehicleNode):
             away = abs(stamp - self._pairing.last_frame_ns)
             if self._pairing.last_frame_ns and away > ODOMETRY_CLOCK_NS:
                 raise RejectedInput("other_clock", f"its stamps are {away / 1e9:.0f} s from the images'")
-            velocity = deserialize_message(data, Odometry).twist.twist.linear
+            velocity = self._read_velocity(deserialize_message(data, Odometry))
         except RejectedInput as error:
             self._refuse("odom", error)
             return
-        self._health.clear("odom")
-        self._wheels.add(stamp, math.hypot(velocity.x, velocity.y))
+        if velocity is not None:
+            self._wheels.add(velocity)
         # Odometry from before the first image is of no use.
         if self._writer is None or not self._pairing.last_frame_ns:
             return

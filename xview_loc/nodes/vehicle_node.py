@@ -30,6 +30,8 @@ from xview_loc.nodes import parameters
 from xview_loc.nodes.diagnostics import WARN, Health
 from xview_loc.nodes.transitions import transition
 from xview_loc.vehicle import messages as input_messages
+from xview_loc.vehicle.motion_check import MotionCheck
+from xview_loc.vehicle.odometry import Odometry, VelocitySample
 from xview_loc.vehicle.pairing import Paired, Pairing
 from xview_loc.vehicle.synchronisation import NS, GnssFix, RejectedInput, StampNotNewerError
 
@@ -39,6 +41,8 @@ FIX_JUMP_SHOWN_S = 60.0
 SILENT_AFTER_S = 3.0
 # Tiles are fetched ahead of the motion, measured over MOTION_M metres driven within MOTION_S seconds.
 MOTION_M, MOTION_S = 10.0, 10.0
+# Longer gaps in odometry leave the motion unknown.
+MAX_ODOMETRY_GAP_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -211,6 +215,8 @@ class VehicleNode(LifecycleNode):
             use_heading=self.wants_heading(),
             on_restart=self._on_restart,
         )
+        self._odometry = Odometry(MAX_ODOMETRY_GAP_S)
+        self._begin_checks()
         self._camera: CameraModel | None = None
         self._motion_start: GnssFix | None = None
         self._last_image_at: float | None = None
@@ -306,6 +312,9 @@ class VehicleNode(LifecycleNode):
             self._health.condition("fix_jump", WARN, text, for_s=FIX_JUMP_SHOWN_S)
             self.get_logger().warning(text)
         self._health.clear("fix")
+        self._motion_check.add(fix)
+        self._show("odom_still", self._motion_check.odom_still)
+        self._show("fix_still", self._motion_check.fix_still)
         self._release()
 
     def _on_heading(self, message: Any) -> None:
@@ -322,6 +331,14 @@ class VehicleNode(LifecycleNode):
         self._health.clear("heading")
         if self._pairing.waiting:
             self._release()
+
+    def _read_velocity(self, message: Any) -> VelocitySample | None:
+        """Return what odometry says, and keep it; None if that is nothing yet. Raises RejectedInput."""
+        velocity = self._velocities.read(message)
+        if velocity is not None and not self._odometry.add(velocity):
+            raise StampNotNewerError("odom")
+        self._health.clear("odom")
+        return velocity
 
     def _on_camera_info(self, message: CameraInfo) -> None:
         self._health.count("camera_info_received")
@@ -350,6 +367,17 @@ class VehicleNode(LifecycleNode):
         self._wait_timer.reset()
         self._release()
 
+    def _begin_checks(self) -> None:
+        self._velocities = input_messages.VelocityReader()
+        self._motion_check = MotionCheck(self._odometry)
+
+    def _show(self, key: str, problem: str) -> None:
+        """Set a condition to a problem's text, "" for none."""
+        if not problem:
+            self._health.clear(key)
+        elif self._health.condition(key, WARN, problem):
+            self.get_logger().warning(problem)
+
     def _refuse(self, topic: str, error: RejectedInput) -> None:
         if isinstance(error, StampNotNewerError):
             self._health.count(f"{topic}_rejected/stamp_not_newer")
@@ -366,6 +394,7 @@ class VehicleNode(LifecycleNode):
         for _ in range(dropped):
             self._health.count("frames_dropped")
         self._health.count("time_restarts")
+        self._begin_checks()
         text = f"{topic} stamps went back in time; collected inputs were discarded"
         self.get_logger().warning(text)
         self._health.condition("time_restart", WARN, text, for_s=RESTART_SHOWN_S)

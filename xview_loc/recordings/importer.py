@@ -25,6 +25,7 @@ from xview_loc.maps.store import TileStore
 from xview_loc.recordings.pairs import IMAGE, Pair, PairBag, PairWriter
 from xview_loc.vehicle.keyframes import KeyframeRule, Keyframes, WheelSpeed
 from xview_loc.vehicle.messages import (
+    VelocityReader,
     camera_from_info,
     fix_from_navsat,
     heading_from_message,
@@ -327,7 +328,7 @@ class _Importer:
         )
         self._keyframes = Keyframes(options.keyframes)
         self._camera: CameraModel | None = None
-        self._wheels = WheelSpeed()
+        self._velocities, self._wheels = VelocityReader(), WheelSpeed()
 
     def take(self, name: str, connection: Connection, data: bytes, now_ns: int) -> None:
         """Process a message of an input, recorded at ``now_ns``. Raises MapError and OSError only."""
@@ -357,8 +358,9 @@ class _Importer:
             self._camera = camera_from_info(message)
         elif name == "odom":
             stamp = valid_stamp_ns(message)
-            velocity = message.twist.twist.linear
-            self._wheels.add(stamp, math.hypot(velocity.x, velocity.y))
+            velocity = self._velocities.read(message)
+            if velocity is not None:
+                self._wheels.add(velocity)
             cdr = data if self._reader.is2 else serialize(TYPES["odom"][0], message)
             self._writer.add_odometry(stamp, cdr)
         else:

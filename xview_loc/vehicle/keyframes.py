@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from xview_loc.geodesy import LocalProjection, wrap_angle
+from xview_loc.vehicle.odometry import VelocitySample
 
 # Speed below which a vehicle counts as standing, m/s.
 STANDING_SPEED = 0.3
@@ -40,10 +41,9 @@ class WheelSpeed:
     def __init__(self) -> None:
         self._latest: tuple[int, float] | None = None
 
-    def add(self, stamp_ns: int, speed: float) -> None:
-        """Keep a speed in m/s; one that is not finite is ignored."""
-        if math.isfinite(speed):
-            self._latest = (stamp_ns, speed)
+    def add(self, velocity: VelocitySample) -> None:
+        """Keep the speed of a velocity."""
+        self._latest = (velocity.stamp_ns, math.hypot(velocity.forward, velocity.left))
 
     def at(self, stamp_ns: int) -> float | None:
         """Return the speed in m/s at a stamp, None if none was measured near it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,18 @@ from numpy.typing import NDArray
 
 from xview_loc.bags.ros_types import stamp_ns
 from xview_loc.camera import CameraModel
-from xview_loc.geodesy import true_yaw
+from xview_loc.geodesy import true_yaw, wrap_angle
 from xview_loc.images import decode_compressed, decode_image
 from xview_loc.vehicle.odometry import VelocitySample
-from xview_loc.vehicle.synchronisation import TOP_SPEED, GnssFix, HeadingSample, RejectedInput
+from xview_loc.vehicle.synchronisation import (
+    NS,
+    RESTART_NS,
+    TOP_SPEED,
+    GnssFix,
+    HeadingSample,
+    RejectedInput,
+    StampNotNewerError,
+)
 
 # Standard deviation of an unknown direction: that of the uniform distribution on the circle.
 _UNIFORM_STD = math.pi / math.sqrt(3.0)
@@ -125,14 +134,65 @@ def heading_from_message(message: Any, declination: float, default_std: float) -
     return HeadingSample(valid_stamp_ns(message), true_yaw(yaw_of(q), declination), std)
 
 
-def velocity_from_odometry(message: Any) -> VelocitySample:
-    """Return the twist of an Odometry: base_link's velocity in its own axes.
+class VelocityReader:
+    """Reads base_link's velocity from the messages of one odometry, in the order of their stamps.
 
-    The pose is ignored: it drifts, and many sources leave it out. Raises RejectedInput for a velocity that is
-    not finite or above ``TOP_SPEED``.
+    Many lidar and visual odometries leave the twist empty. Until a twist differs from zero, the velocity is
+    the difference of consecutive poses; from then on it is the twist, and poses, which may drift, are
+    ignored.
     """
-    linear, angular = message.twist.twist.linear, message.twist.twist.angular
-    sample = VelocitySample(valid_stamp_ns(message), float(linear.x), float(linear.y), float(angular.z))
+
+    def __init__(self) -> None:
+        self._has_twist = False
+        self._last: _PlanarPose | None = None
+
+    def read(self, message: Any) -> VelocitySample | None:
+        """Return the velocity, None for a first pose without a twist.
+
+        The difference of two poses is stamped halfway between them. Raises RejectedInput for a velocity that
+        is not finite or above ``TOP_SPEED``, StampNotNewerError between poses.
+        """
+        stamp, twist = valid_stamp_ns(message), message.twist.twist
+        velocity = (float(twist.linear.x), float(twist.linear.y), float(twist.angular.z))
+        self._has_twist |= any(velocity)
+        sample: VelocitySample | None = VelocitySample(stamp, *velocity)
+        if not self._has_twist:
+            sample = self._moved(_PlanarPose.of(stamp, message.pose.pose))
+        return None if sample is None else _plausible(sample)
+
+    def _moved(self, pose: _PlanarPose) -> VelocitySample | None:
+        last, self._last = self._last, pose
+        if last is None or pose.stamp_ns < last.stamp_ns - RESTART_NS:
+            return None
+        if pose.stamp_ns <= last.stamp_ns:
+            self._last = last
+            raise StampNotNewerError("odom")
+        elapsed_ns = pose.stamp_ns - last.stamp_ns
+        turn = wrap_angle(pose.yaw - last.yaw)
+        # The chord of an arc lies in the direction halfway through the turn.
+        yaw, seconds = last.yaw + turn / 2.0, elapsed_ns / NS
+        x, y = (pose.x - last.x) / seconds, (pose.y - last.y) / seconds
+        cos, sin = math.cos(yaw), math.sin(yaw)
+        stamp = last.stamp_ns + elapsed_ns // 2
+        return VelocitySample(stamp, cos * x + sin * y, cos * y - sin * x, turn / seconds)
+
+
+@dataclass(frozen=True)
+class _PlanarPose:
+    stamp_ns: int
+    x: float
+    y: float
+    yaw: float
+
+    @classmethod
+    def of(cls, stamp: int, pose: Any) -> _PlanarPose:
+        x, y, yaw = float(pose.position.x), float(pose.position.y), yaw_of(pose.orientation)
+        if not all(math.isfinite(v) for v in (x, y, yaw)):
+            raise RejectedInput("odom_not_finite", "odometry has no twist, and a pose that is not a number")
+        return cls(stamp, x, y, yaw)
+
+
+def _plausible(sample: VelocitySample) -> VelocitySample:
     if not all(math.isfinite(v) for v in (sample.forward, sample.left, sample.yaw_rate)):
         raise RejectedInput("odom_not_finite", "odometry has a velocity that is not a number")
     speed = math.hypot(sample.forward, sample.left)
