@@ -87,7 +87,11 @@ class NodeProcess:
             command += ["-p", f"{name}:={text}"]
         with log.open("wb") as out:
             self.process = subprocess.Popen(
-                [*command, *arguments], stdout=out, stderr=subprocess.STDOUT, env=environment(domain)
+                [*command, *arguments],
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                # What it remembers of its checkpoints lies beside its log.
+                env={**environment(domain), "ROS_HOME": str(log.parent / "ros")},
             )
 
     @property

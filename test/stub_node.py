@@ -2,11 +2,13 @@
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from xview_loc import models
 from xview_loc.models.base import CrossViewModel, HeatMaps, ModelSpec
+from xview_loc.models.checkpoint import save_checkpoint
 
 SIZE, GSD = 128, 0.5
 # Sub-pixel, and not symmetric, so that a swap of rows and columns or a flip shows.
@@ -64,6 +66,16 @@ class SeeingModel(StubModel):
         field = torch.zeros(1, 2, SIZE, SIZE)
         field[:, 0] = 1.0
         return HeatMaps([logits[:, None]], logits, field if orientation else None)
+
+
+def write_stub(path: Path, rows: float, shaken: float = 0.0, model: StubModel | None = None) -> Path:
+    """A checkpoint that moves the stub's peak down by some rows, and up and down by some."""
+    model = model or StubModel("panorama")
+    with torch.no_grad():
+        model.weight.fill_(rows)
+        model.shaken.fill_(shaken)
+    save_checkpoint(model, path)
+    return path
 
 
 models._CONSTRUCTORS["stub"] = lambda: StubModel("panorama")

@@ -17,7 +17,6 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-import torch
 import yaml
 
 pytest.importorskip("rclpy", reason="ROS 2's Python packages are not installed")
@@ -33,11 +32,10 @@ from rclpy.serialization import serialize_message
 from ros_harness import Bench, NodeProcess, bench, environment, pick_domain
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image, Imu, NavSatFix
 from std_msgs.msg import Float64
-from stub_node import GSD, PEAK, SIZE, SeeingModel, StubModel
+from stub_node import GSD, PEAK, SIZE, SeeingModel, write_stub
 
 from xview_loc.geodesy import LocalProjection, snap_to_grid
 from xview_loc.maps.base import AerialTile
-from xview_loc.models.checkpoint import save_checkpoint
 from xview_loc.nodes import outputs as messages
 from xview_loc.nodes.deployment import DeploymentError, deploy
 from xview_loc.nodes.parameters import LOCALIZER, PAIR_LOGGER
@@ -381,16 +379,6 @@ def test_a_node_that_is_not_active_says_so_beside_what_else_is_wrong(rig):
     rig.good_frame()
     rig.bench.wait_diagnosis("random weights")
     assert "not active" not in rig.bench.text()
-
-
-def write_stub(path: Path, rows: float, shaken: float = 0.0, model: StubModel | None = None) -> Path:
-    """A checkpoint that moves the stub's peak down by some rows, and up and down by some."""
-    model = model or StubModel("panorama")
-    with torch.no_grad():
-        model.weight.fill_(rows)
-        model.shaken.fill_(shaken)
-    save_checkpoint(model, path)
-    return path
 
 
 def rows_moved(pose: PoseWithCovarianceStamped) -> float:
@@ -771,6 +759,7 @@ def test_a_candidate_in_the_shadow_is_compared_judged_and_promoted(shadow, tmp_p
             b.wait_diagnosis()
             assert "shaken.safetensors" in b.value("checkpoint")
     b.wait(lambda: "calm.safetensors" in b.value("checkpoint"), what="the better checkpoint")
+    b.wait(lambda: b.value("checkpoint_by") == "shadow", what="who put it there")
     circle.drive()
     assert circle.south_m() == pytest.approx(4, abs=1.0)
     # It is the checkpoint now, and no candidate any more.

@@ -160,7 +160,12 @@ def isolate() -> None:
 @contextmanager
 def localizer(vehicle: Vehicle, log: Path, parameters: dict[str, object]) -> Iterator[subprocess.Popen]:
     """Run a localizer process connected to the vehicle; its output goes to ``log``."""
-    own = {"heading_source": "quaternion", "qos_reliability": "reliable", **parameters}
+    own = {
+        "heading_source": "quaternion",
+        "qos_reliability": "reliable",
+        "checkpoint_persist": "false",
+        **parameters,
+    }
     words = [word for name, value in own.items() for word in ("-p", f"{name}:={value}")]
     with log.open("w") as out:
         node = subprocess.Popen(

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from xview_loc.errors import UserError, reason
+from xview_loc.estimation.deployment_record import DEPLOY, ROLLBACK, SHADOW, Weights
 from xview_loc.estimation.localizer import Localizer
 from xview_loc.estimation.observation import LocalizationError
 from xview_loc.models.base import CrossViewModel
@@ -53,11 +54,22 @@ class CheckpointSwap:
     CheckpointError and changes nothing.
     """
 
-    def __init__(self, first: Deployed, build: Callable[[CrossViewModel], Localizer]) -> None:
-        """``build`` makes a localizer of a model, with the map and settings of the first one."""
+    def __init__(
+        self,
+        first: Deployed,
+        build: Callable[[CrossViewModel], Localizer],
+        previous: Weights | None = None,
+        changed: Callable[[Weights], object] = lambda weights: None,
+    ) -> None:
+        """
+        build: makes a localizer of a model, with the map and settings of the first one. previous: what a
+        rollback loads before any change was made. changed: called after every change, by the thread that
+        makes it.
+        """
         self.active = first
         self._build = build
-        self._previous: Deployed | None = None
+        self._changed = changed
+        self._previous: Deployed | Weights | None = previous
         self._closing = threading.Event()
         self._thread = ThreadPoolExecutor(1, "checkpoint", self._enter_thread)
 
@@ -97,7 +109,7 @@ class CheckpointSwap:
         with suppress(OSError):
             if hashlib.sha256(path.read_bytes()).hexdigest() == self.active.sha256:
                 return self.active
-        return self._use(self._verified(path))
+        return self._use(self._verified(path), DEPLOY)
 
     def _verified(self, path: Path) -> Deployed:
         old = self.active.localizer
@@ -112,22 +124,31 @@ class CheckpointSwap:
         return Deployed(localizer, str(path), checkpoint.sha256, checkpoint.note)
 
     def _rollback(self) -> Deployed:
-        if self._previous is None:
+        previous = self._previous
+        if previous is None:
             raise CheckpointError("there is no previous checkpoint")
-        return self._use(self._previous)
+        if isinstance(previous, Weights):
+            sha256, previous = previous.sha256, self._verified(Path(previous.path))
+            if previous.sha256 != sha256:
+                raise CheckpointError(
+                    f"the previous checkpoint {previous.path} has changed since it was in use"
+                )
+        return self._use(previous, ROLLBACK)
 
     def _replace(self, old: Deployed, new: Deployed) -> Deployed:
         if self.active is not old:
             raise CheckpointError(f"{new} is not activated: meanwhile {self.active} was")
-        return self._use(new)
+        return self._use(new, SHADOW)
 
-    def _use(self, new: Deployed) -> Deployed:
+    def _use(self, new: Deployed, by: str) -> Deployed:
+        old = self.active
         # With the latest tiles encoded, the first frame is as fast as the others.
-        new.localizer.take_over(self.active.localizer)
-        self._previous, self.active = self.active, new
+        new.localizer.take_over(old.localizer)
+        self._previous, self.active = old, new
         # It keeps its weights, for a rollback.
-        self._previous.localizer.forget_tiles()
+        old.localizer.forget_tiles()
         _return_freed_memory()
+        self._changed(Weights(new.path, new.sha256, by))
         return new
 
 

@@ -1,9 +1,10 @@
-"""Change the localizer's checkpoint while it runs: parameters, services, and the shadow trial."""
+"""The localizer's checkpoint: which it starts with, and its change by parameters, services, shadow trials."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,18 @@ from std_srvs.srv import Trigger
 
 from xview_loc.errors import UserError
 from xview_loc.estimation.checkpoint_swap import CheckpointSwap, Deployed
+from xview_loc.estimation.deployment_record import (
+    PARAMETER,
+    DeploymentRecord,
+    RecordError,
+    Weights,
+    record_path,
+)
 from xview_loc.estimation.localizer import Localizer
 from xview_loc.estimation.shadow import FrameComparison
+from xview_loc.models import create_model
 from xview_loc.models.base import CrossViewModel
+from xview_loc.models.checkpoint import CheckpointError, load_checkpoint, load_model, shipped_checkpoint
 from xview_loc.nodes import parameters
 from xview_loc.nodes.diagnostics import WARN, Health
 from xview_loc.nodes.shadow_runner import ShadowOptions, ShadowRunner
@@ -30,6 +40,8 @@ class Checkpoints:
 
     ``swap`` and ``shadow`` exist from :meth:`open` to :meth:`close`. Afterwards and before, parameters are
     only stored. ``checkpoint`` names the active checkpoint again after every change, refused ones included.
+
+    A change survives a restart of the node: a record of it is kept in a file (``checkpoint_persist``).
     """
 
     def __init__(self, node: Node, health: Health, candidate_changed: Callable[[bool], object]) -> None:
@@ -42,24 +54,108 @@ class Checkpoints:
         # The checkpoint asked for last; ~/reload loads it again, also if it was refused.
         self._requested = ""
         self._storing = False
+        # The parameters ``model`` and ``checkpoint`` as this class left them, and as the user set them last.
+        self._left = self._chosen = self._asked()
+        self._file = record_path(node.get_fully_qualified_name())
+        self._record: DeploymentRecord | None = None
         node.add_on_set_parameters_callback(self._on_parameters)
         # A service waits for its verdict in a group of its own, so that frames go on meanwhile.
         waiting = MutuallyExclusiveCallbackGroup()
         for name, call in (("reload", self._on_reload), ("rollback", self._on_rollback)):
             node.create_service(Trigger, f"~/{name}", call, callback_group=waiting)
 
+    def load(self) -> CrossViewModel:
+        """Return the model to start with.
+
+        Its weights are those deployed last, if the user has not changed ``model`` or ``checkpoint`` since;
+        otherwise those of the parameters. Raises CheckpointError, ValueError.
+        """
+        name, path = asked = self._asked()
+        by_hand = asked != self._left
+        if by_hand:
+            self._chosen = asked
+        log, known = self._node.get_logger(), self._saved()
+        before = [] if known is None else [known.active, known.previous]
+        checkpoint, weights = None, Weights("", "")
+        same = known is not None and not by_hand and (known.model, known.checkpoint) == self._chosen
+        if known is not None and same and known.active.by != PARAMETER:
+            weights = known.active
+            try:
+                checkpoint = load_checkpoint(weights.path, name or None)
+                if checkpoint.sha256 != weights.sha256:
+                    raise CheckpointError(f"{weights.path} is not what was deployed, its SHA-256 differs")
+                log.info(f"checkpoint {weights.path}, in use before (by {weights.by})")
+            except CheckpointError as error:
+                checkpoint, path, before = None, self._chosen[1], [known.previous]
+                text = f"{error}; the parameter's checkpoint is used instead ({path or 'none is named'})"
+                log.warning(text)
+                self._health.condition("checkpoint_not_restored", WARN, text)
+        if checkpoint is None:
+            weights = Weights(str(path or shipped_checkpoint(name) or ""), "")
+            if weights.path or not self._value("allow_untrained"):
+                checkpoint = load_checkpoint(weights.path, name or None) if path else load_model(name)
+                weights = replace(weights, sha256=checkpoint.sha256)
+                log.info(f"checkpoint {weights.path}, as the parameters say")
+        previous = next((w for w in before if w and w.path and w.sha256 != weights.sha256), None)
+        self._record = DeploymentRecord(*self._chosen, weights, previous)
+        if checkpoint is None:
+            text = f"no checkpoint: {name} runs with random weights, its poses mean nothing"
+            log.warning(text)
+            self._health.condition("untrained", WARN, text)
+            return create_model(name)
+        self._health.clear("untrained")
+        if checkpoint.note:
+            log.info(f"{weights.path}: {checkpoint.note}")
+        return checkpoint.model
+
+    def _asked(self) -> tuple[str, str]:
+        return self._value("model"), self._value("checkpoint")
+
+    def _saved(self) -> DeploymentRecord | None:
+        self._health.clear("checkpoint_not_restored")
+        try:
+            return DeploymentRecord.load(self._file) if self._value("checkpoint_persist") else None
+        except RecordError as error:
+            self._node.get_logger().warning(str(error))
+            self._health.condition("checkpoint_not_restored", WARN, str(error))
+            return None
+
+    def _changed(self, weights: Weights) -> None:
+        """Record a change; called by the loading thread."""
+        assert self._record is not None
+        self._record = self._record.followed_by(weights)
+        self._save()
+
+    def _save(self) -> None:
+        self._health.clear("checkpoint_not_saved")
+        assert self._record is not None
+        self._health.value("checkpoint_by", self._record.active.by)
+        if not self._value("checkpoint_persist"):
+            return
+        try:
+            self._record.save(self._file)
+        except RecordError as error:
+            text = f"{error}; the next start will not know of this checkpoint"
+            if self._health.condition("checkpoint_not_saved", WARN, text):
+                self._node.get_logger().warning(text)
+
     def open(
         self,
-        first: Deployed,
+        localizer: Localizer,
         build: Callable[[CrossViewModel], Localizer],
         odometry: Odometry,
         spread_m: float,
         publish: Callable[[FrameComparison], object],
     ) -> None:
-        """Serve ``first``; the other arguments are those of CheckpointSwap and ShadowRunner."""
+        """Serve the localizer of :meth:`load`'s model; the rest is for CheckpointSwap and ShadowRunner."""
+        assert self._record is not None
+        weights, previous = self._record.active, self._record.previous
+        first = Deployed(localizer, weights.path, weights.sha256)
         self._requested = first.path
         self._health.value("checkpoint", first)
-        self.swap = CheckpointSwap(first, build)
+        self._store(checkpoint=self._chosen[1] if weights.by == PARAMETER else weights.path)
+        self._save()
+        self.swap = CheckpointSwap(first, build, previous, self._changed)
         self.shadow = ShadowRunner(
             self.swap,
             odometry,
@@ -119,6 +215,7 @@ class Checkpoints:
             self._node.set_parameters([Parameter(name, value=value) for name, value in values.items()])
         finally:
             self._storing = False
+        self._left = self._asked()
 
     async def _on_reload(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         """Load the checkpoint asked for last once more, for instance after its file was replaced."""
@@ -172,6 +269,7 @@ class Checkpoints:
                 self._health.value("checkpoint", change.result())
                 self._health.clear("untrained")
                 self._health.clear("checkpoint_refused")
+                self._health.clear("checkpoint_not_restored")
                 self._node.get_logger().info(text)
             else:
                 text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"

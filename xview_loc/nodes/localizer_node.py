@@ -21,15 +21,12 @@ from rclpy.time import Time
 from xview_loc.bags import ros_types
 from xview_loc.camera import CameraError
 from xview_loc.errors import reason
-from xview_loc.estimation.checkpoint_swap import Deployed
 from xview_loc.estimation.localizer import Localizer, required_tile_px
 from xview_loc.estimation.observation import LocalizationError, Observation, PoseEstimate
 from xview_loc.estimation.position_filter import FilterOptions, PositionFilter
 from xview_loc.images import ImageError
 from xview_loc.maps.base import MapError, NoImageryError
-from xview_loc.models import create_model
 from xview_loc.models.base import CrossViewModel
-from xview_loc.models.checkpoint import load_checkpoint, load_model, shipped_checkpoint
 from xview_loc.models.graph import RuntimeUnavailableError
 from xview_loc.models.runtimes import choose_backend
 from xview_loc.nodes import parameters
@@ -108,7 +105,7 @@ class LocalizerNode(VehicleNode):
         p = self._params
         if p["torch_threads"]:
             torch.set_num_threads(p["torch_threads"])
-        model, path, sha256 = self._load_model()
+        model = self._checkpoints.load()
         if not p["map"]:
             raise parameters.ParameterError("parameter map is empty: name an aerial map")
         self._open_map(required_tile_px(model.spec), model.spec.gsd, snap_m=model.half_extent_m / 2)
@@ -119,7 +116,7 @@ class LocalizerNode(VehicleNode):
         self._tf: Any = self._tf_buffer() if p["camera_frame"] or p["antenna_frame"] else None
         self._outputs = Outputs(self, p, self._health)
         self._checkpoints.open(
-            Deployed(localizer, path, sha256),
+            localizer,
             self._build_localizer,
             self._odometry,
             # The default spacing of tile centres, so that these move as much as the displaced positions.
@@ -160,21 +157,6 @@ class LocalizerNode(VehicleNode):
         if self._outputs is not None:
             self._outputs.close()
             self._outputs = None
-
-    def _load_model(self) -> tuple[CrossViewModel, str, str]:
-        """Return the model with its checkpoint's path and SHA-256, both "" for random weights."""
-        name = self._params["model"]
-        path = self._params["checkpoint"] or shipped_checkpoint(name)
-        if path is None and self._params["allow_untrained"]:
-            text = f"no checkpoint: {name} runs with random weights, its poses mean nothing"
-            self.get_logger().warning(text)
-            self._health.condition("untrained", WARN, text)
-            return create_model(name), "", ""
-        checkpoint = load_checkpoint(path, name or None) if path else load_model(name)
-        self._health.clear("untrained")
-        if checkpoint.note:
-            self.get_logger().info(f"{path}: {checkpoint.note}")
-        return checkpoint.model, str(path), checkpoint.sha256
 
     def _first_localizer(self, model: CrossViewModel) -> Localizer:
         """Build and warm up a localizer; later checkpoints use its backend too."""

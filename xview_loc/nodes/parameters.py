@@ -67,6 +67,7 @@ LOCALIZER: tuple[Parameter, ...] = (
     *_INPUTS,
     P("model", "ccvpe-small", "Name of the model."),
     P("checkpoint", "", "File of weights; empty: the shipped ones (models ccvpe-small and ggcvt-small)."),
+    P("checkpoint_persist", True, "Start with the checkpoint deployed last, unless this file says another."),
     P("allow_untrained", False, "For tests: run with random weights where none are shipped."),
     P("device", "cpu", "PyTorch device, for example cpu or cuda:0."),
     P(

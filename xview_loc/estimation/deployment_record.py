@@ -1,0 +1,76 @@
+"""What a localizer remembers from one start to the next: its checkpoint, the one before, who put it there."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from xview_loc.errors import UserError, reason
+from xview_loc.files import write_whole
+
+# Who put a checkpoint there.
+PARAMETER, DEPLOY, SHADOW, ROLLBACK = "parameter", "deploy", "shadow", "rollback"
+
+
+class RecordError(UserError):
+    """A record cannot be read or written; the message is one clear line."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A checkpoint's file, its SHA-256 (hex), and who put it there; both "" for random weights."""
+
+    path: str
+    sha256: str
+    by: str = PARAMETER
+
+
+@dataclass(frozen=True)
+class DeploymentRecord:
+    """The checkpoint in use and the one before.
+
+    model, checkpoint: the parameters when the node was configured. Where they have changed since, they say
+    what is to be used, and not the record.
+    """
+
+    model: str
+    checkpoint: str
+    active: Weights
+    previous: Weights | None = None
+
+    def followed_by(self, active: Weights) -> DeploymentRecord:
+        """Return the record after a change of checkpoint."""
+        return replace(self, active=active, previous=self.active)
+
+    def save(self, path: Path) -> None:
+        """Write the file, whole or not at all. Raises RecordError."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, json.dumps(asdict(self), indent=2).encode())
+        except OSError as error:
+            raise RecordError(f"cannot write {path}: {error.strerror or error}") from None
+
+    @classmethod
+    def load(cls, path: Path) -> DeploymentRecord | None:
+        """Read the file; None if there is none. Raises RecordError."""
+        try:
+            content = json.loads(path.read_bytes())
+            previous = content["previous"]
+            return cls(
+                str(content["model"]),
+                str(content["checkpoint"]),
+                Weights(**content["active"]),
+                None if previous is None else Weights(**previous),
+            )
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RecordError(f"cannot read {path}: {reason(error)}; delete it") from None
+
+
+def record_path(node: str) -> Path:
+    """Return where the node of this full name keeps its record: below ``$ROS_HOME``, by default ~/.ros."""
+    home = Path(os.environ.get("ROS_HOME") or "~/.ros").expanduser()
+    return home / "xview_loc" / f"{node.strip('/').replace('/', '__')}.json"
