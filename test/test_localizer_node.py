@@ -648,6 +648,39 @@ def test_the_filter_goes_on_without_fixes(rig):
         b.wait_diagnosis("fix_missing")
 
 
+def test_a_wrong_heading_is_reported_and_on_request_rejected(rig):
+    b = rig.bench
+    with rig.configured(heading_clockwise=True, heading_offset_deg=30.0, heading_reject=True, qos_depth=1000):
+        at = [0.0, 0.0]
+
+        def street(course: float, azimuth: float) -> None:
+            """300 m, 15 m at a time; ``azimuth`` is the sensor's, which is mounted turned by 30 degrees."""
+            for _ in range(20):
+                at[0] += 15.0 * math.cos(course)
+                at[1] += 15.0 * math.sin(course)
+                ns = rig.step(1.0)
+                rig.send_heading(ns, azimuth + math.radians(30.0))
+                rig.send_fix(ns, *HERE.inverse(*at))
+
+        def corner(sign: float) -> int:
+            """East, then north; the stamp of a frame there."""
+            at[:] = [0.0, 0.0]
+            street(0.0, math.pi / 2)
+            street(math.pi / 2, math.pi / 2 - sign * math.pi / 2)
+            ns = rig.step(1.0)
+            rig.send_heading(ns, math.pi / 2 - sign * math.pi / 2 + math.radians(30.0))
+            rig.send_fix(ns)
+            rig.send_image(ns)
+            return ns
+
+        corner(-1.0)
+        status = b.wait_diagnosis("heading_disagrees: heading differs", "turns the wrong way round")
+        assert status.level == b"\x02" and b.value("frames_rejected/heading_disagrees") == "1"
+        ns = corner(1.0)
+        b.wait(lambda: rig.poses and stamp(rig.poses[-1]) == ns, what="a pose")
+        b.wait(lambda: "heading_disagrees" not in b.text(), what="the end of the warning")
+
+
 @dataclass
 class Circle:
     """A vehicle on a map whose colour tells the place, in a circle of 40 m, 12 m a frame."""

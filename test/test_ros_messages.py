@@ -18,6 +18,7 @@ from xview_loc.maps.base import AerialTile
 from xview_loc.models.base import HeatMapGrid
 from xview_loc.nodes import outputs as messages
 from xview_loc.vehicle import messages as input_messages
+from xview_loc.vehicle.messages import HeadingConvention
 from xview_loc.vehicle.synchronisation import RejectedInput
 
 HEADER = Header(stamp=Time(sec=12, nanosec=5), frame_id="map")
@@ -68,18 +69,33 @@ def test_heading_of_every_source_is_corrected_for_declination(kind):
     else:
         message = PoseStamped(header=HEADER)
         message.pose.orientation = q
-    heading = input_messages.heading_from_message(message, math.radians(4.0), 0.05)
+    heading = input_messages.heading_from_message(
+        message, HeadingConvention(declination=math.radians(4.0), std=0.05)
+    )
     assert heading.yaw == pytest.approx(math.radians(96.0))
     assert heading.std == 0.05
+
+
+@pytest.mark.parametrize(
+    ("azimuth", "offset", "yaw"), [(0.0, 0.0, 90.0), (90.0, 0.0, 0.0), (200.0, 30.0, -80.0)]
+)
+def test_a_yaw_may_be_an_azimuth_and_its_sensor_turned(azimuth, offset, yaw):
+    convention = HeadingConvention(clockwise=True, offset=math.radians(offset))
+    q = messages.quaternion_of(math.radians(azimuth))
+    heading = input_messages.heading_from_message(Imu(header=HEADER, orientation=q), convention)
+    assert heading.yaw == pytest.approx(math.radians(yaw))
 
 
 def test_imu_without_orientation_is_refused():
     no_orientation = Imu(header=HEADER)
     no_orientation.orientation_covariance[0] = -1.0
-    assert reason(input_messages.heading_from_message, no_orientation, 0.0, 0.1) == "heading_unavailable"
+    assert (
+        reason(input_messages.heading_from_message, no_orientation, HeadingConvention())
+        == "heading_unavailable"
+    )
     zero = Imu(header=HEADER)
     zero.orientation.w = 0.0
-    assert reason(input_messages.heading_from_message, zero, 0.0, 0.1) == "heading_not_unit"
+    assert reason(input_messages.heading_from_message, zero, HeadingConvention()) == "heading_not_unit"
 
 
 def test_uncalibrated_camera_info_is_refused():

@@ -79,6 +79,12 @@ def import_(
     size: Annotated[int, typer.Option(min=16, help="Side of the aerial tiles, pixels.")] = 512,
     gsd: Annotated[float, typer.Option(min=0.01, help="Ground sample distance of the tiles, m/px.")] = 0.14,
     declination: Annotated[float, typer.Option(help="Magnetic declination, degrees east.")] = 0.0,
+    heading_offset: Annotated[
+        float, typer.Option(help="Added to headings, degrees counter-clockwise.")
+    ] = 0.0,
+    heading_clockwise: Annotated[
+        bool, typer.Option("--heading-clockwise", help="Headings are azimuths, clockwise from north.")
+    ] = False,
     header: Headers = None,
     api_key_env: KeyEnv = "",
 ) -> None:
@@ -87,12 +93,13 @@ def import_(
     from xview_loc.maps import open_map
     from xview_loc.recordings.importer import ImportOptions, import_bag
     from xview_loc.vehicle.keyframes import KeyframeRule
+    from xview_loc.vehicle.messages import HeadingConvention
 
     named = {"image": image, "fix": fix, "camera_info": camera_info, "odom": odom, "heading": heading}
     options = ImportOptions(
         topics={name: topic for name, topic in named.items() if topic and topic != "none"},
         use_heading=heading != "none",
-        declination=math.radians(declination),
+        heading=HeadingConvention(heading_clockwise, math.radians(heading_offset), math.radians(declination)),
         keyframes=KeyframeRule(distance_m=distance),
         tile_px=size,
         tile_gsd=gsd,

@@ -28,9 +28,9 @@ from xview_loc.maps.base import AerialMap
 from xview_loc.maps.store import TileStore
 from xview_loc.nodes import parameters
 from xview_loc.nodes.diagnostics import WARN, Health
+from xview_loc.nodes.input_checks import InputChecks
 from xview_loc.nodes.transitions import transition
 from xview_loc.vehicle import messages as input_messages
-from xview_loc.vehicle.motion_check import MotionCheck
 from xview_loc.vehicle.odometry import Odometry, VelocitySample
 from xview_loc.vehicle.pairing import Paired, Pairing
 from xview_loc.vehicle.synchronisation import NS, GnssFix, RejectedInput, StampNotNewerError
@@ -216,7 +216,8 @@ class VehicleNode(LifecycleNode):
             on_restart=self._on_restart,
         )
         self._odometry = Odometry(MAX_ODOMETRY_GAP_S)
-        self._begin_checks()
+        self._velocities = input_messages.VelocityReader()
+        self._checks = InputChecks(self._odometry, self._health, self.get_logger())
         self._camera: CameraModel | None = None
         self._motion_start: GnssFix | None = None
         self._last_image_at: float | None = None
@@ -283,6 +284,7 @@ class VehicleNode(LifecycleNode):
         if self._worker is not None:
             self._worker.close()
             self._worker = None
+            self._checks.restart()
             self.stopped()
 
     def close(self) -> None:
@@ -312,19 +314,22 @@ class VehicleNode(LifecycleNode):
             self._health.condition("fix_jump", WARN, text, for_s=FIX_JUMP_SHOWN_S)
             self.get_logger().warning(text)
         self._health.clear("fix")
-        self._motion_check.add(fix)
-        self._show("odom_still", self._motion_check.odom_still)
-        self._show("fix_still", self._motion_check.fix_still)
+        self._checks.add_fix(fix)
         self._release()
 
     def _on_heading(self, message: Any) -> None:
         self._health.count("heading_received")
         p = self._params
         try:
-            heading = input_messages.heading_from_message(
-                message, math.radians(p["magnetic_declination_deg"]), math.radians(p["heading_std_deg"])
+            convention = input_messages.HeadingConvention(
+                p["heading_clockwise"],
+                math.radians(p["heading_offset_deg"]),
+                math.radians(p["magnetic_declination_deg"]),
+                math.radians(p["heading_std_deg"]),
             )
+            heading = input_messages.heading_from_message(message, convention)
             self._pairing.add_heading(heading)
+            self._checks.add_heading(heading)
         except RejectedInput as error:
             self._refuse("heading", error)
             return
@@ -367,17 +372,6 @@ class VehicleNode(LifecycleNode):
         self._wait_timer.reset()
         self._release()
 
-    def _begin_checks(self) -> None:
-        self._velocities = input_messages.VelocityReader()
-        self._motion_check = MotionCheck(self._odometry)
-
-    def _show(self, key: str, problem: str) -> None:
-        """Set a condition to a problem's text, "" for none."""
-        if not problem:
-            self._health.clear(key)
-        elif self._health.condition(key, WARN, problem):
-            self.get_logger().warning(problem)
-
     def _refuse(self, topic: str, error: RejectedInput) -> None:
         if isinstance(error, StampNotNewerError):
             self._health.count(f"{topic}_rejected/stamp_not_newer")
@@ -394,7 +388,8 @@ class VehicleNode(LifecycleNode):
         for _ in range(dropped):
             self._health.count("frames_dropped")
         self._health.count("time_restarts")
-        self._begin_checks()
+        self._velocities = input_messages.VelocityReader()
+        self._checks.restart()
         text = f"{topic} stamps went back in time; collected inputs were discarded"
         self.get_logger().warning(text)
         self._health.condition("time_restart", WARN, text, for_s=RESTART_SHOWN_S)
@@ -405,6 +400,8 @@ class VehicleNode(LifecycleNode):
                 self._reject(result.reason, str(result))
             elif self._needs_camera_info and result.frame.camera is None:
                 self._reject("camera_info_missing", "no usable camera_info received")
+            elif result.heading and self._params["heading_reject"] and self._checks.heading_fault:
+                self._reject("heading_disagrees", self._checks.heading_fault)
             elif self.hand_over(result):
                 self._health.count("frames_dropped")
         if not self._pairing.waiting:

@@ -25,6 +25,7 @@ from xview_loc.maps.store import TileStore
 from xview_loc.recordings.pairs import IMAGE, Pair, PairBag, PairWriter
 from xview_loc.vehicle.keyframes import KeyframeRule, Keyframes, WheelSpeed
 from xview_loc.vehicle.messages import (
+    HeadingConvention,
     VelocityReader,
     camera_from_info,
     fix_from_navsat,
@@ -60,14 +61,13 @@ class ImportOptions:
     """How to make pairs of a recording.
 
     topics: topics of the inputs in :data:`TYPES`; default: the topic named after the input (``/fix``), else
-    the only one of its type. use_heading: pair headings. declination: angle from true to magnetic north,
-    radians east. The others are the pair_logger's parameters.
+    the only one of its type. use_heading: pair headings. heading: how they are counted. The others are the
+    pair_logger's parameters.
     """
 
     topics: Mapping[str, str] = field(default_factory=dict)
     use_heading: bool = True
-    declination: float = 0.0
-    heading_std: float = math.radians(3.0)
+    heading: HeadingConvention = field(default_factory=HeadingConvention)
     fix_min_status: int = 0
     fix_max_jump_m: float = 40.0
     max_fix_age_s: float = 2.0
@@ -353,7 +353,7 @@ class _Importer:
         if name == "fix":
             self._pairing.add_fix(fix_from_navsat(message, options.fix_min_status, 0.0))
         elif name == "heading":
-            self._pairing.add_heading(heading_from_message(message, options.declination, options.heading_std))
+            self._pairing.add_heading(heading_from_message(message, options.heading))
         elif name == "camera_info":
             self._camera = camera_from_info(message)
         elif name == "odom":

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from xview_loc.bags.ros_types import stamp_ns
 from xview_loc.camera import CameraModel
-from xview_loc.geodesy import true_yaw, wrap_angle
+from xview_loc.geodesy import true_yaw, wrap_angle, yaw_from_azimuth
 from xview_loc.images import decode_compressed, decode_image
 from xview_loc.vehicle.odometry import VelocitySample
 from xview_loc.vehicle.synchronisation import (
@@ -110,13 +110,28 @@ def fix_from_navsat(message: Any, min_status: int, max_sigma_m: float) -> GnssFi
     return GnssFix(valid_stamp_ns(message), lat, lon, altitude, covariance)
 
 
-def heading_from_message(message: Any, declination: float, default_std: float) -> HeadingSample:
-    """Return the heading of an Imu, QuaternionStamped or PoseStamped. Raises RejectedInput without one.
+@dataclass(frozen=True)
+class HeadingConvention:
+    """How a source counts headings; radians.
 
-    declination: angle from true north to the source's north, radians, positive east. default_std: standard
-    deviation if the message has no covariance, radians.
+    clockwise: its yaw is a compass azimuth, clockwise from north, not counter-clockwise from east. offset: to
+    be added, counter-clockwise. declination: from true north to the source's north, positive east. std:
+    standard deviation of headings that come without one.
     """
-    std = default_std
+
+    clockwise: bool = False
+    offset: float = 0.0
+    declination: float = 0.0
+    std: float = math.radians(3.0)
+
+    def true(self, yaw: float) -> float:
+        """Convert a source's yaw to the ENU yaw from true north."""
+        return true_yaw((yaw_from_azimuth(yaw) if self.clockwise else yaw) + self.offset, self.declination)
+
+
+def heading_from_message(message: Any, convention: HeadingConvention) -> HeadingSample:
+    """Return the heading of an Imu, QuaternionStamped or PoseStamped. Raises RejectedInput without one."""
+    std = convention.std
     if hasattr(message, "orientation_covariance"):
         covariance = message.orientation_covariance
         if covariance[0] == -1.0:
@@ -131,7 +146,7 @@ def heading_from_message(message: Any, declination: float, default_std: float) -
     norm = math.sqrt(q.x * q.x + q.y * q.y + q.z * q.z + q.w * q.w)
     if not abs(norm - 1.0) < 0.1:  # NaN as well
         raise RejectedInput("heading_not_unit", f"heading quaternion has norm {norm:.3g}, not 1")
-    return HeadingSample(valid_stamp_ns(message), true_yaw(yaw_of(q), declination), std)
+    return HeadingSample(valid_stamp_ns(message), convention.true(yaw_of(q)), std)
 
 
 class VelocityReader:

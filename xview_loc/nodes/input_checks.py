@@ -1,0 +1,57 @@
+"""Shows on /diagnostics where a vehicle's inputs contradict each other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from xview_loc.nodes.diagnostics import WARN, Health
+from xview_loc.vehicle.heading_check import HeadingCheck
+from xview_loc.vehicle.motion_check import MotionCheck
+from xview_loc.vehicle.odometry import Odometry
+from xview_loc.vehicle.synchronisation import GnssFix, HeadingSample
+
+
+class InputChecks:
+    """Compares fixes, headings and odometry, all of them good ones. For the executor's thread."""
+
+    def __init__(self, odometry: Odometry, health: Health, log: Any) -> None:
+        self._odometry, self._health, self._log = odometry, health, log
+        self._shown: set[str] = set()
+        self.restart()
+
+    @property
+    def heading_fault(self) -> str:
+        """What is wrong with the headings; "" for nothing."""
+        return str(self._heading.fault or "")
+
+    def restart(self) -> None:
+        """Forget everything, and clear the conditions."""
+        self._heading, self._motion = HeadingCheck(self._odometry), MotionCheck(self._odometry)
+        self._show()
+
+    def add_heading(self, heading: HeadingSample) -> None:
+        """Take a heading."""
+        self._heading.add_heading(heading)
+
+    def add_fix(self, fix: GnssFix) -> None:
+        """Take a fix, and set or clear the conditions."""
+        self._motion.add(fix)
+        self._heading.add_fix(fix)
+        self._show()
+
+    def _show(self) -> None:
+        problems = {
+            "odom_still": self._motion.odom_still,
+            "fix_still": self._motion.fix_still,
+            "heading_disagrees": self.heading_fault,
+        }
+        for key, text in problems.items():
+            if not text:
+                self._health.clear(key)
+                self._shown.discard(key)
+                continue
+            self._health.condition(key, WARN, text)
+            # Figures change all the time.
+            if key not in self._shown:
+                self._shown.add(key)
+                self._log.warning(text)
