@@ -26,6 +26,7 @@ from rcl_interfaces.srv import SetParameters, SetParametersAtomically
 from rclpy.context import Context
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
+from rclpy.parameter import Parameter as RclpyParameter
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from std_srvs.srv import Trigger
 
@@ -170,15 +171,15 @@ class Bench:
         values = [] if self.status is None else self.status.values
         return {v.key: v.value for v in values}.get(key, "")
 
-    def begin_set_parameter(self, node: str, name: str, text: str) -> Any:
+    def begin_set_parameter(self, node: str, name: str, value: Any) -> Any:
         """Ask for a parameter's change; return the future of the answer."""
         client = self._client(SetParameters, f"{node}/set_parameters")
-        value = ParameterValue(type=ParameterType.PARAMETER_STRING, string_value=text)
-        return client.call_async(SetParameters.Request(parameters=[Parameter(name=name, value=value)]))
+        message = RclpyParameter(name, value=value).to_parameter_msg()
+        return client.call_async(SetParameters.Request(parameters=[message]))
 
-    def set_parameter(self, node: str, name: str, text: str) -> str:
+    def set_parameter(self, node: str, name: str, value: Any) -> str:
         """Change a parameter; return why it was refused, "" if it was not."""
-        call = self.begin_set_parameter(node, name, text)
+        call = self.begin_set_parameter(node, name, value)
         (result,) = self.wait(call.done, what="the parameter") and call.result().results
         return "" if result.successful else result.reason
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import importlib.util
 import math
+import re
 import subprocess
 import sys
 import time
@@ -129,7 +130,7 @@ class Rig:
 
     def set_parameters(self, **changes: Any) -> None:
         """Set every parameter of a node that is not configured."""
-        values = {p.name: p.default for p in LOCALIZER} | self.parameters | changes
+        values = {p.name: p.default for p in LOCALIZER if p.name != "autostart"} | self.parameters | changes
         request = SetParameters.Request(
             parameters=[Parameter(name, value=value).to_parameter_msg() for name, value in values.items()]
         )
@@ -434,6 +435,52 @@ def test_a_refused_checkpoint_leaves_the_node_as_it_was(rig, tmp_path):
         assert rig.bench.set_parameter("/localizer", "checkpoint", str(bad)) == ""
         rig.bench.wait(lambda: "bad.safetensors" in rig.bench.value("checkpoint"), what="the new checkpoint")
         assert rig.parameter("checkpoint") == str(bad)
+
+
+def test_a_parameter_set_while_the_node_runs_applies_at_once(rig):
+    b = rig.bench
+
+    def put(name: str, value: Any) -> str:
+        return b.set_parameter("/localizer", name, value)
+
+    def late_frame() -> int:
+        """Send a frame whose fix and heading are 0.3 s old."""
+        ns = rig.step()
+        rig.send_fix(ns - 300_000_000)
+        rig.send_heading(ns - 300_000_000)
+        rig.send_image(ns)
+        return ns
+
+    with rig.configured(max_wait_s=0.5):
+        rig.good_frame()
+        ns = late_frame()
+        b.wait(lambda: stamp(rig.poses[-1]) == ns, what="a pose all the same")
+        for name, value, before, says in (
+            ("min_confidence", 1.0, 0.0, "low_confidence"),
+            ("fix_min_status", 2, 0, "fix_stale"),
+            ("max_fix_age_s", 0.1, 2.0, "fix_stale"),
+            ("max_heading_age_s", 0.1, 0.5, "heading_stale"),
+        ):
+            assert put(name, value) == ""
+            late_frame()
+            b.wait_diagnosis(says)
+            assert put(name, before) == ""
+            rig.good_frame()
+        assert put("map", "another.tif") == "map needs cleanup and configure"
+        # The camera ahead of base_link, the covariance's floor, the search's radius, the grid's rate.
+        here = rig.good_frame().pose
+        assert put("camera_x", 2.0) == "" and put("covariance_floor_m", 5.0) == ""
+        there = rig.good_frame().pose
+        moved = there.pose.position.x - here.pose.position.x, there.pose.position.y - here.pose.position.y
+        assert math.hypot(*moved) == pytest.approx(2.0, abs=0.1)
+        assert there.covariance[0] > here.covariance[0] + 15.0
+        assert put("search_radius_m", 1.0) == "" and put("heat_map_rate", 0.0) == ""
+        rig.good_frame()
+        b.wait_diagnosis("search_border")
+        rig.grids.clear()
+        rig.good_frame()
+        rig.good_frame()
+        assert not rig.grids
 
 
 def test_deploy_waits_for_the_verdict(rig, tmp_path, monkeypatch):
@@ -862,6 +909,8 @@ def test_yaml_lists_every_parameter_with_its_default(name, table):
     text = (ROOT / "config" / f"{name}.yaml").read_text()
     written = yaml.safe_load(text)["/**"]["ros__parameters"]
     assert list(written) == [p.name for p in table]
+    live = re.findall(r" Live\.\n    (\w+):", text)
+    assert live == [p.name for p in table if p.live]
     for p in table:
         value = written[p.name]
         assert value == p.default or (math.isnan(value) and math.isnan(p.default)), p.name

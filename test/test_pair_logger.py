@@ -244,6 +244,25 @@ def test_services_start_stop_and_split(logger: tuple[Rig, Path]) -> None:
     assert len(PairBag(newest(folder))) == 0 and len(list((folder / "bags").iterdir())) == bags + 2
 
 
+def test_keyframes_and_quality_change_while_it_records(logger: tuple[Rig, Path]) -> None:
+    rig, folder = logger
+
+    def put(name: str, value: Any) -> str:
+        return rig.here.set_parameter("/pair_logger", name, value)
+
+    assert put("directory", "/elsewhere") == "directory needs cleanup and configure"
+    assert rig.call("start")[0]
+    assert put("keyframe_distance_m", 0.5) == put("jpeg_quality", 1) == ""
+    try:
+        rig.drive(10)  # 0.8 m a frame
+    finally:
+        assert put("keyframe_distance_m", 2.0) == put("jpeg_quality", 95) == ""
+    assert "recorded 10 pairs" in rig.call("stop")[1]
+    pair = PairBag(newest(folder))[9]
+    sent = np.frombuffer(rig.images[pair.stamp_ns], np.uint8).reshape(48, 64, 3)
+    assert np.abs(pair.image().astype(int) - sent).mean() > 6.0
+
+
 def test_bad_messages_cost_no_more_than_themselves(logger: tuple[Rig, Path]) -> None:
     rig, folder = logger
     refused = int(rig.here.value("frames_rejected/image_invalid") or 0)

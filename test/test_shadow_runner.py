@@ -63,7 +63,7 @@ class Rig:
             lat, lon = PLANE.inverse(self.x + error(), 0.0)
             return SimpleNamespace(lat=lat, lon=lon, heat_map=SimpleNamespace(entropy=1.0))
 
-        return SimpleNamespace(localize=localize)
+        return SimpleNamespace(localize=localize, limits=None)
 
     # What the runner asks of a CheckpointSwap
 

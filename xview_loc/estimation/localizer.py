@@ -11,7 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,6 +77,20 @@ def tile_store(map: AerialMap, model: CrossViewModel, snap_m: float | None = Non
     return TileStore(map, required_tile_px(model.spec), model.spec.gsd, snap_m or model.half_extent_m / 2)
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What may change from one observation to the next; as of the constructor of :class:`Localizer`."""
+
+    search_radius_m: float | Literal["covariance"] | None = "covariance"
+    min_valid_fraction: float = 0.9
+    covariance_floor_m: float | None = None
+
+    def __post_init__(self) -> None:
+        radius = self.search_radius_m
+        if isinstance(radius, str) and radius != "covariance":
+            raise ValueError(f"the search radius is metres, 'covariance' or None, not {radius!r}")
+
+
 class Localizer:
     """Localises observations one after another; for use by one thread at a time.
 
@@ -89,8 +103,9 @@ class Localizer:
     features of up to eight tiles (at least one is kept), MB. precompute: makes features several times larger
     and images of a known tile faster. backend, precision: what executes the model's share of each image;
     tiles are always encoded by PyTorch. tile_wait_s: longest wait for an aerial tile, seconds, as of
-    :meth:`TileStore.around`. Raises ValueError if tiles, model and heading prior do not go together,
-    UserError if the backend is missing or cannot execute the model.
+    :meth:`TileStore.around`. ``limits`` may be replaced between observations. Raises ValueError if tiles,
+    model and heading prior do not go together, UserError if the backend is missing or cannot execute the
+    model.
     """
 
     def __init__(
@@ -117,9 +132,8 @@ class Localizer:
             )
         if spec.bins == 0 and heading_prior_deg != 0:
             raise ValueError(f"{spec.name} needs a known heading (a heading prior of 0 degrees)")
-        if isinstance(search_radius_m, str) and search_radius_m != "covariance":
-            raise ValueError(f"the search radius is metres, 'covariance' or None, not {search_radius_m!r}")
         self.spec = spec
+        self.limits = Limits(search_radius_m, min_valid_fraction, covariance_floor_m)
         self._tiles = tiles
         self._tile_wait_s = tile_wait_s
         self._device = torch.device(device)
@@ -133,11 +147,7 @@ class Localizer:
         self._model = model.to(self._model_device, self._dtype).eval()
         self._model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._heading_prior_deg = heading_prior_deg
-        self._search_radius_m = search_radius_m
-        self._min_valid_fraction = min_valid_fraction
         self._calibration = model.calibration
-        if covariance_floor_m is not None:
-            self._calibration = replace(model.calibration, floor_m=covariance_floor_m)
         # Tile and its features by the tile's key, most recently used last.
         self._features: OrderedDict[str, tuple[AerialTile, Any]] = OrderedDict()
         self._features_mb = features_mb
@@ -216,7 +226,8 @@ class Localizer:
             search = self._search(observation, logits.shape, maps, tile)
             heat_map = HeatMap.from_logits(logits, maps.grid, tile, search, self._calibration)
             lat, lon = heat_map.to_latlon(*heat_map.peak)
-            covariance = heat_map.covariance(self._calibration.floor_m)
+            floor = self.limits.covariance_floor_m
+            covariance = heat_map.covariance(self._calibration.floor_m if floor is None else floor)
             heading, heading_variance = self._heading(observation, maps, heat_map)
         return PoseEstimate(
             lat=float(lat),
@@ -269,10 +280,9 @@ class Localizer:
         if self.spec.aerial_up == "left":
             assert observation.heading is not None
             tile = tile.rotated(observation.heading, self.spec.aerial_size)
-        if tile.valid_fraction < self._min_valid_fraction:
+        if tile.valid_fraction < (least := self.limits.min_valid_fraction):
             raise LowImageryError(
-                f"only {tile.valid_fraction:.0%} of the aerial tile has imagery, "
-                f"{self._min_valid_fraction:.0%} is needed"
+                f"only {tile.valid_fraction:.0%} of the aerial tile has imagery, {least:.0%} is needed"
             )
         return tile
 
@@ -331,7 +341,8 @@ class Localizer:
     def _search(
         self, observation: Observation, shape: tuple[int, ...], maps: HeatMaps, tile: AerialTile
     ) -> SearchDisc | None:
-        if self._search_radius_m is None:
+        limit = self.limits.search_radius_m
+        if limit is None:
             return None
         lat, lon = observation.lat, observation.lon
         room = room_around((shape[0], shape[1]), maps.grid, tile, lat, lon)
@@ -342,8 +353,8 @@ class Localizer:
                 "a smaller spacing of the tile centres helps"
             )
         radius = room
-        if isinstance(self._search_radius_m, (int, float)):
-            radius = float(self._search_radius_m)
+        if isinstance(limit, (int, float)):
+            radius = float(limit)
         elif observation.fix_covariance is not None:
             sigma = math.sqrt(max(0.0, float(np.linalg.eigvalsh(observation.fix_covariance)[-1])))
             radius = max(SEARCH_SIGMAS * sigma, MIN_SEARCH_M)

@@ -87,12 +87,13 @@ class FilteredPose:
 class PositionFilter:
     """Belief about the position of base_link, moved on from image to image.
 
-    Call :meth:`move` for each image, then :meth:`observe` if it was localised. For use by one thread.
+    Call :meth:`move` for each image, then :meth:`observe` if it was localised. For use by one thread;
+    ``options`` may be replaced by another.
     """
 
     def __init__(self, odometry: Odometry, options: FilterOptions | None = None) -> None:
         self._odometry = odometry
-        self._options = options or FilterOptions()
+        self.options = options or FilterOptions()
         # Plane at the first fix that the belief lies in; yaws are in its axes.
         self._plane: LocalProjection | None = None
         self._belief: BeliefGrid | None = None
@@ -168,7 +169,7 @@ class PositionFilter:
         """Fuse the image at the last stamp: its heat map, and its heading if none was measured."""
         if self._belief is None or self._plane is None:
             return
-        weight = min(1.0, self._driven / self._options.decorrelation_m)
+        weight = min(1.0, self._driven / self.options.decorrelation_m)
         if not heading_measured and estimate.heading is not None:
             yaw = mounting.heading(estimate.heading) + self._convergence()
             variance = max(estimate.heading_variance, _LEAST_YAW_VARIANCE)
@@ -177,7 +178,7 @@ class PositionFilter:
         self._driven = 0.0
         lever = in_enu(mounting.camera, self._yaw)
         likelihood = self._belief.heat_map_likelihood(estimate.heat_map, self._plane, lever)
-        outlier = self._options.outlier
+        outlier = self.options.outlier
         evidence = self._belief.multiply((1.0 - outlier) * likelihood + outlier, weight)
         self._support += (math.log(evidence) - self._support) / _SUPPORT_IMAGES
         if self._support > _SUPPORT:
@@ -210,7 +211,7 @@ class PositionFilter:
         else:
             step = np.array(in_enu((motion.forward, motion.left), self._yaw - motion.turn))
             # A heading's error is correlated, so it adds up along the way, whatever the image rate.
-            rate = self._options.drift_m**2 / 100.0
+            rate = self.options.drift_m**2 / 100.0
             if self._yaw_variance < _SURE_YAW:
                 rate += _HEADING_CORRELATION_M * self._yaw_variance / 2.0
                 self._spread(step, rate * motion.length)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import rclpy.task
-from rcl_interfaces.msg import SetParametersResult
 from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
 from rclpy.node import Node
 from rclpy.parameter import Parameter
@@ -38,8 +37,8 @@ from xview_loc.vehicle.odometry import Odometry
 class Checkpoints:
     """Parameters ``checkpoint`` and ``shadow_*``, services ``~/reload`` and ``~/rollback`` of a node.
 
-    ``swap`` and ``shadow`` exist from :meth:`open` to :meth:`close`. Afterwards and before, parameters are
-    only stored. ``checkpoint`` names the active checkpoint again after every change, refused ones included.
+    ``swap`` and ``shadow`` exist from :meth:`open` to :meth:`close`. ``checkpoint`` names the active
+    checkpoint again after every change, refused ones included.
 
     A change survives a restart of the node: a record of it is kept in a file (``checkpoint_persist``).
     """
@@ -58,7 +57,6 @@ class Checkpoints:
         self._left = self._chosen = self._asked()
         self._file = record_path(node.get_fully_qualified_name())
         self._record: DeploymentRecord | None = None
-        node.add_on_set_parameters_callback(self._on_parameters)
         # A service waits for its verdict in a group of its own, so that frames go on meanwhile.
         waiting = MutuallyExclusiveCallbackGroup()
         for name, call in (("reload", self._on_reload), ("rollback", self._on_rollback)):
@@ -184,19 +182,15 @@ class Checkpoints:
         promote = self._value("shadow_policy") == "promote"
         return ShadowOptions(self._value("shadow_every"), self._value("shadow_frames"), promote)
 
-    def _on_parameters(self, changes: list[Any]) -> SetParametersResult:
-        """Start what the changes ask for, or refuse all of them."""
-        if self._storing:
-            return SetParametersResult(successful=True)
-        values = {change.name: change.value for change in changes}
-        try:
-            parameters.check_choices(parameters.LOCALIZER, values)
-        except parameters.ParameterError as error:
-            return SetParametersResult(successful=False, reason=str(error))
-        if self.swap is None or self.shadow is None:
-            return SetParametersResult(successful=True)
-        if values.get("checkpoint") == "":
-            return SetParametersResult(successful=False, reason="name a checkpoint's file")
+    def check(self, values: dict[str, Any]) -> None:
+        """Raise ParameterError if an open localizer would be left without a checkpoint."""
+        if self.swap is not None and not self._storing and values.get("checkpoint") == "":
+            raise parameters.ParameterError("name a checkpoint's file")
+
+    def apply(self, values: dict[str, Any]) -> None:
+        """Start what changed parameters of an open localizer ask for."""
+        if self._storing or self.swap is None or self.shadow is None:
+            return
         if "checkpoint" in values:
             self._requested = values["checkpoint"]
             self._follow(self.swap.load(Path(self._requested)))
@@ -207,7 +201,6 @@ class Checkpoints:
                 self.shadow.start(Path(candidate))
             else:
                 self.shadow.stop()
-        return SetParametersResult(successful=True)
 
     def _store(self, **values: str) -> None:
         self._storing = True

@@ -21,7 +21,7 @@ from rclpy.time import Time
 from xview_loc.bags import ros_types
 from xview_loc.camera import CameraError
 from xview_loc.errors import reason
-from xview_loc.estimation.localizer import Localizer, required_tile_px
+from xview_loc.estimation.localizer import Limits, Localizer, required_tile_px
 from xview_loc.estimation.observation import LocalizationError, Observation, PoseEstimate
 from xview_loc.estimation.position_filter import FilterOptions, PositionFilter
 from xview_loc.images import ImageError
@@ -110,9 +110,9 @@ class LocalizerNode(VehicleNode):
             raise parameters.ParameterError("parameter map is empty: name an aerial map")
         self._open_map(required_tile_px(model.spec), model.spec.gsd, snap_m=model.half_extent_m / 2)
         localizer = self._first_localizer(model)
+        self._limits = self._new_limits()
         self._needs_camera_info = model.spec.camera == "pinhole"
-        errors = FilterOptions(p["filter_outlier"], p["filter_drift_m"], p["filter_decorrelation_m"])
-        self._filter = PositionFilter(self._odometry, errors) if p["filter"] else None
+        self._filter = PositionFilter(self._odometry, self._filter_options()) if p["filter"] else None
         self._tf: Any = self._tf_buffer() if p["camera_frame"] or p["antenna_frame"] else None
         self._outputs = Outputs(self, p, self._health)
         self._checkpoints.open(
@@ -122,6 +122,32 @@ class LocalizerNode(VehicleNode):
             # The default spacing of tile centres, so that these move as much as the displaced positions.
             model.half_extent_m / 2,
             self._outputs.publish_comparison,
+        )
+
+    def check_parameters(self, values: dict[str, Any]) -> None:
+        """Refuse a missing checkpoint, too."""
+        super().check_parameters(values)
+        self._checkpoints.check(values)
+
+    def apply_parameters(self, values: dict[str, Any]) -> None:
+        """Change limits, filter and checkpoints; the rest is read where it is used."""
+        super().apply_parameters(values)
+        self._limits = self._new_limits()
+        if self._filter is not None:
+            self._filter.options = self._filter_options()
+        self._checkpoints.apply(values)
+
+    def _filter_options(self) -> FilterOptions:
+        p = self._params
+        return FilterOptions(p["filter_outlier"], p["filter_drift_m"], p["filter_decorrelation_m"])
+
+    def _new_limits(self) -> Limits:
+        p = self._params
+        radius, floor = p["search_radius_m"], p["covariance_floor_m"]
+        return Limits(
+            None if radius < 0 else radius or "covariance",
+            p["min_valid_fraction"],
+            None if floor < 0 else floor,
         )
 
     def make_worker(self) -> _NewestFrame:
@@ -179,14 +205,10 @@ class LocalizerNode(VehicleNode):
         p = self._params
         assert self._tiles is not None
         prior = {"known": 0.0, "prior": p["heading_prior_deg"], "unknown": None}[p["heading_mode"]]
-        radius, floor = p["search_radius_m"], p["covariance_floor_m"]
         return Localizer(
             self._tiles,
             model,
             heading_prior_deg=prior,
-            search_radius_m=None if radius < 0 else radius or "covariance",
-            min_valid_fraction=p["min_valid_fraction"],
-            covariance_floor_m=None if floor < 0 else floor,
             device=p["device"],
             backend=self._backend,
             precision=p["precision"],
@@ -274,7 +296,9 @@ class LocalizerNode(VehicleNode):
         observation = self._observation(paired, fix, image, mounting)
         try:
             # Read once: a change of checkpoint takes effect between two frames.
-            estimate = swap.active.localizer.localize(observation)
+            localizer = swap.active.localizer
+            localizer.limits = self._limits
+            estimate = localizer.localize(observation)
             if self._filter is not None:
                 self._filter.observe(estimate, mounting, heading is not None)
         finally:

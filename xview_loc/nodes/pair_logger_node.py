@@ -136,12 +136,20 @@ class PairLoggerNode(VehicleNode):
             self._attribution = tiles.map.attribution
         else:
             self._health.condition("no_map", WARN, "no map is named: pairs are stored without tiles")
-        rule = KeyframeRule(
-            p["keyframe_distance_m"], p["keyframe_interval_s"], math.radians(p["keyframe_turn_deg"])
-        )
-        self._keyframes = Keyframes(rule)
+        self._keyframes = Keyframes(self._keyframe_rule())
         self._wheels = WheelSpeed()
         self._rate = (time.monotonic(), 0)
+
+    def apply_parameters(self, values: dict[str, Any]) -> None:
+        """Change the keyframe rule; the quality of JPEG is read where it is used."""
+        super().apply_parameters(values)
+        self._keyframes.rule = self._keyframe_rule()
+
+    def _keyframe_rule(self) -> KeyframeRule:
+        p = self._params
+        return KeyframeRule(
+            p["keyframe_distance_m"], p["keyframe_interval_s"], math.radians(p["keyframe_turn_deg"])
+        )
 
     def make_worker(self) -> _Recorder:
         """Return the thread that writes."""

@@ -6,12 +6,15 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
+from rclpy.exceptions import InvalidParameterTypeException, InvalidParameterValueException
 from rclpy.node import Node
 
+from xview_loc.errors import reason
 from xview_loc.maps.base import MapOptions, default_cache_dir
 
 # As in models.runtimes, whose import would load torch into nodes that need no model.
@@ -25,16 +28,23 @@ class ParameterError(ValueError):
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter; ``range`` is inclusive, ``choices`` lists the allowed strings."""
+    """One parameter; ``range`` is inclusive, ``choices`` lists the allowed strings.
+
+    live: set while the node is configured, it applies at once. Others are refused then; ``autostart``, which
+    is read when the process starts, always.
+    """
 
     name: str
     default: Any
     description: str
     range: tuple[float, float] | None = None
     choices: tuple[str, ...] = ()
+    live: bool = False
 
 
+# Parameters that need cleanup and configure, and live ones.
 P = Parameter
+L = partial(Parameter, live=True)
 # Parameters of every node with a map and a vehicle's inputs.
 _MAP: tuple[Parameter, ...] = (
     P("autostart", True, "Configure and activate on start; otherwise wait for lifecycle requests."),
@@ -50,18 +60,18 @@ _MAP: tuple[Parameter, ...] = (
 _INPUTS: tuple[Parameter, ...] = (
     P("image_transport", "raw", "Type of the image topic.", choices=("raw", "compressed")),
     P("heading_source", "imu", "Type of the heading topic.", choices=("imu", "quaternion", "pose")),
-    P("heading_std_deg", 3.0, "Standard deviation of headings that come without one, degrees.", (0.0, 180.0)),
-    P("magnetic_declination_deg", 0.0, "Declination, degrees east; 0 for a true heading.", (-180.0, 180.0)),
-    P("heading_offset_deg", 0.0, "Added to the heading, degrees counter-clockwise.", (-180.0, 180.0)),
-    P("heading_clockwise", False, "The yaw is a compass azimuth: clockwise from north, not ENU's from east."),
-    P("heading_reject", False, "Reject frames while the heading disagrees with the course of the fixes."),
-    P("fix_min_status", 0, "Least NavSatStatus: -2 unknown, -1 none, 0 fix, 1 SBAS, 2 GBAS.", (-2, 2)),
-    P("fix_max_sigma_m", 0.0, "Largest horizontal sigma of a fix, metres; 0: no limit.", (0.0, 10000.0)),
-    P("fix_max_jump_m", 40.0, "Largest jump beyond driving at 50 m/s, metres; 0: no limit.", (0.0, 10000.0)),
-    P("max_fix_age_s", 2.0, "Largest time between an image and the fix used for it, seconds.", (0.0, 60.0)),
-    P("max_heading_age_s", 0.5, "Largest time between an image and its heading, seconds.", (0.0, 60.0)),
-    P("max_wait_s", 0.1, "Longest time an image waits for a later fix and heading, seconds.", (0.0, 5.0)),
-    P("max_image_delay_s", 2.0, "Image age, by the node's clock, that raises a warning, s.", (0.0, 3600.0)),
+    L("heading_std_deg", 3.0, "Standard deviation of headings that come without one, degrees.", (0.0, 180.0)),
+    L("magnetic_declination_deg", 0.0, "Declination, degrees east; 0 for a true heading.", (-180.0, 180.0)),
+    L("heading_offset_deg", 0.0, "Added to the heading, degrees counter-clockwise.", (-180.0, 180.0)),
+    L("heading_clockwise", False, "The yaw is a compass azimuth: clockwise from north, not ENU's from east."),
+    L("heading_reject", False, "Reject frames while the heading disagrees with the course of the fixes."),
+    L("fix_min_status", 0, "Least NavSatStatus: -2 unknown, -1 none, 0 fix, 1 SBAS, 2 GBAS.", (-2, 2)),
+    L("fix_max_sigma_m", 0.0, "Largest horizontal sigma of a fix, metres; 0: no limit.", (0.0, 10000.0)),
+    L("fix_max_jump_m", 40.0, "Largest jump beyond driving at 50 m/s, metres; 0: no limit.", (0.0, 10000.0)),
+    L("max_fix_age_s", 2.0, "Largest time between an image and the fix used for it, seconds.", (0.0, 60.0)),
+    L("max_heading_age_s", 0.5, "Largest time between an image and its heading, seconds.", (0.0, 60.0)),
+    L("max_wait_s", 0.1, "Longest time an image waits for a later fix and heading, seconds.", (0.0, 5.0)),
+    L("max_image_delay_s", 2.0, "Image age, by the node's clock, that raises a warning, s.", (0.0, 3600.0)),
     P("qos_reliability", "best_effort", "Reliability of subscriptions.", choices=("best_effort", "reliable")),
     P("qos_depth", 5, "Queue length of the subscriptions.", (1, 1000)),
 )
@@ -69,8 +79,8 @@ LOCALIZER: tuple[Parameter, ...] = (
     *_MAP,
     *_INPUTS,
     P("model", "ccvpe-small", "Name of the model."),
-    P("checkpoint", "", "File of weights; empty: the shipped ones (models ccvpe-small and ggcvt-small)."),
-    P("checkpoint_persist", True, "Start with the checkpoint deployed last, unless this file says another."),
+    L("checkpoint", "", "File of weights; empty: the shipped ones (models ccvpe-small and ggcvt-small)."),
+    L("checkpoint_persist", True, "Start with the checkpoint deployed last, unless this file says another."),
     P("allow_untrained", False, "For tests: run with random weights where none are shipped."),
     P("device", "cpu", "PyTorch device, for example cpu or cuda:0."),
     P(
@@ -93,27 +103,27 @@ LOCALIZER: tuple[Parameter, ...] = (
         choices=("known", "prior", "unknown"),
     ),
     P("heading_prior_deg", 72.0, "Half width of the search in mode prior, degrees.", (0.0, 180.0)),
-    P(
+    L(
         "search_radius_m",
         0.0,
         "Search radius around the fix, metres; 0: three sigma of the fix; negative: no limit.",
         (-1.0, 1000.0),
     ),
-    P(
+    L(
         "covariance_floor_m",
         -1.0,
         "Standard deviation added to the heat map's, metres; negative: the checkpoint's.",
         (-1.0, 100.0),
     ),
-    P("min_valid_fraction", 0.9, "Least share of a tile with imagery.", (0.0, 1.0)),
-    P("min_confidence", 0.0, "Least confidence of a published pose.", (0.0, 1.0)),
+    L("min_valid_fraction", 0.9, "Least share of a tile with imagery.", (0.0, 1.0)),
+    L("min_confidence", 0.0, "Least confidence of a published pose.", (0.0, 1.0)),
     P("datum_lat", math.nan, "Latitude of the map frame's origin, degrees; nan: the first fix."),
     P("datum_lon", math.nan, "Longitude of the map frame's origin, degrees; nan: the first fix."),
-    P("antenna_x", 0.0, "Position of the antenna, metres forward of base_link.", (-100.0, 100.0)),
-    P("antenna_y", 0.0, "Position of the antenna, metres left of base_link.", (-100.0, 100.0)),
-    P("camera_x", 0.0, "Position of the camera, metres forward of base_link.", (-100.0, 100.0)),
-    P("camera_y", 0.0, "Position of the camera, metres left of base_link.", (-100.0, 100.0)),
-    P("camera_yaw_deg", 0.0, "Angle of the image's centre column, degrees left of forward.", (-180.0, 180.0)),
+    L("antenna_x", 0.0, "Position of the antenna, metres forward of base_link.", (-100.0, 100.0)),
+    L("antenna_y", 0.0, "Position of the antenna, metres left of base_link.", (-100.0, 100.0)),
+    L("camera_x", 0.0, "Position of the camera, metres forward of base_link.", (-100.0, 100.0)),
+    L("camera_y", 0.0, "Position of the camera, metres left of base_link.", (-100.0, 100.0)),
+    L("camera_yaw_deg", 0.0, "Angle of the image's centre column, degrees left of forward.", (-180.0, 180.0)),
     P("camera_frame", "", "Frame to read the camera's pose from tf instead; empty: none."),
     P("antenna_frame", "", "Frame to read the antenna's position from tf instead; empty: none."),
     P(
@@ -121,18 +131,18 @@ LOCALIZER: tuple[Parameter, ...] = (
         False,
         "Publish ~/odometry_filtered_pose: heat maps and fixes fused over time, moved by odom's twist.",
     ),
-    P("filter_outlier", 0.1, "Filter: probability that a heat map lacks the true position.", (0.001, 0.999)),
-    P("filter_drift_m", 2.0, "Filter: sigma of the odometry's error after 100 m, metres.", (0.01, 100.0)),
-    P(
+    L("filter_outlier", 0.1, "Filter: probability that a heat map lacks the true position.", (0.001, 0.999)),
+    L("filter_drift_m", 2.0, "Filter: sigma of the odometry's error after 100 m, metres.", (0.01, 100.0)),
+    L(
         "filter_decorrelation_m",
         10.0,
         "Filter: distance after which the errors of heat maps are independent, metres.",
         (0.1, 1000.0),
     ),
-    P("shadow_checkpoint", "", "Candidate to compare with checkpoint, without using its poses; empty: none."),
-    P("shadow_every", 5, "Shadow: compare every n-th frame, if 10 m were driven since the last.", (1, 100)),
-    P("shadow_frames", 200, "Shadow: number of frames compared before the verdict.", (100, 10000)),
-    P(
+    L("shadow_checkpoint", "", "Candidate to compare with checkpoint, without using its poses; empty: none."),
+    L("shadow_every", 5, "Shadow: compare every n-th frame, if 10 m were driven since the last.", (1, 100)),
+    L("shadow_frames", 200, "Shadow: number of frames compared before the verdict.", (100, 10000)),
+    L(
         "shadow_policy",
         "report",
         "Shadow: report the verdict, or also promote a better candidate to checkpoint.",
@@ -141,8 +151,8 @@ LOCALIZER: tuple[Parameter, ...] = (
     P("map_frame", "map", "Frame of ~/pose and ~/heat_map."),
     P("base_frame", "base_link", "Frame of the vehicle: ~/pose is its pose, ~/fix its position."),
     P("publish_tf", False, "Broadcast map_frame -> base_frame on tf; not if a filter does."),
-    P("heat_map_rate", 1.0, "Largest rate of ~/heat_map in Hz; 0: never.", (0.0, 100.0)),
-    P("overlay_rate", 5.0, "Largest rate of ~/overlay in Hz; 0: never.", (0.0, 100.0)),
+    L("heat_map_rate", 1.0, "Largest rate of ~/heat_map in Hz; 0: never.", (0.0, 100.0)),
+    L("overlay_rate", 5.0, "Largest rate of ~/overlay in Hz; 0: never.", (0.0, 100.0)),
 )
 PAIR_LOGGER: tuple[Parameter, ...] = (
     *_MAP,
@@ -156,10 +166,10 @@ PAIR_LOGGER: tuple[Parameter, ...] = (
     P("use_heading", True, "Log the heading, and only frames that have one."),
     P("use_odometry", True, "Log odom as it comes, and take the distance and standing from its speed."),
     P("camera_yaw_deg", 0.0, "Angle of the image's centre column, degrees left of forward.", (-180.0, 180.0)),
-    P("keyframe_distance_m", 2.0, "Distance between keyframes in metres; 0: not used.", (0.0, 1000.0)),
-    P("keyframe_interval_s", 0.0, "Driving time between keyframes in seconds; 0: not used.", (0.0, 3600.0)),
-    P("keyframe_turn_deg", 15.0, "Turn between keyframes in degrees; 0: not used.", (0.0, 180.0)),
-    P("jpeg_quality", 95, "Quality at which raw images are compressed.", (1, 100)),
+    L("keyframe_distance_m", 2.0, "Distance between keyframes in metres; 0: not used.", (0.0, 1000.0)),
+    L("keyframe_interval_s", 0.0, "Driving time between keyframes in seconds; 0: not used.", (0.0, 3600.0)),
+    L("keyframe_turn_deg", 15.0, "Turn between keyframes in degrees; 0: not used.", (0.0, 180.0)),
+    L("jpeg_quality", 95, "Quality at which raw images are compressed.", (1, 100)),
     P("split_mb", 1024, "Size at which a new file begins, in MB; 0: never.", (0, 1000000)),
     P("split_s", 0.0, "Time after which a new file begins, in seconds; 0: never.", (0.0, 86400.0)),
     P("quota_mb", 0, "Most that one recording may take; 0: no limit.", (0, 100000000)),
@@ -173,18 +183,29 @@ PAIR_LOGGER: tuple[Parameter, ...] = (
 )
 
 
-def declare(node: Node, parameters: tuple[Parameter, ...]) -> None:
-    """Declare the parameters on the node, with descriptions and ranges."""
+def declare(node: Node, parameters: tuple[Parameter, ...]) -> dict[str, str]:
+    """Declare the parameters on the node, with descriptions and ranges.
+
+    Returns what is wrong with values given at the start, by name: their type, or they are out of range.
+    """
+    faults = {}
     for p in parameters:
-        descriptor = ParameterDescriptor(description=p.description)
-        if p.choices:
-            descriptor.additional_constraints = "one of " + ", ".join(p.choices)
+        descriptor = ParameterDescriptor(description=p.description, read_only=p.name == "autostart")
+        constraints = ["one of " + ", ".join(p.choices)] if p.choices else []
+        if not p.live:
+            constraints.append("set while unconfigured")
+        descriptor.additional_constraints = "; ".join(constraints)
         if p.range and isinstance(p.default, float):
             descriptor.floating_point_range = [FloatingPointRange(from_value=p.range[0], to_value=p.range[1])]
         elif p.range:
             low, high = (int(v) for v in p.range)
             descriptor.integer_range = [IntegerRange(from_value=low, to_value=high, step=1)]
-        node.declare_parameter(p.name, p.default, descriptor)
+        try:
+            node.declare_parameter(p.name, p.default, descriptor)
+        except (InvalidParameterTypeException, InvalidParameterValueException) as error:
+            faults[p.name] = reason(error)
+            node.declare_parameter(p.name, p.default, descriptor, ignore_override=True)
+    return faults
 
 
 def check_choices(parameters: tuple[Parameter, ...], values: Mapping[str, Any]) -> None:
@@ -192,6 +213,19 @@ def check_choices(parameters: tuple[Parameter, ...], values: Mapping[str, Any]) 
     for p in parameters:
         if p.choices and p.name in values and values[p.name] not in p.choices:
             raise ParameterError(f"{p.name} is {values[p.name]!r}; choose from {', '.join(p.choices)}")
+
+
+def check_live(
+    parameters: tuple[Parameter, ...], values: Mapping[str, Any], current: Mapping[str, Any]
+) -> None:
+    """Raise ParameterError if ``values`` change a parameter of a configured node that is not live."""
+    for p in parameters:
+        if p.name in values and not p.live and not _same(values[p.name], current[p.name]):
+            raise ParameterError(f"{p.name} needs cleanup and configure")
+
+
+def _same(a: Any, b: Any) -> bool:
+    return bool(a == b or (a != a and b != b))
 
 
 def read(node: Node, parameters: tuple[Parameter, ...]) -> dict[str, Any]:

@@ -110,6 +110,7 @@ class ShadowRunner:
         observation = trial.displaced(observation)
         active = trial.active.localizer.localize(observation)
         candidate: PoseEstimate | Exception
+        trial.candidate.localizer.limits = trial.active.localizer.limits
         try:
             candidate = trial.candidate.localizer.localize(observation)
         except Exception as error:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
 from geometry_msgs.msg import PoseStamped, QuaternionStamped
+from rcl_interfaces.msg import SetParametersResult
 from rclpy.executors import ExternalShutdownException
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.qos import HistoryPolicy, QoSCompatibility, QoSProfile, ReliabilityPolicy, qos_check_compatible
@@ -36,6 +37,10 @@ from xview_loc.vehicle.pairing import Paired, Pairing
 from xview_loc.vehicle.synchronisation import NS, GnssFix, RejectedInput, StampNotNewerError
 
 HEADING_TYPES = {"imu": Imu, "quaternion": QuaternionStamped, "pose": PoseStamped}
+# States in which parameters are in use.
+CONFIGURED = ("inactive", "active")
+HEADING_CONVENTION = ("heading_offset_deg", "heading_clockwise", "magnetic_declination_deg")
+PAIRING_LIMITS = ("max_fix_age_s", "max_heading_age_s", "fix_max_jump_m", "max_wait_s")
 RESTART_SHOWN_S = 10.0
 FIX_JUMP_SHOWN_S = 60.0
 SILENT_AFTER_S = 3.0
@@ -95,7 +100,8 @@ class VehicleNode(LifecycleNode):
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
-        parameters.declare(self, self.table)
+        # What is wrong with parameters given at the start, until they are set to something else.
+        self._faults = parameters.declare(self, self.table)
         self._health = Health(self.ok_message)
         self._state = "unconfigured"
         self._params: dict[str, Any] = {}
@@ -105,6 +111,7 @@ class VehicleNode(LifecycleNode):
         self._map: AerialMap | None = None
         self._tiles: TileStore | None = None
         self._needs_camera_info = False
+        self.add_on_set_parameters_callback(self._on_parameters)
         self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
         self.create_timer(1.0, self._report)
 
@@ -205,13 +212,41 @@ class VehicleNode(LifecycleNode):
     def before_report(self) -> None:
         """Set values of the diagnostics; called before every report."""
 
+    def check_parameters(self, values: dict[str, Any]) -> None:
+        """Raise ParameterError if these values cannot be set now; types and ranges are right."""
+        parameters.check_choices(self.table, values)
+        if self._state in CONFIGURED:
+            parameters.check_live(self.table, values, self._params)
+
+    def apply_parameters(self, values: dict[str, Any]) -> None:
+        """Put changed parameters of a configured node, in ``_params`` already, to use."""
+        self._pairing.set_limits(**{name: self._params[name] for name in PAIRING_LIMITS})
+        if any(name in values for name in HEADING_CONVENTION):
+            # Headings so far were read otherwise.
+            self._checks.restart()
+
     # Set-up
 
+    def _on_parameters(self, changes: list[Any]) -> SetParametersResult:
+        """Refuse all of the changes, or apply them: nothing else can refuse them afterwards."""
+        values = {change.name: change.value for change in changes}
+        try:
+            self.check_parameters(values)
+        except parameters.ParameterError as error:
+            return SetParametersResult(successful=False, reason=str(error))
+        for name in values:
+            self._faults.pop(name, None)
+        if self._state in CONFIGURED:
+            self._params.update((name, value) for name, value in values.items() if name in self._params)
+            self.apply_parameters(values)
+        return SetParametersResult(successful=True)
+
     def _configure(self) -> None:
+        if self._faults:
+            raise parameters.ParameterError("; ".join(self._faults.values()))
         p = self._params = parameters.read(self, self.table)
-        limits = ("max_fix_age_s", "max_heading_age_s", "fix_max_jump_m", "max_wait_s")
         self._pairing: Pairing[Frame] = Pairing(
-            **{name: p[name] for name in limits},
+            **{name: p[name] for name in PAIRING_LIMITS},
             use_heading=self.wants_heading(),
             on_restart=self._on_restart,
         )

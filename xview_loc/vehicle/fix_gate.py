@@ -22,7 +22,7 @@ class JumpGate:
     """
 
     def __init__(self, max_jump_m: float) -> None:
-        self._max_jump_m = max_jump_m
+        self.max_jump_m = max_jump_m
         self._good: GnssFix | None = None
         # The first and the last of the refused fixes that agree with each other, and how far they jumped.
         self._first: GnssFix | None = None
@@ -35,7 +35,7 @@ class JumpGate:
         Raises RejectedInput ("fix_jump") if the fix must not be used.
         """
         jumped_m = 0.0
-        if self._max_jump_m > 0.0 and self._good is not None:
+        if self.max_jump_m > 0.0 and self._good is not None:
             jumped_m = self._jumped(self._good, fix)
         self._good, self._first, self._last = fix, None, None
         return jumped_m
@@ -72,5 +72,5 @@ class JumpGate:
         )
 
     def _drivable(self, distance: float, before: GnssFix, fix: GnssFix, since_ns: int) -> bool:
-        allowed = max(self._max_jump_m, 3.0 * before.sigma, 3.0 * fix.sigma)
+        allowed = max(self.max_jump_m, 3.0 * before.sigma, 3.0 * fix.sigma)
         return distance <= allowed + TOP_SPEED * since_ns / NS

@@ -56,11 +56,11 @@ class Keyframes:
     """Picks keyframes from frames in the order of their stamps.
 
     Distance and standstill come from the wheels' speed if it is known, as the fixes of a standing vehicle
-    wander by more than the distance between keyframes; else from the fixes.
+    wander by more than the distance between keyframes; else from the fixes. ``rule`` may be changed.
     """
 
     def __init__(self, rule: KeyframeRule) -> None:
-        self._rule = rule
+        self.rule = rule
         self._last: _Keyframe | None = None
         self._seen_ns: int | None = None
         self._driven = 0.0
@@ -75,7 +75,7 @@ class Keyframes:
         if self._seen_ns is not None and speed is not None:
             self._driven += abs(speed) * (stamp_ns - self._seen_ns) / 1e9
         self._seen_ns = stamp_ns
-        last, rule = self._last, self._rule
+        last, rule = self._last, self.rule
         if last is not None and stamp_ns >= last.stamp_ns:  # else time started again
             if speed is not None:
                 driven, moves = self._driven, abs(speed) >= STANDING_SPEED

@@ -60,12 +60,21 @@ class Pairing(Generic[F]):
         self._fixes: History[GnssFix] = History("fix", blend_fix, max_fix_age_s)
         self._headings: History[HeadingSample] = History("heading", blend_heading, max_heading_age_s)
         self._jumps = JumpGate(fix_max_jump_m)
-        self._wait_ns, self._capacity = round(max_wait_s * NS), capacity
+        self._capacity = capacity
+        self.set_limits(max_fix_age_s, max_heading_age_s, fix_max_jump_m, max_wait_s)
         self._use_heading = use_heading
         self._on_restart = on_restart
         # Frames, and when they arrived.
         self._waiting: deque[tuple[F, int]] = deque()
         self.last_frame_ns = 0
+
+    def set_limits(
+        self, max_fix_age_s: float, max_heading_age_s: float, fix_max_jump_m: float, max_wait_s: float
+    ) -> None:
+        """Change the limits, from the next input on; as of the constructor."""
+        self._fixes.max_age_s, self._headings.max_age_s = max_fix_age_s, max_heading_age_s
+        self._jumps.max_jump_m = fix_max_jump_m
+        self._wait_ns = round(max_wait_s * NS)
 
     @property
     def waiting(self) -> int:

@@ -103,8 +103,17 @@ class History(Generic[S]):
         """``max_age_s``: how far from an image a sample may be and still be used."""
         self._name = name
         self._blend = blend
-        self._max_age_ns = round(max_age_s * NS)
+        self.max_age_s = max_age_s
         self._samples: deque[S] = deque(maxlen=_KEEP)
+
+    @property
+    def max_age_s(self) -> float:
+        """The limit, which may be changed."""
+        return self._max_age_ns / NS
+
+    @max_age_s.setter
+    def max_age_s(self, value: float) -> None:
+        self._max_age_ns = round(value * NS)
 
     def went_back(self, stamp_ns: int) -> bool:
         """Return True if a sample of this stamp means that time started again."""
@@ -154,7 +163,7 @@ class History(Generic[S]):
             gap = min(abs(s.stamp_ns - stamp_ns) for s in (before, after) if s) / NS
             raise RejectedInput(
                 f"{name}_stale",
-                f"the nearest {name} is {gap:.2f} s from the image (limit {self._max_age_ns / NS:g} s)",
+                f"the nearest {name} is {gap:.2f} s from the image (limit {self.max_age_s:g} s)",
             )
         if len(usable) == 2:
             return self._along(usable[0], usable[1], stamp_ns)
