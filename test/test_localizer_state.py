@@ -88,11 +88,12 @@ def common(tmp_path, monkeypatch) -> dict[str, Any]:
     return {"map": tif, "model": "stub", "backend": "torch"}
 
 
-def test_what_was_deployed_serves_after_a_restart(common, tmp_path, capfd):
+def test_what_was_deployed_serves_after_a_restart(common, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
     first, second, third = (write_stub(tmp_path / f"{n}.safetensors", n) for n in (1, 2, 3))
     with localizer(**common, checkpoint=first) as node:
         assert node.checkpoint == "1.safetensors"
-        node.deploy(second)
+        node.deploy(Path(second.name))
     record = json.loads((tmp_path / "ros" / "xview_loc" / "car__localizer.json").read_text())
     assert record["active"]["path"] == str(second) and record["active"]["by"] == "deploy"
     assert record["previous"]["path"] == str(first) and record["previous"]["by"] == "parameter"

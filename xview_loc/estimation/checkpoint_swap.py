@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from xview_loc.errors import UserError, reason
-from xview_loc.estimation.deployment_record import DEPLOY, ROLLBACK, SHADOW, Weights
+from xview_loc.estimation.deployment_record import DEPLOY, ROLLBACK, SHADOW, Weights, absolute
 from xview_loc.estimation.localizer import Localizer
 from xview_loc.estimation.observation import LocalizationError
 from xview_loc.models.base import CrossViewModel
@@ -148,7 +148,7 @@ class CheckpointSwap:
         # It keeps its weights, for a rollback.
         old.localizer.forget_tiles()
         _return_freed_memory()
-        self._changed(Weights(new.path, new.sha256, by))
+        self._changed(Weights(absolute(new.path), new.sha256, by))
         return new
 
 

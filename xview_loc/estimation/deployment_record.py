@@ -20,7 +20,7 @@ class RecordError(UserError):
 
 @dataclass(frozen=True)
 class Weights:
-    """A checkpoint's file, its SHA-256 (hex), and who put it there; both "" for random weights."""
+    """A checkpoint's absolute path, its SHA-256 (hex), and who put it there; both "" for random weights."""
 
     path: str
     sha256: str
@@ -68,6 +68,11 @@ class DeploymentRecord:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RecordError(f"cannot read {path}: {reason(error)}; delete it") from None
+
+
+def absolute(path: str) -> str:
+    """Return a path as seen from any folder, "" as it is."""
+    return str(Path(path).absolute()) if path else ""
 
 
 def record_path(node: str) -> Path:

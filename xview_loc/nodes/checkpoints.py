@@ -21,6 +21,7 @@ from xview_loc.estimation.deployment_record import (
     DeploymentRecord,
     RecordError,
     Weights,
+    absolute,
     record_path,
 )
 from xview_loc.estimation.localizer import Localizer
@@ -89,7 +90,7 @@ class Checkpoints:
                 log.warning(text)
                 self._health.condition("checkpoint_not_restored", WARN, text)
         if checkpoint is None:
-            weights = Weights(str(path or shipped_checkpoint(name) or ""), "")
+            weights = Weights(absolute(str(path or shipped_checkpoint(name) or "")), "")
             if weights.path or not self._value("allow_untrained"):
                 checkpoint = load_checkpoint(weights.path, name or None) if path else load_model(name)
                 weights = replace(weights, sha256=checkpoint.sha256)
