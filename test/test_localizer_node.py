@@ -721,7 +721,7 @@ def test_a_wrong_heading_is_reported_and_on_request_rejected(rig):
             return ns
 
         corner(-1.0)
-        status = b.wait_diagnosis("heading_disagrees: heading differs", "turns the wrong way round")
+        status = b.wait_diagnosis("frames rejected: heading_disagrees", "turns the wrong way round")
         assert status.level == b"\x02" and b.value("frames_rejected/heading_disagrees") == "1"
         ns = corner(1.0)
         b.wait(lambda: rig.poses and stamp(rig.poses[-1]) == ns, what="a pose")

@@ -67,7 +67,7 @@ class DeploymentRecord:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RecordError(f"cannot read {path}: {reason(error)}; delete it") from None
+            raise RecordError(f"cannot read {path}, which is written anew: {reason(error)}") from None
 
 
 def absolute(path: str) -> str:
