@@ -25,7 +25,7 @@ FLOORS = (
 )
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms.split()}
 ROS_ROOMS = {"nodes", "demo"}
-ROS = {"rclpy", "launch", "launch_ros", "std_srvs", "tf2_ros", "builtin_interfaces", "rcl_interfaces"}
+ROS = {"rclpy", "launch", "launch_ros", "std_srvs", "builtin_interfaces", "rcl_interfaces"}
 
 # Module names without the package's: "maps.store"; a room's own __init__ goes by the room's name.
 FILES = {

@@ -224,9 +224,9 @@ def _ros() -> Iterator[Finding]:
         yield Finding(Level.failure, "ros", f"{text}; without {', '.join(missing)}", f"install {wanted}")
     else:
         yield Finding(Level.ok, "ros", text)
-    if not _importable("tf2_ros"):
+    if not _importable("tf2_msgs.msg"):
         advice = "needed only for the parameters publish_tf, camera_frame and antenna_frame"
-        yield Finding(Level.warning, "tf", "no tf2_ros", advice)
+        yield Finding(Level.warning, "tf", "no tf2_msgs", advice)
     yield _dds_profile(rmw)
 
 

@@ -6,7 +6,6 @@ publishes.
 
 from __future__ import annotations
 
-import math
 import re
 import sys
 import threading
@@ -16,7 +15,6 @@ from typing import Any
 import rclpy
 import torch
 from nav_msgs.msg import Odometry
-from rclpy.time import Time
 
 from xview_loc.bags import ros_types
 from xview_loc.camera import CameraError
@@ -32,7 +30,7 @@ from xview_loc.models.runtimes import choose_backend
 from xview_loc.nodes import parameters
 from xview_loc.nodes.checkpoints import Checkpoints
 from xview_loc.nodes.diagnostics import WARN
-from xview_loc.nodes.outputs import Outputs, tf2_ros
+from xview_loc.nodes.outputs import Outputs
 from xview_loc.nodes.vehicle_node import Input, PairedFrame, VehicleNode, run
 from xview_loc.vehicle import messages as input_messages
 from xview_loc.vehicle.mounting import Mounting
@@ -113,8 +111,9 @@ class LocalizerNode(VehicleNode):
         self._limits = self._new_limits()
         self._needs_camera_info = model.spec.camera == "pinhole"
         self._filter = PositionFilter(self._odometry, self._filter_options()) if p["filter"] else None
-        self._tf: Any = self._tf_buffer() if p["camera_frame"] or p["antenna_frame"] else None
-        self._outputs = Outputs(self, p, self._health)
+        if p["publish_tf"] != "none":
+            self.listen_to_tf("publish_tf")
+        self._outputs = Outputs(self, p, self._health, self._transforms)
         self._checkpoints.open(
             localizer,
             self._build_localizer,
@@ -215,12 +214,6 @@ class LocalizerNode(VehicleNode):
             tile_wait_s=TILE_WAIT_WITH_FILTER_S if p["filter"] else TILE_WAIT_S,
         )
 
-    def _tf_buffer(self) -> Any:
-        tf = tf2_ros("camera_frame or antenna_frame")
-        buffer = tf.Buffer()
-        self._tf_listener = tf.TransformListener(buffer, self, spin_thread=False)
-        return buffer
-
     def _on_odom(self, message: Odometry) -> None:
         self._health.count("odom_received")
         try:
@@ -235,29 +228,6 @@ class LocalizerNode(VehicleNode):
                 self.get_logger().warning(text)
         else:
             self._health.clear("odom_frame")
-
-    def _mounting(self) -> Mounting:
-        p = self._params
-        antenna, camera = (p["antenna_x"], p["antenna_y"]), (p["camera_x"], p["camera_y"])
-        yaw = math.radians(p["camera_yaw_deg"])
-        if p["antenna_frame"]:
-            antenna, _ = self._look_up(p["antenna_frame"])
-        if p["camera_frame"]:
-            camera, yaw = self._look_up(p["camera_frame"])
-        return Mounting(antenna, camera, yaw)
-
-    def _look_up(self, frame: str) -> tuple[tuple[float, float], float]:
-        try:
-            found = self._tf.lookup_transform(self._params["base_frame"], frame, Time()).transform
-        except Exception as error:  # tf2's exceptions have no base class outside tf2
-            raise RejectedInput("extrinsics_missing", f"tf: {error}") from None
-        q = found.rotation
-        # An optical frame (REP-103) looks along its z axis, any other along x.
-        if "optical" in frame:
-            yaw = math.atan2(2.0 * (q.y * q.z - q.w * q.x), 2.0 * (q.x * q.z + q.w * q.y))
-        else:
-            yaw = input_messages.yaw_of(q)
-        return (found.translation.x, found.translation.y), yaw
 
     # The worker's thread
 

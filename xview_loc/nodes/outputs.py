@@ -6,11 +6,10 @@ import array
 import math
 import time
 from collections.abc import Mapping
-from importlib import import_module
 from typing import Any
 
 import numpy as np
-from geometry_msgs.msg import Pose, PoseWithCovarianceStamped, Quaternion, TransformStamped
+from geometry_msgs.msg import Pose, PoseWithCovarianceStamped, Quaternion
 from nav_msgs.msg import OccupancyGrid
 from numpy.typing import NDArray
 from rclpy.lifecycle import LifecycleNode
@@ -25,9 +24,9 @@ from xview_loc.estimation.overlay import draw_overlay
 from xview_loc.estimation.position_filter import FilteredPose
 from xview_loc.estimation.shadow import FrameComparison
 from xview_loc.geodesy import LocalProjection, wrap_angle
-from xview_loc.nodes.diagnostics import Health
-from xview_loc.nodes.parameters import ParameterError
+from xview_loc.nodes.diagnostics import WARN, Health
 from xview_loc.nodes.shadow_runner import FIGURES
+from xview_loc.nodes.transforms import MapTransform, Transforms
 from xview_loc.nodes.vehicle_node import PairedFrame
 from xview_loc.vehicle.mounting import Mounting
 from xview_loc.vehicle.synchronisation import GnssFix
@@ -37,12 +36,12 @@ STATUS = ("latency_ms", "inference_ms", "confidence", "tile_age_s", "fix_offset_
 
 
 class Outputs:
-    """The publishers of a configured localizer; ``datum`` is the origin of the map frame, once known.
+    """The publishers of a configured localizer; ``datum`` is the origin of the map frame, once known."""
 
-    Raises ParameterError if ``publish_tf`` is set, but tf2_ros is missing.
-    """
-
-    def __init__(self, node: LifecycleNode, params: Mapping[str, Any], health: Health) -> None:
+    def __init__(
+        self, node: LifecycleNode, params: Mapping[str, Any], health: Health, transforms: Transforms | None
+    ) -> None:
+        """``transforms``: tf, if ``publish_tf`` is not none."""
         self._node = node
         self._params = params
         self._health = health
@@ -52,7 +51,9 @@ class Outputs:
             self.set_datum(params["datum_lat"], params["datum_lon"])
         self._tile_key, self._tile_since = "", 0.0
         self._published_at: dict[str, float] = {}
-        self._tf: Any = tf2_ros("publish_tf").TransformBroadcaster(node) if params["publish_tf"] else None
+        self._tf: MapTransform | None = None
+        if transforms is not None and params["publish_tf"] != "none":
+            self._tf = MapTransform(node, params, transforms, health)
         self._publishers: list[Any] = []
         latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
         self._pose = self._advertise(PoseWithCovarianceStamped, "pose", 10)
@@ -69,6 +70,9 @@ class Outputs:
         for publisher in self._publishers:
             self._node.destroy_lifecycle_publisher(publisher)
         self._publishers = []
+        if self._tf is not None:
+            self._tf.close()
+            self._tf = None
 
     def set_datum(self, lat: float, lon: float) -> None:
         """Put the origin of the map frame at a position in degrees."""
@@ -89,8 +93,8 @@ class Outputs:
         self._pose.publish(pose)
         base = _header(paired.frame.stamp_ns, self._params["base_frame"])
         self._fix.publish(fix_message(base, lat, lon, covariance, fix))
-        if self._tf is not None and yaw is not None:
-            self._tf.sendTransform(transform_message(pose, self._params["base_frame"]))
+        if self._params["publish_tf"] == "map_to_base":
+            self._send_tf(pose, yaw)
         if self.datum is not None and self._due("heat_map"):
             self._heat_map.publish(heat_map_message(pose.header, estimate.heat_map, self.datum))
         if self._overlay.get_subscription_count() and self._due("overlay"):
@@ -119,12 +123,23 @@ class Outputs:
     def publish_filtered(self, pose: FilteredPose) -> None:
         """Publish the filter's pose of base_link."""
         place = pose.stamp_ns, pose.lat, pose.lon, pose.covariance
-        self._filtered_pose.publish(self._map_pose(*place, pose.heading, pose.heading_variance))
+        message = self._map_pose(*place, pose.heading, pose.heading_variance)
+        self._filtered_pose.publish(message)
+        if self._params["publish_tf"] == "map_to_odom":
+            self._send_tf(message, pose.heading)
 
     def publish_comparison(self, comparison: FrameComparison) -> None:
         """Publish the figures of a frame that a shadow trial compared."""
         for name, publisher in self._shadow.items():
             publisher.publish(Float64(data=getattr(comparison, name)))
+
+    def _send_tf(self, pose: PoseWithCovarianceStamped, yaw: float | None) -> None:
+        if self._tf is None:
+            return
+        if yaw is None:
+            self._health.condition("tf", WARN, "nothing is published: the heading is unknown", for_s=3.0)
+        else:
+            self._tf.send(pose)
 
     def _advertise(self, kind: type, topic: str, qos: QoSProfile | int) -> Any:
         publisher: Any = self._node.create_lifecycle_publisher(kind, f"~/{topic}", qos)
@@ -162,14 +177,6 @@ class Outputs:
         )
 
 
-def tf2_ros(parameter: str) -> Any:
-    """Return the module tf2_ros, which ``parameter`` needs. Raises ParameterError if it is missing."""
-    try:
-        return import_module("tf2_ros")
-    except ImportError:
-        raise ParameterError(f"{parameter} is set, but tf2_ros cannot be imported") from None
-
-
 def _header(stamp_ns: int, frame: str) -> Header:
     return Header(stamp=Time(nanoseconds=stamp_ns).to_msg(), frame_id=frame)
 
@@ -198,15 +205,6 @@ def pose_message(
     if yaw is not None:
         full[5, 5] = yaw_variance
     message.pose.covariance = full.ravel().tolist()
-    return message
-
-
-def transform_message(pose: PoseWithCovarianceStamped, child_frame: str) -> TransformStamped:
-    """Return the transform from the pose's frame to ``child_frame``."""
-    message = TransformStamped(header=pose.header, child_frame_id=child_frame)
-    message.transform.translation.x = pose.pose.pose.position.x
-    message.transform.translation.y = pose.pose.pose.position.y
-    message.transform.rotation = pose.pose.pose.orientation
     return message
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,16 @@ _INPUTS: tuple[Parameter, ...] = (
     P("qos_reliability", "best_effort", "Reliability of subscriptions.", choices=("best_effort", "reliable")),
     P("qos_depth", 5, "Queue length of the subscriptions.", (1, 1000)),
 )
+_MOUNTING: tuple[Parameter, ...] = (
+    P("base_frame", "base_link", "Frame of the vehicle."),
+    L("antenna_x", 0.0, "Position of the antenna, metres forward of base_link.", (-100.0, 100.0)),
+    L("antenna_y", 0.0, "Position of the antenna, metres left of base_link.", (-100.0, 100.0)),
+    L("camera_x", 0.0, "Position of the camera, metres forward of base_link.", (-100.0, 100.0)),
+    L("camera_y", 0.0, "Position of the camera, metres left of base_link.", (-100.0, 100.0)),
+    L("camera_yaw_deg", 0.0, "Angle of the image's centre column, degrees left of forward.", (-180.0, 180.0)),
+    P("camera_frame", "", "Frame to read the camera's pose from tf instead; empty: none."),
+    P("antenna_frame", "", "Frame to read the antenna's position from tf instead; empty: none."),
+)
 LOCALIZER: tuple[Parameter, ...] = (
     *_MAP,
     *_INPUTS,
@@ -119,13 +129,7 @@ LOCALIZER: tuple[Parameter, ...] = (
     L("min_confidence", 0.0, "Least confidence of a published pose.", (0.0, 1.0)),
     P("datum_lat", math.nan, "Latitude of the map frame's origin, degrees; nan: the first fix."),
     P("datum_lon", math.nan, "Longitude of the map frame's origin, degrees; nan: the first fix."),
-    L("antenna_x", 0.0, "Position of the antenna, metres forward of base_link.", (-100.0, 100.0)),
-    L("antenna_y", 0.0, "Position of the antenna, metres left of base_link.", (-100.0, 100.0)),
-    L("camera_x", 0.0, "Position of the camera, metres forward of base_link.", (-100.0, 100.0)),
-    L("camera_y", 0.0, "Position of the camera, metres left of base_link.", (-100.0, 100.0)),
-    L("camera_yaw_deg", 0.0, "Angle of the image's centre column, degrees left of forward.", (-180.0, 180.0)),
-    P("camera_frame", "", "Frame to read the camera's pose from tf instead; empty: none."),
-    P("antenna_frame", "", "Frame to read the antenna's position from tf instead; empty: none."),
+    *_MOUNTING,
     P(
         "filter",
         False,
@@ -149,8 +153,14 @@ LOCALIZER: tuple[Parameter, ...] = (
         choices=("report", "promote"),
     ),
     P("map_frame", "map", "Frame of ~/pose and ~/heat_map."),
-    P("base_frame", "base_link", "Frame of the vehicle: ~/pose is its pose, ~/fix its position."),
-    P("publish_tf", False, "Broadcast map_frame -> base_frame on tf; not if a filter does."),
+    P("odom_frame", "odom", "Frame in which odometry moves base_frame, for publish_tf."),
+    P(
+        "publish_tf",
+        "none",
+        "map_to_odom: from filter and the tf odom_frame -> base_frame; map_to_base: for want of odometry.",
+        choices=("none", "map_to_odom", "map_to_base"),
+    ),
+    L("transform_tolerance", 1.0, "How far map_to_odom is dated ahead of the image, seconds.", (0.0, 60.0)),
     L("heat_map_rate", 1.0, "Largest rate of ~/heat_map in Hz; 0: never.", (0.0, 100.0)),
     L("overlay_rate", 5.0, "Largest rate of ~/overlay in Hz; 0: never.", (0.0, 100.0)),
 )
@@ -165,7 +175,8 @@ PAIR_LOGGER: tuple[Parameter, ...] = (
     P("tile_gsd", 0.14, "Their ground sample distance, m/px: the model's.", (0.01, 10.0)),
     P("use_heading", True, "Log the heading, and only frames that have one."),
     P("use_odometry", True, "Log odom as it comes, and take the distance and standing from its speed."),
-    P("camera_yaw_deg", 0.0, "Angle of the image's centre column, degrees left of forward.", (-180.0, 180.0)),
+    # Written when a recording begins.
+    *(replace(p, live=False) for p in _MOUNTING),
     L("keyframe_distance_m", 2.0, "Distance between keyframes in metres; 0: not used.", (0.0, 1000.0)),
     L("keyframe_interval_s", 0.0, "Driving time between keyframes in seconds; 0: not used.", (0.0, 3600.0)),
     L("keyframe_turn_deg", 15.0, "Turn between keyframes in degrees; 0: not used.", (0.0, 180.0)),
@@ -234,6 +245,11 @@ def read(node: Node, parameters: tuple[Parameter, ...]) -> dict[str, Any]:
     check_choices(parameters, values)
     if "datum_lat" in values and math.isfinite(values["datum_lat"]) != math.isfinite(values["datum_lon"]):
         raise ParameterError("set both datum_lat and datum_lon, or neither")
+    if values.get("publish_tf") == "map_to_odom":
+        if not values["filter"]:
+            raise ParameterError("publish_tf: map_to_odom sends the filter's pose: set filter: true as well")
+        if len({values["map_frame"], values["odom_frame"], values["base_frame"]}) < 3:
+            raise ParameterError("map_frame, odom_frame and base_frame must differ")
     return values
 
 

@@ -30,8 +30,10 @@ from xview_loc.maps.store import TileStore
 from xview_loc.nodes import parameters
 from xview_loc.nodes.diagnostics import WARN, Health
 from xview_loc.nodes.input_checks import InputChecks
+from xview_loc.nodes.transforms import Transforms
 from xview_loc.nodes.transitions import transition
 from xview_loc.vehicle import messages as input_messages
+from xview_loc.vehicle.mounting import Mounting
 from xview_loc.vehicle.odometry import Odometry, VelocitySample
 from xview_loc.vehicle.pairing import Paired, Pairing
 from xview_loc.vehicle.synchronisation import NS, GnssFix, RejectedInput, StampNotNewerError
@@ -111,6 +113,7 @@ class VehicleNode(LifecycleNode):
         self._map: AerialMap | None = None
         self._tiles: TileStore | None = None
         self._needs_camera_info = False
+        self._transforms: Transforms | None = None
         self.add_on_set_parameters_callback(self._on_parameters)
         self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
         self.create_timer(1.0, self._report)
@@ -256,7 +259,31 @@ class VehicleNode(LifecycleNode):
         self._camera: CameraModel | None = None
         self._motion_start: GnssFix | None = None
         self._last_image_at: float | None = None
+        for name in ("antenna_frame", "camera_frame"):
+            if p[name]:
+                self.listen_to_tf(name)
         self.configure()
+
+    def listen_to_tf(self, wanted_by: str) -> Transforms:
+        """Return tf, listened to from now on; for the executor's thread. Raises ParameterError.
+
+        wanted_by: the parameter that needs it.
+        """
+        if self._transforms is None:
+            self._transforms = Transforms(self, self._params["base_frame"], self._health, wanted_by)
+        return self._transforms
+
+    def _mounting(self) -> Mounting:
+        """Return where antenna and camera are now. Raises RejectedInput if tf does not know."""
+        p = self._params
+        antenna, camera = (p["antenna_x"], p["antenna_y"]), (p["camera_x"], p["camera_y"])
+        yaw = math.radians(p["camera_yaw_deg"])
+        if self._transforms is not None:
+            if p["antenna_frame"]:
+                antenna, _ = self._transforms.place(p["antenna_frame"])
+            if p["camera_frame"]:
+                camera, yaw = self._transforms.place(p["camera_frame"])
+        return Mounting(antenna, camera, yaw)
 
     def _open_map(self, size_px: int, gsd: float, snap_m: float | None = None) -> TileStore:
         """Open the parameters' map for tiles of this size.
@@ -326,6 +353,9 @@ class VehicleNode(LifecycleNode):
         """End the threads and release everything, in any state."""
         self._stop()
         self.release()
+        if self._transforms is not None:
+            self._transforms.close()
+            self._transforms = None
         if self._tiles is not None:
             self._tiles.close()
             self._tiles = None

@@ -1,0 +1,137 @@
+"""tf, the initial pose, services and clouds of a running localizer; the tests share one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("rclpy", reason="ROS 2's Python packages are not installed")
+
+from geometry_msgs.msg import Quaternion, TransformStamped, Vector3
+from localizer_rig import DATUM, LAT, LON, NS, YAW, Rig, running, stamp, true_place
+from nav_msgs.msg import Odometry
+from rclpy.qos import DurabilityPolicy, QoSProfile
+from ros_harness import pick_domain
+
+from xview_loc.vehicle.messages import yaw_of
+from xview_loc.vehicle.transforms import Transform
+
+DOMAIN = pick_domain()
+
+
+@pytest.fixture(scope="module")
+def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    with running(DOMAIN, tmp_path_factory.mktemp("localizer")) as r:
+        yield r
+
+
+class Tf:
+    """The vehicle's other publishers of tf, and all that is on /tf."""
+
+    def __init__(self, rig: Rig) -> None:
+        from tf2_msgs.msg import TFMessage
+
+        self.kind, self.rig = TFMessage, rig
+        latched = QoSProfile(depth=100, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+        self._moving = rig.bench.publisher(TFMessage, "/tf")
+        self._static = rig.bench.node.create_publisher(TFMessage, "/tf_static", latched)
+        self._heard = rig.bench.listen(TFMessage, "/tf", 100)
+
+    def ready(self) -> None:
+        self.rig.bench.wait(
+            lambda: self._moving.get_subscription_count() > 1 and self._static.get_subscription_count(),
+            what="tf's subscriptions",
+        )
+
+    def send(self, ns: int, parent: str, child: str, pose: Transform, static: bool = False) -> None:
+        t, q = pose.translation.tolist(), pose.rotation.tolist()
+        message = self.rig.header(TransformStamped(child_frame_id=child), ns)
+        message.header.frame_id = parent
+        message.transform.translation = Vector3(x=t[0], y=t[1], z=t[2])
+        message.transform.rotation = Quaternion(x=q[0], y=q[1], z=q[2], w=q[3])
+        (self._static if static else self._moving).publish(self.kind(transforms=[message]))
+
+    def heard(self, child: str) -> list[Any]:
+        """Transforms of the map received so far."""
+        every = [one for message in self._heard for one in message.transforms]
+        return [one for one in every if one.header.frame_id == "map" and one.child_frame_id == child]
+
+
+@pytest.mark.skipif(find_spec("tf2_msgs") is None, reason="tf2_msgs is not installed")
+def test_tf_carries_the_map_as_amcl_does(rig: Rig) -> None:
+    b, tf = rig.bench, Tf(rig)
+    # The odometry's base_link leans, and is above the ground.
+    lean = np.array([math.sin(0.05), 0.0, 0.0, math.cos(0.05)])
+    leaning = Transform(np.array([0.0, 0.0, 0.4]), lean)
+    odometry = [Transform.planar(5.0 + 0.1 * k, -3.0, 0.7) @ leaning for k in range(20)]
+
+    def frame(k: int, moved: bool = True) -> int:
+        """Send an image and, unless the odometry is late, the transforms around its stamp."""
+        ns = rig.step(0.2)
+        rig.odom.publish(rig.header(Odometry(child_frame_id="base_link"), ns))
+        if moved:
+            tf.send(ns - NS // 20, "odom", "base_link", odometry[k])
+            tf.send(ns + NS // 20, "odom", "base_link", odometry[k + 1])
+        rig.send_fix(ns)
+        rig.send_heading(ns)
+        rig.send_image(ns)
+        return ns
+
+    with rig.configured(filter=True, publish_tf="map_to_odom", transform_tolerance=0.5):
+        tf.ready()
+        rig.good_frame()
+        # No odometry is on tf: said once the next pose is there.
+        rig.good_frame()
+        assert b.wait_diagnosis("tf: map -> odom is not published: frame 'odom' is unknown").level == b"\x01"
+        while not tf.heard("odom"):
+            frame(0)
+            b.wait_diagnosis()
+        b.wait(lambda: "tf: " not in b.text(), what="the warning's end")
+        heard = len(tf.heard("odom"))
+        ns = frame(4, moved=False)
+        b.wait(lambda: rig.filtered and stamp(rig.filtered[-1]) == ns, what="the filtered pose")
+        assert len(tf.heard("odom")) == heard
+        tf.send(ns - NS // 20, "odom", "base_link", odometry[4])
+        tf.send(ns + NS // 20, "odom", "base_link", odometry[5])
+        b.wait(lambda: len(tf.heard("odom")) > heard, what="the transform")
+        message = tf.heard("odom")[-1]
+        assert stamp(message) == ns + NS // 2
+        placed = Transform.of(message.transform) @ odometry[4].blend(odometry[5], 0.5)
+        pose = rig.filtered[-1].pose.pose
+        assert placed.translation[:2] == pytest.approx([pose.position.x, pose.position.y], abs=1e-6)
+        assert placed.yaw == pytest.approx(yaw_of(pose.orientation), abs=1e-6)
+        # The map stays level: the lean is the odometry's.
+        assert message.transform.rotation.x == message.transform.rotation.y == 0.0
+        assert placed.translation[2] == pytest.approx(0.4, abs=1e-6)
+        assert not tf.heard("base_link")
+
+    with rig.configured(publish_tf="map_to_base", camera_frame="eye_optical", antenna_frame="antenna"):
+        tf.ready()
+        before = len(rig.poses)
+        rig.send_frame()
+        b.wait_diagnosis("extrinsics_missing", "tf from base_link to antenna")
+        assert len(rig.poses) == before
+        # The camera looks back, 2 m before base_link; its optical frame's z axis is its x axis.
+        optical = Transform(np.zeros(3), np.array([-0.5, 0.5, -0.5, 0.5]))
+        tf.send(rig.ns, "base_link", "eye", Transform.planar(2.0, 0.0, math.pi), static=True)
+        tf.send(rig.ns, "eye", "eye_optical", optical, static=True)
+        tf.send(rig.ns, "base_link", "antenna", Transform.planar(-1.0, 0.5, 0.0), static=True)
+        pose = rig.good_frame()
+        b.wait(lambda: tf.heard("base_link") and stamp(tf.heard("base_link")[-1]) == stamp(pose), what="tf")
+        message, place = tf.heard("base_link")[-1], pose.pose.pose
+        assert message.transform.translation.x == place.position.x
+        assert message.transform.rotation.z == pytest.approx(place.orientation.z)
+        assert yaw_of(place.orientation) == pytest.approx(YAW + DATUM.convergence(LAT, LON), abs=1e-3)
+        # Where the camera was found, less the 2 m.
+        camera = Transform.planar(place.position.x, place.position.y, yaw_of(place.orientation))
+        camera @= Transform.planar(2.0, 0.0, 0.0)
+        x, y = DATUM.forward(*true_place(*DATUM.inverse(*camera.translation[:2])))
+        assert math.hypot(camera.translation[0] - x, camera.translation[1] - y) < 0.1
+        # Odometry on tf would make two parents of base_link.
+        tf.send(rig.ns, "odom", "base_link", odometry[0])
+        assert b.wait_diagnosis("tf_parents", "base_link has two parents").level == b"\x01"
