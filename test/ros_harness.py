@@ -28,7 +28,7 @@ from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.parameter import Parameter as RclpyParameter
 from rclpy.qos import QoSProfile, ReliabilityPolicy
-from std_srvs.srv import Trigger
+from std_srvs.srv import SetBool, Trigger
 
 HERE = Path(__file__).parent
 
@@ -208,6 +208,12 @@ class Bench:
     def trigger(self, service: str) -> tuple[bool, str]:
         """Call a Trigger service; return its success and message."""
         call = self.begin_trigger(service)
+        self.wait(call.done, what=service)
+        return call.result().success, call.result().message
+
+    def set_bool(self, service: str, value: bool) -> tuple[bool, str]:
+        """Call a SetBool service; return its success and message."""
+        call = self._client(SetBool, service).call_async(SetBool.Request(data=value))
         self.wait(call.done, what=service)
         return call.result().success, call.result().message
 

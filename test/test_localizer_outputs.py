@@ -12,12 +12,14 @@ import pytest
 
 pytest.importorskip("rclpy", reason="ROS 2's Python packages are not installed")
 
-from geometry_msgs.msg import Quaternion, TransformStamped, Vector3
+from geometry_msgs.msg import PoseWithCovarianceStamped, Quaternion, TransformStamped, Vector3
 from localizer_rig import DATUM, LAT, LON, NS, YAW, Rig, running, stamp, true_place
 from nav_msgs.msg import Odometry
 from rclpy.qos import DurabilityPolicy, QoSProfile
 from ros_harness import pick_domain
+from std_msgs.msg import Header
 
+from xview_loc.nodes.outputs import pose_message
 from xview_loc.vehicle.messages import yaw_of
 from xview_loc.vehicle.transforms import Transform
 
@@ -135,3 +137,76 @@ def test_tf_carries_the_map_as_amcl_does(rig: Rig) -> None:
         # Odometry on tf would make two parents of base_link.
         tf.send(rig.ns, "odom", "base_link", odometry[0])
         assert b.wait_diagnosis("tf_parents", "base_link has two parents").level == b"\x01"
+
+
+def test_an_operator_gives_the_pose_pauses_and_searches_anew(rig: Rig) -> None:
+    b = rig.bench
+    click = b.publisher(PoseWithCovarianceStamped, "/initialpose")
+    b.wait(click.get_subscription_count, what="the topic")
+
+    def pose(east: float = 0.0, **changes: Any) -> PoseWithCovarianceStamped:
+        """At the true place, or so far off; without a stamp."""
+        x, y = DATUM.forward(*true_place())
+        values = {"position": (x + east, y), "covariance": np.eye(2) * 4.0, "yaw": YAW, "yaw_variance": 0.05}
+        return pose_message(Header(frame_id=changes.pop("frame", "map")), **{**values, **changes})
+
+    def image(fix: bool = False) -> None:
+        """Send an image, with a heading, and wait for its filtered pose."""
+        ns = rig.step(0.2)
+        rig.odom.publish(rig.header(Odometry(child_frame_id="base_link"), ns))
+        if fix:
+            rig.send_fix(ns)
+        rig.send_heading(ns)
+        rig.send_image(ns)
+        b.wait(lambda: rig.filtered and stamp(rig.filtered[-1]) == ns, what="a filtered pose")
+
+    def off() -> float:
+        """How far the last filtered pose is from the true place."""
+        x, y = DATUM.forward(*true_place())
+        p = rig.filtered[-1].pose.pose.position
+        return math.hypot(p.x - x, p.y - y)
+
+    click.publish(pose())
+    assert b.wait_diagnosis("initial pose refused", "set filter: true").level == b"\x01"
+    assert b.trigger("/localizer/relocalize") == (
+        False,
+        "no filter is active: images are searched around their fixes anyway",
+    )
+    with rig.configured(filter=True, datum_lat=math.nan, datum_lon=math.nan):
+        click.publish(pose())
+        b.wait_diagnosis("initial pose refused", "set datum_lat and datum_lon")
+    with rig.configured(filter=True):
+        for message, says in (
+            (pose(frame="odom"), "it is in frame 'odom', 'map' is expected"),
+            (pose(covariance=np.eye(2) * 1e4), "at most 25 m"),
+            (pose(east=math.nan), "not finite"),
+        ):
+            click.publish(message)
+            b.wait_diagnosis(says)
+        rig.filtered.clear()
+        rig.fixes.clear()
+        click.publish(pose(east=3.0))
+        b.wait(lambda: "refused" not in b.text(), what="the pose")
+        b.wait(rig.odom.get_subscription_count, what="the odometry's subscription")
+        # It has had no fix at all.
+        for _ in range(5):
+            image()
+        assert off() < 3.0
+        ignored = len(rig.filtered)
+        assert b.set_bool("/localizer/set_enabled", False) == (True, "disabled")
+        for _ in range(3):
+            rig.send_frame(0.2)
+        b.wait(lambda: b.value("images_ignored") == "3", what="the images")
+        assert b.wait_diagnosis("disabled: images are ignored").level == b"\x01"
+        assert len(rig.filtered) == ignored
+        assert b.set_bool("/localizer/set_enabled", True) == (True, "enabled")
+        image()
+        # Far off, where fixes and images contradict it: forgotten at once, not after 20 s.
+        click.publish(pose(east=60.0))
+        b.wait(lambda: b.value("initialpose_received") == "6", what="the pose")
+        image(fix=True)
+        assert off() > 40.0
+        assert b.trigger("/localizer/relocalize")[0]
+        image(fix=True)
+        assert off() < 15.0
+        b.wait(lambda: "disabled" not in b.text(), what="the warning's end")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from xview_loc.estimation.heat_map import HeatMap
-from xview_loc.estimation.position_filter import FilterOptions, PositionFilter
+from xview_loc.estimation.position_filter import FilteredPose, FilterOptions, PositionFilter
 from xview_loc.geodesy import LocalProjection
 from xview_loc.maps.base import AerialTile
 from xview_loc.models.base import HeatMapGrid
@@ -236,3 +236,29 @@ def test_lever_arms_are_taken_off() -> None:
     assert looked is not None
     antenna = moment.place + vehicle.lever((-3.0, 0.5), moment.yaw)
     assert math.dist(PLANE.forward(looked.lat, looked.lon), antenna) < 3.5
+
+
+def test_it_starts_from_a_given_pose_without_fixes_and_forgets_it_on_request() -> None:
+    vehicle = Vehicle()
+    moments = list(drive(20.0))
+    # Given for a place 2 s before the first image; the odometry since then is known.
+    given = moments[0]
+    for moment in moments[:8]:
+        vehicle.odometry.add(VelocitySample(moment.stamp_ns, 8.08, 0.0, 0.05))
+    lat, lon = PLANE.inverse(*(given.place + np.array([2.0, -1.0])))
+    start = FilteredPose(lat, lon, np.eye(2) * 9.0, given.yaw, 0.05, given.stamp_ns)
+    assert not vehicle.filter.started
+    vehicle.filter.restart(start)
+    assert vehicle.filter.started
+    for moment in moments[8:40]:
+        assert vehicle.see(moment, fix=False, heading=False) is not None
+    # It begins with the error given, of a place that moved on with the vehicle.
+    assert vehicle.errors[0] < 3.5 and max(vehicle.errors[8:]) < 2.0
+    pose = vehicle.filter.pose
+    assert pose is not None and pose.heading == pytest.approx(moments[39].yaw, abs=0.2)
+    vehicle.filter.restart()
+    assert not vehicle.filter.started
+    assert vehicle.see(moments[40], fix=False) is None and vehicle.filter.pose is None
+    for moment in moments[41:60]:
+        vehicle.see(moment)
+    assert vehicle.filter.started and max(vehicle.errors[-8:]) < 2.0

@@ -44,7 +44,7 @@ _LEAST_LIKELIHOOD = np.float32(1e-4)
 # Correlation length of a heading's error.
 _HEADING_CORRELATION_M = 100.0
 # Standard deviation above which the belief is dropped: it is useless, and would not fit its grid.
-_WIDEST_M = 25.0
+WIDEST_M = 25.0
 # Variance added to the yaw per second with odometry and without, rad^2 / s; least variance of an image's yaw.
 _YAW_DRIFT, _UNSEEN_TURN = math.radians(1.0) ** 2, math.radians(20.0) ** 2
 _LEAST_YAW_VARIANCE = math.radians(10.0) ** 2
@@ -87,8 +87,8 @@ class FilteredPose:
 class PositionFilter:
     """Belief about the position of base_link, moved on from image to image.
 
-    Call :meth:`move` for each image, then :meth:`observe` if it was localised. For use by one thread;
-    ``options`` may be replaced by another.
+    Call :meth:`move` for each image, then :meth:`observe` if it was localised. For use by one thread; others
+    may replace ``options``, read ``started`` and call :meth:`restart`.
     """
 
     def __init__(self, odometry: Odometry, options: FilterOptions | None = None) -> None:
@@ -107,11 +107,21 @@ class PositionFilter:
         self._yaw, self._yaw_variance = 0.0, UNKNOWN_HEADING_VARIANCE
         # Heading from odometry and images, for use without measured headings.
         self._headings = HeadingBelief()
+        # What to start from at the next image: (pose,), or (None,) for a fix.
+        self._start: tuple[FilteredPose | None] | None = None
 
     @property
     def started(self) -> bool:
         """True if the filter has a position."""
-        return self._belief is not None
+        start = self._start
+        return self._belief is not None if start is None else start[0] is not None
+
+    def restart(self, pose: FilteredPose | None = None) -> None:
+        """Forget the position at the next image; start from ``pose``, or else from the next fix.
+
+        From the pose's stamp on, odometry moves it; a pose without a stamp (0) is that of the next image.
+        """
+        self._start = (pose,)
 
     @property
     def pose(self) -> FilteredPose | None:
@@ -141,9 +151,12 @@ class PositionFilter:
         A stamp before the last one restarts the filter. A fix that contradicts the belief is rejected, unless
         that goes on while heat maps do not support the belief either: then the filter starts anew from it.
         """
-        if stamp_ns < self._stamp_ns:
+        start, self._start = self._start, None
+        if start is not None or stamp_ns < self._stamp_ns:
             self._belief = self._plane = None
             self._headings = HeadingBelief()
+        if start is not None and start[0] is not None:
+            self._begin(start[0], stamp_ns)
         if self._plane is None and fix is not None:
             self._plane = LocalProjection(fix.lat, fix.lon)
         if self._plane is None:
@@ -183,6 +196,17 @@ class PositionFilter:
         self._support += (math.log(evidence) - self._support) / _SUPPORT_IMAGES
         if self._support > _SUPPORT:
             self._trusted_ns = self._stamp_ns
+
+    def _begin(self, pose: FilteredPose, stamp_ns: int) -> None:
+        """Start from a pose, at its stamp or that of an image before it."""
+        self._stamp_ns = min(pose.stamp_ns or stamp_ns, stamp_ns)
+        self._plane = LocalProjection(pose.lat, pose.lon)
+        self._belief = BeliefGrid.normal(np.zeros(2), pose.covariance)
+        self._fix_ns = self._trusted_ns = self._stamp_ns
+        self._driven, self._support = math.inf, 0.0
+        if pose.heading is not None:
+            variance = max(pose.heading_variance, _LEAST_YAW_VARIANCE)
+            self._headings.multiply(pose.heading, variance, 0.0, 1.0)
 
     def _convergence(self) -> float:
         """Return the angle to add to a true-north yaw at the belief for a yaw in the plane's axes."""
@@ -226,9 +250,9 @@ class PositionFilter:
     def _spread(self, step: Array, variance: float) -> None:
         """Move the belief, and drop it once it is too wide."""
         assert self._belief is not None
-        if variance < _WIDEST_M**2:
+        if variance < WIDEST_M**2:
             self._belief.move(step, variance)
-        if variance >= _WIDEST_M**2 or self._belief.covariance.trace() / 2.0 > _WIDEST_M**2:
+        if variance >= WIDEST_M**2 or self._belief.covariance.trace() / 2.0 > WIDEST_M**2:
             self._belief = None
 
     def _accepts(self, fix: GnssFix, mounting: Mounting) -> bool:
@@ -251,7 +275,7 @@ class PositionFilter:
                 return mahalanobis(offset, covariance) <= SEARCH_SIGMAS
             if (self._stamp_ns - self._trusted_ns) / NS <= _LOST_AFTER_S:
                 return False
-        if covariance.trace() / 2.0 > _WIDEST_M**2:
+        if covariance.trace() / 2.0 > WIDEST_M**2:
             return True  # too coarse to start from, but the best centre for a search
         self._belief = BeliefGrid.normal(place, covariance)
         self._fix_ns = self._trusted_ns = self._stamp_ns

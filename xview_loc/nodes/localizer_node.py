@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,7 @@ from xview_loc.nodes import parameters
 from xview_loc.nodes.checkpoints import Checkpoints
 from xview_loc.nodes.diagnostics import WARN
 from xview_loc.nodes.outputs import Outputs
+from xview_loc.nodes.requests import Requests
 from xview_loc.nodes.vehicle_node import Input, PairedFrame, VehicleNode, run
 from xview_loc.vehicle import messages as input_messages
 from xview_loc.vehicle.mounting import Mounting
@@ -97,6 +99,12 @@ class LocalizerNode(VehicleNode):
         self._filter: PositionFilter | None = None
         super().__init__("localizer")
         self._checkpoints = Checkpoints(self, self._health, self._listen_to_odometry)
+        self._requests = Requests(
+            self,
+            self._health,
+            lambda: self._filter if self._state == "active" else None,
+            lambda: None if self._outputs is None else self._outputs.datum,
+        )
 
     def configure(self) -> None:
         """Open the map, load the model, create the outputs."""
@@ -228,6 +236,13 @@ class LocalizerNode(VehicleNode):
                 self.get_logger().warning(text)
         else:
             self._health.clear("odom_frame")
+
+    def _on_image(self, message: bytes) -> None:
+        if self._requests.enabled:
+            super()._on_image(message)
+        else:
+            self._health.count("images_ignored")
+            self._last_image_at = time.monotonic()
 
     # The worker's thread
 

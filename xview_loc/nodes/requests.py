@@ -1,0 +1,117 @@
+"""What an operator asks of a running localizer: an initial pose, a pause, a new search."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+from geometry_msgs.msg import PoseWithCovarianceStamped
+from rclpy.node import Node
+from std_srvs.srv import SetBool, Trigger
+
+from xview_loc.bags.ros_types import stamp_ns
+from xview_loc.estimation.position_filter import WIDEST_M, FilteredPose, PositionFilter
+from xview_loc.geodesy import LocalProjection
+from xview_loc.nodes.diagnostics import WARN, Health
+from xview_loc.vehicle.messages import yaw_of
+from xview_loc.vehicle.synchronisation import RejectedInput
+
+REFUSAL_SHOWN_S = 10.0
+
+
+class Requests:
+    """Topic ``initialpose``, services ``~/set_enabled`` and ``~/relocalize``.
+
+    enabled: False while images are to be ignored.
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        health: Health,
+        position_filter: Callable[[], PositionFilter | None],
+        datum: Callable[[], LocalProjection | None],
+    ) -> None:
+        """position_filter, datum: return those of the active node; None if there is none."""
+        self.enabled = True
+        self._node, self._health = node, health
+        self._filter, self._datum = position_filter, datum
+        # A click in RViz: one message, which must arrive.
+        node.create_subscription(PoseWithCovarianceStamped, "initialpose", self._on_initial_pose, 1)
+        node.create_service(SetBool, "~/set_enabled", self._on_set_enabled)
+        node.create_service(Trigger, "~/relocalize", self._on_relocalize)
+
+    def _on_initial_pose(self, message: PoseWithCovarianceStamped) -> None:
+        self._health.count("initialpose_received")
+        try:
+            place = self._filter()
+            if place is None:
+                raise RejectedInput("no_filter", "it starts the filter: set filter: true, and activate")
+            datum = self._datum()
+            if datum is None:
+                raise RejectedInput("no_datum", "set datum_lat and datum_lon, or wait for a fix")
+            frame = self._node.get_parameter("map_frame").value
+            pose = pose_on_earth(message, datum, frame)
+        except RejectedInput as error:
+            self._health.count(f"initialpose_rejected/{error.reason}")
+            text = f"initial pose refused: {error}"
+            self._health.condition("initialpose", WARN, text, REFUSAL_SHOWN_S)
+            self._node.get_logger().warning(text)
+            return
+        place.restart(pose)
+        self._health.clear("initialpose")
+        self._node.get_logger().info(f"the filter starts from the initial pose {pose.lat:.7f} {pose.lon:.7f}")
+
+    def _on_set_enabled(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:
+        self.enabled = bool(request.data)
+        if self.enabled:
+            self._health.clear("disabled")
+        else:
+            self._health.condition(
+                "disabled", WARN, "images are ignored: ~/set_enabled was called with false"
+            )
+        response.success, response.message = True, "enabled" if self.enabled else "disabled"
+        self._node.get_logger().info(response.message)
+        return response
+
+    def _on_relocalize(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        place = self._filter()
+        if place is None:
+            response.message = "no filter is active: images are searched around their fixes anyway"
+            return response
+        place.restart()
+        response.success, response.message = (
+            True,
+            "the position is forgotten; the next fix is the new start",
+        )
+        self._node.get_logger().info(response.message)
+        return response
+
+
+def pose_on_earth(message: PoseWithCovarianceStamped, datum: LocalProjection, frame: str) -> FilteredPose:
+    """Convert an initial pose in the datum's plane, which is called ``frame``.
+
+    Raises RejectedInput if it is in another frame, not finite, or too uncertain to start from.
+    """
+    given = message.header.frame_id.lstrip("/")
+    if given != frame:
+        raise RejectedInput("frame", f"it is in frame {given!r}, {frame!r} is expected")
+    position, q = message.pose.pose.position, message.pose.pose.orientation
+    full = np.array(message.pose.covariance, float).reshape(6, 6)
+    covariance, variance = full[:2, :2], float(full[5, 5])
+    norm = math.sqrt(q.x**2 + q.y**2 + q.z**2 + q.w**2)
+    if not (
+        abs(norm - 1.0) < 0.1 and np.isfinite([position.x, position.y, variance, *covariance.flat]).all()
+    ):
+        raise RejectedInput("not_finite", "its numbers are not finite, or its quaternion is no rotation")
+    least, largest = np.linalg.eigvalsh((covariance + covariance.T) / 2.0)
+    if least < 0.0 or variance < 0.0 or largest > WIDEST_M**2:
+        text = f"its standard deviation must be at most {WIDEST_M:g} m, and its covariance no less than zero"
+        raise RejectedInput("covariance", text)
+    lat, lon = (float(v) for v in datum.inverse(position.x, position.y))
+    convergence = float(datum.convergence(lat, lon))
+    cos, sin = math.cos(convergence), math.sin(convergence)
+    turn = np.array([[cos, sin], [-sin, cos]])
+    stamp = stamp_ns(message.header)
+    return FilteredPose(lat, lon, turn @ covariance @ turn.T, yaw_of(q) - convergence, variance, stamp)
