@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import array
 import math
+import os
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +20,7 @@ from localizer_rig import DATUM, LAT, LON, NS, YAW, Rig, running, stamp, true_pl
 from nav_msgs.msg import Odometry
 from rclpy.qos import DurabilityPolicy, QoSProfile
 from ros_harness import pick_domain
+from sensor_msgs.msg import PointCloud2
 from std_msgs.msg import Header
 
 from xview_loc.nodes.outputs import pose_message
@@ -24,12 +28,15 @@ from xview_loc.vehicle.messages import yaw_of
 from xview_loc.vehicle.transforms import Transform
 
 DOMAIN = pick_domain()
+STAND_INS = Path(__file__).parent / "stand_ins"
 
 
 @pytest.fixture(scope="module")
 def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    with running(DOMAIN, tmp_path_factory.mktemp("localizer")) as r:
-        yield r
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(STAND_INS), prepend=os.pathsep)
+        with running(DOMAIN, tmp_path_factory.mktemp("localizer")) as r:
+            yield r
 
 
 class Tf:
@@ -210,3 +217,47 @@ def test_an_operator_gives_the_pose_pauses_and_searches_anew(rig: Rig) -> None:
         image(fix=True)
         assert off() < 15.0
         b.wait(lambda: "disabled" not in b.text(), what="the warning's end")
+
+
+def test_cv_bridge_converts_what_is_not_known_here_and_is_not_believed_where_it_is_wrong(rig: Rig) -> None:
+    b = rig.bench
+    before = len(rig.poses)
+
+    def frame(**image: Any) -> None:
+        ns = rig.step()
+        rig.send_fix(ns)
+        rig.send_heading(ns)
+        rig.send_image(ns, data=array.array("B", bytes(32 * image["step"])), **image)
+
+    frame(encoding="inverted", step=64)
+    b.wait(lambda: len(rig.poses) > before, what="a pose")
+    for encoding, step, says in (
+        ("inverted", 65, "'inverted' has padded rows, which cv_bridge would skew"),
+        ("bad", 64, "'bad': cv_bridge made uint8 of shape (32, 64) of it, not RGB"),
+        ("yuv9", 64, "'yuv9' is not supported, nor by cv_bridge: [yuv9] is not a color format"),
+    ):
+        frame(encoding=encoding, step=step)
+        rig.expect_rejection("image_invalid", says)
+
+
+@pytest.mark.skipif(find_spec("sensor_msgs_py") is None, reason="sensor_msgs_py is not installed")
+def test_the_likely_places_are_a_cloud_of_points(rig: Rig) -> None:
+    b = rig.bench
+    with rig.configured(heat_map_rate=100.0):
+        clouds = b.listen(PointCloud2, "/localizer/hypotheses")
+        while not clouds:
+            pose = rig.good_frame()
+    cloud = clouds[-1]
+    assert cloud.header.frame_id == "map" and cloud.height == 1 and not cloud.is_bigendian
+    assert [(f.name, f.offset, f.datatype, f.count) for f in cloud.fields] == [
+        (name, 4 * k, 7, 1) for k, name in enumerate(("x", "y", "z", "probability"))
+    ]
+    points = np.frombuffer(bytes(cloud.data), "<f4").reshape(cloud.width, 4).astype(float)
+    assert cloud.point_step == 16 and cloud.row_step == 16 * cloud.width == len(cloud.data)
+    # The heat map is a Gaussian of 2 px, 1 m, about the pose: 95 % lie within 2.45 m.
+    p = pose.pose.pose.position
+    away = np.hypot(points[:, 0] - p.x, points[:, 1] - p.y)
+    assert 2.3 < away.max() < 2.8 and (points[:, 2] == 0.0).all()
+    # x and y are metres from a datum 2 km away, in 4 bytes.
+    assert away.argmin() < 4 and (np.diff(points[:, 3]) <= 0.0).all()
+    assert points[:, 3].sum() == pytest.approx(0.95, abs=0.01)

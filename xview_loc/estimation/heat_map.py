@@ -130,6 +130,14 @@ class HeatMap:
         mode[rows, cols] = summits == summits[row - rows.start, col - cols.start]
         return mode & possible
 
+    def likely(self, share: float, at_most: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return rows and columns of the likeliest cells, in order, that hold ``share`` of the mass."""
+        flat = self.probability.ravel()
+        order = np.argsort(-flat, kind="stable")[:at_most]
+        count = int(np.searchsorted(np.cumsum(flat[order], dtype=np.float64), share)) + 1
+        rows, cols = np.unravel_index(order[:count], self.probability.shape)
+        return rows, cols
+
     @cached_property
     def confidence(self) -> float:
         """Probability of the winning mode, 0..1."""

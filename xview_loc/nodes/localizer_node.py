@@ -302,7 +302,7 @@ class LocalizerNode(VehicleNode):
             message = ros_types.deserialize(f"sensor_msgs/msg/{kind}", paired.frame.image)
         except Exception as error:  # damaged bytes lead to any of them
             raise RejectedInput("image_invalid", f"damaged message: {reason(error)}") from None
-        return input_messages.rgb_from_image(message)
+        return input_messages.rgb_from_image(message, self._decode_other)
 
     def _observation(self, paired: PairedFrame, fix: GnssFix, image: Any, mounting: Mounting) -> Observation:
         heading, frame = paired.heading, paired.frame

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from rclpy.lifecycle import LifecycleNode
 from rclpy.qos import DurabilityPolicy, QoSProfile
 from rclpy.time import Time
-from sensor_msgs.msg import Image, NavSatFix, NavSatStatus
+from sensor_msgs.msg import Image, NavSatFix, NavSatStatus, PointCloud2
 from std_msgs.msg import Float64, Header
 
 from xview_loc.estimation.heat_map import HeatMap
@@ -25,6 +25,7 @@ from xview_loc.estimation.position_filter import FilteredPose
 from xview_loc.estimation.shadow import FrameComparison
 from xview_loc.geodesy import LocalProjection, wrap_angle
 from xview_loc.nodes.diagnostics import WARN, Health
+from xview_loc.nodes.optional import cloud_maker
 from xview_loc.nodes.shadow_runner import FIGURES
 from xview_loc.nodes.transforms import MapTransform, Transforms
 from xview_loc.nodes.vehicle_node import PairedFrame
@@ -32,6 +33,8 @@ from xview_loc.vehicle.mounting import Mounting
 from xview_loc.vehicle.synchronisation import GnssFix
 
 UNKNOWN_VARIANCE = 1e6
+# ~/hypotheses: the likeliest cells with this share of the probability, at most so many.
+HYPOTHESES_SHARE, MAX_HYPOTHESES = 0.95, 2000
 STATUS = ("latency_ms", "inference_ms", "confidence", "tile_age_s", "fix_offset_m")
 
 
@@ -59,6 +62,8 @@ class Outputs:
         self._pose = self._advertise(PoseWithCovarianceStamped, "pose", 10)
         self._fix = self._advertise(NavSatFix, "fix", 10)
         self._heat_map = self._advertise(OccupancyGrid, "heat_map", latched)
+        self._make_cloud = cloud_maker()
+        self._hypotheses = None if self._make_cloud is None else self._advertise(PointCloud2, "hypotheses", 1)
         self._overlay = self._advertise(Image, "overlay", 1)
         self._status = {name: self._advertise(Float64, f"status/{name}", 10) for name in STATUS}
         self._shadow = {name: self._advertise(Float64, f"shadow/{name}", 10) for name in FIGURES}
@@ -97,6 +102,9 @@ class Outputs:
             self._send_tf(pose, yaw)
         if self.datum is not None and self._due("heat_map"):
             self._heat_map.publish(heat_map_message(pose.header, estimate.heat_map, self.datum))
+            if self._make_cloud and self._hypotheses and self._hypotheses.get_subscription_count():
+                points = hypotheses(estimate.heat_map, self.datum)
+                self._hypotheses.publish(self._make_cloud(pose.header, points))
         if self._overlay.get_subscription_count() and self._due("overlay"):
             self._overlay.publish(image_message(base, draw_overlay(estimate, fix.lat, fix.lon)))
 
@@ -243,6 +251,13 @@ def heat_map_message(header: Header, heat_map: HeatMap, datum: LocalProjection) 
     cells = np.rint(probability[::-1] * (100.0 / peak if peak > 0 else 0.0)).astype(np.int8)
     message.data = array.array("b", cells.tobytes())
     return message
+
+
+def hypotheses(heat_map: HeatMap, datum: LocalProjection) -> NDArray[np.float32]:
+    """Return x, y, z = 0 in the datum's plane and probability (n, 4) of the heat map's likely cells."""
+    rows, cols = heat_map.likely(HYPOTHESES_SHARE, MAX_HYPOTHESES)
+    x, y = datum.forward(*heat_map.to_latlon(rows, cols))
+    return np.stack([x, y, np.zeros(len(rows)), heat_map.probability[rows, cols]], 1).astype(np.float32)
 
 
 def image_message(header: Header, image: NDArray[np.uint8]) -> Image:

@@ -329,7 +329,8 @@ class PairLoggerNode(VehicleNode):
         raw = data if self._params["image_transport"] == "compressed" else None
         jpeg = b""
         if raw is None:
-            jpeg = encode_jpeg(rgb_from_image(deserialize_message(data, Image)), self._params["jpeg_quality"])
+            pixels = rgb_from_image(deserialize_message(data, Image), self._decode_other)
+            jpeg = encode_jpeg(pixels, self._params["jpeg_quality"])
         assert paired.fix is not None  # this node needs fixes
         pair = Pair.of(paired.frame.stamp_ns, "jpeg", jpeg, paired.fix, paired.heading, paired.frame.camera)
         tile = self._tile(paired.fix)

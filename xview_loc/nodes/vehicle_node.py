@@ -30,6 +30,7 @@ from xview_loc.maps.store import TileStore
 from xview_loc.nodes import parameters
 from xview_loc.nodes.diagnostics import WARN, Health
 from xview_loc.nodes.input_checks import InputChecks
+from xview_loc.nodes.optional import cv_bridge_decoder
 from xview_loc.nodes.transforms import Transforms
 from xview_loc.nodes.transitions import transition
 from xview_loc.vehicle import messages as input_messages
@@ -114,6 +115,7 @@ class VehicleNode(LifecycleNode):
         self._tiles: TileStore | None = None
         self._needs_camera_info = False
         self._transforms: Transforms | None = None
+        self._decode_other = cv_bridge_decoder(self.get_logger())
         self.add_on_set_parameters_callback(self._on_parameters)
         self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
         self.create_timer(1.0, self._report)

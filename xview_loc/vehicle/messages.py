@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from xview_loc.bags.ros_types import stamp_ns
 from xview_loc.camera import CameraModel
 from xview_loc.geodesy import true_yaw, wrap_angle, yaw_from_azimuth
-from xview_loc.images import decode_compressed, decode_image
+from xview_loc.images import ENCODINGS, decode_compressed, decode_image
 from xview_loc.vehicle.odometry import VelocitySample
 from xview_loc.vehicle.synchronisation import (
     NS,
@@ -53,10 +54,17 @@ def _checked_stamp(ns: int) -> int:
     return ns
 
 
-def rgb_from_image(message: Any) -> NDArray[np.uint8]:
-    """Decode an Image or a CompressedImage to RGB. Raises ImageError."""
+def rgb_from_image(
+    message: Any, decode_other: Callable[[Any], NDArray[np.uint8]] | None = None
+) -> NDArray[np.uint8]:
+    """Decode an Image or a CompressedImage to RGB. Raises ImageError.
+
+    decode_other: decodes an Image whose encoding is not among ``ENCODINGS``.
+    """
     if hasattr(message, "format"):
         return decode_compressed(bytes(message.data))
+    if decode_other is not None and message.encoding not in ENCODINGS:
+        return decode_other(message)
     return decode_image(message.encoding, message.height, message.width, message.step, message.data)
 
 
