@@ -49,7 +49,7 @@ def cv_bridge_decoder(logger: RcutilsLogger) -> Callable[[Any], Image] | None:
 
 
 def cloud_maker() -> MakeCloud | None:
-    """Return a function that makes a cloud of points (n, 4), HYPOTHESIS_FIELDS; None without sensor_msgs_py."""
+    """Return a function that makes a cloud of points (n, 4); None without sensor_msgs_py."""
     try:
         point_cloud2 = import_module("sensor_msgs_py.point_cloud2")
     except ImportError:
