@@ -226,7 +226,7 @@ def test_the_filters_divide_the_tree_between_them():
         assert filter_["publish_tf"] is True
     assert local["world_frame"] == local["odom_frame"]
     assert world["world_frame"] == world["map_frame"]
-    assert defaults["publish_tf"] is False, "the localizer would give base_link a second parent"
+    assert defaults["publish_tf"] == "none", "the localizer would give base_link a second parent"
     assert not any(name.startswith("pose") for name in local), "what jumps stays out of odom"
 
 
