@@ -72,11 +72,12 @@ class Rig:
     bench: Bench
     node: NodeProcess
     parameters: dict[str, Any]
+    image_topic: str = "/image"
 
     def __post_init__(self) -> None:
         b = self.bench
         self.compressed = False
-        self.image = b.publisher(Image, "/image")
+        self.image = b.publisher(Image, self.image_topic)
         self.fix = b.publisher(NavSatFix, "/fix")
         self.heading = b.publisher(Imu, "/heading")
         self.info = b.publisher(CameraInfo, "/camera_info")
@@ -107,7 +108,7 @@ class Rig:
         if self.compressed != (kind is CompressedImage):
             self.bench.node.destroy_publisher(self.image)
             self.compressed = kind is CompressedImage
-            self.image = self.bench.publisher(kind, "/image")
+            self.image = self.bench.publisher(kind, self.image_topic)
         self.change_state(*START)
         self.ready()
 
@@ -171,10 +172,9 @@ class Rig:
         self.ns += round(seconds * 1e9)
         return self.ns
 
-    def send_info(self, ns: int) -> None:
-        self.info.publish(
-            self.header(CameraInfo(width=64, height=32, k=[30.0, 0, 32, 0, 30.0, 16, 0, 0, 1]), ns)
-        )
+    def send_info(self, ns: int, **more: Any) -> None:
+        own = {"width": 64, "height": 32, "k": [30.0, 0, 32, 0, 30.0, 16, 0, 0, 1]}
+        self.info.publish(self.header(CameraInfo(**{**own, **more}), ns))
 
     def send_frame(self, seconds: float = 3.0, **fix: float) -> int:
         """Go on in time and send a good frame; its stamp."""
@@ -210,14 +210,14 @@ class Rig:
 
 
 @contextmanager
-def running(domain: int, folder: Path) -> Iterator[Rig]:
+def running(domain: int, folder: Path, image_topic: str = "/image") -> Iterator[Rig]:
     """A rig with a node that gives poses; ``folder`` takes its map and its log."""
     aerial = write_geotiff(folder / "map.tif", texture(1200, 1200), LAT, LON, 0.5, "EPSG:32633")
     parameters = {**PARAMETERS, "map": str(aerial)}
-    node = NodeProcess(domain, folder / "node.txt", parameters)
+    node = NodeProcess(domain, folder / "node.txt", parameters, "-r", f"image:={image_topic}")
     try:
         with bench(domain) as b:
-            r = Rig(b, node, parameters)
+            r = Rig(b, node, parameters, image_topic)
             r.ready()
             r.good_frame()
             yield r

@@ -35,7 +35,7 @@ STAND_INS = Path(__file__).parent / "stand_ins"
 def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(STAND_INS), prepend=os.pathsep)
-        with running(DOMAIN, tmp_path_factory.mktemp("localizer")) as r:
+        with running(DOMAIN, tmp_path_factory.mktemp("localizer"), "/camera/image_rect") as r:
             yield r
 
 
@@ -261,3 +261,22 @@ def test_the_likely_places_are_a_cloud_of_points(rig: Rig) -> None:
     # x and y are metres from a datum 2 km away, in 4 bytes.
     assert away.argmin() < 4 and (np.diff(points[:, 3]) <= 0.0).all()
     assert points[:, 3].sum() == pytest.approx(0.95, abs=0.01)
+
+
+def test_rectified_images_are_not_undistorted_twice(rig: Rig) -> None:
+    b = rig.bench
+    raw = {"d": [0.1, 0.0, 0.0, 0.0, 0.0], "distortion_model": "plumb_bob"}
+    p = [28.0, 0.0, 31.5, 0.0, 0.0, 28.0, 15.5, 0.0, 0.0, 0.0, 1.0, 0.0]
+    with rig.configured(model="stub-pinhole"):
+        b.wait(rig.info.get_subscription_count, what="the camera_info's subscription")
+        rig.send_info(rig.ns, p=p, **raw)
+        assert b.wait_diagnosis("rectified: /camera/image_rect is undistorted").level == b"\x01"
+        assert b.set_parameter("/localizer", "rectified", True) == ""
+        rig.send_info(rig.ns, p=p, **raw)
+        b.wait(lambda: "rectified" not in b.text(), what="the warning's end")
+        rig.good_frame()
+        # The sensor has four times the pixels, binned.
+        received = int(b.value("camera_info_received"))
+        rig.send_info(rig.ns, p=p, width=128, height=64, binning_x=2, binning_y=2, **raw)
+        b.wait(lambda: int(b.value("camera_info_received")) > received, what="the camera_info")
+        rig.good_frame()

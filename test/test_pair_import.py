@@ -39,6 +39,7 @@ from xview_loc.simulation.drives import drive
 from xview_loc.simulation.messages import write_bag
 from xview_loc.simulation.views import PanoramaView
 from xview_loc.vehicle.keyframes import KeyframeRule
+from xview_loc.vehicle.mounting import Mounting
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL_BAG = ROOT.parent / "shared/data/tracks/robot_localization_test1.bag"
@@ -340,8 +341,11 @@ def test_commands(aerial_path: Path, tmp_path: Path) -> None:
     one, two = record(tmp_path / "one", "mcap"), record(tmp_path / "two.bag", "ros1")
     out = tmp_path / "pairs"
     words = ["--map", aerial_path, "--out", out, "--size", 160, "--gsd", 0.48]
+    words += ["--camera-yaw", 90, "--antenna", -1.5, 0.2]
     done = command("pairs", one, two, *words)
     assert done.count("14 pairs") == 2 and "dropped: 1 image_invalid" in done
+    mounting = Mounting.of(PairBag(out / "one").session())
+    assert mounting == Mounting(antenna=(-1.5, 0.2), camera_yaw=math.pi / 2)
     assert command("pairs", one, two, *words).count("already imported") == 2
     info = command("pairs", "info", out / "one")
     assert "14, 0 without a tile" in info and "2.0 m (median" in info

@@ -29,6 +29,7 @@ from sensor_msgs.msg import CompressedImage, Image, NavSatFix
 from xview_loc.bags.recovery import recover_bag
 from xview_loc.geodesy import LocalProjection
 from xview_loc.recordings.pairs import PairBag
+from xview_loc.vehicle.mounting import Mounting
 
 ROOT = Path(__file__).parent.parent
 LAT, LON = 48.2, 16.37
@@ -162,12 +163,15 @@ def newest(folder: Path) -> Path:
     return max((folder / "bags").iterdir(), key=lambda bag: bag.stat().st_ctime_ns)
 
 
+MOUNTING = {"antenna_x": -1.0, "antenna_y": 0.5, "camera_x": 2.0, "camera_yaw_deg": 10.0}
+
+
 @pytest.fixture(scope="module")
 def logger(aerial: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Rig, Path]]:
     """A running logger of raw images that waits for ~/start, and its folder."""
     folder = tmp_path_factory.mktemp("logger")
     with bench(DOMAIN) as here:
-        node = start(folder, DOMAIN, map=str(aerial), vehicle="cart 7", record_on_start=False)
+        node = start(folder, DOMAIN, map=str(aerial), vehicle="cart 7", record_on_start=False, **MOUNTING)
         try:
             rig = Rig(here)
             rig.ready()
@@ -214,6 +218,7 @@ def test_every_keyframe_is_in_the_bag(logger: tuple[Rig, Path]) -> None:
     assert missing < len(pairs)
     here.wait(lambda: here.value("pairs_without_tile") == (str(missing) if missing else ""), what="the count")
     session = pairs.session()
+    assert Mounting.of(session) == Mounting((-1.0, 0.5), (2.0, 0.0), math.radians(10.0))
     assert session["vehicle"] == "cart 7" and session["tile"] == {"size": 64, "gsd": 0.5}
     # All from the first image on; what came with it may have been received before it.
     odometry = [stamp for stamp, _ in pairs.odometry()]

@@ -10,6 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from map_fixtures import texture
 from mcap.reader import make_reader
 from rosbags.highlevel import AnyReader
@@ -18,8 +19,10 @@ from xview_loc.bags.recovery import BagError, bag_files, recover_bag
 from xview_loc.bags.ros_types import deserialize, header, message, quaternion, serialize
 from xview_loc.bags.writer import BagLimits
 from xview_loc.camera import CameraModel
+from xview_loc.datasets.pairs import PairDataset
 from xview_loc.geodesy import LocalProjection
 from xview_loc.maps.base import AerialTile
+from xview_loc.models.base import ModelSpec
 from xview_loc.recordings.pairs import (
     CONVENTIONS,
     TOPICS,
@@ -30,6 +33,7 @@ from xview_loc.recordings.pairs import (
     encode_tile,
 )
 from xview_loc.vehicle.keyframes import KeyframeRule, Keyframes
+from xview_loc.vehicle.mounting import Mounting, in_enu
 
 LAT, LON = 48.2, 16.37
 PLANE = LocalProjection(LAT, LON)
@@ -78,8 +82,8 @@ def bag(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def odometry(k: int) -> bytes:
-    zero = message("geometry_msgs/msg/Vector3", x=float(k), y=0.0, z=0.0)
+def odometry(k: int, speed: float | None = None) -> bytes:
+    zero = message("geometry_msgs/msg/Vector3", x=float(k) if speed is None else speed, y=0.0, z=0.0)
     pose = message(
         "geometry_msgs/msg/Pose",
         position=message("geometry_msgs/msg/Point", x=0.0, y=0.0, z=0.0),
@@ -276,3 +280,36 @@ def test_wheels_measure_the_distance() -> None:
     ]
     assert picked == list(range(0, 100, 20))
     assert keyframes.wants(T0 - 10**9, LAT, LON, 0.0, speed=1.0)  # a bag that starts again
+
+
+def test_lever_arms_are_taken_out(tmp_path: Path) -> None:
+    """In a bend, with the antenna 3 m behind the camera: the same as with fixes of the camera itself."""
+    spec = ModelSpec("stub", "panorama", (32, 64), 64, 0.5, bins=8)
+    mounting = Mounting((-1.0, 0.5), (2.0, 0.0), 0.2)
+    writers = {
+        "antenna": PairWriter(tmp_path / "antenna", mounting.facts(), NO_FLOOR),
+        "camera": PairWriter(tmp_path / "camera", {"camera_yaw": 0.2}, NO_FLOOR),
+    }
+    cameras = []
+    for k in range(20):
+        # 0.8 m a frame around a circle of 20 m.
+        turn = 0.04 * k
+        east, north = 20.0 * math.sin(turn), 20.0 * (1.0 - math.cos(turn))
+        cameras.append(np.array([east, north]) + in_enu(mounting.camera, turn))
+        for name, writer in writers.items():
+            lever = np.array(in_enu(getattr(mounting, name), turn))
+            lat, lon = PLANE.inverse(east + lever[0], north + lever[1])
+            writer.add_odometry(T0 + k * 10**8, odometry(k, 8.0))
+            writer.add(dataclasses.replace(pair(k), lat=lat, lon=lon, heading=turn), tile(0))
+    for writer in writers.values():
+        writer.close()
+    own, plain = (PairDataset([tmp_path / name], spec) for name in writers)
+    for k in range(20):
+        np.testing.assert_allclose(own[k]["fix"], plain[k]["fix"], atol=1e-4)  # pixels
+        assert torch.equal(own[k]["ground"], plain[k]["ground"])
+    track = own.track()
+    np.testing.assert_allclose(track.lat, plain.track().lat, atol=1e-9)
+    np.testing.assert_allclose(track.lon, plain.track().lon, atol=1e-9)
+    np.testing.assert_allclose(track.moved[1:], np.diff(cameras, axis=0), atol=2e-3)
+    # Without the lever arm the steps are those of the vehicle's origin, and the places are the fixes'.
+    assert np.abs(plain.track().moved[1:] - np.diff(cameras, axis=0)).max() > 0.05

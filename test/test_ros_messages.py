@@ -2,6 +2,7 @@
 
 import math
 
+import cv2
 import numpy as np
 import pytest
 
@@ -100,6 +101,35 @@ def test_imu_without_orientation_is_refused():
 
 def test_uncalibrated_camera_info_is_refused():
     assert reason(input_messages.camera_from_info, CameraInfo(width=640, height=480)) == "camera_info_invalid"
+
+
+def test_intrinsics_are_those_of_the_published_images():
+    """A region of the sensor, two by four pixels binned: the middle of the camera stays in its place."""
+    k = [400.0, 0.0, 330.3, 0.0, 420.0, 235.1, 0.0, 0.0, 1.0]
+    info = CameraInfo(width=640, height=480, k=k, distortion_model="plumb_bob", d=[0.1, 0.0, 0.0, 0.0, 0.0])
+    info.binning_x, info.binning_y = 2, 4
+    info.roi.x_offset, info.roi.y_offset, info.roi.width, info.roi.height = 100, 60, 400, 360
+    camera = input_messages.camera_from_info(info)
+    assert (camera.width, camera.height) == (200, 90) and camera.distorts
+    rows, cols = np.mgrid[:480, :640].astype(np.float32)
+    for full, bins, focal, middle in ((cols, 2, 400.0, 330.3), (rows, 4, 420.0, 235.1)):
+        row = 0 if full is cols else 1
+        # Each pixel of the published image holds the coordinate of its own middle on the sensor.
+        image = cv2.resize(full[60:420, 100:500], (200, 90), interpolation=cv2.INTER_AREA)
+        line = image[0] if full is cols else image[:, 0]
+        assert np.interp(camera.matrix[row, 2], np.arange(len(line)), line) == pytest.approx(middle)
+        assert camera.matrix[row, row] == focal / bins
+
+
+def test_rectified_images_are_not_undistorted_again():
+    k, p = np.diag([400.0, 400.0, 1.0]), np.zeros((3, 4))
+    k[:2, 2], p[:, :3] = (320.0, 240.0), [[350.0, 0.0, 318.0], [0.0, 352.0, 241.0], [0.0, 0.0, 1.0]]
+    info = CameraInfo(width=640, height=480, k=k.ravel(), p=p.ravel(), distortion_model="rational_polynomial")
+    info.d = [0.2, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    camera = input_messages.camera_from_info(info, rectified=True)
+    assert not camera.distorts and camera.k == tuple(p[:, :3].ravel())
+    assert input_messages.camera_from_info(info).k == tuple(k.ravel())
+    assert reason(input_messages.camera_from_info, CameraInfo(width=9, height=9, k=k.ravel()), True)
 
 
 def test_pose_marks_what_is_unknown():

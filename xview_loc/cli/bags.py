@@ -24,6 +24,12 @@ _Topic = Annotated[
 ]
 
 
+_Place = Annotated[
+    tuple[float, float],
+    typer.Option(metavar="FORWARD LEFT", help="Its place from base_link, metres."),
+]
+
+
 class _ImportUnlessNamed(TyperGroup):
     """``pairs BAG...`` imports; ``pairs info DIR`` prints."""
 
@@ -85,6 +91,14 @@ def import_(
     heading_clockwise: Annotated[
         bool, typer.Option("--heading-clockwise", help="Headings are azimuths, clockwise from north.")
     ] = False,
+    camera_yaw: Annotated[
+        float, typer.Option(help="Angle of the image's centre column, degrees left of forward.")
+    ] = 0.0,
+    camera: _Place = (0.0, 0.0),
+    antenna: _Place = (0.0, 0.0),
+    rectified: Annotated[
+        bool, typer.Option("--rectified", help="Images are free of distortion: P of camera_info is used.")
+    ] = False,
     header: Headers = None,
     api_key_env: KeyEnv = "",
 ) -> None:
@@ -94,12 +108,17 @@ def import_(
     from xview_loc.recordings.importer import ImportOptions, import_bag
     from xview_loc.vehicle.keyframes import KeyframeRule
     from xview_loc.vehicle.messages import HeadingConvention
+    from xview_loc.vehicle.mounting import Mounting
 
+    mounting = Mounting(antenna, camera, math.radians(camera_yaw))
     named = {"image": image, "fix": fix, "camera_info": camera_info, "odom": odom, "heading": heading}
     options = ImportOptions(
         topics={name: topic for name, topic in named.items() if topic and topic != "none"},
         use_heading=heading != "none",
         heading=HeadingConvention(heading_clockwise, math.radians(heading_offset), math.radians(declination)),
+        # A bag of pairs keeps its own if none is given.
+        mounting=None if mounting == Mounting() else mounting,
+        rectified=rectified,
         keyframes=KeyframeRule(distance_m=distance),
         tile_px=size,
         tile_gsd=gsd,

@@ -28,6 +28,7 @@ from xview_loc.models.inputs import ground_image, normalise
 from xview_loc.recordings.pairs import ODOMETRY, TOPICS, PairBag
 from xview_loc.vehicle.keyframes import SPEED_AGE_NS
 from xview_loc.vehicle.messages import VelocityReader
+from xview_loc.vehicle.mounting import Mounting, in_enu
 from xview_loc.vehicle.synchronisation import RejectedInput
 
 # Disk space left to others.
@@ -92,7 +93,7 @@ class PairDataset(PairSource):
         self._bags = [PairBag(folder) for folder in folders]
         digest = hashlib.sha256("".join(bag.digest() for bag in self._bags).encode()).hexdigest()
         self.name = f"pairs:{digest[:16]}"
-        self._camera_yaws = [float(bag.session().get("camera_yaw", 0.0)) for bag in self._bags]
+        self._mountings = [Mounting.of(bag.session()) for bag in self._bags]
         self._ends = list(accumulate(len(bag) for bag in self._bags))
         side = spec.aerial_size
         content: list[Any] = [("fix", np.float32, (2,)), ("fix_std", np.float32)]
@@ -133,7 +134,10 @@ class PairDataset(PairSource):
                 f"give it one with xview-loc pairs {bag.folder} --map"
             )
         cut = self._margin(tile, bag.folder)
-        row, col = (x - cut for x in tile.enu_to_pixel(*tile.projection.forward(pair.lat, pair.lon)))
+        mounting, lat, lon = self._mountings[number], pair.lat, pair.lon
+        if pair.heading is not None:
+            lat, lon = mounting.camera_from_antenna(lat, lon, pair.heading)
+        row, col = (x - cut for x in tile.enu_to_pixel(*tile.projection.forward(lat, lon)))
         side = self._spec.aerial_size
         try:
             ground = ground_image(
@@ -141,7 +145,7 @@ class PairDataset(PairSource):
                 self._spec,
                 heading=pair.heading if self._spec.camera == "panorama" else None,
                 camera=pair.camera,
-                mount_yaw=self._camera_yaws[number],
+                mount_yaw=mounting.camera_yaw,
             )
         except ImageError as error:
             raise BagError(f"pair {within} of {bag.folder} is damaged: {error}") from None
@@ -158,7 +162,8 @@ class PairDataset(PairSource):
 
     def track(self) -> Track:
         """See :meth:`PairSource.track`; each bag is a drive. Raises BagError if a pair is damaged."""
-        parts = [_bag_track(number, bag) for number, bag in enumerate(self._bags)]
+        bags = enumerate(zip(self._bags, self._mountings, strict=True))
+        parts = [_bag_track(number, bag, mounting) for number, (bag, mounting) in bags]
         return Track(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(Track)))
 
     def _margin(self, tile: AerialTile, folder: Path) -> int:
@@ -174,7 +179,8 @@ class PairDataset(PairSource):
         return spare // 2
 
 
-def _bag_track(number: int, bag: PairBag) -> Track:
+def _bag_track(number: int, bag: PairBag, mounting: Mounting) -> Track:
+    """Return the camera's track, as far as headings are known: fixes are the antenna's."""
     poses = bag.poses()
     stamps = np.array([stamp for stamp, *_ in poses], np.int64)
     yaws = np.array([math.nan if yaw is None else yaw for *_, yaw in poses])
@@ -183,7 +189,14 @@ def _bag_track(number: int, bag: PairBag) -> Track:
     direction = np.exp(1j * yaws[1:]) + np.exp(1j * yaws[:-1])
     angle = np.angle(direction)
     moved[1:] = _driven(bag, stamps)[:, None] * np.stack([np.cos(angle), np.sin(angle)], 1)
-    lat, lon = (np.array([pose[i] for pose in poses]) for i in (1, 2))
+    # The camera swings about the vehicle's origin.
+    swing = np.array([in_enu(mounting.camera, yaw) for yaw in yaws]).reshape(-1, 2)
+    moved[1:] += np.diff(swing, axis=0)
+    cameras = [
+        (lat, lon) if yaw is None else mounting.camera_from_antenna(lat, lon, yaw)
+        for _, lat, lon, yaw in poses
+    ]
+    lat, lon = np.array(cameras).reshape(-1, 2).T
     return Track(np.full(len(poses), number), stamps, lat, lon, moved)
 
 

@@ -116,6 +116,8 @@ class PairLoggerNode(VehicleNode):
         # The bag that keyframes are accepted for. What the executor queues carries the bag it belongs to.
         self._writer: PairWriter | None = None
         self._failed: PairWriter | None = None
+        # Whether the bag's session says where antenna and camera are.
+        self._mounted = False
         super().__init__("pair_logger")
         self.create_service(Trigger, "~/start", self._on_start)
         self.create_service(Trigger, "~/split", self._on_split)
@@ -172,9 +174,9 @@ class PairLoggerNode(VehicleNode):
     def hand_over(self, paired: PairedFrame) -> bool:
         """Queue a frame if it is a keyframe; return True if it was dropped because too many wait."""
         writer = self._writer
-        return (
-            writer is not None and self._is_keyframe(paired) and self._recorder.put(_Keyframe(writer, paired))
-        )
+        if writer is None or not self._knows_mounting(writer) or not self._is_keyframe(paired):
+            return False
+        return self._recorder.put(_Keyframe(writer, paired))
 
     def stopped(self) -> None:
         """Complete the bag."""
@@ -215,7 +217,6 @@ class PairLoggerNode(VehicleNode):
             "map": _without_key(p["map"]),
             "licence": p["map_licence"] or self._attribution,
             "tile": {"size": p["tile_px"], "gsd": p["tile_gsd"]},
-            "camera_yaw": math.radians(p["camera_yaw_deg"]),
             "keyframes": {
                 "distance_m": p["keyframe_distance_m"],
                 "interval_s": p["keyframe_interval_s"],
@@ -237,7 +238,7 @@ class PairLoggerNode(VehicleNode):
             writer = PairWriter(folder, session, limits)
         except OSError as error:
             raise OSError(f"cannot record into {folder}: {error.strerror or error}") from None
-        self._writer = writer
+        self._writer, self._mounted = writer, False
         self._rate = (time.monotonic(), 0)
         for problem in ("stopped", "disk", "disk_full"):
             self._health.clear(problem)
@@ -296,10 +297,21 @@ class PairLoggerNode(VehicleNode):
         if velocity is not None:
             self._wheels.add(velocity)
         # Odometry from before the first image is of no use.
-        if self._writer is None or not self._pairing.last_frame_ns:
+        if self._writer is None or not self._pairing.last_frame_ns or not self._mounted:
             return
         if self._recorder.put(_Odometry(self._writer, stamp, data)):
             self._health.count("odom_dropped")
+
+    def _knows_mounting(self, writer: PairWriter) -> bool:
+        """Complete a new bag's session, and return True, once tf knows what it is asked for."""
+        if not self._mounted:
+            try:
+                writer.session.update(self._mounting().facts())
+            except RejectedInput as error:
+                self._reject(error.reason, str(error))
+                return False
+            self._mounted = True
+        return True
 
     def _is_keyframe(self, paired: PairedFrame) -> bool:
         assert paired.fix is not None  # this node needs fixes

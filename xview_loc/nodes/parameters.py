@@ -59,6 +59,7 @@ _MAP: tuple[Parameter, ...] = (
 )
 _INPUTS: tuple[Parameter, ...] = (
     P("image_transport", "raw", "Type of the image topic.", choices=("raw", "compressed")),
+    L("rectified", False, "Images are free of distortion: P of camera_info is their camera matrix."),
     P("heading_source", "imu", "Type of the heading topic.", choices=("imu", "quaternion", "pose")),
     L("heading_std_deg", 3.0, "Standard deviation of headings that come without one, degrees.", (0.0, 180.0)),
     L("magnetic_declination_deg", 0.0, "Declination, degrees east; 0 for a true heading.", (-180.0, 180.0)),

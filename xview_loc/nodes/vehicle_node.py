@@ -415,12 +415,19 @@ class VehicleNode(LifecycleNode):
     def _on_camera_info(self, message: CameraInfo) -> None:
         self._health.count("camera_info_received")
         try:
-            self._camera = input_messages.camera_from_info(message)
+            self._camera = input_messages.camera_from_info(message, self._params["rectified"])
         except RejectedInput as error:
             self._camera = None
             self._refuse("camera_info", error)
             return
         self._health.clear("camera_info")
+        topic = self._inputs["image"].topic_name
+        if self._camera.distorts and "image_rect" in topic:
+            text = f"{topic} is undistorted, as camera_info says; if it is rectified already, set rectified"
+            if self._health.condition("rectified", WARN, text):
+                self.get_logger().warning(text)
+        else:
+            self._health.clear("rectified")
 
     def _on_image(self, message: bytes) -> None:
         self._health.count("image_received")

@@ -33,6 +33,7 @@ from xview_loc.vehicle.messages import (
     rgb_from_image,
     valid_stamp_ns,
 )
+from xview_loc.vehicle.mounting import Mounting
 from xview_loc.vehicle.pairing import Paired, Pairing
 from xview_loc.vehicle.synchronisation import RejectedInput
 
@@ -61,13 +62,16 @@ class ImportOptions:
     """How to make pairs of a recording.
 
     topics: topics of the inputs in :data:`TYPES`; default: the topic named after the input (``/fix``), else
-    the only one of its type. use_heading: pair headings. heading: how they are counted. The others are the
+    the only one of its type. use_heading: pair headings. heading: how they are counted. mounting: where
+    antenna and camera are; None: at the vehicle's origin, or as a bag of pairs says. The others are the
     pair_logger's parameters.
     """
 
     topics: Mapping[str, str] = field(default_factory=dict)
     use_heading: bool = True
     heading: HeadingConvention = field(default_factory=HeadingConvention)
+    mounting: Mounting | None = None
+    rectified: bool = False
     fix_min_status: int = 0
     fix_max_jump_m: float = 40.0
     max_fix_age_s: float = 2.0
@@ -121,7 +125,7 @@ def import_bag(
     result = ImportResult()
     with _reading(source) as reader, closing(_TileCutter(aerial, options, result)) as tiles:
         if IMAGE in {connection.topic for connection in reader.connections}:
-            _complete(source, partial, tiles, result, on_progress)
+            _complete(source, partial, tiles, options, result, on_progress)
         else:
             _import_recording(source, reader, partial, tiles, options, result, on_progress)
     partial.rename(out)
@@ -186,6 +190,7 @@ def _complete(
     source: Path,
     partial: Path,
     tiles: _TileCutter,
+    options: ImportOptions,
     result: ImportResult,
     on_progress: Callable[[float], object],
 ) -> None:
@@ -195,6 +200,8 @@ def _complete(
     session = {**before, "licence": tiles.licence or before.get("licence", "")}
     if tiles.has_map:
         session["tile"] = {"size": tiles.size, "gsd": tiles.gsd}
+    if options.mounting is not None:
+        session.update(options.mounting.facts())
     odometry = _readable(bag.odometry(), result)
     waiting = next(odometry, None)
     with closing(PairWriter(partial, session, BagLimits(min_free_bytes=0))) as writer:
@@ -276,6 +283,7 @@ def _import_recording(
         "recording": source.name,
         "licence": tiles.licence,
         "tile": {"size": tiles.size, "gsd": tiles.gsd},
+        **(options.mounting or Mounting()).facts(),
     }
     span = max(1, reader.end_time - reader.start_time)
     with closing(PairWriter(partial, session, BagLimits(min_free_bytes=0))) as writer:
@@ -355,7 +363,7 @@ class _Importer:
         elif name == "heading":
             self._pairing.add_heading(heading_from_message(message, options.heading))
         elif name == "camera_info":
-            self._camera = camera_from_info(message)
+            self._camera = camera_from_info(message, options.rectified)
         elif name == "odom":
             stamp = valid_stamp_ns(message)
             velocity = self._velocities.read(message)

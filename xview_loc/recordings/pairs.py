@@ -65,6 +65,7 @@ CONVENTIONS = {
     "tile": "north-up square in the transverse Mercator plane (k = 1, WGS-84) about its lat and lon, which "
     "lie at pixel ((size - 1) / 2, (size - 1) / 2); gsd is metres per pixel",
     "heading": "ENU yaw of the vehicle's x axis from true north's east, counter-clockwise, radians",
+    "mounting": "antenna and camera are (forward, left) of the vehicle's origin, metres",
     "panorama": "columns run clockwise; the centre column looks camera_yaw left of the vehicle's x axis",
     "fix": "WGS-84 degrees of the GNSS antenna at the image's stamp, covariance in ENU m^2",
 }
@@ -143,7 +144,8 @@ class PairWriter:
     def __init__(self, folder: Path, session: Mapping[str, Any], limits: BagLimits | None = None) -> None:
         """``session``: facts about the recording (vehicle, map, licence ...), JSON values."""
         self.bag = BagWriter(folder, TOPICS, limits)
-        self._session = {
+        # Written at the beginning of each file; may be completed before the first.
+        self.session = {
             "format": _FORMAT,
             "software": f"xview_loc {__version__}",
             "conventions": CONVENTIONS,
@@ -212,7 +214,7 @@ class PairWriter:
         if self.bag.current_file != self._file:
             self._file = self.bag.current_file
             self._tiles = {}
-            self._write(SESSION, stamp, message("std_msgs/msg/String", data=json.dumps(self._session)))
+            self._write(SESSION, stamp, message("std_msgs/msg/String", data=json.dumps(self.session)))
 
     def _add_tile(self, tile: AerialTile, stamp: int) -> int:
         georeference = {

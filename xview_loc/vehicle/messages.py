@@ -68,15 +68,31 @@ def rgb_from_image(
     return decode_image(message.encoding, message.height, message.width, message.step, message.data)
 
 
-def camera_from_info(message: Any) -> CameraModel:
-    """Return the camera's intrinsics. Raises RejectedInput if they are not calibrated or not finite."""
+def camera_from_info(message: Any, rectified: bool = False) -> CameraModel:
+    """Return the intrinsics of the images that a CameraInfo belongs to.
+
+    The message is about the whole sensor: the images are its region of interest, then binned. rectified: they
+    are free of distortion, and P is their camera matrix. Raises RejectedInput if the intrinsics are not
+    calibrated or not finite.
+    """
+    roi = message.roi
+    across, down = max(1, message.binning_x), max(1, message.binning_y)
+    width, height = roi.width or message.width - roi.x_offset, roi.height or message.height - roi.y_offset
+    matrix = np.array(_field(message, "k"), float).reshape(3, 3)
+    if rectified:
+        matrix = np.array(_field(message, "p"), float).reshape(3, 4)[:, :3]
+    # A bin's centre lies between those of its pixels.
+    matrix[0, 2] -= roi.x_offset + (across - 1) / 2.0
+    matrix[1, 2] -= roi.y_offset + (down - 1) / 2.0
+    matrix[0] /= across
+    matrix[1] /= down
     try:
         return CameraModel(
-            width=int(message.width),
-            height=int(message.height),
-            k=tuple(float(value) for value in _field(message, "k")),
-            distortion=tuple(float(value) for value in _field(message, "d")),
-            distortion_model=message.distortion_model,
+            width=int(width) // across,
+            height=int(height) // down,
+            k=tuple(float(value) for value in matrix.flat),
+            distortion=() if rectified else tuple(float(value) for value in _field(message, "d")),
+            distortion_model="plumb_bob" if rectified else message.distortion_model,
         )
     except ValueError as error:
         raise RejectedInput("camera_info_invalid", f"camera_info: {error}") from None

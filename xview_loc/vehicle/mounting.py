@@ -7,7 +7,9 @@ A heat map gives the camera's position, a receiver the antenna's; a published po
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +31,17 @@ class Mounting:
     antenna: Offset = (0.0, 0.0)
     camera: Offset = (0.0, 0.0)
     camera_yaw: float = 0.0
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any]) -> Mounting:
+        """Inverse of :meth:`facts`; what is missing is 0."""
+        places = (tuple(map(float, facts.get(name, (0.0, 0.0)))) for name in ("antenna", "camera"))
+        (antenna_x, antenna_y), (camera_x, camera_y) = places
+        return cls((antenna_x, antenna_y), (camera_x, camera_y), float(facts.get("camera_yaw", 0.0)))
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a recording keeps, JSON values."""
+        return {"antenna": self.antenna, "camera": self.camera, "camera_yaw": self.camera_yaw}
 
     def camera_from_antenna(self, lat: float, lon: float, heading: float) -> tuple[float, float]:
         """Camera position from the antenna's."""
