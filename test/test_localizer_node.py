@@ -8,6 +8,7 @@ import math
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,14 +28,17 @@ from map_fixtures import TileServer, texture, write_geotiff
 from nav_msgs.msg import Odometry
 from rclpy.serialization import serialize_message
 from ros_harness import environment, pick_domain
-from sensor_msgs.msg import Image, NavSatFix
+from sensor_msgs.msg import Image, Imu, NavSatFix
 from std_msgs.msg import Float64
 from stub_node import GSD, SeeingModel, write_stub
 
 from xview_loc.geodesy import LocalProjection
+from xview_loc.nodes import outputs
 from xview_loc.nodes.deployment import DeploymentError, deploy
+from xview_loc.nodes.inputs import message_class
 from xview_loc.nodes.parameters import LOCALIZER, PAIR_LOGGER
 from xview_loc.vehicle import messages as input_messages
+from xview_loc.vehicle.input_types import INPUT_TYPES
 
 ROOT = Path(__file__).parent.parent
 DOMAIN = pick_domain()
@@ -160,6 +164,40 @@ def test_damaged_image_message(rig):
     whole = Image(height=32, width=64, encoding="rgb8", step=192, data=array.array("B", bytes(6144)))
     rig.image.publish(serialize_message(rig.header(whole, ns))[:30])
     rig.expect_rejection("image_invalid", "damaged")
+    rig.good_frame()
+
+
+@pytest.mark.parametrize("source", INPUT_TYPES["heading"])
+def test_the_type_of_the_heading_is_the_one_published(rig, source):
+    node = rig.bench.node
+    node.destroy_publisher(rig.heading)
+    kind = message_class(INPUT_TYPES["heading"][source])
+    rig.heading = node.create_publisher(kind, "/heading", 50)
+
+    def send(ns, yaw=YAW):
+        message = kind()
+        if source == "degrees":
+            message.data = 90.0 - math.degrees(yaw)  # an azimuth
+        else:
+            rig.header(message, ns)
+            part = message
+            while hasattr(part, "pose"):
+                part = part.pose
+            field = "quaternion" if source == "quaternion" else "orientation"
+            setattr(part, field, outputs.quaternion_of(yaw))
+        rig.heading.publish(message)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rig, "send_heading", send)
+        if source == "degrees":  # stamped when it arrives
+            patch.setattr(rig, "step", lambda seconds=3.0: time.time_ns())
+        pose = rig.good_frame()
+    p = pose.pose.pose
+    lat, lon = (float(v) for v in DATUM.inverse(p.position.x, p.position.y))
+    expected = YAW + DATUM.convergence(lat, lon)
+    assert input_messages.yaw_of(p.orientation) == pytest.approx(expected, abs=1e-3)
+    node.destroy_publisher(rig.heading)
+    rig.heading = rig.bench.publisher(Imu, "/heading")
     rig.good_frame()
 
 

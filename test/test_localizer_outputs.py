@@ -145,6 +145,14 @@ def test_tf_carries_the_map_as_amcl_does(rig: Rig) -> None:
         tf.send(rig.ns, "odom", "base_link", odometry[0])
         assert b.wait_diagnosis("tf_parents", "base_link has two parents").level == b"\x01"
 
+    with rig.configured(heading_frame="compass"):
+        tf.ready()
+        rig.send_frame()
+        b.wait_diagnosis("last heading refused: tf from base_link to compass")
+        tf.send(rig.ns, "base_link", "compass", Transform.planar(0.5, 0.0, 0.3), static=True)
+        yaw = yaw_of(rig.good_frame().pose.pose.orientation)
+        assert yaw == pytest.approx(YAW - 0.3 + DATUM.convergence(LAT, LON), abs=1e-3)
+
 
 def test_an_operator_gives_the_pose_pauses_and_searches_anew(rig: Rig) -> None:
     b = rig.bench

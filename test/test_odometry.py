@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xview_loc.bags.ros_types import header, message, quaternion
+from xview_loc.bags.ros_types import deserialize, header, message, quaternion
 from xview_loc.geodesy import LocalProjection
-from xview_loc.vehicle.messages import VelocityReader
+from xview_loc.vehicle.messages import VelocityReader, odometry_cdr, velocity_frame
 from xview_loc.vehicle.motion_check import MotionCheck
 from xview_loc.vehicle.odometry import Odometry, VelocitySample
 from xview_loc.vehicle.synchronisation import NS, GnssFix, RejectedInput, StampNotNewerError
@@ -127,6 +127,20 @@ def test_a_twist_outranks_the_pose_even_while_it_is_zero_again() -> None:
     for seconds, speed in ((0.2, 3.0), (0.3, 0.0)):
         sample = reader.read(odometry_message(seconds, 50.0 * seconds, 0.0, 1.0, speed))
         assert sample == VelocitySample(START + round(seconds * NS), speed, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("covariance", [False, True])
+def test_a_twist_alone_is_a_velocity_and_becomes_an_odometry(covariance: bool) -> None:
+    kind = "TwistWithCovarianceStamped" if covariance else "TwistStamped"
+    for speed in (0.0, 4.0):
+        source = odometry_message(3.0, 0.0, 0.0, 0.0, speed)
+        twist = source.twist if covariance else source.twist.twist
+        sent = message(f"geometry_msgs/msg/{kind}", header=source.header, twist=twist)
+        # A first message, also one of a standing vehicle, is a velocity.
+        assert VelocityReader().read(sent) == VelocitySample(START + 3 * NS, speed, 0.0, 0.0)
+        kept = deserialize("nav_msgs/msg/Odometry", odometry_cdr(sent))
+        assert kept.twist.twist.linear.x == speed and kept.header == source.header
+        assert velocity_frame(kept) == velocity_frame(sent) == source.header.frame_id
 
 
 PLANE = LocalProjection(48.2, 16.37)

@@ -23,6 +23,7 @@ from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
 from xview_loc.bags.recovery import BagError, bag_files
+from xview_loc.bags.ros_types import deserialize
 from xview_loc.cli import app
 from xview_loc.datasets import DatasetError
 from xview_loc.datasets.pairs import PairDataset
@@ -63,11 +64,13 @@ def record(
     *,
     image: str = "raw",
     heading: bool = True,
+    compass: bool = False,
     jump: tuple[int, int] = (0, 0),
 ) -> Path:
     """A drive east, 1.1 m a frame, ten frames a second, as somebody else's tools would have recorded it.
 
-    From the first frame of ``jump`` to the second, its fixes lie 500 m away.
+    From the first frame of ``jump`` to the second, its fixes lie 500 m away. With ``compass``, it has
+    azimuths as well, 10 degrees off the Imu's heading, and wheels that give a twist.
     """
     store = get_typestore(Stores.ROS1_NOETIC if form == "ros1" else Stores.ROS2_HUMBLE)
     types = store.types
@@ -83,6 +86,8 @@ def record(
     }
     if not heading:
         del kinds["/imu"]
+    if compass:
+        kinds |= {"/compass": "std_msgs/msg/Float64", "/wheels": "geometry_msgs/msg/TwistStamped"}
     with writer:
         connections = {t: writer.add_connection(t, kind, typestore=store) for t, kind in kinds.items()}
         for k in range(30):
@@ -93,7 +98,9 @@ def record(
                 sequence = {"seq": 0} if form == "ros1" else {}
                 time = types["builtin_interfaces/msg/Time"](sec=seconds, nanosec=nanoseconds)
                 head = types["std_msgs/msg/Header"](stamp=time, frame_id="x", **sequence)
-                message = types[kinds[topic]](header=head, **fields)
+                if topic != "/compass":
+                    fields["header"] = head
+                message = types[kinds[topic]](**fields)
                 serialize = store.serialize_ros1 if form == "ros1" else store.serialize_cdr
                 writer.write(connections[topic], at, serialize(message, kinds[topic]))
 
@@ -125,6 +132,10 @@ def record(
                         linear_acceleration=zero,
                         linear_acceleration_covariance=np.zeros(9),
                     )
+            if compass:
+                zero, speed = (types["geometry_msgs/msg/Vector3"](x=v, y=0.0, z=0.0) for v in (0.0, 11.0))
+                write("/compass", stamp, data=90.0 - math.degrees(0.2) + 350.0)
+                write("/wheels", stamp, twist=types["geometry_msgs/msg/Twist"](linear=speed, angular=zero))
             pixels = texture(64, 256, k)
             if image == "raw":
                 write(
@@ -195,6 +206,21 @@ def test_recordings_of_every_kind(aerial_path: Path, tmp_path: Path, form: str, 
         assert pairs[2].image_bytes == cv2.imencode(".jpg", sent)[1].tobytes()
     else:
         assert np.abs(pairs[2].image().astype(int) - sent).mean() < 6.0
+
+
+@pytest.mark.parametrize("form", ["mcap", "ros1"])
+def test_azimuths_and_twists_are_read_from_topics_chosen(tmp_path: Path, form: str) -> None:
+    bag = record(tmp_path / ("a.bag" if form == "ros1" else "a"), form, compass=True)
+    # Not chosen, a Float64 and a twist may be anything.
+    assert import_bag(bag, tmp_path / "plain", None, OPTIONS) is not None
+    plain = PairBag(tmp_path / "plain")
+    assert plain[0].heading == pytest.approx(0.2) and not list(plain.odometry())
+    chosen = replace(OPTIONS, topics={"heading": "/compass", "odom": "/wheels"})
+    assert import_bag(bag, tmp_path / "chosen", None, chosen) is not None
+    pairs = PairBag(tmp_path / "chosen")
+    assert pairs[0].heading == pytest.approx(0.2 + math.radians(10.0))
+    speeds = [deserialize("nav_msgs/msg/Odometry", data).twist.twist.linear.x for _, data in pairs.odometry()]
+    assert speeds == [11.0] * 30
 
 
 def test_fixes_that_jump_make_no_pairs(tmp_path: Path) -> None:

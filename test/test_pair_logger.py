@@ -20,13 +20,14 @@ from map_fixtures import texture, write_geotiff
 
 pytest.importorskip("rclpy", reason="ROS 2's Python packages are not installed")
 
-from geometry_msgs.msg import QuaternionStamped
+from geometry_msgs.msg import QuaternionStamped, TwistStamped
 from lifecycle_msgs.msg import Transition
 from nav_msgs.msg import Odometry
 from ros_harness import Bench, NodeProcess, bench, pick_domain
 from sensor_msgs.msg import CompressedImage, Image, NavSatFix
 
 from xview_loc.bags.recovery import recover_bag
+from xview_loc.bags.ros_types import deserialize
 from xview_loc.geodesy import LocalProjection
 from xview_loc.recordings.pairs import PairBag
 from xview_loc.vehicle.mounting import Mounting
@@ -145,7 +146,6 @@ class Rig:
 def start(folder: Path, domain: int, *, module: str = MODULE, **parameters: Any) -> NodeProcess:
     base = {
         "directory": str(folder / "bags"),
-        "heading_source": "quaternion",
         "qos_reliability": "reliable",
         "qos_depth": 1000,
         "tile_px": 64,
@@ -315,6 +315,35 @@ def test_odometry_without_a_twist_and_odometry_that_contradicts_the_fixes(logger
     here.wait_diagnosis("fix_still: odometry moved")
     rig.drive(1)
     here.wait(lambda: "fix_still" not in here.text(), what="the end of the warning")
+
+
+def test_a_twist_replaces_the_odometry_while_it_records(logger: tuple[Rig, Path]) -> None:
+    rig, folder = logger
+    here = rig.here
+    rig.at -= 1000 * NS
+    assert rig.call("start")[0]
+    rig.drive(1)
+    here.node.destroy_publisher(rig.odom)
+    twist = here.publisher(TwistStamped, "odom")
+    here.wait(twist.get_subscription_count, what="a subscription to the twist")
+    before = rig.received()
+    sent = []
+    while rig.received()["odom"] < before["odom"] + 5:
+        rig.at += NS // 100
+        message = rig.stamped(TwistStamped())
+        message.header.frame_id, message.twist.linear.x = "wheels", 3.0
+        twist.publish(message)
+        sent.append(rig.at)
+        here.executor.spin_once(timeout_sec=0.05)
+    assert rig.call("stop")[0]
+    odometry = PairBag(newest(folder)).odometry()
+    kept = [(at, deserialize("nav_msgs/msg/Odometry", data)) for at, data in odometry]
+    twists = [(at, one) for at, one in kept if one.child_frame_id == "wheels"]
+    assert len(twists) >= 5 and {at for at, _ in twists} <= set(sent)
+    assert all(one.twist.twist.linear.x == 3.0 for _, one in twists)
+    here.node.destroy_publisher(twist)
+    rig.odom = here.publisher(Odometry, "odom")
+    rig.ready()
 
 
 def test_pairs_without_a_folder_without_a_map_and_with_a_map_out_of_reach(tmp_path: Path) -> None:

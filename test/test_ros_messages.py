@@ -1,6 +1,7 @@
 """ROS messages <-> core types."""
 
 import math
+from typing import Any
 
 import cv2
 import numpy as np
@@ -9,16 +10,17 @@ import pytest
 pytest.importorskip("rclpy", reason="ROS 2's Python packages are not installed")
 
 from builtin_interfaces.msg import Time
-from geometry_msgs.msg import PoseStamped, QuaternionStamped
 from sensor_msgs.msg import CameraInfo, Imu, NavSatFix
-from std_msgs.msg import Header
+from std_msgs.msg import Float64, Header
 
 from xview_loc.estimation.heat_map import HeatMap
 from xview_loc.geodesy import LocalProjection
 from xview_loc.maps.base import AerialTile
 from xview_loc.models.base import HeatMapGrid
 from xview_loc.nodes import outputs as messages
+from xview_loc.nodes.inputs import message_class
 from xview_loc.vehicle import messages as input_messages
+from xview_loc.vehicle.input_types import INPUT_TYPES
 from xview_loc.vehicle.messages import HeadingConvention
 from xview_loc.vehicle.synchronisation import RejectedInput
 
@@ -60,21 +62,37 @@ def test_bad_fixes_are_refused_for_their_own_reason():
     assert reason(gate, navsat(header=Header()), 0, 0.0) == "no_stamp"
 
 
-@pytest.mark.parametrize("kind", ["imu", "quaternion", "pose"])
-def test_heading_of_every_source_is_corrected_for_declination(kind):
-    q = messages.quaternion_of(math.radians(100.0))
-    if kind == "imu":
-        message = Imu(header=HEADER, orientation=q)
-    elif kind == "quaternion":
-        message = QuaternionStamped(header=HEADER, quaternion=q)
-    else:
-        message = PoseStamped(header=HEADER)
+def heading_message(source: str, yaw_deg: float, variance: float = 0.0) -> Any:
+    """A heading in the type that a source has."""
+    message = message_class(INPUT_TYPES["heading"][source])()
+    if source == "degrees":
+        message.data = 90.0 - yaw_deg
+        return message
+    message.header = HEADER
+    q = messages.quaternion_of(math.radians(yaw_deg))
+    if source == "imu":
+        message.orientation = q
+        message.orientation_covariance[8] = variance
+    elif source == "quaternion":
+        message.quaternion = q
+    elif source == "pose":
         message.pose.orientation = q
-    heading = input_messages.heading_from_message(
-        message, HeadingConvention(declination=math.radians(4.0), std=0.05)
-    )
+    else:
+        message.pose.pose.orientation = q
+        message.pose.covariance[35] = variance
+    return message
+
+
+@pytest.mark.parametrize("source", INPUT_TYPES["heading"])
+def test_heading_of_every_source_is_corrected_for_declination(source):
+    convention = HeadingConvention(declination=math.radians(4.0), std=0.05)
+    heading = input_messages.heading_from_message(heading_message(source, 100.0), convention, 77)
     assert heading.yaw == pytest.approx(math.radians(96.0))
     assert heading.std == 0.05
+    assert heading.stamp_ns == (77 if source == "degrees" else 12_000_000_005)
+    heading = input_messages.heading_from_message(heading_message(source, 100.0, 0.01), convention, 77)
+    known = source in ("imu", "pose_with_covariance", "odometry")
+    assert heading.std == pytest.approx(0.1 if known else 0.05)
 
 
 @pytest.mark.parametrize(
@@ -83,20 +101,19 @@ def test_heading_of_every_source_is_corrected_for_declination(kind):
 def test_a_yaw_may_be_an_azimuth_and_its_sensor_turned(azimuth, offset, yaw):
     convention = HeadingConvention(clockwise=True, offset=math.radians(offset))
     q = messages.quaternion_of(math.radians(azimuth))
-    heading = input_messages.heading_from_message(Imu(header=HEADER, orientation=q), convention)
+    heading = input_messages.heading_from_message(Imu(header=HEADER, orientation=q), convention, 0)
     assert heading.yaw == pytest.approx(math.radians(yaw))
 
 
 def test_imu_without_orientation_is_refused():
     no_orientation = Imu(header=HEADER)
     no_orientation.orientation_covariance[0] = -1.0
-    assert (
-        reason(input_messages.heading_from_message, no_orientation, HeadingConvention())
-        == "heading_unavailable"
-    )
+    read = input_messages.heading_from_message
+    assert reason(read, no_orientation, HeadingConvention(), 0) == "heading_unavailable"
     zero = Imu(header=HEADER)
     zero.orientation.w = 0.0
-    assert reason(input_messages.heading_from_message, zero, HeadingConvention()) == "heading_not_unit"
+    assert reason(read, zero, HeadingConvention(), 0) == "heading_not_unit"
+    assert reason(read, Float64(data=math.nan), HeadingConvention(), 0) == "heading_not_finite"
 
 
 def test_uncalibrated_camera_info_is_refused():

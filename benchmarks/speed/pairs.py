@@ -53,8 +53,6 @@ def log_full_hd(folder: Path, seconds: float) -> dict[str, float]:
     isolate()
     parameters = {
         "directory": str(folder),
-        "heading_source": "quaternion",
-        "image_transport": "compressed",
         "keyframe_distance_m": 0.01,
         "qos_depth": 50,
         "min_free_mb": 0,

@@ -161,7 +161,6 @@ def isolate() -> None:
 def localizer(vehicle: Vehicle, log: Path, parameters: dict[str, object]) -> Iterator[subprocess.Popen]:
     """Run a localizer process connected to the vehicle; its output goes to ``log``."""
     own = {
-        "heading_source": "quaternion",
         "qos_reliability": "reliable",
         "checkpoint_persist": "false",
         **parameters,

@@ -157,7 +157,6 @@ def record(demo: Demo, plan: Plan, folder: Path, map_path: Path) -> Path:
         "directory": folder / "pairs",
         "tile_px": spec.aerial_size,
         "tile_gsd": spec.gsd,
-        "heading_source": "quaternion",
         "qos_reliability": "reliable",
         "qos_depth": 100,
         "min_free_mb": 100,

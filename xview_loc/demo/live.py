@@ -193,7 +193,7 @@ class Demo:
         """Start the localizer node and wait until it is active."""
         datum_lat, datum_lon = map_middle(map_path)
         common = {"map": map_path, "model": model, "datum_lat": datum_lat, "datum_lon": datum_lon}
-        common.update(heading_source="quaternion", qos_reliability="reliable", checkpoint_persist=False)
+        common.update(qos_reliability="reliable", checkpoint_persist=False)
         common.update(parameters or {})
         self.start_node("localizer_node", common)
         self.need(lambda: self.listener.state == "active", START_TIMEOUT_S, "the localizer did not start")

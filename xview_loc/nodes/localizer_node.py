@@ -15,7 +15,6 @@ from typing import Any
 
 import rclpy
 import torch
-from nav_msgs.msg import Odometry
 
 from xview_loc.bags import ros_types
 from xview_loc.camera import CameraError
@@ -31,9 +30,10 @@ from xview_loc.models.runtimes import choose_backend
 from xview_loc.nodes import parameters
 from xview_loc.nodes.checkpoints import Checkpoints
 from xview_loc.nodes.diagnostics import WARN
+from xview_loc.nodes.inputs import Input
 from xview_loc.nodes.outputs import Outputs
 from xview_loc.nodes.requests import Requests
-from xview_loc.nodes.vehicle_node import Input, PairedFrame, VehicleNode, run
+from xview_loc.nodes.vehicle_node import PairedFrame, VehicleNode, run
 from xview_loc.vehicle import messages as input_messages
 from xview_loc.vehicle.mounting import Mounting
 from xview_loc.vehicle.synchronisation import GnssFix, RejectedInput
@@ -173,16 +173,19 @@ class LocalizerNode(VehicleNode):
         """Add odometry for the filter or a shadow trial."""
         inputs = super().extra_inputs()
         wanted = self._params["filter"] or self.get_parameter("shadow_checkpoint").value
-        return [*inputs, Input(Odometry, "odom", self._on_odom)] if wanted else inputs
+        return [*inputs, self._odometry_input()] if wanted else inputs
+
+    def _odometry_input(self) -> Input:
+        return Input("odom", self._on_odom, self._params["odom_source"])
 
     def _listen_to_odometry(self, for_candidate: bool) -> None:
         """Subscribe to odometry of an active node, or end that, as a shadow trial begins or ends."""
         wanted = self._params["filter"] or for_candidate
-        if self._inputs and wanted != ("odom" in self._inputs):
+        if self._inputs is not None and wanted != ("odom" in self._inputs):
             if wanted:
-                self._listen(Odometry, "odom", self._on_odom)
+                self._inputs.listen(self._odometry_input())
             else:
-                self._unlisten("odom")
+                self._inputs.unlisten("odom")
 
     def release(self) -> None:
         """Close the outputs, and abandon a change of checkpoint."""
@@ -222,14 +225,10 @@ class LocalizerNode(VehicleNode):
             tile_wait_s=TILE_WAIT_WITH_FILTER_S if p["filter"] else TILE_WAIT_S,
         )
 
-    def _on_odom(self, message: Odometry) -> None:
+    def _on_odom(self, message: Any) -> None:
         self._health.count("odom_received")
-        try:
-            self._read_velocity(message)
-        except RejectedInput as error:
-            self._refuse("odom", error)
-            return
-        frame, base = message.child_frame_id, self._params["base_frame"]
+        self._read_velocity(message)
+        frame, base = input_messages.velocity_frame(message), self._params["base_frame"]
         if frame and frame != base:
             text = f"odom gives velocities of {frame}; they are used as velocities of {base}"
             if self._health.condition("odom_frame", WARN, text):
@@ -297,9 +296,8 @@ class LocalizerNode(VehicleNode):
             shadow.saw(observation, paired.fix, heading, mounting)
 
     def _image(self, paired: PairedFrame) -> Any:
-        kind = "CompressedImage" if self._params["image_transport"] == "compressed" else "Image"
         try:
-            message = ros_types.deserialize(f"sensor_msgs/msg/{kind}", paired.frame.image)
+            message = ros_types.deserialize(paired.frame.type, paired.frame.image)
         except Exception as error:  # damaged bytes lead to any of them
             raise RejectedInput("image_invalid", f"damaged message: {reason(error)}") from None
         return input_messages.rgb_from_image(message, self._decode_other)

@@ -18,22 +18,21 @@ from urllib.parse import urlsplit
 
 import rclpy
 import rclpy.task
-from nav_msgs.msg import Odometry
 from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
-from rclpy.serialization import deserialize_message
-from sensor_msgs.msg import CameraInfo, Image
 from std_srvs.srv import Trigger
 
+from xview_loc.bags import ros_types
 from xview_loc.bags.writer import BagFullError, BagLimits
 from xview_loc.camera import CameraError
 from xview_loc.images import ImageError, encode_jpeg
 from xview_loc.maps.base import AerialTile
 from xview_loc.nodes import parameters
 from xview_loc.nodes.diagnostics import ERROR, WARN
-from xview_loc.nodes.vehicle_node import Input, PairedFrame, VehicleNode, run
-from xview_loc.recordings.pairs import Pair, PairWriter
+from xview_loc.nodes.inputs import Input
+from xview_loc.nodes.vehicle_node import PairedFrame, VehicleNode, run
+from xview_loc.recordings.pairs import IMAGE, ODOMETRY, TOPICS, Pair, PairWriter
 from xview_loc.vehicle.keyframes import KeyframeRule, Keyframes, WheelSpeed
-from xview_loc.vehicle.messages import cdr_stamp_ns, rgb_from_image
+from xview_loc.vehicle.messages import cdr_stamp_ns, odometry_cdr, rgb_from_image
 from xview_loc.vehicle.synchronisation import GnssFix, RejectedInput
 
 # Keyframes that may wait for a slow disk: several seconds of them at 10 Hz.
@@ -110,7 +109,6 @@ class PairLoggerNode(VehicleNode):
 
     table = parameters.PAIR_LOGGER
     ok_message = "recording"
-    optional_inputs = frozenset({"camera_info", "odom"})
 
     def __init__(self) -> None:
         # The bag that keyframes are accepted for. What the executor queues carries the bag it belongs to.
@@ -166,9 +164,10 @@ class PairLoggerNode(VehicleNode):
 
     def extra_inputs(self) -> list[Input]:
         """camera_info, which need not be published, and odometry if it is to be recorded."""
-        inputs = [Input(CameraInfo, "camera_info", self._on_camera_info)]
+        inputs = [Input("camera_info", self._on_camera_info, optional=True)]
         if self._params["use_odometry"]:
-            inputs.append(Input(Odometry, "odom", self._on_odom, raw=True))
+            source = self._params["odom_source"]
+            inputs.append(Input("odom", self._on_odom, source, raw=True, optional=True))
         return inputs
 
     def hand_over(self, paired: PairedFrame) -> bool:
@@ -285,20 +284,21 @@ class PairLoggerNode(VehicleNode):
 
     def _on_odom(self, data: bytes) -> None:
         self._health.count("odom_received")
-        try:
-            stamp = cdr_stamp_ns(data)
-            away = abs(stamp - self._pairing.last_frame_ns)
-            if self._pairing.last_frame_ns and away > ODOMETRY_CLOCK_NS:
-                raise RejectedInput("other_clock", f"its stamps are {away / 1e9:.0f} s from the images'")
-            velocity = self._read_velocity(deserialize_message(data, Odometry))
-        except RejectedInput as error:
-            self._refuse("odom", error)
-            return
+        assert self._inputs is not None  # they call this
+        stamp = cdr_stamp_ns(data)
+        away = abs(stamp - self._pairing.last_frame_ns)
+        if self._pairing.last_frame_ns and away > ODOMETRY_CLOCK_NS:
+            raise RejectedInput("other_clock", f"its stamps are {away / 1e9:.0f} s from the images'")
+        kind = self._inputs.type_of("odom")
+        message = ros_types.deserialize(kind, data)
+        velocity = self._read_velocity(message)
         if velocity is not None:
             self._wheels.add(velocity)
         # Odometry from before the first image is of no use.
         if self._writer is None or not self._pairing.last_frame_ns or not self._mounted:
             return
+        if kind != TOPICS[ODOMETRY]:
+            data = odometry_cdr(message)
         if self._recorder.put(_Odometry(self._writer, stamp, data)):
             self._health.count("odom_dropped")
 
@@ -338,10 +338,10 @@ class PairLoggerNode(VehicleNode):
     def _record(self, item: _Keyframe) -> None:
         paired, data = item.paired, item.paired.frame.image
         # A CompressedImage is written byte for byte, and decoded only by readers of the bag.
-        raw = data if self._params["image_transport"] == "compressed" else None
+        raw = data if paired.frame.type == TOPICS[IMAGE] else None
         jpeg = b""
         if raw is None:
-            pixels = rgb_from_image(deserialize_message(data, Image), self._decode_other)
+            pixels = rgb_from_image(ros_types.deserialize(paired.frame.type, data), self._decode_other)
             jpeg = encode_jpeg(pixels, self._params["jpeg_quality"])
         assert paired.fix is not None  # this node needs fixes
         pair = Pair.of(paired.frame.stamp_ns, "jpeg", jpeg, paired.fix, paired.heading, paired.frame.camera)

@@ -16,6 +16,7 @@ from rclpy.node import Node
 
 from xview_loc.errors import reason
 from xview_loc.maps.base import MapOptions, default_cache_dir
+from xview_loc.vehicle.input_types import AUTO, choices
 
 # As in models.runtimes, whose import would load torch into nodes that need no model.
 BACKENDS = ("auto", "torch", "openvino", "onnxruntime")
@@ -58,9 +59,15 @@ _MAP: tuple[Parameter, ...] = (
     P("snap_m", 0.0, "Spacing of tile centres, metres; 0: a quarter of the searched side.", (0.0, 1000.0)),
 )
 _INPUTS: tuple[Parameter, ...] = (
-    P("image_transport", "raw", "Type of the image topic.", choices=("raw", "compressed")),
+    P("image_transport", AUTO, "Type of the image topic; auto: as published.", choices=choices("image")),
     L("rectified", False, "Images are free of distortion: P of camera_info is their camera matrix."),
-    P("heading_source", "imu", "Type of the heading topic.", choices=("imu", "quaternion", "pose")),
+    P(
+        "heading_source",
+        AUTO,
+        "Type of the heading topic; auto: as published; degrees: a Float64, clockwise from north.",
+        choices=choices("heading"),
+    ),
+    P("odom_source", AUTO, "Type of the odom topic; auto: as published.", choices=choices("odom")),
     L("heading_std_deg", 3.0, "Standard deviation of headings that come without one, degrees.", (0.0, 180.0)),
     L("magnetic_declination_deg", 0.0, "Declination, degrees east; 0 for a true heading.", (-180.0, 180.0)),
     L("heading_offset_deg", 0.0, "Added to the heading, degrees counter-clockwise.", (-180.0, 180.0)),
@@ -85,6 +92,7 @@ _MOUNTING: tuple[Parameter, ...] = (
     L("camera_yaw_deg", 0.0, "Angle of the image's centre column, degrees left of forward.", (-180.0, 180.0)),
     P("camera_frame", "", "Frame to read the camera's pose from tf instead; empty: none."),
     P("antenna_frame", "", "Frame to read the antenna's position from tf instead; empty: none."),
+    P("heading_frame", "", "Frame of the heading's sensor, to read its yaw from tf; empty: none."),
 )
 LOCALIZER: tuple[Parameter, ...] = (
     *_MAP,

@@ -11,16 +11,15 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
-from geometry_msgs.msg import PoseStamped, QuaternionStamped
 from rcl_interfaces.msg import SetParametersResult
 from rclpy.executors import ExternalShutdownException
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
-from rclpy.qos import HistoryPolicy, QoSCompatibility, QoSProfile, ReliabilityPolicy, qos_check_compatible
-from sensor_msgs.msg import CameraInfo, CompressedImage, Image, Imu, NavSatFix
+from rclpy.qos import HistoryPolicy, QoSProfile, ReliabilityPolicy
+from sensor_msgs.msg import CameraInfo, NavSatFix
 
 from xview_loc.camera import CameraModel
 from xview_loc.geodesy import LocalProjection
@@ -30,6 +29,7 @@ from xview_loc.maps.store import TileStore
 from xview_loc.nodes import parameters
 from xview_loc.nodes.diagnostics import WARN, Health
 from xview_loc.nodes.input_checks import InputChecks
+from xview_loc.nodes.inputs import Input, Inputs
 from xview_loc.nodes.optional import cv_bridge_decoder
 from xview_loc.nodes.transforms import Transforms
 from xview_loc.nodes.transitions import transition
@@ -39,7 +39,6 @@ from xview_loc.vehicle.odometry import Odometry, VelocitySample
 from xview_loc.vehicle.pairing import Paired, Pairing
 from xview_loc.vehicle.synchronisation import NS, GnssFix, RejectedInput, StampNotNewerError
 
-HEADING_TYPES = {"imu": Imu, "quaternion": QuaternionStamped, "pose": PoseStamped}
 # States in which parameters are in use.
 CONFIGURED = ("inactive", "active")
 HEADING_CONVENTION = ("heading_offset_deg", "heading_clockwise", "magnetic_declination_deg")
@@ -55,27 +54,19 @@ MAX_ODOMETRY_GAP_S = 1.0
 
 @dataclass(frozen=True)
 class Frame:
-    """An image message's CDR bytes, and what was known when it arrived.
+    """An image message's CDR bytes and type, and what was known when it arrived.
 
     Not rclpy's message, which costs several copies in the executor's thread even if it is never used.
     """
 
     image: bytes
+    type: str
     stamp_ns: int
     arrived_ns: int
     camera: CameraModel | None
 
 
 PairedFrame = Paired[Frame]
-
-
-class Input(NamedTuple):
-    """A topic to subscribe to. raw: the callback takes CDR bytes."""
-
-    type: Any
-    name: str
-    callback: Callable[[Any], None]
-    raw: bool = False
 
 
 class Worker(Protocol):
@@ -94,12 +85,10 @@ class VehicleNode(LifecycleNode):
     """Base of the lifecycle nodes that take images, fixes, headings and camera_info.
 
     table: the node's parameters. ok_message: the diagnostics' message while nothing is wrong.
-    optional_inputs: inputs that need no publisher.
     """
 
     table: tuple[parameters.Parameter, ...]
     ok_message: str
-    optional_inputs: frozenset[str] = frozenset()
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -108,7 +97,7 @@ class VehicleNode(LifecycleNode):
         self._health = Health(self.ok_message)
         self._state = "unconfigured"
         self._params: dict[str, Any] = {}
-        self._inputs: dict[str, Any] = {}
+        self._inputs: Inputs | None = None
         self._worker: Worker | None = None
         self._wait_timer: Any = None
         self._map: AerialMap | None = None
@@ -202,7 +191,7 @@ class VehicleNode(LifecycleNode):
 
     def extra_inputs(self) -> list[Input]:
         """Return inputs besides image, fix and heading."""
-        return [Input(CameraInfo, "camera_info", self._on_camera_info)] if self._needs_camera_info else []
+        return [Input("camera_info", self._on_camera_info)] if self._needs_camera_info else []
 
     def hand_over(self, paired: PairedFrame) -> bool:
         """Give a paired frame to the worker; return True if one was dropped for it."""
@@ -261,7 +250,7 @@ class VehicleNode(LifecycleNode):
         self._camera: CameraModel | None = None
         self._motion_start: GnssFix | None = None
         self._last_image_at: float | None = None
-        for name in ("antenna_frame", "camera_frame"):
+        for name in ("antenna_frame", "camera_frame", "heading_frame"):
             if p[name]:
                 self.listen_to_tf(name)
         self.configure()
@@ -299,52 +288,28 @@ class VehicleNode(LifecycleNode):
 
     def _subscribe(self) -> None:
         p = self._params
-        image = CompressedImage if p["image_transport"] == "compressed" else Image
-        inputs = [
-            # First: of messages that arrive together these are taken first, so that an image that a fix
-            # completes finds them.
-            *self.extra_inputs(),
-            Input(image, "image", self._on_image, raw=True),
-            Input(NavSatFix, "fix", self._on_fix),
-        ]
-        if self.wants_heading():
-            inputs.append(Input(HEADING_TYPES[p["heading_source"]], "heading", self._on_heading))
+        reliability = ReliabilityPolicy[p["qos_reliability"].upper()]
+        qos = QoSProfile(history=HistoryPolicy.KEEP_LAST, depth=p["qos_depth"], reliability=reliability)
         # Runs while images wait. Humble and Iron cannot create a timer that is not running.
         self._wait_timer = self.create_timer(0.02, self._release)
         self._wait_timer.cancel()
-        for one in inputs:
-            self._listen(*one)
-
-    def _listen(self, kind: Any, name: str, call: Callable[[Any], None], raw: bool = False) -> None:
-        p = self._params
-        reliability = ReliabilityPolicy[p["qos_reliability"].upper()]
-        qos = QoSProfile(history=HistoryPolicy.KEEP_LAST, depth=p["qos_depth"], reliability=reliability)
-        self._inputs[name] = self.create_subscription(kind, name, self._guarded(name, call), qos, raw=raw)
-
-    def _unlisten(self, name: str) -> None:
-        """End an input's subscription and clear its conditions."""
-        self.destroy_subscription(self._inputs.pop(name))
-        self._health.clear(name)
-        self._health.clear(f"{name}_topic")
-
-    def _guarded(self, name: str, call: Callable[[Any], None]) -> Callable[[Any], None]:
-        """Wrap a callback so that no message can end the node."""
-
-        def guarded(message: Any) -> None:
-            try:
-                call(message)
-            except Exception as error:
-                if rclpy.ok():
-                    self._refuse(name, RejectedInput("damaged", f"{type(error).__name__}: {error}"))
-
-        return guarded
+        self._inputs = Inputs(self, self._health, qos, self._refuse)
+        # First the others: of messages that arrive together these are taken first, so that an image that a
+        # fix completes finds them.
+        for wanted in self.extra_inputs():
+            self._inputs.listen(wanted)
+        self._inputs.listen(Input("image", self._on_image, p["image_transport"], raw=True))
+        self._inputs.listen(Input("fix", self._on_fix))
+        if self.wants_heading():
+            self._inputs.listen(Input("heading", self._on_heading, p["heading_source"]))
 
     def _stop(self) -> None:
         if self._wait_timer is not None:
             self.destroy_timer(self._wait_timer)
             self._wait_timer = None
-        for name in list(self._inputs):
-            self._unlisten(name)
+        if self._inputs is not None:
+            self._inputs.close()
+            self._inputs = None
         if self._worker is not None:
             self._worker.close()
             self._worker = None
@@ -370,12 +335,8 @@ class VehicleNode(LifecycleNode):
     def _on_fix(self, message: NavSatFix) -> None:
         self._health.count("fix_received")
         p = self._params
-        try:
-            fix = input_messages.fix_from_navsat(message, p["fix_min_status"], p["fix_max_sigma_m"])
-            jumped_m = self._pairing.add_fix(fix)
-        except RejectedInput as error:
-            self._refuse("fix", error)
-            return
+        fix = input_messages.fix_from_navsat(message, p["fix_min_status"], p["fix_max_sigma_m"])
+        jumped_m = self._pairing.add_fix(fix)
         if jumped_m > 0.0:
             text = f"fixes jumped {jumped_m:.0f} m and stayed there; they are believed again, right or wrong"
             self._health.condition("fix_jump", WARN, text, for_s=FIX_JUMP_SHOWN_S)
@@ -386,23 +347,27 @@ class VehicleNode(LifecycleNode):
 
     def _on_heading(self, message: Any) -> None:
         self._health.count("heading_received")
-        p = self._params
-        try:
-            convention = input_messages.HeadingConvention(
-                p["heading_clockwise"],
-                math.radians(p["heading_offset_deg"]),
-                math.radians(p["magnetic_declination_deg"]),
-                math.radians(p["heading_std_deg"]),
-            )
-            heading = input_messages.heading_from_message(message, convention)
-            self._pairing.add_heading(heading)
-            self._checks.add_heading(heading)
-        except RejectedInput as error:
-            self._refuse("heading", error)
-            return
+        now = self.get_clock().now().nanoseconds
+        heading = input_messages.heading_from_message(message, self._heading_convention(), now)
+        self._pairing.add_heading(heading)
+        self._checks.add_heading(heading)
         self._health.clear("heading")
         if self._pairing.waiting:
             self._release()
+
+    def _heading_convention(self) -> input_messages.HeadingConvention:
+        """Return how headings are counted. Raises RejectedInput if tf does not know the sensor's frame."""
+        p = self._params
+        offset = math.radians(p["heading_offset_deg"])
+        if self._transforms is not None and p["heading_frame"]:
+            # The sensor's x axis looks this far left of the vehicle's.
+            offset -= self._transforms.place(p["heading_frame"])[1]
+        return input_messages.HeadingConvention(
+            p["heading_clockwise"],
+            offset,
+            math.radians(p["magnetic_declination_deg"]),
+            math.radians(p["heading_std_deg"]),
+        )
 
     def _read_velocity(self, message: Any) -> VelocitySample | None:
         """Return what odometry says, and keep it; None if that is nothing yet. Raises RejectedInput."""
@@ -416,12 +381,11 @@ class VehicleNode(LifecycleNode):
         self._health.count("camera_info_received")
         try:
             self._camera = input_messages.camera_from_info(message, self._params["rectified"])
-        except RejectedInput as error:
+        except RejectedInput:
             self._camera = None
-            self._refuse("camera_info", error)
-            return
+            raise
         self._health.clear("camera_info")
-        topic = self._inputs["image"].topic_name
+        topic = self.resolve_topic_name("image")
         if self._camera.distorts and "image_rect" in topic:
             text = f"{topic} is undistorted, as camera_info says; if it is rectified already, set rectified"
             if self._health.condition("rectified", WARN, text):
@@ -433,9 +397,12 @@ class VehicleNode(LifecycleNode):
         self._health.count("image_received")
         self._last_image_at = time.monotonic()
         now = time.monotonic_ns()
+        assert self._inputs is not None  # they call this
         try:
             stamp = input_messages.cdr_stamp_ns(message)
-            self._pairing.add_frame(Frame(message, stamp, now, self._camera), now)
+            self._pairing.add_frame(
+                Frame(message, self._inputs.type_of("image"), stamp, now, self._camera), now
+            )
         except RejectedInput as error:
             self._reject(error.reason, str(error))
             return
@@ -496,7 +463,8 @@ class VehicleNode(LifecycleNode):
     # Diagnostics: once a second
 
     def _report(self) -> None:
-        self._check_publishers()
+        if self._inputs is not None:
+            self._inputs.check_publishers()
         self.before_report()
         if self._state == "active":
             silent = time.monotonic() - (self._last_image_at or self._active_since)
@@ -513,33 +481,6 @@ class VehicleNode(LifecycleNode):
         array = DiagnosticArray(status=[status])
         array.header.stamp = self.get_clock().now().to_msg()
         self._diagnostics.publish(array)
-
-    def _check_publishers(self) -> None:
-        for name, subscription in self._inputs.items():
-            key = f"{name}_topic"
-            problem = _topic_problem(self, subscription, name in self.optional_inputs)
-            if problem is None:
-                self._health.clear(key)
-            elif self._health.condition(key, WARN, problem):
-                self.get_logger().warning(problem)
-
-
-def _topic_problem(node: LifecycleNode, subscription: Any, optional: bool) -> str | None:
-    """Return what keeps a subscription from hearing its publishers (if ``optional``, they may be missing)."""
-    topic = subscription.topic_name
-    own = subscription.msg_type
-    type_name = f"{own.__module__.split('.')[0]}/msg/{own.__name__}"
-    publishers = node.get_publishers_info_by_topic(topic)
-    if not publishers:
-        return None if optional else f"{topic} has no publisher"
-    for info in publishers:
-        who = f"{info.node_namespace.rstrip('/')}/{info.node_name}"
-        if info.topic_type != type_name:
-            return f"{topic}: {who} publishes {info.topic_type}, {type_name} is expected"
-        verdict, why = qos_check_compatible(info.qos_profile, subscription.qos_profile)
-        if verdict == QoSCompatibility.ERROR:
-            return f"{topic}: {who} cannot be heard, its QoS is incompatible: {' '.join(why.split())}"
-    return None
 
 
 def _freeze_objects() -> None:

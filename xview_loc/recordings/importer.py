@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,14 +15,15 @@ from rosbags.highlevel import AnyReader
 from rosbags.interfaces import Connection
 
 from xview_loc.bags.recovery import BagError
-from xview_loc.bags.ros_types import STORE, serialize
+from xview_loc.bags.ros_types import STORE
 from xview_loc.bags.writer import BagLimits
 from xview_loc.camera import CameraError, CameraModel
 from xview_loc.errors import reason
 from xview_loc.images import ImageError, encode_jpeg
 from xview_loc.maps.base import AerialMap, AerialTile, MapError, NoImageryError
 from xview_loc.maps.store import TileStore
-from xview_loc.recordings.pairs import IMAGE, Pair, PairBag, PairWriter
+from xview_loc.recordings.pairs import IMAGE, ODOMETRY, TOPICS, Pair, PairBag, PairWriter
+from xview_loc.vehicle.input_types import INPUT_TYPES
 from xview_loc.vehicle.keyframes import KeyframeRule, Keyframes, WheelSpeed
 from xview_loc.vehicle.messages import (
     HeadingConvention,
@@ -30,6 +31,7 @@ from xview_loc.vehicle.messages import (
     camera_from_info,
     fix_from_navsat,
     heading_from_message,
+    odometry_cdr,
     rgb_from_image,
     valid_stamp_ns,
 )
@@ -37,17 +39,11 @@ from xview_loc.vehicle.mounting import Mounting
 from xview_loc.vehicle.pairing import Paired, Pairing
 from xview_loc.vehicle.synchronisation import RejectedInput
 
-# The types that an input may have, preferred first.
-TYPES = {
-    "image": ("sensor_msgs/msg/CompressedImage", "sensor_msgs/msg/Image"),
-    "fix": ("sensor_msgs/msg/NavSatFix",),
-    "heading": (
-        "sensor_msgs/msg/Imu",
-        "geometry_msgs/msg/QuaternionStamped",
-        "geometry_msgs/msg/PoseStamped",
-    ),
-    "camera_info": ("sensor_msgs/msg/CameraInfo",),
-    "odom": ("nav_msgs/msg/Odometry",),
+# Types that an input has only on the topic named after it, or on a topic chosen: elsewhere they are often
+# something else, such as a commanded twist or a pose without true north.
+_CHOSEN_ONLY = {
+    "heading": ("pose_with_covariance", "odometry", "degrees"),
+    "odom": ("twist", "twist_with_covariance"),
 }
 # How long an image waits for a later fix and heading, in the recording's time, and how many may wait.
 _WAIT_S = 1.5
@@ -61,8 +57,8 @@ _MAP_FAILURES = 3
 class ImportOptions:
     """How to make pairs of a recording.
 
-    topics: topics of the inputs in :data:`TYPES`; default: the topic named after the input (``/fix``), else
-    the only one of its type. use_heading: pair headings. heading: how they are counted. mounting: where
+    topics: topics of the inputs in :data:`INPUT_TYPES`; default: the topic named after the input (``/fix``),
+    else the only one of its type. use_heading: pair headings. heading: how they are counted. mounting: where
     antenna and camera are; None: at the vehicle's origin, or as a bag of pairs says. The others are the
     pair_logger's parameters.
     """
@@ -239,19 +235,16 @@ def _readable(odometry: Iterator[tuple[int, bytes]], result: ImportResult) -> It
 def _choose(source: Path, reader: AnyReader, options: ImportOptions) -> dict[str, list[Connection]]:
     """Return the connections of each input; a topic has several if its publisher was started again."""
     chosen = {}
-    for name, types in TYPES.items():
+    for name, types in INPUT_TYPES.items():
         if name == "heading" and not options.use_heading:
             continue
         wanted = options.topics.get(name)
-        topics: dict[str, list[Connection]] = {}
-        for kind in types:
-            for c in reader.connections:
-                if c.msgtype == kind and wanted in (None, c.topic):
-                    topics.setdefault(c.topic, []).append(c)
-            if topics:
-                break  # the next types are second choice
-        if f"/{name}" in topics:  # what the nodes subscribe to by default
-            topics = {f"/{name}": topics[f"/{name}"]}
+        # What the nodes subscribe to by default.
+        named = wanted or f"/{name}"
+        topics = _by_topic(c for c in reader.connections if c.topic == named and c.msgtype in types.values())
+        for choice, kind in types.items():
+            if not topics and not wanted and choice not in _CHOSEN_ONLY.get(name, ()):
+                topics = _by_topic(c for c in reader.connections if c.msgtype == kind)
         if wanted and not topics:
             raise BagError(f"{source} has no {name} topic {wanted} of a type that fits")
         if len(topics) > 1:
@@ -265,6 +258,13 @@ def _choose(source: Path, reader: AnyReader, options: ImportOptions) -> dict[str
         counts = ", ".join(f"{sum(c.msgcount for c in found)} of {name}" for name, found in chosen.items())
         raise BagError(f"{source} has no images to pair (messages: {counts})")
     return chosen
+
+
+def _by_topic(connections: Iterable[Connection]) -> dict[str, list[Connection]]:
+    topics: dict[str, list[Connection]] = {}
+    for connection in connections:
+        topics.setdefault(connection.topic, []).append(connection)
+    return topics
 
 
 def _import_recording(
@@ -361,7 +361,7 @@ class _Importer:
         if name == "fix":
             self._pairing.add_fix(fix_from_navsat(message, options.fix_min_status, 0.0))
         elif name == "heading":
-            self._pairing.add_heading(heading_from_message(message, options.heading))
+            self._pairing.add_heading(heading_from_message(message, options.heading, now_ns))
         elif name == "camera_info":
             self._camera = camera_from_info(message, options.rectified)
         elif name == "odom":
@@ -369,8 +369,8 @@ class _Importer:
             velocity = self._velocities.read(message)
             if velocity is not None:
                 self._wheels.add(velocity)
-            cdr = data if self._reader.is2 else serialize(TYPES["odom"][0], message)
-            self._writer.add_odometry(stamp, cdr)
+            unchanged = self._reader.is2 and connection.msgtype == TOPICS[ODOMETRY]
+            self._writer.add_odometry(stamp, data if unchanged else odometry_cdr(message))
         else:
             frame = _Frame(connection, data, valid_stamp_ns(message), self._camera)
             self._pairing.add_frame(frame, now_ns)

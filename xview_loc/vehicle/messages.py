@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from xview_loc.bags import ros_types
 from xview_loc.bags.ros_types import stamp_ns
 from xview_loc.camera import CameraModel
 from xview_loc.geodesy import true_yaw, wrap_angle, yaw_from_azimuth
@@ -148,37 +149,48 @@ class HeadingConvention:
     declination: float = 0.0
     std: float = math.radians(3.0)
 
-    def true(self, yaw: float) -> float:
+    def true(self, yaw: float, clockwise: bool) -> float:
         """Convert a source's yaw to the ENU yaw from true north."""
-        return true_yaw((yaw_from_azimuth(yaw) if self.clockwise else yaw) + self.offset, self.declination)
+        return true_yaw((yaw_from_azimuth(yaw) if clockwise else yaw) + self.offset, self.declination)
 
 
-def heading_from_message(message: Any, convention: HeadingConvention) -> HeadingSample:
-    """Return the heading of an Imu, QuaternionStamped or PoseStamped. Raises RejectedInput without one."""
-    std = convention.std
-    if hasattr(message, "orientation_covariance"):
+def heading_from_message(message: Any, convention: HeadingConvention, received_ns: int) -> HeadingSample:
+    """Return the heading of a message of any of the types of INPUT_TYPES.
+
+    A Float64 is an azimuth in degrees, clockwise from north whatever the convention says; it has no stamp and
+    gets ``received_ns``. Raises RejectedInput without a heading.
+    """
+    if hasattr(message, "data"):
+        if not math.isfinite(message.data):
+            raise RejectedInput("heading_not_finite", "the heading is not a number")
+        yaw = convention.true(math.radians(message.data % 360.0), clockwise=True)
+        return HeadingSample(received_ns, yaw, convention.std)
+    variance = 0.0
+    if hasattr(message, "orientation"):
         covariance = message.orientation_covariance
         if covariance[0] == -1.0:
             raise RejectedInput("heading_unavailable", "the Imu has no orientation")
-        if math.isfinite(covariance[8]) and covariance[8] > 0.0:
-            std = min(math.sqrt(covariance[8]), _UNIFORM_STD)
-        q = message.orientation
-    elif hasattr(message, "pose"):
-        q = message.pose.orientation
-    else:
+        variance, q = covariance[8], message.orientation
+    elif hasattr(message, "quaternion"):
         q = message.quaternion
+    elif hasattr(message.pose, "covariance"):
+        variance, q = message.pose.covariance[35], message.pose.pose.orientation
+    else:
+        q = message.pose.orientation
+    known = math.isfinite(variance) and variance > 0.0
+    std = min(math.sqrt(variance), _UNIFORM_STD) if known else convention.std
     norm = math.sqrt(q.x * q.x + q.y * q.y + q.z * q.z + q.w * q.w)
     if not abs(norm - 1.0) < 0.1:  # NaN as well
         raise RejectedInput("heading_not_unit", f"heading quaternion has norm {norm:.3g}, not 1")
-    return HeadingSample(valid_stamp_ns(message), convention.true(yaw_of(q)), std)
+    return HeadingSample(valid_stamp_ns(message), convention.true(yaw_of(q), convention.clockwise), std)
 
 
 class VelocityReader:
     """Reads base_link's velocity from the messages of one odometry, in the order of their stamps.
 
-    Many lidar and visual odometries leave the twist empty. Until a twist differs from zero, the velocity is
-    the difference of consecutive poses; from then on it is the twist, and poses, which may drift, are
-    ignored.
+    They are of any of the types of INPUT_TYPES. Many lidar and visual odometries leave the twist of an
+    Odometry empty. Until a twist differs from zero, the velocity is the difference of consecutive poses; from
+    then on it is the twist, and poses, which may drift, are ignored.
     """
 
     def __init__(self) -> None:
@@ -191,9 +203,9 @@ class VelocityReader:
         The difference of two poses is stamped halfway between them. Raises RejectedInput for a velocity that
         is not finite or above ``TOP_SPEED``, StampNotNewerError between poses.
         """
-        stamp, twist = valid_stamp_ns(message), message.twist.twist
+        stamp, twist = valid_stamp_ns(message), _twist_of(message)
         velocity = (float(twist.linear.x), float(twist.linear.y), float(twist.angular.z))
-        self._has_twist |= any(velocity)
+        self._has_twist |= any(velocity) or not hasattr(message, "pose")
         sample: VelocitySample | None = VelocitySample(stamp, *velocity)
         if not self._has_twist:
             sample = self._moved(_PlanarPose.of(stamp, message.pose.pose))
@@ -238,6 +250,39 @@ def _plausible(sample: VelocitySample) -> VelocitySample:
     if speed > TOP_SPEED:
         raise RejectedInput("odom_too_fast", f"odometry says {speed:.0f} m/s, more than {TOP_SPEED:.0f}")
     return sample
+
+
+def _twist_of(message: Any) -> Any:
+    return message.twist.twist if hasattr(message.twist, "twist") else message.twist
+
+
+def velocity_frame(message: Any) -> str:
+    """Return the frame in whose axes an odometry message's velocity is."""
+    return str(message.child_frame_id if hasattr(message, "pose") else message.header.frame_id)
+
+
+def odometry_cdr(message: Any) -> bytes:
+    """Return an odometry message of any of the types of INPUT_TYPES as the CDR bytes of an Odometry."""
+    kind = "nav_msgs/msg/Odometry"
+    if hasattr(message, "pose"):
+        return ros_types.serialize(kind, message)
+    unset = np.zeros(36)
+    pose = ros_types.message(
+        "geometry_msgs/msg/Pose",
+        position=ros_types.message("geometry_msgs/msg/Point", x=0.0, y=0.0, z=0.0),
+        orientation=ros_types.quaternion(0.0),
+    )
+    twist = message.twist
+    if not hasattr(twist, "twist"):
+        twist = ros_types.message("geometry_msgs/msg/TwistWithCovariance", twist=twist, covariance=unset)
+    odometry = ros_types.message(
+        kind,
+        header=message.header,
+        child_frame_id=message.header.frame_id,
+        pose=ros_types.message("geometry_msgs/msg/PoseWithCovariance", pose=pose, covariance=unset),
+        twist=twist,
+    )
+    return ros_types.serialize(kind, odometry)
 
 
 def yaw_of(q: Any) -> float:
