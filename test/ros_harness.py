@@ -11,9 +11,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,17 @@ class NodeProcess:
         except subprocess.TimeoutExpired:
             self.process.kill()
             raise AssertionError(f"the node did not end on signal {sig}:\n{self.log}") from None
+
+    def interrupt(self, signals: Iterable[int]) -> int:
+        """Send one signal every 20 ms until the node has ended; return the exit code."""
+        signals = cycle(signals)
+        end = time.monotonic() + PATIENCE_S
+        while time.monotonic() < end:
+            self.process.send_signal(next(signals))
+            with suppress(subprocess.TimeoutExpired):
+                return self.process.wait(0.02)
+        self.process.kill()
+        raise AssertionError(f"the node did not end on signals:\n{self.log}")
 
 
 class Bench:

@@ -467,6 +467,30 @@ def test_killed_while_recording(aerial: Path, tmp_path: Path, seed: int) -> None
     assert all(pairs.tile(k) is not None for k in range(len(pairs)))
 
 
+def test_signals_do_not_disturb_the_completion_of_the_bag(
+    aerial: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    busy = tmp_path / "busy"
+    monkeypatch.setenv("XVIEW_LOC_TEST_DISK_BUSY", str(busy))
+    domain = DOMAIN + 4
+    with bench(domain) as here:
+        node = start(tmp_path, domain, module="slow_disk_node", map=str(aerial), keyframe_distance_m=0.1)
+        rig = Rig(here)
+        rig.ready()
+        busy.touch()
+        stamps = rig.drive(20)
+        for sent in (signal.SIGINT, signal.SIGINT, signal.SIGTERM, signal.SIGINT) * 5:
+            node.process.send_signal(sent)
+            with pytest.raises(subprocess.TimeoutExpired):
+                node.process.wait(0.05)
+        busy.unlink()
+        assert node.interrupt([signal.SIGINT]) == 0, node.log
+    assert "Traceback" not in node.log
+    pairs = PairBag(newest(tmp_path))
+    assert [pairs[k].stamp_ns for k in range(len(pairs))] == stamps
+
+
 def test_it_loads_no_model_library() -> None:
     code = "import sys, xview_loc.nodes.pair_logger_node; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
