@@ -26,38 +26,59 @@ def smooth_image(height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.clip(128 + 40 * smooth / smooth.std(), 0, 255).astype(np.uint8)
 
 
-def raw(rgb: np.ndarray, encoding: str, padding: int = 0) -> tuple[int, bytes]:
+def raw(rgb: np.ndarray, encoding: str, padding: int = 0, big_endian: bool = False) -> tuple[int, bytes]:
     """(step, data) of ``rgb`` in ``encoding``, with ``padding`` bytes of rubbish after each row."""
-    if encoding.startswith("bayer_"):
-        pattern = encoding[6:10]
+    name = {"8UC1": "mono8", "8UC3": "bgr8", "8UC4": "bgra8"}.get(encoding, encoding)
+    if name.startswith("bayer_"):
         pixels = np.zeros(rgb.shape[:2], np.uint8)
-        for i, letter in enumerate(pattern):
+        for i, letter in enumerate(name[6:10]):
             channel = "rgb".index(letter)
             pixels[i // 2 :: 2, i % 2 :: 2] = rgb[i // 2 :: 2, i % 2 :: 2, channel]
-    elif encoding == "mono8":
-        pixels = rgb[..., 0]
+    elif name[:2] in ("yu", "uy", "nv"):
+        pixels = yuv(rgb, name)
     else:
-        order = {"rgb8": [0, 1, 2], "bgr8": [2, 1, 0], "rgba8": [0, 1, 2, 0], "bgra8": [2, 1, 0, 0]}[encoding]
-        pixels = rgb[..., order]
-    rows = pixels.reshape(rgb.shape[0], -1)
+        order = {"rgb": [0, 1, 2], "bgr": [2, 1, 0], "rgba": [0, 1, 2, 0], "bgra": [2, 1, 0, 0], "mono": [0]}
+        pixels = rgb[..., order[name.rstrip("168")]]
+    rows = pixels.reshape(len(pixels), -1)
+    if name.endswith("16"):
+        # The lower byte is rubbish.
+        rows = ((rows.astype(np.uint16) << 8) + 201).astype(">u2" if big_endian else "<u2").view(np.uint8)
     padded = np.pad(rows, ((0, 0), (0, padding)), constant_values=77)
     return padded.shape[1], padded.tobytes()
 
 
-@pytest.mark.parametrize("padding", [0, 5])
+def yuv(rgb: np.ndarray, encoding: str) -> np.ndarray:
+    """Video levels of BT.601; two pixels, or two by two, share their colour."""
+    r, g, b = (rgb[..., k] / 255.0 for k in range(3))
+    y = 16 + 65.481 * r + 128.553 * g + 24.966 * b
+    u = 128 - 37.797 * r - 74.203 * g + 112.0 * b
+    v = 128 + 112.0 * r - 93.786 * g - 18.214 * b
+    y, u, v = (np.round(x).astype(np.uint8) for x in (y, u, v))
+    if encoding.startswith("nv"):
+        pair = (u, v) if encoding == "nv12" else (v, u)
+        return np.vstack([y, np.stack([x[::2, ::2] for x in pair], -1).reshape(len(y) // 2, -1)])
+    cells = {"y": y[:, ::2], "Y": y[:, 1::2], "u": u[:, ::2], "v": v[:, ::2]}
+    order = "uyvY" if encoding in ("yuv422", "uyvy") else "yuYv"
+    return np.stack([cells[letter] for letter in order], -1)
+
+
+@pytest.mark.parametrize(("padding", "big_endian"), [(0, False), (6, True)])
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_every_encoding_gives_the_same_colours(encoding: str, padding: int) -> None:
-    rgb = np.full((8, 10, 3), COLOUR, np.uint8)
-    rgb[:, 5:] = (20, 140, 220)
-    step, data = raw(rgb, encoding, padding)
-    decoded = decode_image(encoding, 8, 10, step, data)
-    expected = np.repeat(rgb[..., :1], 3, axis=2) if encoding == "mono8" else rgb
+def test_every_encoding_gives_the_same_colours(encoding: str, padding: int, big_endian: bool) -> None:
+    rgb = np.full((8, 12, 3), COLOUR, np.uint8)
+    rgb[:, 6:] = (20, 140, 220)
+    step, data = raw(rgb, encoding, padding, big_endian)
+    decoded = decode_image(encoding, 8, 12, step, data, big_endian)
+    expected = np.repeat(rgb[..., :1], 3, axis=2) if encoding in ("mono8", "mono16", "8UC1") else rgb
     if encoding.startswith("bayer"):
         # Interpolated: colours are right away from the edge between the two halves.
-        np.testing.assert_array_equal(decoded[1:-1, 1:3], expected[1:-1, 1:3])
-        np.testing.assert_array_equal(decoded[1:-1, 7:9], expected[1:-1, 7:9])
+        np.testing.assert_array_equal(decoded[1:-1, 1:4], expected[1:-1, 1:4])
+        np.testing.assert_array_equal(decoded[1:-1, 8:11], expected[1:-1, 8:11])
     else:
-        np.testing.assert_array_equal(decoded, expected)
+        # Colours in YUV are rounded.
+        rounding = 3 if encoding[:2] in ("yu", "uy", "nv") else 0
+        assert decoded.shape == expected.shape
+        assert np.abs(decoded.astype(int) - expected).max() <= rounding
 
 
 @pytest.mark.parametrize("wrap", [bytes, bytearray, memoryview, lambda d: array.array("B", d)])
@@ -72,7 +93,11 @@ def test_any_buffer_is_taken_without_a_copy(wrap) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("yuv422", 2, 2, 4, bytes(8)), "yuv422"),
+        (("yuv9", 2, 2, 4, bytes(8)), "'yuv9' is not supported"),
+        (("yuv422", 2, 3, 6, bytes(12)), "halves the colour"),
+        (("nv12", 3, 2, 2, bytes(9)), "halves the colour"),
+        (("nv12", 2, 2, 2, bytes(4)), "3 rows of 2 bytes"),
+        (("rgb16", 2, 2, 6, bytes(24)), "step is 6"),
         (("rgb8", 2, 2, 5, bytes(10)), "step is 5"),
         (("rgb8", 2, 2, 6, bytes(11)), "11 bytes"),
         (("rgb8", 0, 2, 6, b""), "empty"),

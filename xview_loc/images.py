@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import zlib
+from dataclasses import dataclass, replace
 from typing import Any
 
 import cv2
@@ -18,18 +19,49 @@ class ImageError(ValueError):
     """The image cannot be decoded or used; the message is one clear line."""
 
 
-# Bytes per pixel and OpenCV's conversion to RGB. OpenCV names Bayer patterns after the 2x2 cell one row
-# down and one column to the right of the first pixel, ROS after the first pixel's.
-_ENCODINGS: dict[str, tuple[int, int | None]] = {
-    "rgb8": (3, None),
-    "bgr8": (3, cv2.COLOR_BGR2RGB),
-    "rgba8": (4, cv2.COLOR_RGBA2RGB),
-    "bgra8": (4, cv2.COLOR_BGRA2RGB),
-    "mono8": (1, cv2.COLOR_GRAY2RGB),
-    "bayer_rggb8": (1, cv2.COLOR_BayerBG2RGB),
-    "bayer_bggr8": (1, cv2.COLOR_BayerRG2RGB),
-    "bayer_gbrg8": (1, cv2.COLOR_BayerGR2RGB),
-    "bayer_grbg8": (1, cv2.COLOR_BayerGB2RGB),
+@dataclass(frozen=True)
+class _Encoding:
+    """Values per pixel in a row, OpenCV's conversion to RGB, and bits per value.
+
+    block: width and height are multiples of it. chroma: rows of colour follow, half as many as the image has.
+    """
+
+    channels: int
+    conversion: int | None
+    bits: int = 8
+    block: tuple[int, int] = (1, 1)
+    chroma: bool = False
+
+
+_COLOURS = {
+    "rgb": _Encoding(3, None),
+    "bgr": _Encoding(3, cv2.COLOR_BGR2RGB),
+    "rgba": _Encoding(4, cv2.COLOR_RGBA2RGB),
+    "bgra": _Encoding(4, cv2.COLOR_BGRA2RGB),
+    "mono": _Encoding(1, cv2.COLOR_GRAY2RGB),
+    # OpenCV names Bayer patterns after the 2x2 cell one row down and one column to the right of the first
+    # pixel, ROS after the first pixel's.
+    "bayer_rggb": _Encoding(1, cv2.COLOR_BayerBG2RGB),
+    "bayer_bggr": _Encoding(1, cv2.COLOR_BayerRG2RGB),
+    "bayer_gbrg": _Encoding(1, cv2.COLOR_BayerGR2RGB),
+    "bayer_grbg": _Encoding(1, cv2.COLOR_BayerGB2RGB),
+}
+_UYVY = _Encoding(2, cv2.COLOR_YUV2RGB_UYVY, block=(2, 1))
+_YUYV = _Encoding(2, cv2.COLOR_YUV2RGB_YUYV, block=(2, 1))
+_ENCODINGS: dict[str, _Encoding] = {
+    **{f"{name}8": encoding for name, encoding in _COLOURS.items()},
+    **{f"{name}16": replace(encoding, bits=16) for name, encoding in _COLOURS.items()},
+    # OpenCV's types, in its order of colours.
+    "8UC1": _COLOURS["mono"],
+    "8UC3": _COLOURS["bgr"],
+    "8UC4": _COLOURS["bgra"],
+    "yuv422": _UYVY,
+    "uyvy": _UYVY,
+    "yuv422_yuy2": _YUYV,
+    "yuy2": _YUYV,
+    "yuyv": _YUYV,
+    "nv12": _Encoding(1, cv2.COLOR_YUV2RGB_NV12, block=(2, 2), chroma=True),
+    "nv21": _Encoding(1, cv2.COLOR_YUV2RGB_NV21, block=(2, 2), chroma=True),
 }
 ENCODINGS = tuple(_ENCODINGS)
 
@@ -39,35 +71,43 @@ _JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 _JPEG_END, _JPEG_SCAN = 0xD9, 0xDA
 
 
-def decode_image(encoding: str, height: int, width: int, step: int, data: Any) -> Image:
+def decode_image(
+    encoding: str, height: int, width: int, step: int, data: Any, big_endian: bool = False
+) -> Image:
     """Decode a raw image of a ``sensor_msgs/Image`` message to RGB.
 
-    ``step`` is the length of a row in bytes, padding included; ``data`` is any buffer of bytes. An rgb8 image
-    is a view of it: do not write to it. Raises ImageError if the encoding is not one of ``ENCODINGS`` or the
-    sizes do not fit together.
+    ``step`` is the length of a row in bytes, padding included; ``data`` is any buffer of bytes. Of 16 bits,
+    in the order ``big_endian``, the upper 8 are used. An rgb8 image is a view of the data: do not write to
+    it. Raises ImageError if the encoding is not one of ``ENCODINGS`` or the sizes do not fit together.
     """
     if encoding not in _ENCODINGS:
         raise ImageError(f"image encoding {encoding!r} is not supported; use one of {', '.join(ENCODINGS)}")
-    channels, conversion = _ENCODINGS[encoding]
+    kind = _ENCODINGS[encoding]
     if height < 1 or width < 1:
         raise ImageError(f"the image is empty ({width} x {height} pixels)")
-    if step < width * channels:
-        raise ImageError(f"image step is {step} bytes, but {width} {encoding} pixels take {width * channels}")
+    if width % kind.block[0] or height % kind.block[1]:
+        raise ImageError(f"a {width} x {height} image cannot be {encoding}, which halves the colour")
+    row_bytes = width * kind.channels * kind.bits // 8
+    if step < row_bytes:
+        raise ImageError(f"image step is {step} bytes, but {width} {encoding} pixels take {row_bytes}")
     try:
         flat = np.frombuffer(data, np.uint8)
     except (TypeError, ValueError, BufferError) as error:
         raise ImageError(f"image data is not a buffer of bytes: {error}") from None
-    if flat.size < step * height:
+    lines = height + height // 2 if kind.chroma else height
+    if flat.size < step * lines:
         raise ImageError(
-            f"image data has {flat.size} bytes, but {height} rows of {step} bytes take {step * height}"
+            f"image data has {flat.size} bytes, but {lines} rows of {step} bytes take {step * lines}"
         )
-    rows = flat[: step * height].reshape(height, step)[:, : width * channels]
-    pixels = rows if channels == 1 else rows.reshape(height, width, channels)
-    if conversion is None:
+    rows = flat[: step * lines].reshape(lines, step)[:, :row_bytes]
+    if kind.bits == 16:
+        rows = rows[:, 0 if big_endian else 1 :: 2]
+    pixels = rows if kind.channels == 1 else rows.reshape(lines, width, kind.channels)
+    if kind.conversion is None:
         return pixels
     if encoding.startswith("bayer") and (height < 4 or width < 4):
         raise ImageError(f"a {width} x {height} image is too small for a Bayer pattern")
-    return cv2.cvtColor(np.ascontiguousarray(pixels), conversion).astype(np.uint8, copy=False)
+    return cv2.cvtColor(np.ascontiguousarray(pixels), kind.conversion).astype(np.uint8, copy=False)
 
 
 def decode_compressed(data: Any) -> Image:

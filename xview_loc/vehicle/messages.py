@@ -66,7 +66,8 @@ def rgb_from_image(
         return decode_compressed(bytes(message.data))
     if decode_other is not None and message.encoding not in ENCODINGS:
         return decode_other(message)
-    return decode_image(message.encoding, message.height, message.width, message.step, message.data)
+    size = (message.height, message.width, message.step)
+    return decode_image(message.encoding, *size, message.data, bool(message.is_bigendian))
 
 
 def camera_from_info(message: Any, rectified: bool = False) -> CameraModel:
