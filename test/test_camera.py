@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from xview_loc.camera import CameraError, CameraModel
+from xview_loc.camera import CameraError, CameraModel, reduce_width
 from xview_loc.images import ENCODINGS, ImageError, decode_compressed, decode_image
 from xview_loc.models.base import IMAGENET_MEAN, IMAGENET_STD, ModelSpec
 from xview_loc.models.inputs import ground_image, prepare_ground
@@ -252,6 +252,21 @@ def pixels_of(tensor: torch.Tensor) -> np.ndarray:
     assert tensor.dtype == torch.float32 and tensor.shape[:2] == (1, 3)
     mean, std = IMAGENET_MEAN[:, None, None], IMAGENET_STD[:, None, None]
     return ((tensor[0] * std + mean) * 255).permute(1, 2, 0).numpy()
+
+
+def test_a_reduced_image_keeps_its_calibration() -> None:
+    camera = CameraModel(640, 480, (400.0, 0, 330.3, 0, 420.0, 235.1, 0, 0, 1), (0.1, 0.0, 0.0, 0.0))
+    cols = np.broadcast_to(np.linspace(0, 255, 640), (480, 640)).astype(np.uint8)
+    image = np.repeat(cols[..., None], 3, axis=2)
+    reduced, scaled = reduce_width(image, camera, 160)
+    assert reduced.shape == (120, 160, 3) and scaled is not None
+    assert (scaled.width, scaled.height, scaled.k[0], scaled.k[4]) == (160, 120, 100.0, 105.0)
+    assert scaled.distortion == camera.distortion
+    # The grey at the principal point is the same.
+    at = [np.interp(c.k[2], np.arange(c.width), i[0, :, 0]) for c, i in ((camera, image), (scaled, reduced))]
+    assert at[0] == pytest.approx(at[1], abs=1.0)
+    for width in (0, 640, 5000):
+        assert reduce_width(image, camera, width)[0] is image
 
 
 def test_panoramas_are_normalised_and_resized_only_when_the_heading_is_unknown() -> None:

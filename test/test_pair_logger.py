@@ -8,10 +8,11 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import cv2
 import numpy as np
@@ -29,8 +30,11 @@ from sensor_msgs.msg import CompressedImage, Image, NavSatFix
 from xview_loc.bags.recovery import recover_bag
 from xview_loc.bags.ros_types import deserialize
 from xview_loc.geodesy import LocalProjection
+from xview_loc.nodes.recorder import IMAGE_BYTES_WAITING, Keyframe, OdometryMessage, Recorder
+from xview_loc.nodes.vehicle_node import Frame
 from xview_loc.recordings.pairs import PairBag
 from xview_loc.vehicle.mounting import Mounting
+from xview_loc.vehicle.pairing import Paired
 
 ROOT = Path(__file__).parent.parent
 LAT, LON = 48.2, 16.37
@@ -260,10 +264,15 @@ def test_keyframes_and_quality_change_while_it_records(logger: tuple[Rig, Path])
     assert put("keyframe_distance_m", 0.5) == put("jpeg_quality", 1) == ""
     try:
         rig.drive(10)  # 0.8 m a frame
+        rig.here.wait(lambda: rig.here.value("pairs") == "10", what="the pairs")
+        assert put("max_width", 32) == ""
+        rig.drive(1)
     finally:
-        assert put("keyframe_distance_m", 2.0) == put("jpeg_quality", 95) == ""
-    assert "recorded 10 pairs" in rig.call("stop")[1]
-    pair = PairBag(newest(folder))[9]
+        assert put("keyframe_distance_m", 2.0) == put("jpeg_quality", 95) == put("max_width", 2048) == ""
+    assert "recorded 11 pairs" in rig.call("stop")[1]
+    pairs = PairBag(newest(folder))
+    assert pairs[9].image().shape == (48, 64, 3) and pairs[10].image().shape == (24, 32, 3)
+    pair = pairs[9]
     sent = np.frombuffer(rig.images[pair.stamp_ns], np.uint8).reshape(48, 64, 3)
     assert np.abs(pair.image().astype(int) - sent).mean() > 6.0
 
@@ -439,6 +448,29 @@ def test_a_slow_disk_loses_nothing_that_was_accepted_and_a_full_one_counts_it(
             busy.unlink(missing_ok=True)
             assert node.stop() == 0, node.log
     assert "Traceback" not in node.log
+
+
+def test_images_that_wait_for_the_disk_have_a_limit_in_bytes() -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    done: list[Any] = []
+
+    def process(item: Any) -> None:
+        begun.set()
+        go_on.wait()
+        done.append(item)
+
+    recorder = Recorder(process)
+    image = bytes(IMAGE_BYTES_WAITING // 4)
+    frame = Frame(image, "sensor_msgs/msg/Image", 1, 1, None)
+    keyframe = Keyframe(cast(Any, None), Paired(frame, None, None))
+    assert not recorder.put(keyframe)
+    begun.wait()
+    # The one in work counts: three more fit.
+    assert [recorder.put(keyframe) for _ in range(5)] == [False, False, False, True, True]
+    assert not recorder.put(OdometryMessage(cast(Any, None), 1, b""))
+    go_on.set()
+    recorder.close()
+    assert len(done) == 5
 
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])

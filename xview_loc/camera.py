@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -94,6 +94,21 @@ class CameraModel:
             [[across, 0.0, (across - 1.0) / 2.0], [0.0, down, (down - 1.0) / 2.0], [0.0, 0.0, 1.0]]
         )
         return scale @ self.matrix
+
+
+def reduce_width(image: Image, camera: CameraModel | None, width: int) -> tuple[Image, CameraModel | None]:
+    """Return an image and its calibration, reduced to ``width`` pixels if wider; width 0: as they are."""
+    if not 0 < width < image.shape[1]:
+        return image, camera
+    share = width / image.shape[1]
+    height = max(1, round(image.shape[0] * share))
+    reduced = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False)
+    if camera is None:
+        return reduced, None
+    # By the image's shares: a calibration for another size stays wrong, and is found out.
+    size = round(camera.width * share), max(1, round(camera.height * height / image.shape[0]))
+    k = tuple(camera.scaled_matrix(*size).flat)
+    return reduced, replace(camera, width=size[0], height=size[1], k=k)
 
 
 @lru_cache(maxsize=4)

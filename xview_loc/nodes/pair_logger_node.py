@@ -6,12 +6,9 @@ Needs no model and no GPU. The executor's thread picks the keyframes; one thread
 from __future__ import annotations
 
 import math
-import queue
 import sys
-import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,85 +20,24 @@ from std_srvs.srv import Trigger
 
 from xview_loc.bags import ros_types
 from xview_loc.bags.writer import BagFullError, BagLimits
-from xview_loc.camera import CameraError
+from xview_loc.camera import CameraError, reduce_width
 from xview_loc.images import ImageError, encode_jpeg
 from xview_loc.maps.base import AerialTile
 from xview_loc.nodes import parameters
 from xview_loc.nodes.diagnostics import ERROR, WARN
 from xview_loc.nodes.inputs import Input
+from xview_loc.nodes.recorder import Keyframe, OdometryMessage, Recorder, Stop
 from xview_loc.nodes.vehicle_node import PairedFrame, VehicleNode, run
 from xview_loc.recordings.pairs import IMAGE, ODOMETRY, TOPICS, Pair, PairWriter
 from xview_loc.vehicle.keyframes import KeyframeRule, Keyframes, WheelSpeed
 from xview_loc.vehicle.messages import cdr_stamp_ns, odometry_cdr, rgb_from_image
 from xview_loc.vehicle.synchronisation import GnssFix, RejectedInput
 
-# Keyframes that may wait for a slow disk: several seconds of them at 10 Hz.
-KEYFRAMES_WAITING = 64
-ODOMETRY_WAITING = 4096
 # How long a pair waits for its tile; without one it can be filled in later.
 TILE_WAIT_S = 0.3
+SLOW_DISK_SHOWN_S = 10.0
 # Odometry whose stamps are further than this from the images' runs on another clock (such as uptime).
 ODOMETRY_CLOCK_NS = 60 * 1_000_000_000
-
-
-@dataclass(frozen=True)
-class _Keyframe:
-    writer: PairWriter
-    paired: PairedFrame
-
-
-@dataclass(frozen=True)
-class _Odometry:
-    """CDR bytes of an odometry message."""
-
-    writer: PairWriter
-    stamp_ns: int
-    data: bytes
-
-
-@dataclass(frozen=True)
-class _Stop:
-    """Complete the bag, and call ``done`` with whether it is complete."""
-
-    writer: PairWriter
-    done: Callable[[bool], None]
-
-
-class _Recorder:
-    """Processes keyframes and odometry one after another in a thread of its own."""
-
-    def __init__(self, process: Callable[[_Keyframe | _Odometry | _Stop], None]) -> None:
-        self._process = process
-        self._queue: queue.SimpleQueue[_Keyframe | _Odometry | _Stop | None] = queue.SimpleQueue()
-        # Keyframes have a limit of their own, as images need the memory.
-        self._room = threading.BoundedSemaphore(KEYFRAMES_WAITING)
-        self._thread = threading.Thread(target=self._run, name="record", daemon=True)
-        self._thread.start()
-
-    def put(self, item: _Keyframe | _Odometry) -> bool:
-        """Queue an item; return True if it was dropped because too many wait."""
-        if isinstance(item, _Keyframe):
-            full = not self._room.acquire(blocking=False)
-        else:
-            full = self._queue.qsize() >= ODOMETRY_WAITING
-        if not full:
-            self._queue.put(item)
-        return full
-
-    def stop(self, writer: PairWriter, done: Callable[[bool], None]) -> None:
-        """Complete the bag after everything queued for it was written."""
-        self._queue.put(_Stop(writer, done))
-
-    def close(self) -> None:
-        """Process everything queued, and end the thread."""
-        self._queue.put(None)
-        self._thread.join()
-
-    def _run(self) -> None:
-        while (item := self._queue.get()) is not None:
-            if isinstance(item, _Keyframe):
-                self._room.release()
-            self._process(item)
 
 
 class PairLoggerNode(VehicleNode):
@@ -151,11 +87,11 @@ class PairLoggerNode(VehicleNode):
             p["keyframe_distance_m"], p["keyframe_interval_s"], math.radians(p["keyframe_turn_deg"])
         )
 
-    def make_worker(self) -> _Recorder:
+    def make_worker(self) -> Recorder:
         """Return the thread that writes."""
         if self._params["record_on_start"]:
             self._begin()
-        self._recorder = _Recorder(self._process)
+        self._recorder = Recorder(self._process)
         return self._recorder
 
     def wants_heading(self) -> bool:
@@ -175,7 +111,12 @@ class PairLoggerNode(VehicleNode):
         writer = self._writer
         if writer is None or not self._knows_mounting(writer) or not self._is_keyframe(paired):
             return False
-        return self._recorder.put(_Keyframe(writer, paired))
+        dropped = self._recorder.put(Keyframe(writer, paired))
+        if dropped:
+            text = "keyframes come faster than the disk takes them, and some are dropped"
+            if self._health.condition("disk_slow", WARN, text, for_s=SLOW_DISK_SHOWN_S):
+                self.get_logger().warning(text)
+        return dropped
 
     def stopped(self) -> None:
         """Complete the bag."""
@@ -299,7 +240,7 @@ class PairLoggerNode(VehicleNode):
             return
         if kind != TOPICS[ODOMETRY]:
             data = odometry_cdr(message)
-        if self._recorder.put(_Odometry(self._writer, stamp, data)):
+        if self._recorder.put(OdometryMessage(self._writer, stamp, data)):
             self._health.count("odom_dropped")
 
     def _knows_mounting(self, writer: PairWriter) -> bool:
@@ -320,11 +261,11 @@ class PairLoggerNode(VehicleNode):
 
     # Writing: the worker's thread
 
-    def _process(self, item: _Keyframe | _Odometry | _Stop) -> None:
+    def _process(self, item: Keyframe | OdometryMessage | Stop) -> None:
         try:
-            if isinstance(item, _Stop):
+            if isinstance(item, Stop):
                 item.done(item.writer is not self._failed and self._complete_bag(item.writer))
-            elif isinstance(item, _Odometry):
+            elif isinstance(item, OdometryMessage):
                 self._write(item, lambda: item.writer.add_odometry(item.stamp_ns, item.data))
             else:
                 self._record(item)
@@ -335,16 +276,17 @@ class PairLoggerNode(VehicleNode):
         except Exception as error:  # the node must outlive a bug
             self._reject("internal_error", f"{type(error).__name__}: {error}")
 
-    def _record(self, item: _Keyframe) -> None:
+    def _record(self, item: Keyframe) -> None:
         paired, data = item.paired, item.paired.frame.image
         # A CompressedImage is written byte for byte, and decoded only by readers of the bag.
         raw = data if paired.frame.type == TOPICS[IMAGE] else None
-        jpeg = b""
+        jpeg, camera = b"", paired.frame.camera
         if raw is None:
             pixels = rgb_from_image(ros_types.deserialize(paired.frame.type, data), self._decode_other)
+            pixels, camera = reduce_width(pixels, camera, self._params["max_width"])
             jpeg = encode_jpeg(pixels, self._params["jpeg_quality"])
         assert paired.fix is not None  # this node needs fixes
-        pair = Pair.of(paired.frame.stamp_ns, "jpeg", jpeg, paired.fix, paired.heading, paired.frame.camera)
+        pair = Pair.of(paired.frame.stamp_ns, "jpeg", jpeg, paired.fix, paired.heading, camera)
         tile = self._tile(paired.fix)
         if self._write(item, lambda: item.writer.add(pair, tile, raw)):
             self._health.accepted()
@@ -365,7 +307,7 @@ class PairLoggerNode(VehicleNode):
         self._health.clear("map")
         return tile
 
-    def _write(self, item: _Keyframe | _Odometry, write: Callable[[], None]) -> bool:
+    def _write(self, item: Keyframe | OdometryMessage, write: Callable[[], None]) -> bool:
         """Write an item, or count it as dropped; a failure ends the recording."""
         writer = item.writer
         if writer is not self._failed:
@@ -381,7 +323,7 @@ class PairLoggerNode(VehicleNode):
                 if self._writer is writer:
                     self._writer = None
                 self._complete_bag(writer)
-        self._health.count("frames_dropped" if isinstance(item, _Keyframe) else "odom_dropped")
+        self._health.count("frames_dropped" if isinstance(item, Keyframe) else "odom_dropped")
         return False
 
     def _complete_bag(self, writer: PairWriter) -> bool:

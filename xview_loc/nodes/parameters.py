@@ -189,6 +189,7 @@ PAIR_LOGGER: tuple[Parameter, ...] = (
     L("keyframe_distance_m", 2.0, "Distance between keyframes in metres; 0: not used.", (0.0, 1000.0)),
     L("keyframe_interval_s", 0.0, "Driving time between keyframes in seconds; 0: not used.", (0.0, 3600.0)),
     L("keyframe_turn_deg", 15.0, "Turn between keyframes in degrees; 0: not used.", (0.0, 180.0)),
+    L("max_width", 2048, "Raw images that are wider are reduced to it, pixels; 0: never.", (0, 100000)),
     L("jpeg_quality", 95, "Quality at which raw images are compressed.", (1, 100)),
     P("split_mb", 1024, "Size at which a new file begins, in MB; 0: never.", (0, 1000000)),
     P("split_s", 0.0, "Time after which a new file begins, in seconds; 0: never.", (0.0, 86400.0)),
