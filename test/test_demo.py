@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import html
+import io
 import json
 import re
 import signal
@@ -11,15 +13,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from map_fixtures import texture, write_geotiff
 
 pytest.importorskip("rclpy", reason="ROS 2's Python packages are not installed")
 
+from matplotlib.colors import to_rgb
+from matplotlib.image import imread
 from ros_harness import environment, pick_domain
 
 from xview_loc.demo.adapt import AFTER, BEFORE, MODEL, Plan, Results, make_page
-from xview_loc.demo.live import DriveLog
+from xview_loc.demo.live import FILTERED, DriveLog
+from xview_loc.demo.pictures import COLOURS
 from xview_loc.geodesy import LocalProjection
 from xview_loc.models.checkpoint import shipped_checkpoint
 
@@ -71,13 +77,32 @@ def text_of(page: str) -> str:
     return html.unescape(" ".join(re.sub("<[^>]*>", " ", page).split()))
 
 
+def width_of(colour: str, png: str) -> float:
+    """Share of the picture's width that things of this colour extend over."""
+    picture = imread(io.BytesIO(base64.b64decode(png)))[..., :3]
+    columns = np.flatnonzero((abs(picture - to_rgb(colour)) < 0.02).all(2).any(0))
+    return np.ptp(columns) / picture.shape[1] if len(columns) else 0.0
+
+
 def test_a_drive_is_localised_live(tmp_path: Path) -> None:
+    """The filtered pose is beside the single frames in table, curve, map and output."""
     log = finish(start(tmp_path, "-c", DRIVE), timeout_s=800)
     page = (tmp_path / "demo_output" / "demo.html").read_text()
-    localised = re.search(r"localised (\d+) of 10 frames", text_of(page))
+    text = text_of(page)
+    localised = re.search(r"localised (\d+) of 10 frames", text)
     assert localised and int(localised[1]) >= 5
-    assert page.count("data:image/png;base64,") == 3
-    assert "the estimate's median error is" in log
+    medians = {}
+    for name in ("GNSS fix", "single frame", "filtered"):
+        row = re.search(rf"{name} ([\d.]+) m ([\d.]+) m ([\d.]+) m ([\d.]+) m {localised[1]}\b", text)
+        assert row, text
+        medians[name] = float(row[1])
+        assert f"{name:12s}: median {row[1]} m, mean {row[2]} m, 95 % {row[3]} m, worst {row[4]} m" in log
+    assert max(medians["single frame"], medians["filtered"]) < medians["GNSS fix"]
+    assert re.search(r"frame +\d+: GNSS fix +\S+ m off, single frame +\S+ m off, filtered +\S+ m off", log)
+    route, curve, _ = re.findall(r"data:image/png;base64,([^\"]+)", page)
+    # More than the sample in the legend.
+    assert width_of(COLOURS[FILTERED], route) > 0.1
+    assert width_of(COLOURS[FILTERED], curve) > 0.5
     assert not processes_that_name(tmp_path)
 
 

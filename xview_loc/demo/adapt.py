@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xview_loc.adaptation.report import METRICS_FILE, REPORT_FILE, STUDENT_FILE
-from xview_loc.demo.live import START_TIMEOUT_S, Demo, DriveLog
-from xview_loc.demo.pictures import COARSE, draw_change, draw_distribution, draw_maps
+from xview_loc.demo.live import FIX, START_TIMEOUT_S, Demo, DriveLog
+from xview_loc.demo.pictures import COLOURS, draw_change, draw_distribution, draw_maps
 from xview_loc.evaluation import Errors
 from xview_loc.models import create_model
 from xview_loc.recordings.pairs import PairBag
@@ -40,8 +40,8 @@ BATCH_SIZE = 8
 # Simulated stamps run ahead of the clock.
 PARAMETERS = {"max_image_delay_s": 3600.0}
 ADAPT_TIMEOUT_S = 3 * 3600.0
-FIX, BEFORE, AFTER = "coarse fix", "first drive", "second drive"
-COLOURS = {FIX: COARSE, BEFORE: "tab:red", AFTER: "tab:blue"}
+BEFORE, AFTER = "first drive", "second drive"
+LINES = {FIX: COLOURS[FIX], BEFORE: "tab:red", AFTER: "tab:blue"}
 
 Array = NDArray[np.float64]
 
@@ -248,12 +248,12 @@ def make_page(results: Results, report: str) -> Page:
     page.heading("Both drives")
     titled = {f"{name}: {weights[name]}": log for name, log in results.drives.items()}
     maps = draw_maps(titled, results.map_path)
-    page.figure(maps, "Truth, coarse fixes, and estimates with lines to the truth")
+    page.figure(maps, "Truth, GNSS fixes, and single-frame estimates with lines to the truth")
     page.heading("Errors")
-    shares = draw_distribution(errors, COLOURS, max(20.0, rows[FIX].p95))
+    shares = draw_distribution(errors, LINES, max(20.0, rows[FIX].p95))
     page.figure(shares, "Share of frames with at most this error")
     own = {name: errors[name] for name in (BEFORE, AFTER)}
-    page.figure(draw_change(own, COLOURS), "Error of each frame in both drives, and the change")
+    page.figure(draw_change(own, LINES), "Error of each frame in both drives, and the change")
     page.heading("Verdict, without ground truth")
     for reason in metrics["verdict"]["reasons"]:
         page.text(reason)

@@ -16,6 +16,7 @@ from typing import Any
 
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
+from geometry_msgs.msg import PoseWithCovarianceStamped
 from nav_msgs.msg import OccupancyGrid
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
@@ -24,6 +25,7 @@ from rclpy.signals import SignalHandlerOptions
 from sensor_msgs.msg import NavSatFix
 
 from xview_loc.evaluation import distance_m
+from xview_loc.geodesy import LocalProjection
 from xview_loc.maps import open_map
 from xview_loc.vehicle.messages import valid_stamp_ns
 
@@ -32,31 +34,43 @@ START_TIMEOUT_S = 600.0
 LAST_FRAME_TIMEOUT_S = 1.5
 FASTDDS_PROFILE = Path(__file__).resolve().parents[2] / "config" / "fastdds.xml"
 
+FIX, SINGLE, FILTERED = "GNSS fix", "single frame", "filtered"
+
 Place = tuple[float, float]
 
 
 @dataclass
 class DriveLog:
-    """Truth, coarse fixes and estimates of a drive: (lat, lon) in degrees by stamp in nanoseconds."""
+    """A drive: positions as (lat, lon) in degrees and heat maps, by stamp in nanoseconds.
+
+    ``estimate`` is that of each frame on its own; ``filtered`` is empty without the filter.
+    """
 
     truth: dict[int, Place] = field(default_factory=dict)
     fix: dict[int, Place] = field(default_factory=dict)
     estimate: dict[int, Place] = field(default_factory=dict)
+    filtered: dict[int, Place] = field(default_factory=dict)
+    heat_maps: dict[int, OccupancyGrid] = field(default_factory=dict)
+
+    @property
+    def named(self) -> dict[str, dict[int, Place]]:
+        """The positions to compare with the truth, by name."""
+        return {FIX: self.fix, SINGLE: self.estimate, FILTERED: self.filtered}
 
     def errors(self, places: dict[int, Place]) -> dict[int, float]:
         """Return the distances from the truth in metres by stamp, for the frames that were localised."""
         return {
             stamp: distance_m(*places[stamp], *self.truth[stamp])
             for stamp in sorted(self.estimate)
-            if stamp in self.truth and stamp in self.fix
+            if stamp in self.truth and stamp in self.fix and stamp in places
         }
 
 
 class Listener(Node):
     """Record a drive over DDS, and print the errors of one frame in ``print_every``.
 
-    Replace ``drive`` by an empty log to record another drive. ``state`` and ``checkpoint`` are the lifecycle
-    state and the checkpoint that the localizer reports.
+    Replace ``drive`` by an empty log to record another drive. ``datum`` is the origin of the localizer's map
+    frame, ``state`` and ``checkpoint`` are the lifecycle state and the checkpoint that it reports.
     """
 
     def __init__(self) -> None:
@@ -64,11 +78,12 @@ class Listener(Node):
         self.drive = DriveLog()
         self.print_every = 1
         self.state = self.checkpoint = ""
-        self.grid: OccupancyGrid | None = None
-        self.grid_stamp = 0
+        self.datum: LocalProjection | None = None
         latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
         for topic, kind in (("/truth/fix", "truth"), ("/fix", "fix")):
             self.create_subscription(NavSatFix, topic, partial(self._collect, kind), 50)
+        filtered = "/localizer/odometry_filtered_pose"
+        self.create_subscription(PoseWithCovarianceStamped, filtered, self._on_filtered, 50)
         self.create_subscription(NavSatFix, "/localizer/fix", self._on_estimate, 50)
         self.create_subscription(OccupancyGrid, "/localizer/heat_map", self._on_grid, latched)
         self.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, 10)
@@ -79,13 +94,20 @@ class Listener(Node):
     def _on_estimate(self, message: NavSatFix) -> None:
         self._collect("estimate", message)
         stamp, count = valid_stamp_ns(message), len(self.drive.estimate)
-        truth, fix = self.drive.truth.get(stamp), self.drive.fix.get(stamp)
-        if truth and fix and count % self.print_every == 0:
-            coarse, own = (distance_m(*place, *truth) for place in (fix, self.drive.estimate[stamp]))
-            print(f"frame {count:3d}: coarse fix {coarse:5.1f} m off, estimate {own:5.1f} m off", flush=True)
+        truth, named = self.drive.truth.get(stamp), self.drive.named
+        if truth and count % self.print_every == 0:
+            errors = {name: distance_m(*p[stamp], *truth) for name, p in named.items() if stamp in p}
+            texts = [f"{name} {error:5.1f} m off" for name, error in errors.items()]
+            print(f"frame {count:3d}: {', '.join(texts)}", flush=True)
+
+    def _on_filtered(self, message: PoseWithCovarianceStamped) -> None:
+        if self.datum is not None:
+            at = message.pose.pose.position
+            lat, lon = self.datum.inverse(at.x, at.y)
+            self.drive.filtered[valid_stamp_ns(message)] = (float(lat), float(lon))
 
     def _on_grid(self, grid: OccupancyGrid) -> None:
-        self.grid, self.grid_stamp = grid, valid_stamp_ns(grid)
+        self.drive.heat_maps[valid_stamp_ns(grid)] = grid
 
     def _on_diagnostics(self, message: DiagnosticArray) -> None:
         for status in message.status:
@@ -191,8 +213,8 @@ class Demo:
 
     def start_localizer(self, map_path: Path, model: str, parameters: dict[str, Any] | None = None) -> None:
         """Start the localizer node and wait until it is active."""
-        datum_lat, datum_lon = map_middle(map_path)
-        common = {"map": map_path, "model": model, "datum_lat": datum_lat, "datum_lon": datum_lon}
+        datum = self.listener.datum = LocalProjection(*map_middle(map_path))
+        common = {"map": map_path, "model": model, "datum_lat": datum.lat, "datum_lon": datum.lon}
         common.update(qos_reliability="reliable", checkpoint_persist=False)
         common.update(parameters or {})
         self.start_node("localizer_node", common)

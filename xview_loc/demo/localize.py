@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 import numpy as np
 
-from xview_loc.demo.live import Demo, Listener, map_middle
-from xview_loc.demo.pictures import draw_errors, draw_heat_map, draw_map
+from xview_loc.demo.live import FILTERED, FIX, SINGLE, Demo, DriveLog, map_middle
+from xview_loc.demo.pictures import draw_errors, draw_heat_map, draw_maps, spread_m
 from xview_loc.evaluation import Errors
 from xview_loc.geodesy import LocalProjection
 from xview_loc.report import Page
@@ -17,18 +18,57 @@ from xview_loc.report import Page
 STYLE, CITY, SIZE_M = "source", 4321, 1020.0
 FRAMES, RATE_HZ = 160, 4.0
 MODELS = ("ccvpe-small", "ggcvt-small")
+# Every heat map, so that the page can show the widest.
+PARAMETERS = {"filter": True, "heat_map_rate": 100.0}
+FIGURES = ("median", "mean", "95 %", "worst", "frames")
 
 
-def run_drive(folder: Path, model: str) -> tuple[Listener, Path]:
-    """Drive and localise over DDS; return the listener and the map. Raises SystemExit on failure."""
-    map_path = folder / "city.tif"
+def run_drive(map_path: Path, model: str) -> DriveLog:
+    """Drive and localise over DDS. Raises SystemExit on failure."""
     map_path.unlink(missing_ok=True)
     with Demo("demo") as demo:
         words = ("--style", STYLE, "--city", CITY, "--size", SIZE_M, "--frames", FRAMES, "--rate", RATE_HZ)
-        drive = demo.start_drive(folder, *words)
-        demo.start_localizer(map_path, model)
-        demo.follow(drive, FRAMES, FRAMES / RATE_HZ)
-    return demo.listener, map_path
+        drive = demo.start_drive(map_path.parent, *words)
+        demo.start_localizer(map_path, model, PARAMETERS)
+        return demo.follow(drive, FRAMES, FRAMES / RATE_HZ)
+
+
+def figures(errors: dict[int, float]) -> list[str]:
+    """Return FIGURES of errors in metres, as text."""
+    e = Errors.of(np.array(list(errors.values())))
+    worst = max(errors.values(), default=math.nan)
+    return [*(f"{v:.2f} m" for v in (e.median, e.mean, e.p95, worst)), str(e.frames)]
+
+
+def make_page(log: DriveLog, model: str, map_path: Path) -> Page:
+    """Make the page."""
+    errors = {name: log.errors(places) for name, places in log.named.items()}
+    own = errors[SINGLE]
+    page = Page("xview_loc: a drive through a city it has never seen")
+    page.text(
+        f"The localizer node with {model} localised {len(own)} of {FRAMES} frames of a simulated drive, live "
+        f"over DDS. The city (style {STYLE}, seed {CITY}) was not used in training. The {FIX} says where to "
+        f"search, a {SINGLE} is matched to the aerial image there, and the {FILTERED} pose fuses all frames "
+        "and fixes so far with wheel odometry."
+    )
+    page.table(["distance from the truth", *FIGURES], [[n, *figures(e)] for n, e in errors.items()])
+    page.heading("Route")
+    caption = "Truth, GNSS fixes, single-frame estimates and filtered poses over the aerial image"
+    page.figure(draw_maps({"": log}, map_path), caption)
+    page.heading("Errors")
+    page.text(
+        "Stretches of street can look alike: a single frame cannot tell which of them it shows and may pick "
+        f"the wrong one, so its curve can jump (here, at worst, to {max(own.values()):.1f} m). The filter "
+        "also knows how the vehicle has moved since earlier frames."
+    )
+    page.figure(draw_errors(errors), "Distance from the truth: GNSS fix, single frame and filtered pose")
+    if stamps := log.heat_maps.keys() & own.keys():
+        widest = max(stamps, key=lambda stamp: spread_m(log.heat_maps[stamp]))
+        page.heading("Heat map")
+        datum = LocalProjection(*map_middle(map_path))
+        caption = "The frame with the widest heat map: its aerial tile, and where it may have been taken"
+        page.figure(draw_heat_map(log, widest, map_path, datum), caption)
+    return page
 
 
 def main() -> None:
@@ -39,33 +79,14 @@ def main() -> None:
     folder = Path("demo_output").resolve()
     folder.mkdir(exist_ok=True)
     print(f"building a simulated city the model has never seen ({STYLE} style, seed {CITY}) ...", flush=True)
-    listener, map_path = run_drive(folder, model)
-    log = listener.drive
-    coarse, own = log.errors(log.fix), log.errors(log.estimate)
-    named = {"coarse fix": coarse, "estimate": own}
-    rows = {name: Errors.of(np.array(list(errors.values()))) for name, errors in named.items()}
-    page = Page("xview_loc: a drive through a city it has never seen")
-    page.text(
-        f"The localizer node with {model} localised {len(own)} of {FRAMES} frames of a simulated drive, live "
-        f"over DDS, each frame on its own. The city (style {STYLE}, seed {CITY}) was not used in training."
-    )
-    header = ["distance from the truth", "mean", "median", "95 %"]
-    page.table(header, [[n, *(f"{v:.1f} m" for v in (e.mean, e.median, e.p95))] for n, e in rows.items()])
-    page.heading("Route")
-    page.figure(draw_map(log, map_path), "Truth, coarse fixes and estimates over the aerial image")
-    page.heading("Errors")
-    page.figure(draw_errors(coarse, own), "Distance from the truth: coarse fix and estimate")
-    if listener.grid is not None:
-        datum = LocalProjection(*map_middle(map_path))
-        page.heading("Heat map")
-        heat_map = draw_heat_map(log, listener.grid, listener.grid_stamp, map_path, datum)
-        page.figure(heat_map, "Aerial tile and heat map of the last frame")
-    page.write(folder / "demo.html")
-    for name, e in rows.items():
-        print(f"{name:10s}: median {e.median:5.2f} m, mean {e.mean:5.2f} m, 95 % {e.p95:5.2f} m")
-    ratio = rows["estimate"].median / rows["coarse fix"].median
-    print(f"the estimate's median error is {ratio:.0%} of the coarse fix's")
-    print(f"page: {folder / 'demo.html'}")
+    map_path, page = folder / "city.tif", folder / "demo.html"
+    log = run_drive(map_path, model)
+    make_page(log, model, map_path).write(page)
+    print("distance from the truth:")
+    for name, places in log.named.items():
+        texts = zip(FIGURES, figures(log.errors(places)), strict=True)
+        print(f"{name:12s}: {', '.join(' '.join(pair) for pair in texts)}")
+    print(f"page: {page}")
 
 
 if __name__ == "__main__":

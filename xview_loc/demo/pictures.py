@@ -12,45 +12,35 @@ from matplotlib.figure import Figure
 from nav_msgs.msg import OccupancyGrid
 from numpy.typing import NDArray
 
-from xview_loc.demo.live import DriveLog, Place
+from xview_loc.demo.live import FILTERED, FIX, SINGLE, DriveLog
 from xview_loc.geodesy import LocalProjection
 from xview_loc.maps import open_map
 
 Array = NDArray[np.float64]
-COARSE = "tab:orange"
-
-
-def _shown(log: DriveLog) -> list[tuple[str, str, dict[int, Place]]]:
-    """Return label, colour and places of what figures show of a drive."""
-    estimate = ("estimate", "cyan", log.estimate)
-    return [("truth", "white", log.truth), ("coarse fix", COARSE, log.fix), estimate]
-
-
-def draw_map(log: DriveLog, map_path: Path) -> Figure:
-    """Draw truth, coarse fixes and estimates over the aerial image, in metres about the drive's middle."""
-    figure = Figure(figsize=(9, 9))
-    axes = figure.add_subplot()
-    _draw_drive(axes, log, map_path)
-    axes.set(ylabel="north, m")
-    axes.legend(loc="upper right")
-    return figure
+# Distinct for colour-blind readers too, over aerial images as on white.
+TRUTH = "truth"
+COLOURS = {TRUTH: "white", FIX: "#e69f00", SINGLE: "#56b4e9", FILTERED: "#6a0064"}
+# Style, width and marker's size on a map: beads on the truth's broad band, and a line through them.
+LOOKS = {TRUTH: ("-", 5.0, 0.0), FIX: (".-", 1.0, 5.0), SINGLE: (".", 0.0, 10.0), FILTERED: ("-", 2.0, 0.0)}
+MARKERS = {TRUTH: "o", FIX: "x", SINGLE: "+", FILTERED: "d"}
 
 
 def draw_maps(drives: Mapping[str, DriveLog], map_path: Path) -> Figure:
-    """Draw several drives along the same route side by side, cropped to the route."""
+    """Draw drives along the same route over the aerial image, side by side and cropped to the route."""
     figure = Figure(layout="constrained")
-    panels = figure.subplots(1, len(drives), sharex=True, sharey=True)
+    panels = figure.subplots(1, len(drives), sharex=True, sharey=True, squeeze=False)[0]
     for axes, (title, log) in zip(panels, drives.items(), strict=True):
-        low, high = _draw_drive(axes, log, map_path, spokes=True)
+        low, high = _draw_drive(axes, log, map_path)
         axes.set(title=title, xlim=(low[0], high[0]), ylim=(low[1], high[1]))
-    figure.set_size_inches(6.0 * len(drives), 6.0 * (high[1] - low[1]) / (high[0] - low[0]) + 0.8)
+    width = max(6.0, 9.0 / len(drives))
+    figure.set_size_inches(width * len(drives), width * (high[1] - low[1]) / (high[0] - low[0]) + 0.8)
     panels[0].set(ylabel="north, m")
     panels[-1].legend(loc="best", fontsize=8, facecolor="0.6")
     return figure
 
 
-def _draw_drive(axes: Axes, log: DriveLog, map_path: Path, spokes: bool = False) -> tuple[Array, Array]:
-    """Draw a drive over the map around it; ``spokes`` adds a line from each estimate to its truth.
+def _draw_drive(axes: Axes, log: DriveLog, map_path: Path) -> tuple[Array, Array]:
+    """Draw a drive over the map around it, with a line from each single-frame estimate to its truth.
 
     Returns the south-western and the north-eastern corner (2,) of the drive, metres.
     """
@@ -60,26 +50,29 @@ def _draw_drive(axes: Axes, log: DriveLog, map_path: Path, spokes: bool = False)
     with open_map(str(map_path)) as aerial:
         tile = aerial.tile(plane.lat, plane.lon, 1000, 2 * half_extent / 1000)
     axes.imshow(tile.image, extent=(-half_extent, half_extent, -half_extent, half_extent))
-    shown = []
-    for (label, colour, places), look in zip(_shown(log), ("-", ".-", "."), strict=True):
-        east, north = plane.forward(*np.array([places[s] for s in sorted(places)]).T)
-        axes.plot(east, north, look, color=colour, linewidth=1.5, markersize=5, label=label)
-        shown.append(np.stack([east, north], axis=1))
-    for stamp in log.estimate.keys() & log.truth.keys() if spokes else ():
+    for stamp in log.estimate.keys() & log.truth.keys():
         ends = np.array([log.truth[stamp], log.estimate[stamp]])
-        axes.plot(*plane.forward(*ends.T), color="cyan", linewidth=0.7)
+        axes.plot(*plane.forward(*ends.T), color=COLOURS[SINGLE], linewidth=0.7)
+    shown = []
+    for name, places in {TRUTH: log.truth, **log.named}.items():
+        if places:
+            east, north = plane.forward(*np.array([places[s] for s in sorted(places)]).T)
+            style, width, size = LOOKS[name]
+            axes.plot(east, north, style, color=COLOURS[name], linewidth=width, markersize=size, label=name)
+            shown.append(np.stack([east, north], axis=1))
     axes.set(xlabel="east, m", xlim=(-half_extent, half_extent), ylim=(-half_extent, half_extent))
     every = np.concatenate(shown)
     return np.maximum(every.min(0) - 30.0, -half_extent), np.minimum(every.max(0) + 30.0, half_extent)
 
 
-def draw_errors(coarse: Mapping[int, float], own: Mapping[int, float]) -> Figure:
+def draw_errors(named: Mapping[str, Mapping[int, float]]) -> Figure:
     """Draw errors (metres by stamp) over time."""
     figure = Figure(figsize=(9, 3.5))
     axes = figure.add_subplot()
-    start = min(own)
-    for label, colour, errors in (("coarse fix", COARSE, coarse), ("estimate", "tab:blue", own)):
-        axes.plot([(s - start) / 1e9 for s in errors], list(errors.values()), color=colour, label=label)
+    start = min(named[SINGLE])
+    for name, errors in named.items():
+        look: Any = {"color": COLOURS[name], "linewidth": 1.5, "label": name}
+        axes.plot([(s - start) / 1e9 for s in errors], list(errors.values()), **look)
     axes.set(xlabel="time, s", ylabel="distance from the truth, m", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
@@ -118,26 +111,35 @@ def draw_change(errors: Mapping[str, Array], colours: Mapping[str, str]) -> Figu
     return figure
 
 
-def draw_heat_map(
-    log: DriveLog, grid: OccupancyGrid, stamp: int, map_path: Path, datum: LocalProjection
-) -> Figure:
+def _cells(grid: OccupancyGrid) -> Array:
+    return np.array(grid.data, np.float64).reshape(grid.info.height, grid.info.width)
+
+
+def spread_m(grid: OccupancyGrid) -> float:
+    """Return the standard deviation of the positions in a heat map, metres."""
+    cells = _cells(grid)
+    places = np.indices(cells.shape).reshape(2, -1)
+    return float(grid.info.resolution * np.sqrt(np.cov(places, aweights=cells.ravel()).trace()))
+
+
+def draw_heat_map(log: DriveLog, stamp: int, map_path: Path, datum: LocalProjection) -> Figure:
     """Draw the heat map of the frame at ``stamp`` over its aerial tile, in metres of the map frame."""
+    grid = log.heat_maps[stamp]
     info = grid.info
-    cells = np.array(grid.data, np.float32).reshape(info.height, info.width)
     side = info.width * info.resolution
     left, bottom = info.origin.position.x, info.origin.position.y
     extent = (left, left + side, bottom, bottom + side)
     with open_map(str(map_path)) as aerial:
         tile = aerial.tile(*datum.inverse(left + side / 2, bottom + side / 2), 512, side / 512)
     figure = Figure(figsize=(9, 4.5))
-    for index, axes in enumerate(figure.subplots(1, 2, sharex=True, sharey=True)):
+    left_axes, right_axes = figure.subplots(1, 2, sharex=True, sharey=True)
+    for axes in (left_axes, right_axes):
         axes.imshow(tile.image, extent=extent)
-        if index:
-            axes.imshow(np.flipud(cells), extent=extent, cmap="inferno", alpha=0.65)
-        for (label, colour, places), marker in zip(_shown(log), "ox+", strict=True):
-            if stamp in places:
-                look: Any = {"color": colour, "markersize": 9, "fillstyle": "none", "linestyle": ""}
-                axes.plot(*datum.forward(*places[stamp]), marker, label=label, **look)
         axes.set(xlabel="east, m", xlim=extent[:2], ylim=extent[2:])
-    axes.legend(loc="lower left", fontsize=8)
+    right_axes.imshow(np.flipud(_cells(grid)), extent=extent, cmap="inferno", alpha=0.65)
+    for name, places in {TRUTH: log.truth, **log.named}.items():
+        if stamp in places:
+            look: Any = {"color": COLOURS[name], "markersize": 9, "fillstyle": "none", "markeredgewidth": 2}
+            left_axes.plot(*datum.forward(*places[stamp]), MARKERS[name], linestyle="", label=name, **look)
+    left_axes.legend(loc="best", fontsize=8, facecolor="0.6")
     return figure
