@@ -145,12 +145,6 @@ def test_the_packages_are_those_of_the_setup():
     assert {re.match(r"[\w.-]+", text)[0] for text in required} == set(PACKAGES)
 
 
-def test_the_readme_installs_the_packages():
-    """All but those that the ROS distribution brings."""
-    (line,) = re.findall(r"pip install torch\S+ && pip install (.+)", (ROOT / "README.md").read_text())
-    assert {"torch", "numpy", "opencv-python-headless", *line.split()} == set(PACKAGES)
-
-
 def cut_short(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 

@@ -1,0 +1,138 @@
+"""package.xml, requirements.txt and setup.py say the same, and what the code imports."""
+
+from __future__ import annotations
+
+import ast
+import runpy
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import setuptools
+from packaging.requirements import Requirement
+
+from xview_loc.doctor import PACKAGES
+
+ROOT = Path(__file__).resolve().parent.parent
+# rosdep's keys that are not python3-<name on PyPI>.
+PYPI_NAMES = {"python3-opencv": "opencv-python-headless", "python3-yaml": "pyyaml"}
+# Imported where they are installed; extras of setup.py.
+RUNTIMES = {"onnx", "onnxruntime", "onnxscript", "openvino"}
+
+
+def run_setup(path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Return what a setup.py passes to setuptools."""
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: given.update(arguments))
+    runpy.run_path(str(path))
+    return given
+
+
+@pytest.fixture
+def metadata(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.chdir(ROOT)
+    return run_setup(ROOT / "setup.py", monkeypatch)
+
+
+def manifest() -> ElementTree.Element:
+    return ElementTree.parse(ROOT / "package.xml").getroot()
+
+
+def keys(tag: str) -> tuple[set[str], set[str]]:
+    """Return package.xml's ROS packages, and its Python packages as PyPI names them."""
+    names = [element.text or "" for element in manifest().findall(tag)]
+    assert len(names) == len(set(names)), f"{tag} named twice"
+    python = {name for name in names if name.startswith("python3-")}
+    return set(names) - python, {PYPI_NAMES.get(n, n.removeprefix("python3-")) for n in python}
+
+
+def requirements() -> dict[str, Requirement]:
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    found = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    return {requirement.name: requirement for requirement in found}
+
+
+def imports(*folders: str) -> set[str]:
+    """Return the top-level names of all modules imported at run time by the files in these folders."""
+
+    def visit(node: ast.AST) -> Iterator[str]:
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            return
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module
+        elif isinstance(node, ast.Call) and node.args:
+            called = getattr(node.func, "id", getattr(node.func, "attr", ""))
+            value = getattr(node.args[0], "value", None)
+            if called in ("import_module", "importorskip") and isinstance(value, str):
+                yield value
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child)
+
+    files = [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
+    names = {name.partition(".")[0] for file in files for name in visit(ast.parse(file.read_text()))}
+    own = {file.stem for file in files} | {"xview_loc", "benchmarks"}
+    return names - own - sys.stdlib_module_names
+
+
+def test_pip_and_rosdep_bring_what_setup_py_requires(metadata):
+    required = {r.name: r for r in map(Requirement, metadata["install_requires"])}
+    _, from_rosdep = keys("exec_depend")
+    from_pip = requirements()
+    assert from_rosdep | set(from_pip) == set(required)
+    assert from_rosdep & set(from_pip) == {"numpy"}, "pip only limits the version of rosdep's NumPy"
+    for name, requirement in required.items():
+        if requirement.specifier:  # no key can say which version
+            assert from_pip[name].specifier == requirement.specifier
+
+
+def test_rosdep_brings_what_the_tests_need(metadata):
+    _, from_rosdep = keys("test_depend")
+    assert from_rosdep | {"pytest-xdist"} == set(metadata["extras_require"]["test"]), (
+        "make test runs in parallel"
+    )
+
+
+def test_package_xml_names_the_ros_packages_that_are_imported():
+    used = imports("xview_loc", "launch")
+    used -= {module.partition(".")[0] for module in PACKAGES.values()} | RUNTIMES
+    declared, _ = keys("exec_depend")
+    assert declared == used
+    tested = imports("test") - imports("xview_loc", "launch")
+    needed, _ = keys("test_depend")
+    assert needed == tested - {"packaging", "setuptools", "hypothesis", "pytest", "yaml"}
+
+
+def test_package_xml_describes_the_package_as_setup_py_does(metadata):
+    root = manifest()
+    assert [root.findtext(tag) for tag in ("name", "version", "license")] == [
+        metadata[name] for name in ("name", "version", "license")
+    ]
+    maintainer = root.find("maintainer")
+    assert maintainer is not None
+    assert (maintainer.text, maintainer.get("email")) == (
+        metadata["maintainer"],
+        metadata["maintainer_email"],
+    )
+
+
+def test_the_readme_installs_requirements_txt():
+    assert "pip install -r src/xview_loc/requirements.txt" in (ROOT / "README.md").read_text()
+
+
+def test_torch_has_one_version():
+    (pin,) = requirements()["torch"].specifier
+    for file in ("Makefile", "constraints.txt"):
+        assert f"torch=={pin.version}\n" in (ROOT / file).read_text(), file
+
+
+def test_setup_py_runs_behind_a_link(metadata, tmp_path, monkeypatch):
+    """As in ``colcon build --symlink-install``."""
+    (tmp_path / "setup.py").symlink_to(ROOT / "setup.py")
+    monkeypatch.chdir(tmp_path)
+    linked = run_setup(tmp_path / "setup.py", monkeypatch)
+    assert linked["long_description"] == metadata["long_description"]
