@@ -429,6 +429,21 @@ def test_no_fix_no_heading_no_camera_info_and_unheard_publisher(rig):
         rig.good_frame()
 
 
+def test_images_missing_between_stamps_are_counted_and_said(rig):
+    with rig.configured(qos_depth=100):
+        for k in range(100):
+            # A camera with 10 Hz that loses every fifth of the last sixty images.
+            rig.step(0.1)
+            if k < 40 or k % 5:
+                rig.send_frame(0.0)
+        rig.bench.wait_diagnosis("images_lost: ", "every 100 ms")
+        assert rig.bench.value("images_lost") == "12"
+        # After a pause it starts again.
+        rig.send_frame(60.0)
+        rig.bench.wait(lambda: "images_lost" not in rig.bench.text(), what="the condition's end")
+        assert rig.bench.value("images_lost") == "12"
+
+
 def test_fixes_that_jump_are_refused_until_they_stay(rig):
     b = rig.bench
     with rig.configured(fix_max_jump_m=40.0):

@@ -31,10 +31,10 @@ class Health:
         self._accepted_since = 0
         self._reported_at = time.monotonic()
 
-    def count(self, key: str) -> None:
-        """Add one to a count."""
+    def count(self, key: str, number: int = 1) -> None:
+        """Add to a count."""
         with self._lock:
-            self._counts[key] += 1
+            self._counts[key] += number
 
     def value(self, key: str, value: object) -> None:
         """Set a key value of the report."""

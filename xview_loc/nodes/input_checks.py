@@ -1,4 +1,4 @@
-"""Shows on /diagnostics where a vehicle's inputs contradict each other."""
+"""Shows on /diagnostics where a vehicle's inputs contradict each other, or images are missing."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from typing import Any
 
 from xview_loc.nodes.diagnostics import WARN, Health
 from xview_loc.vehicle.heading_check import HeadingCheck
+from xview_loc.vehicle.lost_images import LostImages
 from xview_loc.vehicle.motion_check import MotionCheck
 from xview_loc.vehicle.odometry import Odometry
 from xview_loc.vehicle.synchronisation import GnssFix, HeadingSample
 
 
 class InputChecks:
-    """Compares fixes, headings and odometry, all of them good ones. For the executor's thread."""
+    """Checks images, fixes, headings and odometry, all of them good ones. For the executor's thread."""
 
     def __init__(self, odometry: Odometry, health: Health, log: Any) -> None:
         self._odometry, self._health, self._log = odometry, health, log
@@ -27,6 +28,7 @@ class InputChecks:
     def restart(self) -> None:
         """Forget everything, and clear the conditions."""
         self._heading, self._motion = HeadingCheck(self._odometry), MotionCheck(self._odometry)
+        self._images = LostImages()
         self._show()
 
     def add_heading(self, heading: HeadingSample) -> None:
@@ -39,11 +41,18 @@ class InputChecks:
         self._heading.add_fix(fix)
         self._show()
 
+    def add_image(self, stamp_ns: int) -> None:
+        """Take an image's stamp, count those missing before it, and set or clear the condition."""
+        if missing := self._images.add(stamp_ns):
+            self._health.count("images_lost", missing)
+        self._show()
+
     def _show(self) -> None:
         problems = {
             "odom_still": self._motion.odom_still,
             "fix_still": self._motion.fix_still,
             "heading_disagrees": self.heading_fault,
+            "images_lost": self._images.fault,
         }
         for key, text in problems.items():
             if not text:

@@ -408,6 +408,7 @@ class VehicleNode(LifecycleNode):
         except RejectedInput as error:
             self._reject(error.reason, str(error))
             return
+        self._checks.add_image(stamp)
         delay = (self.get_clock().now().nanoseconds - stamp) / NS
         if abs(delay) > self._params["max_image_delay_s"]:
             text = f"image stamps differ {delay:.1f} s from the node's clock (clocks, or use_sim_time)"
