@@ -1,9 +1,11 @@
-"""package.xml, requirements.txt and setup.py say the same, and what the code imports."""
+"""What installs the package agrees with the code: setup.py, package.xml, requirements.txt, the image."""
 
 from __future__ import annotations
 
 import ast
+import re
 import runpy
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,7 @@ from xml.etree import ElementTree
 
 import pytest
 import setuptools
+import yaml
 from packaging.requirements import Requirement
 
 from xview_loc.doctor import PACKAGES
@@ -136,3 +139,63 @@ def test_setup_py_runs_behind_a_link(metadata, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     linked = run_setup(tmp_path / "setup.py", monkeypatch)
     assert linked["long_description"] == metadata["long_description"]
+
+
+def test_launch_files_need_nothing_from_pip():
+    """ros2 launch runs with the system's Python, which does not see the virtual environment."""
+    pytest.importorskip("rclpy", reason="ROS 2's Python packages are not installed")
+    program = (
+        "import sys, xview_loc.nodes.launching; print(*{name.partition('.')[0] for name in sys.modules})"
+    )
+    loaded = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout
+    from_pip = {PACKAGES[name].partition(".")[0] for name in set(requirements()) - {"numpy"}}
+    assert "numpy" in loaded.split()
+    assert not from_pip & set(loaded.split())
+
+
+def dockerfile() -> list[str]:
+    """Return the instructions."""
+    text = re.sub(r"^#.*\n", "", (ROOT / "docker/Dockerfile").read_text(), flags=re.MULTILINE)
+    return [line for line in text.replace("\\\n", "").splitlines() if line]
+
+
+def jobs() -> dict[str, Any]:
+    return yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]
+
+
+def test_image_and_workflow_are_for_the_distributions_of_the_page():
+    page = (ROOT / "docs/distributions.md").read_text()
+    (sentence,) = re.findall(r"The nodes are made for (.+?)\. ", page)
+    distributions = [name.lower() for name in re.findall(r"(?<!\()\b[A-Z][a-z]+", sentence)]
+    assert len(distributions) == 4
+    assert jobs()["distribution"]["strategy"]["matrix"] == {"ros": distributions}
+    assert any(
+        "--build-arg ROS_DISTRO=${{ matrix.ros }}" in s.get("run", "")
+        for s in jobs()["distribution"]["steps"]
+    )
+    default = re.fullmatch(r"ARG ROS_DISTRO=(\w+)", dockerfile()[0])
+    assert default and default[1] in distributions
+    assert dockerfile()[1] == "FROM ros:${ROS_DISTRO}-ros-base"
+
+
+def test_what_the_image_copies_is_there():
+    sources = [name for line in dockerfile() if line.startswith("COPY ") for name in line.split()[1:-1]]
+    assert sources == ["package.xml", "requirements.txt", "."]
+    assert all((ROOT / name).exists() for name in sources)
+
+
+def test_the_commands_of_image_and_workflow_are_bash():
+    scripts = [line.removeprefix("RUN ") for line in dockerfile() if line.startswith("RUN ")]
+    scripts += [step["run"] for job in jobs().values() for step in job["steps"] if "run" in step]
+    scripts.append((ROOT / "docker/launch_test.sh").read_text())
+    assert len(scripts) > 6
+    for script in scripts:
+        checked = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True)
+        assert not checked.returncode, checked.stderr
+
+
+def test_every_launch_file_is_tried():
+    tried = re.findall(r"^try (\S+) ", (ROOT / "docker/launch_test.sh").read_text(), flags=re.MULTILINE)
+    assert sorted(tried) == sorted(file.name for file in (ROOT / "launch").glob("*.launch.py"))
