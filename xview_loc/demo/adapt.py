@@ -157,6 +157,8 @@ def record(demo: Demo, plan: Plan, folder: Path, map_path: Path) -> Path:
         "directory": folder / "pairs",
         "tile_px": spec.aerial_size,
         "tile_gsd": spec.gsd,
+        # A named type, so that it subscribes before the drive publishes.
+        "odom_source": "odometry",
         "qos_reliability": "reliable",
         "qos_depth": 100,
         "min_free_mb": 100,
