@@ -1,17 +1,23 @@
-"""The files for RViz, Foxglove and robot_localization: what they name exists, and has the type they need."""
+"""The files for RViz, Foxglove and other packages: what they name exists, and has the type they need."""
 
 from __future__ import annotations
 
 import json
 import re
+import shlex
 import signal
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
+import numpy as np
 import pytest
 import yaml
 from map_fixtures import texture, write_geotiff
+from pyproj import Transformer
+
+from xview_loc.geodesy import LocalProjection
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "config"
@@ -239,3 +245,176 @@ def test_only_what_the_localizer_estimates_is_fused():
     # An absolute position must not be an outlier to a filter that does not know where it is.
     assert min(world["initial_estimate_covariance"][:2]) >= 1e4
     assert world["smooth_lagged_data"] and world["history_length"] > 0
+
+
+# Name -> type, as Autoware's nodes and Nav2's lifecycle manager declare them.
+FOREIGN = {
+    "ekf_localizer": {
+        f"simple_1d_filter_parameters.{axis}_filter_proc_dev": float for axis in ("z", "roll", "pitch")
+    },
+    # It declares no defaults, so all must be given.
+    "gnss_poser": {
+        "base_frame": str,
+        "gnss_base_frame": str,
+        "map_frame": str,
+        "use_gnss_ins_orientation": bool,
+        "gnss_pose_pub_method": int,
+        "buff_epoch": int,
+    },
+    "lifecycle_manager_localizer": {"autostart": bool, "node_names": list, "bond_timeout": float},
+}
+
+
+def example(name: str) -> dict[str, dict[str, Any]]:
+    """Return the parameters in a file of config/ by node, nested ones as a.b."""
+
+    def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+        for key, value in values.items():
+            yield from flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+
+    sections = yaml.safe_load((CONFIG / name).read_text())
+    assert all(section.startswith("/**/") for section in sections), "under any namespace"
+    return {key.removeprefix("/**/"): dict(flat(value["ros__parameters"])) for key, value in sections.items()}
+
+
+def command(page: str, start: str) -> list[str]:
+    """Return the words after ``start`` of the command on a page, with the folder of the files."""
+    text = (ROOT / "docs" / page).read_text().replace("\\\n", " ")
+    (line,) = re.findall(rf"^ {{4}}{start} (.+)$", text, flags=re.MULTILINE)
+    return shlex.split(line.replace("$F", str(CONFIG)))
+
+
+@pytest.mark.parametrize("name", ["autoware.yaml", "nav2.yaml"])
+def test_the_examples_set_legal_parameters(name):
+    pytest.importorskip("rclpy", reason="ROS 2's Python packages are not installed")
+    from xview_loc.nodes.parameters import LOCALIZER, check_choices
+
+    nodes = example(name)
+    ours = nodes.pop("localizer")
+    known = {p.name: p for p in LOCALIZER}
+    for parameter, value in ours.items():
+        assert type(value) is type(known[parameter].default), parameter
+        low, high = known[parameter].range or (value, value)
+        assert low <= value <= high, parameter
+    check_choices(LOCALIZER, ours)
+    for node, values in nodes.items():
+        assert {key: type(value) for key, value in values.items()} == FOREIGN[node]
+
+
+@pytest.fixture
+def tif(tmp_path: Path) -> Path:
+    return write_geotiff(tmp_path / "a.tif", texture(600, 600), 48.2, 16.37, 0.25, "EPSG:32633")
+
+
+def test_the_command_for_autoware_connects_the_topics(tmp_path, tif):
+    pytest.importorskip("rclpy", reason="ROS 2's Python packages are not installed")
+    from geometry_msgs.msg import TwistWithCovarianceStamped
+    from ros_harness import NodeProcess, bench, pick_domain
+    from sensor_msgs.msg import Image, Imu, NavSatFix
+
+    words = command("autoware.md", "ros2 run xview_loc localizer --ros-args")
+    pairs = list(zip(words[::2], words[1::2], strict=True))
+    given = dict(value.split(":=") for option, value in pairs if option == "-p")
+    remapped = dict(value.split(":=") for option, value in pairs if option == "-r")
+    arguments = [word for option, value in pairs if option != "-p" for word in (option, value)]
+    parameters = {
+        **given,
+        "filter": given["filter"] == "true",
+        "map": str(tif),
+        "model": "stub",
+        "checkpoint": "",
+    }
+    domain = pick_domain()
+    inputs = {"image": Image, "fix": NavSatFix, "heading": Imu, "odom": TwistWithCovarianceStamped}
+    assert set(remapped) == {*inputs, "~/pose"}
+    (poser,) = re.findall(
+        r"-r fix:=(\S+)", " ".join(command("autoware.md", "ros2 run autoware_gnss_poser gnss_poser"))
+    )
+    node = NodeProcess(domain, tmp_path / "log", {**parameters, "torch_threads": 1}, *arguments)
+    try:
+        with bench(domain) as b:
+            for name, kind in inputs.items():
+                publisher = b.publisher(kind, remapped[name])
+                b.wait(publisher.get_subscription_count, what=f"a subscription to {remapped[name]}")
+            outputs = {
+                remapped["~/pose"]: "geometry_msgs/msg/PoseWithCovarianceStamped",
+                poser: "sensor_msgs/msg/NavSatFix",
+            }
+            for topic, kind in outputs.items():
+                (info,) = b.wait(lambda topic=topic: b.node.get_publishers_info_by_topic(topic), what=topic)
+                assert (info.node_name, info.topic_type) == ("localizer", kind)
+    finally:
+        assert node.stop() == 0, node.log
+
+
+def test_nav2s_manager_starts_the_localizer(tmp_path, tif):
+    """It configures and activates the nodes that it is given, and nothing does so before."""
+    pytest.importorskip("rclpy", reason="ROS 2's Python packages are not installed")
+    from lifecycle_msgs.msg import Transition
+    from ros_harness import NodeProcess, bench, pick_domain
+
+    (managed,) = example("nav2.yaml")["lifecycle_manager_localizer"]["node_names"]
+    arguments = ["--params-file", str(CONFIG / "nav2.yaml")]
+    if find_spec("tf2_msgs") is None:
+        arguments += ["-p", "localizer:publish_tf:=none"]
+    domain = pick_domain()
+    node = NodeProcess(
+        domain, tmp_path / "log", {"map": str(tif), "model": "stub", "torch_threads": 1}, *arguments
+    )
+    try:
+        with bench(domain) as b:
+            b.change_state(f"/{managed}", Transition.TRANSITION_CONFIGURE)
+            b.change_state(f"/{managed}", Transition.TRANSITION_ACTIVATE)
+            for topic in ("/fix", "/initialpose"):
+                b.wait(lambda topic=topic: b.node.count_subscribers(topic), what=f"a subscription to {topic}")
+    finally:
+        assert node.stop() == 0, node.log
+
+
+def test_the_launch_arguments_for_nav2_exist():
+    pytest.importorskip("rclpy", reason="ROS 2's Python packages are not installed")
+    from xview_loc.nodes import launching
+
+    known = {"params_file", *launching.INPUTS, *launching.scalars(launching.TABLES["localizer"])}
+    given = dict(word.split(":=") for word in command("nav2.md", "ros2 launch xview_loc localize.launch.py"))
+    assert set(given) <= known
+    assert given["params_file"] == str(CONFIG / "nav2.yaml")
+
+
+def test_one_node_sends_each_transform_to_nav2():
+    ours = example("nav2.yaml")["localizer"]
+    local = robot_localization()["ekf_odom"]
+    assert ours["publish_tf"] == "map_to_odom" and ours["filter"] is True
+    assert (local["odom_frame"], local["base_link_frame"]) == (ours["odom_frame"], ours["base_frame"])
+    assert example("autoware.yaml")["localizer"]["publish_tf"] == "none", (
+        "ekf_localizer sends map -> base_link"
+    )
+
+
+def test_the_figures_of_autowares_planes():
+    """The largest difference on a circle about the origin, as docs/autoware.md gives it."""
+    page = " ".join((ROOT / "docs/autoware.md").read_text().split())
+    here = example("autoware.yaml")["localizer"]
+    lat0, lon0 = here["datum_lat"], here["datum_lon"]
+    ours = LocalProjection(lat0, lon0)
+    degrees = "+proj=pipeline +step +proj=unitconvert +xy_in=deg +xy_out=rad +step"
+    origin = f"+ellps=WGS84 +lat_0={lat0} +lon_0={lon0}"
+    scaled = Transformer.from_pipeline(f"{degrees} +proj=tmerc +k=0.9996 {origin}")
+    tangent = Transformer.from_pipeline(
+        f"{degrees} +proj=cart +ellps=WGS84 +step +proj=topocentric +h_0=0 {origin}"
+    )
+    utm = Transformer.from_crs("EPSG:4326", "EPSG:32633", always_xy=True)
+
+    def difference(theirs: Transformer, distance: float, height: float = 0.0) -> float:
+        angle = np.radians(np.arange(360))
+        x, y = distance * np.cos(angle), distance * np.sin(angle)
+        lat, lon = ours.inverse(x, y)
+        at_origin = theirs.transform(lon0, lat0, height)
+        there = theirs.transform(lon, lat, np.full(360, height))
+        return float(np.hypot(there[0] - at_origin[0] - x, there[1] - at_origin[1] - y).max())
+
+    assert f"| {difference(scaled, 1e3):.1f} m per km from the origin |" in page
+    at = [difference(tangent, distance) * 1e3 for distance in (5e3, 10e3, 20e3)]
+    assert "{:.0f} mm at 5 km, {:.0f} mm at 10 km, {:.0f} mm at 20 km".format(*at) in page
+    assert f"{difference(tangent, 1e3, 100.0) * 1e3:.0f} mm per km for each 100 m above or below" in page
+    assert f"({difference(utm, 1e3):.0f} m per km at 48.2 N, 16.37 E)" in page
