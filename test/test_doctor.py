@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from xview_loc import doctor as doctor_module
 from xview_loc.cli import app
-from xview_loc.doctor import PACKAGES, PROFILE_VARIABLES
+from xview_loc.doctor import PACKAGES, profile_variables
 from xview_loc.models.checkpoint import load_model, shipped_checkpoint
 
 LAT, LON = 48.2, 16.37
@@ -89,7 +89,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def no_profile(monkeypatch) -> None:
-    for name in PROFILE_VARIABLES:
+    for name in profile_variables():
         monkeypatch.delenv(name, raising=False)
 
 

@@ -51,7 +51,6 @@ PACKAGES = {
 }
 _MESSAGE_PACKAGES = ("diagnostic_msgs", "geometry_msgs", "nav_msgs", "sensor_msgs", "std_msgs")
 MESSAGES = (*(f"{name}.msg" for name in _MESSAGE_PACKAGES), "std_srvs.srv")
-PROFILE_VARIABLES = ("FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE")
 # GDAL drivers: without the first no map opens; the others are for maps in their formats.
 DRIVERS_NEEDED = ("GTiff", "VRT")
 DRIVERS_USEFUL = ("COG", "JPEG", "PNG", "WEBP", "JP2OpenJPEG")
@@ -238,13 +237,21 @@ def _importable(module: str) -> bool:
     return True
 
 
+def profile_variables() -> tuple[str, ...]:
+    """Return the environment variables that Fast DDS takes its profile from, the preferred one first."""
+    if os.environ.get("ROS_DISTRO") in ("humble", "iron", "jazzy"):  # Fast DDS 2
+        return ("FASTRTPS_DEFAULT_PROFILES_FILE",)
+    return "FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE"
+
+
 def _dds_profile(rmw: str) -> Finding:
     if "fastrtps" not in rmw:
         return Finding(Level.ok, "dds profile", f"not needed by {rmw}")
-    name = next((name for name in PROFILE_VARIABLES if os.environ.get(name)), None)
+    variables = profile_variables()
+    name = next((name for name in variables if os.environ.get(name)), None)
     if name is None:
         text = "none: the default settings lose camera images"
-        advice = f"export {PROFILE_VARIABLES[0]}=<config/fastdds.xml>, also for the camera driver "
+        advice = f"export {variables[0]}=<config/fastdds.xml>, also for the camera driver "
         advice += "(localize.launch.py exports it for the node)"
         return Finding(Level.warning, "dds profile", text, advice)
     path = os.environ[name]

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from xview_loc.doctor import PROFILE_VARIABLES
+from xview_loc.doctor import profile_variables
 from xview_loc.errors import UserError, reason
 from xview_loc.files import write_whole
 from xview_loc.nodes import parameters
@@ -60,11 +60,12 @@ def describe(launch_file: str, *executables: str) -> Any:
             convert(Parameter(name, False, ""), values[name]) for name in ("use_sim_time", "use_respawn")
         )
         env, actions = {}, []
-        if not any(context.environment.get(name) for name in PROFILE_VARIABLES):
+        if not any(context.environment.get(name) for name in profile_variables()):
             profile = dds_profile(config / "fastdds.xml", values["image_size"])
             # Only for these nodes: a launch file that includes this one may set another for its own.
-            env = dict.fromkeys(PROFILE_VARIABLES, str(profile))
-            text = f"Fast DDS profile {profile}: set {PROFILE_VARIABLES[0]} to it for the camera driver too"
+            (variable, *_) = profile_variables()
+            env = {variable: str(profile)}
+            text = f"Fast DDS profile {profile}: set {variable} to it for the camera driver too"
             actions.append(LogInfo(msg=text))
         image = values["image"]
         if values["image_transport"] == "compressed" and not image.endswith("/compressed"):
