@@ -769,18 +769,3 @@ def test_yaml_lists_every_parameter_with_its_default(name, table):
         value = written[p.name]
         assert value == p.default or (math.isnan(value) and math.isnan(p.default)), p.name
         assert type(value) is type(p.default) and p.description in text, p.name
-
-
-@pytest.mark.parametrize(
-    ("file", "own"),
-    [("localize", {"checkpoint", "model"}), ("record", {"directory", "vehicle"})],
-)
-def test_launch_files_describe_their_arguments(file, own):
-    pytest.importorskip("launch_ros", reason="launch_ros is not installed")
-    path = ROOT / "launch" / f"{file}.launch.py"
-    spec = importlib.util.spec_from_file_location(f"{file}_launch", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    names = {argument.name for argument in module.generate_launch_description().get_launch_arguments()}
-    assert {"params_file", "map", "namespace", "use_sim_time"} | own <= names
-    assert {"image", "camera_info", "fix", "heading", "odom"} <= names
