@@ -86,7 +86,7 @@ def test_a_text_of_another_type_is_refused(name: str, text: str, says: str) -> N
 
 def test_an_unknown_argument_names_the_nearest_one() -> None:
     known = {"checkpoint": None, "map": None}
-    launching.check_names(["map", "launch-prefix"], known)
+    launching.check_names(["map", "launch-prefix", "sigkill_timeout"], known)
     with pytest.raises(UserError, match="no argument 'chekpoint'; did you mean 'checkpoint'"):
         launching.check_names(["map", "chekpoint"], known)
 

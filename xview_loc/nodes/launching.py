@@ -148,8 +148,8 @@ def started_directly(launch_file: str) -> bool:
 def check_names(given: Iterable[str], known: Mapping[str, Any]) -> None:
     """Raise UserError for a name that is not known, with the nearest one that is."""
     for name in given:
-        # Names with a hyphen are options of ros2 launch itself (launch-prefix).
-        if name not in known and "-" not in name:
+        # Those of ros2 launch itself are launch-prefix and the like, and these.
+        if name not in {*known, "sigterm_timeout", "sigkill_timeout", "emulate_tty"} and "-" not in name:
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
             raise UserError(f"no argument '{name}'; did you mean '{nearest}'? --show-args lists all")
 
