@@ -98,6 +98,7 @@ def test_any_buffer_is_taken_without_a_copy(wrap) -> None:
         (("nv12", 3, 2, 2, bytes(9)), "halves the colour"),
         (("nv12", 2, 2, 2, bytes(4)), "3 rows of 2 bytes"),
         (("rgb16", 2, 2, 6, bytes(24)), "step is 6"),
+        (("mono8", 2, 200, 600, bytes(1200)), "far more than 200 mono8 pixels"),
         (("rgb8", 2, 2, 5, bytes(10)), "step is 5"),
         (("rgb8", 2, 2, 6, bytes(11)), "11 bytes"),
         (("rgb8", 0, 2, 6, b""), "empty"),

@@ -65,6 +65,9 @@ _ENCODINGS: dict[str, _Encoding] = {
 }
 ENCODINGS = tuple(_ENCODINGS)
 
+# Rows end at multiples of 256 bytes at most. More means that the encoding is another one.
+_LONGEST_PADDING = 256
+
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # Markers that end entropy-coded data: neither a stuffed zero, a restart nor a fill byte.
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
@@ -90,6 +93,10 @@ def decode_image(
     row_bytes = width * kind.channels * kind.bits // 8
     if step < row_bytes:
         raise ImageError(f"image step is {step} bytes, but {width} {encoding} pixels take {row_bytes}")
+    if step >= 2 * row_bytes and step - row_bytes > _LONGEST_PADDING:
+        raise ImageError(
+            f"image step is {step} bytes, far more than {width} {encoding} pixels take: {row_bytes}"
+        )
     try:
         flat = np.frombuffer(data, np.uint8)
     except (TypeError, ValueError, BufferError) as error:

@@ -20,6 +20,7 @@ from xview_loc.bags import ros_types
 from xview_loc.camera import CameraError
 from xview_loc.errors import reason
 from xview_loc.estimation.localizer import Limits, Localizer, required_tile_px
+from xview_loc.estimation.match_check import MatchCheck
 from xview_loc.estimation.observation import LocalizationError, Observation, PoseEstimate
 from xview_loc.estimation.position_filter import FilterOptions, PositionFilter
 from xview_loc.images import ImageError
@@ -118,6 +119,7 @@ class LocalizerNode(VehicleNode):
         localizer = self._first_localizer(model)
         self._limits = self._new_limits()
         self._needs_camera_info = model.spec.camera == "pinhole"
+        self._match = MatchCheck()
         self._filter = PositionFilter(self._odometry, self._filter_options()) if p["filter"] else None
         if p["publish_tf"] != "none":
             self.listen_to_tf("publish_tf")
@@ -325,6 +327,11 @@ class LocalizerNode(VehicleNode):
             self._health.count("frames_at_search_border")
             text = "the estimate lies on the edge of the search area; the true position may be outside"
             self._health.condition("search_border", WARN, text, for_s=3.0)
+        self._match.add(estimate)
+        if self._match.fault:
+            self._health.condition("no_match", WARN, self._match.fault)
+        else:
+            self._health.clear("no_match")
         outputs.publish_estimate(paired, fix, mounting, estimate)
         self._health.accepted()
         outputs.publish_status(paired, estimate)
