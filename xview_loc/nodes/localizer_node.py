@@ -33,8 +33,9 @@ from xview_loc.nodes.checkpoints import Checkpoints
 from xview_loc.nodes.diagnostics import WARN
 from xview_loc.nodes.inputs import Input
 from xview_loc.nodes.outputs import Outputs
+from xview_loc.nodes.process import run
 from xview_loc.nodes.requests import Requests
-from xview_loc.nodes.vehicle_node import PairedFrame, VehicleNode, run
+from xview_loc.nodes.vehicle_node import PairedFrame, VehicleNode
 from xview_loc.vehicle import messages as input_messages
 from xview_loc.vehicle.mounting import Mounting
 from xview_loc.vehicle.synchronisation import GnssFix, RejectedInput

@@ -26,8 +26,9 @@ from xview_loc.maps.base import AerialTile
 from xview_loc.nodes import parameters
 from xview_loc.nodes.diagnostics import ERROR, WARN
 from xview_loc.nodes.inputs import Input
+from xview_loc.nodes.process import run
 from xview_loc.nodes.recorder import Keyframe, OdometryMessage, Recorder, Stop
-from xview_loc.nodes.vehicle_node import PairedFrame, VehicleNode, run
+from xview_loc.nodes.vehicle_node import PairedFrame, VehicleNode
 from xview_loc.recordings.pairs import IMAGE, ODOMETRY, TOPICS, Pair, PairWriter
 from xview_loc.vehicle.keyframes import KeyframeRule, Keyframes, WheelSpeed
 from xview_loc.vehicle.messages import cdr_stamp_ns, odometry_cdr, rgb_from_image
