@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 import rclpy
+from rclpy.clock import Clock
 from rclpy.lifecycle import LifecycleNode
 from rclpy.qos import QoSCompatibility, QoSProfile, qos_check_compatible
 
@@ -41,12 +42,14 @@ class Input(NamedTuple):
 class Inputs:
     """The inputs of an active node. For the executor's thread.
 
+    clock: for the timer that looks for publishers.
     refuse: called with an input's name and the error that its callback raised.
     """
 
     def __init__(
         self,
         node: LifecycleNode,
+        clock: Clock,
         health: Health,
         qos: QoSProfile,
         refuse: Callable[[str, RejectedInput], None],
@@ -55,7 +58,7 @@ class Inputs:
         self._inputs: dict[str, Input] = {}
         self._subscriptions: dict[str, Any] = {}
         self._types: dict[str, str] = {}
-        self._search = node.create_timer(SEARCH_S, self._subscribe)
+        self._search = node.create_timer(SEARCH_S, self._subscribe, clock=clock)
 
     def __contains__(self, name: str) -> bool:
         return name in self._inputs

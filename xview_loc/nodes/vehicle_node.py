@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from diagnostic_msgs.msg import DiagnosticArray
 from rcl_interfaces.msg import SetParametersResult
+from rclpy.clock import Clock, ClockType
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.qos import HistoryPolicy, QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import CameraInfo, NavSatFix
@@ -103,7 +104,9 @@ class VehicleNode(LifecycleNode):
         self._decode_other = cv_bridge_decoder(self.get_logger())
         self.add_on_set_parameters_callback(self._on_parameters)
         self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
-        self.create_timer(1.0, self._report)
+        # Timers of this clock go on while use_sim_time waits for /clock.
+        self.steady = Clock(clock_type=ClockType.STEADY_TIME)
+        self.create_timer(1.0, self._report, clock=self.steady)
 
     # Lifecycle
 
@@ -287,9 +290,9 @@ class VehicleNode(LifecycleNode):
         reliability = ReliabilityPolicy[p["qos_reliability"].upper()]
         qos = QoSProfile(history=HistoryPolicy.KEEP_LAST, depth=p["qos_depth"], reliability=reliability)
         # Runs while images wait. Humble and Iron cannot create a timer that is not running.
-        self._wait_timer = self.create_timer(0.02, self._release)
+        self._wait_timer = self.create_timer(0.02, self._release, clock=self.steady)
         self._wait_timer.cancel()
-        self._inputs = Inputs(self, self._health, qos, self._refuse)
+        self._inputs = Inputs(self, self.steady, self._health, qos, self._refuse)
         # First the others: of messages that arrive together these are taken first, so that an image that a
         # fix completes finds them.
         for wanted in self.extra_inputs():
@@ -463,6 +466,10 @@ class VehicleNode(LifecycleNode):
         if self._inputs is not None:
             self._inputs.check_publishers()
         self.before_report()
+        if self.get_clock().now().nanoseconds == 0:
+            self._health.condition("no_clock", WARN, "use_sim_time is set, but /clock is silent")
+        else:
+            self._health.clear("no_clock")
         if self._state == "active":
             silent = time.monotonic() - (self._last_image_at or self._active_since)
             if silent > SILENT_AFTER_S:
