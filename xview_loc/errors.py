@@ -1,6 +1,9 @@
-"""Base class of errors that the user can correct."""
+"""Errors that the user can correct, and text from outside in messages."""
 
 from __future__ import annotations
+
+# Characters of a message, name or reason from outside that are shown.
+LONGEST = 500
 
 
 class UserError(Exception):
@@ -9,4 +12,17 @@ class UserError(Exception):
 
 def reason(error: BaseException) -> str:
     """Return an error's message in one line, or its type's name if it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
+    return shown(" ".join(str(error).split())) or type(error).__name__
+
+
+def shown(value: object, limit: int = LONGEST) -> str:
+    """Return a text from outside as it may be logged or shown: at most ``limit`` printable characters.
+
+    Control characters, line breaks, terminal sequences and invisible characters are written as escapes.
+    """
+    text = str(value)
+    line = "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in text[: limit + 1]
+    )
+    return line if len(line) <= limit else f"{line[: limit - 1]}…"

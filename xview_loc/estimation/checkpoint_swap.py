@@ -18,7 +18,7 @@ from xview_loc.estimation.deployment_record import DEPLOY, ROLLBACK, SHADOW, Wei
 from xview_loc.estimation.localizer import Localizer
 from xview_loc.estimation.observation import LocalizationError
 from xview_loc.models.base import CrossViewModel
-from xview_loc.models.checkpoint import CheckpointError, load_checkpoint
+from xview_loc.models.checkpoint import CheckpointError, load_checkpoint, read_checkpoint
 from xview_loc.models.graph import EXPORT_CANCELLED
 
 # Niceness of the loading thread: frames go first if both want the same core.
@@ -105,10 +105,8 @@ class CheckpointSwap:
             os.nice(NICENESS)
 
     def _load(self, path: Path) -> Deployed:
-        # load_checkpoint reports what cannot be read.
-        with suppress(OSError):
-            if hashlib.sha256(path.read_bytes()).hexdigest() == self.active.sha256:
-                return self.active
+        if hashlib.sha256(read_checkpoint(path)).hexdigest() == self.active.sha256:
+            return self.active
         return self._use(self._verified(path), DEPLOY)
 
     def _verified(self, path: Path) -> Deployed:

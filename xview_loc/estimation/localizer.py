@@ -11,12 +11,13 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from xview_loc.camera import CameraModel
@@ -219,16 +220,20 @@ class Localizer:
             maps = self._match(ground, features, tile, observation)
             logits = maps.logits[0].float().cpu().numpy()
         with _timed(timings, "heat_map"):
-            if not np.isfinite(logits).all():
-                raise NonFiniteHeatMapError(
-                    f"the heat map of {self.spec.name} has values that are not finite"
-                )
-            search = self._search(observation, logits.shape, maps, tile)
-            heat_map = HeatMap.from_logits(logits, maps.grid, tile, search, self._calibration)
-            lat, lon = heat_map.to_latlon(*heat_map.peak)
-            floor = self.limits.covariance_floor_m
-            covariance = heat_map.covariance(self._calibration.floor_m if floor is None else floor)
-            heading, heading_variance = self._heading(observation, maps, heat_map)
+            estimate = self._estimate(observation, tile, maps, logits)
+        return replace(estimate, timings_ms=timings)
+
+    def _estimate(
+        self, observation: Observation, tile: AerialTile, maps: HeatMaps, logits: NDArray[np.float32]
+    ) -> PoseEstimate:
+        if not np.isfinite(logits).all():
+            raise NonFiniteHeatMapError(f"the heat map of {self.spec.name} has values that are not finite")
+        search = self._search(observation, logits.shape, maps, tile)
+        heat_map = HeatMap.from_logits(logits, maps.grid, tile, search, self._calibration)
+        lat, lon = heat_map.to_latlon(*heat_map.peak)
+        floor = self.limits.covariance_floor_m
+        covariance = heat_map.covariance(self._calibration.floor_m if floor is None else floor)
+        heading, heading_variance = self._heading(observation, maps, heat_map)
         return PoseEstimate(
             lat=float(lat),
             lon=float(lon),
@@ -240,14 +245,14 @@ class Localizer:
             tile=tile,
             stamp_ns=observation.stamp_ns,
             at_search_border=heat_map.at_border,
-            timings_ms=timings,
+            timings_ms={},
         )
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Run the model once on noise, so that the first observation is as fast as the others.
+        """Estimate a pose from noise, so that the first observation is as fast as the others.
 
-        Raises NonFiniteHeatMapError if the heat map of noise is not finite.
+        Raises NonFiniteHeatMapError if its heat map, position, covariance or heading is not finite.
         """
         rng = np.random.default_rng(0)
         side = self.spec.aerial_size
@@ -259,8 +264,10 @@ class Localizer:
         features = self._features_of(aerial)
         observation = Observation(aerial, 0.0, 0.0, heading=0.0, camera=camera)
         maps = self._match(ground, features, tile, observation)
-        if not bool(maps.logits.isfinite().all()):
-            raise NonFiniteHeatMapError(f"the heat map of {self.spec.name} has values that are not finite")
+        found = self._estimate(observation, tile, maps, maps.logits[0].float().cpu().numpy())
+        figures = [found.lat, found.lon, *found.covariance.flat, found.heading or 0.0, found.heading_variance]
+        if not np.isfinite(figures).all():
+            raise NonFiniteHeatMapError(f"the pose of {self.spec.name} has values that are not finite")
 
     @torch.inference_mode()
     def take_over(self, other: Localizer) -> None:

@@ -10,11 +10,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from xview_loc.errors import shown
+
 # How strongly maps of little contrast are flattened. With 0 (one temperature for all maps), models are far
 # too certain in a style of city that they were not trained on.
 _CONTRAST_POWER = 1.5
 # KITTI's satellite maps, m/px: Web Mercator, zoom 18, scale 2; the latitude of Karlsruhe for all of them.
 KITTI_GSD = 156543.03392 * math.cos(math.radians(49.015)) / 2**18 / 2
+# Least and greatest figure of a usable calibration: beyond them poses would be useless, or overflow.
+CALIBRATION_BOUNDS = {"contrast": (0.01, 10_000.0), "floor_m": (0.0, 100.0)}
+# Least and greatest ground sample distance of a checkpoint's tiles, m/px.
+GSD_BOUNDS = (0.01, 10.0)
 IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406])
 IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225])
 Normalisation = Literal["imagenet", "unit"]
@@ -81,10 +87,12 @@ class Calibration:
     floor_m: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.contrast is not None and not 0.0 < self.contrast < math.inf:
-            raise ValueError(f"a calibration's contrast must be above 0, not {self.contrast}")
-        if not 0.0 <= self.floor_m < math.inf:
-            raise ValueError(f"a calibration's floor must be 0 m or more, not {self.floor_m}")
+        for name, (least, most) in CALIBRATION_BOUNDS.items():
+            value = getattr(self, name)
+            if value is not None and not (_is_number(value) and least <= value <= most):
+                raise ValueError(f"{name} must be {least:g} to {most:g}, not {shown(value, 80)}")
+        if self.floor_m is None:
+            raise ValueError("floor_m must be a number")
 
     def temperature(self, contrast: float) -> float:
         """Temperature of the softmax for a map of this contrast."""
@@ -93,6 +101,10 @@ class Calibration:
         # Bounded, so that logits stay finite when divided by the temperature.
         ratio = min(max(contrast / self.contrast, 1e-3), 1e3)
         return float(ratio**-_CONTRAST_POWER)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)

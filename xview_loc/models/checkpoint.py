@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import pickle
+import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,13 +19,19 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from xview_loc.errors import UserError
-from xview_loc.files import write_whole
+from xview_loc.errors import UserError, reason, shown
+from xview_loc.files import read_regular, write_whole
 from xview_loc.models import MODEL_NAMES, create_model
-from xview_loc.models.base import NORMALISATIONS, Calibration, CrossViewModel, ModelSpec
+from xview_loc.models.base import GSD_BOUNDS, NORMALISATIONS, Calibration, CrossViewModel, ModelSpec
 
 _FORMAT = 1
 _METADATA_KEY = "xview_loc"
+# Largest file that is read: four times the largest model's weights.
+MAX_BYTES = 1 << 30
+_MAX_METADATA_BYTES = 8 << 20
+# Key in the metadata of the file's own SHA-256, computed with this in its place.
+_DIGEST_KEY, _NO_DIGEST = "file_sha256", "0" * 64
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # First bytes of files by torch.save: a zip archive, or a pickle (before PyTorch 1.6).
 _TORCH_MAGIC = (b"PK\x03\x04", b"\x80")
 # Keys of the state dict in published files that wrap it.
@@ -56,9 +64,10 @@ def save_checkpoint(
     """Write ``model`` to ``path`` as safetensors and return the file's SHA-256 (hex).
 
     ``metadata`` is a mapping of JSON values (parent's SHA-256, data, hyper-parameters, metrics ...). Its
-    ``format``, ``model``, ``spec`` and ``calibration`` are replaced by the model's own. The file is written
-    atomically. Raises CheckpointError on weights that are not finite, TypeError or ValueError on metadata
-    that JSON cannot hold (NaN included), OSError if the file cannot be written.
+    ``format``, ``model``, ``spec`` and ``calibration`` are replaced by the model's own. The file carries its
+    own digest, checked when it is loaded, and is written atomically. Raises CheckpointError on weights that
+    are not finite, TypeError or ValueError on metadata that JSON cannot hold (NaN included), OSError if the
+    file cannot be written.
     """
     path = Path(path)
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
@@ -69,8 +78,12 @@ def save_checkpoint(
         "spec": model.spec.to_json(),
         "calibration": asdict(model.calibration),
     }
-    header = json.dumps({**(metadata or {}), **own}, allow_nan=False)
-    data = safetensors.torch.save(state, {_METADATA_KEY: header})
+    # First, so that the first place that holds its value is its own.
+    content = {_DIGEST_KEY: "", **(metadata or {}), **own}
+    content[_DIGEST_KEY] = _NO_DIGEST
+    data = safetensors.torch.save(state, {_METADATA_KEY: json.dumps(content, allow_nan=False)})
+    digest = hashlib.sha256(data).hexdigest()
+    data = data.replace(_NO_DIGEST.encode(), digest.encode(), 1)
     write_whole(path, data)
     return hashlib.sha256(data).hexdigest()
 
@@ -83,14 +96,7 @@ def load_checkpoint(path: str | os.PathLike[str], expected_model: str | None = N
     accepted too. Raises CheckpointError on any unusable file.
     """
     path = Path(path)
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise CheckpointError(f"checkpoint {path} does not exist") from None
-    except OSError as error:
-        raise CheckpointError(f"checkpoint {path} cannot be read: {error.strerror}") from None
-    if not data:
-        raise CheckpointError(f"checkpoint {path} is empty")
+    data = read_checkpoint(path)
     notes: list[str] = []
     # Safetensors start with eight bytes of header length, which may equal a magic number, then a brace.
     published = data.startswith(_TORCH_MAGIC) and data[8:9] != b"{"
@@ -105,11 +111,11 @@ def load_checkpoint(path: str | os.PathLike[str], expected_model: str | None = N
     else:
         state, metadata = _read_safetensors(path, data)
         if expected_model is not None and metadata["model"] != expected_model:
-            raise CheckpointError(f"checkpoint {path} holds {metadata['model']}, not {expected_model}")
+            raise CheckpointError(f"checkpoint {path} holds {shown(metadata['model'], 80)}, not {expected_model}")
     try:
         model = create_model(metadata["model"])
     except ValueError as error:
-        raise CheckpointError(f"checkpoint {path}: {error}") from None
+        raise CheckpointError(f"checkpoint {path}: {reason(error)}") from None
     ignored = [what for what in model.ignored_weights if any(key.startswith(what) for key in state)]
     if ignored:
         notes.append(f"ignored {', '.join(what.rstrip('.') for what in ignored)}")
@@ -123,10 +129,24 @@ def load_checkpoint(path: str | os.PathLike[str], expected_model: str | None = N
         try:
             model.calibration = Calibration(**metadata["calibration"])
         except (TypeError, ValueError) as error:
-            raise CheckpointError(f"checkpoint {path} has an unusable calibration: {error}") from None
+            raise CheckpointError(f"checkpoint {path} has an unusable calibration: {reason(error)}") from None
     notes += [f"normalisation {model.spec.normalisation}", *model.assumed]
     note = f"read as {model.spec.name}: {', '.join(notes)}" if published else ""
     return Checkpoint(model, metadata, hashlib.sha256(data).hexdigest(), note)
+
+
+def read_checkpoint(path: Path) -> bytes:
+    """Return the content of a checkpoint file; pipes and devices are not read. Raises CheckpointError."""
+    try:
+        data = read_regular(path, MAX_BYTES)
+    except FileNotFoundError:
+        raise CheckpointError(f"checkpoint {path} does not exist") from None
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        problem = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"checkpoint {shown(path)} cannot be read: {problem}") from None
+    if not data:
+        raise CheckpointError(f"checkpoint {path} is empty")
+    return data
 
 
 def shipped_checkpoint(name: str) -> Path | None:
@@ -148,7 +168,7 @@ def load_model(name: str, path: str | os.PathLike[str] | None = None) -> Checkpo
             f"authors' are), or choose {shipped}"
         )
     if path is None:
-        raise CheckpointError(f"unknown model {name!r}; choose from {', '.join(MODEL_NAMES)}")
+        raise CheckpointError(f"unknown model {shown(repr(name), 80)}; choose from {', '.join(MODEL_NAMES)}")
     return load_checkpoint(path, name)
 
 
@@ -166,6 +186,7 @@ def read_torch(path: Path, data: bytes) -> dict[str, Tensor]:
 
     Raises CheckpointError, which names ``path``.
     """
+    _check_archive(path, data)
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
@@ -175,7 +196,7 @@ def read_torch(path: Path, data: bytes) -> dict[str, Tensor]:
             "save its plain state dict instead"
         ) from None
     except Exception as error:  # a damaged archive raises anything, EOFError to RuntimeError
-        raise CheckpointError(f"checkpoint {path} is damaged: {_one_line(error)}") from None
+        raise CheckpointError(f"checkpoint {path} is damaged: {reason(error)}") from None
     if isinstance(content, dict):
         wrapped = (content[key] for key in _WRAPPERS if isinstance(content.get(key), dict))
         content = next(wrapped, content)
@@ -186,25 +207,65 @@ def read_torch(path: Path, data: bytes) -> dict[str, Tensor]:
     return dict(content)
 
 
+def _check_archive(path: Path, data: bytes) -> None:
+    """Raise CheckpointError if a file by torch.save would take more memory than its own size."""
+    if b"bytearray" in data:  # the one object that a plain pickle may create with any size
+        raise CheckpointError(f"checkpoint {path} holds no plain state dict")
+    if not data.startswith(b"PK"):
+        return
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
+    except Exception as error:  # a damaged archive raises anything
+        raise CheckpointError(f"checkpoint {path} is damaged: {reason(error)}") from None
+    if packed:
+        raise CheckpointError(f"checkpoint {path} is compressed, as torch.save never does; save it again")
+
+
 def _read_safetensors(path: Path, data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         state = safetensors.torch.load(data)
     except safetensors.SafetensorError as error:
         raise CheckpointError(
-            f"checkpoint {path} is neither a complete safetensors file nor a PyTorch one: {_one_line(error)}"
+            f"checkpoint {path} is neither a complete safetensors file nor a PyTorch one: {reason(error)}"
         ) from None
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"checkpoint {path} holds weights of an unknown type: {reason(error)}"
+        ) from None
+    start = 8 + int.from_bytes(data[:8], "little")
     try:
-        metadata = json.loads(header["__metadata__"][_METADATA_KEY])
+        text = json.loads(data[8:start])["__metadata__"][_METADATA_KEY]
+        if len(text) > _MAX_METADATA_BYTES:
+            raise CheckpointError(f"checkpoint {path} has {len(text) / 1e6:.0f} MB of metadata")
+        metadata = json.loads(text, parse_constant=_finite, parse_float=_finite)
         complete = isinstance(metadata["model"], str) and isinstance(metadata["spec"], dict)
         version = metadata["format"]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         complete = False
     if not complete:
         raise CheckpointError(f"checkpoint {path} carries no xview_loc metadata")
     if version != _FORMAT:
-        raise CheckpointError(f"checkpoint {path} has format {version}; this version reads format {_FORMAT}")
+        raise CheckpointError(
+            f"checkpoint {path} has format {shown(version, 80)}; this version reads format {_FORMAT}"
+        )
+    # Files of earlier versions carry none.
+    if (digest := metadata.pop(_DIGEST_KEY, None)) is not None:
+        actual = hashlib.sha256(data[:start].replace(str(digest).encode(), _NO_DIGEST.encode(), 1))
+        actual.update(memoryview(data)[start:])
+        if actual.hexdigest() != digest:
+            raise CheckpointError(
+                f"checkpoint {path} is damaged: its content does not have the SHA-256 that it carries; "
+                "copy or make it again"
+            )
     return state, metadata
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not finite")
+    return value
 
 
 def _check_state(path: Path, state: Mapping[str, Tensor], model: CrossViewModel) -> None:
@@ -214,7 +275,7 @@ def _check_state(path: Path, state: Mapping[str, Tensor], model: CrossViewModel)
     unexpected = [key for key in state if key not in wanted]
     if missing or unexpected:
         counts = [
-            f"{len(keys)} {what} weights (first: {keys[0]})"
+            f"{len(keys)} {what} weights (first: {shown(keys[0], 80)})"
             for keys, what in ((missing, "missing"), (unexpected, "unexpected"))
             if keys
         ]
@@ -224,7 +285,11 @@ def _check_state(path: Path, state: Mapping[str, Tensor], model: CrossViewModel)
         problem = ""
         if value.shape != own.shape:
             problem = f"shape {tuple(value.shape)}, not {tuple(own.shape)}"
-        elif value.is_floating_point() != own.is_floating_point():
+        elif value.layout != torch.strided or value.is_meta:
+            problem = "no plain values (it is sparse or without data)"
+        elif value.is_floating_point() != own.is_floating_point() or (
+            value.is_floating_point() and value.dtype not in _FLOATS
+        ):
             problem = f"type {value.dtype}, not {own.dtype}"
         if problem:
             raise CheckpointError(f"checkpoint {path} does not fit {name}: {key} has {problem}")
@@ -242,17 +307,14 @@ def _checked_spec(path: Path, data: dict[str, Any], own: ModelSpec) -> ModelSpec
     try:
         spec = ModelSpec.from_json(data)
         valid = replace(spec, gsd=own.gsd, normalisation=own.normalisation) == own
-        valid = valid and 0 < float(spec.gsd) < float("inf")
+        valid = valid and type(spec.gsd) in (int, float) and GSD_BOUNDS[0] <= spec.gsd <= GSD_BOUNDS[1]
     except (KeyError, TypeError, ValueError):
         valid = False
     if not valid:
-        raise CheckpointError(f"checkpoint {path} has a spec that does not fit {own.name}: {data}")
+        raise CheckpointError(f"checkpoint {path} has a spec that does not fit {own.name}: {shown(data)}")
     if spec.normalisation not in tuple(NORMALISATIONS):
         known = " or ".join(NORMALISATIONS)
-        raise CheckpointError(f"checkpoint {path}: normalisation is {known}, not {spec.normalisation!r}")
+        raise CheckpointError(
+            f"checkpoint {path}: normalisation is {known}, not {shown(repr(spec.normalisation), 80)}"
+        )
     return spec
-
-
-def _one_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from xview_loc.models.base import CrossViewModel
 from xview_loc.models.ccvpe import CCVPE
-from xview_loc.models.checkpoint import CheckpointError, read_torch
+from xview_loc.models.checkpoint import CheckpointError, read_checkpoint, read_torch
 from xview_loc.models.ggcvt import GGCVT
 
 
@@ -16,9 +16,9 @@ def load_pretrained(model: CrossViewModel, path: Path) -> list[str]:
     ``path`` holds the state dict of an EfficientNet-B0 for CCVPE (keys such as ``_conv_stem.weight``), of a
     VGG-16 for GGCVT (torchvision's keys, such as ``features.0.weight``), those of a DataParallel included.
     Code in the file is never run.
-    Raises CheckpointError if it does not fit the backbones, OSError if it cannot be read.
+    Raises CheckpointError if it cannot be read or does not fit the backbones.
     """
-    weights = read_torch(path, path.read_bytes())
+    weights = read_torch(path, read_checkpoint(path))
     state = {key.removeprefix("module."): value for key, value in weights.items()}
     what, backbones, own_key = _backbones(model)
     missing = [key for key in own_key if key not in state and not key.endswith("num_batches_tracked")]
