@@ -447,6 +447,32 @@ def test_a_full_disk_is_reported(finished: Finished) -> None:
     assert "verdict: " in finished.printed and "student.safetensors" in finished.printed
 
 
+def test_flipped_bits_in_stages_are_noticed(finished: Finished, tiny: Checkpoint, tmp_path: Path) -> None:
+    """Damaged labels are made again, a damaged student is never used."""
+    folder = tmp_path / "again"
+    shutil.copytree(finished.folder / "stages", folder / "stages")
+
+    def flip(path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 16
+        path.write_bytes(data)
+
+    run = Distillation(FABRIC, tiny, finished.run.source, folder, options(tiny.model))
+    for labels in (folder / "stages").glob("labels-*.npz"):
+        flip(labels)
+        assert PseudoLabels.load(labels) is None
+    assert np.array_equal(run.run().labels.position, finished.adapted.labels.position)
+    assert all(PseudoLabels.load(labels) for labels in (folder / "stages").glob("labels-*.npz"))
+    student = folder / "stages" / finished.adapted.student.path.parent.name
+    flip(student / BEST_FILE)
+    with pytest.raises(AdaptationError, match=rf"is damaged: .* delete {student} to train"):
+        run.run()
+    flip(student / BEST_FILE)
+    flip(student / "last.pt")
+    with pytest.raises(TrainingError, match=r"last\.pt is damaged"):
+        run.run()
+
+
 def test_results_say_what_they_come_from(
     finished: Finished, tiny: Checkpoint, tiny_city: SimulatedDataset
 ) -> None:

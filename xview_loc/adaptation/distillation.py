@@ -36,7 +36,7 @@ from xview_loc.adaptation.verdict import Verdict, judge
 from xview_loc.datasets.base import JoinedPairs, PairSource, PoseDataset
 from xview_loc.models.base import CrossViewModel
 from xview_loc.models.ccvpe import CCVPE
-from xview_loc.models.checkpoint import Checkpoint, load_checkpoint
+from xview_loc.models.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from xview_loc.statistics import MIN_MEASUREMENTS
 from xview_loc.training.losses import DistillationLoss
 from xview_loc.training.trainer import (
@@ -52,7 +52,7 @@ from xview_loc.training.trainer import (
 
 Array = NDArray[np.float64]
 # Part of every stage's digest: raise it when the content of stages changes.
-_FORMAT = 2
+_FORMAT = 3
 # The same, for smoothed labels only.
 _SMOOTHING_FORMAT = 2
 # (stage, pairs or steps done, total)
@@ -129,8 +129,11 @@ class Student:
     history: list[dict[str, float]] = field(hash=False)
 
     def load(self) -> Checkpoint:
-        """Load the model of the best epoch."""
-        return load_checkpoint(self.path)
+        """Load the model of the best epoch. Raises AdaptationError if the file is damaged."""
+        try:
+            return load_checkpoint(self.path)
+        except CheckpointError as error:
+            raise AdaptationError(f"{error}; delete {self.path.parent} to train this student again") from None
 
 
 @dataclass(frozen=True, eq=False)

@@ -84,7 +84,7 @@ def store_heat_maps(
     for start in range(0, len(index), _BLOCK):
         chosen = index[start : start + _BLOCK]
         file = folder / f"{chosen[0]}.npz"
-        if not fabric.broadcast(file.exists()):
+        if fabric.broadcast(_Block.load(file) is None):
             block, _ = tabulate(fabric, source, chosen, options, table_of, on_pairs, start)
             if block is not None and fabric.is_global_zero:
                 block.save(file)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 
 from xview_loc.datasets.base import PairSource, PoseDataset, Sample
 from xview_loc.errors import UserError
-from xview_loc.files import write_whole
+from xview_loc.files import read_hashed, write_hashed
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -46,15 +45,15 @@ class PairTable:
         """Write an NPZ file, complete or not at all."""
         buffer = io.BytesIO()
         np.savez(buffer, **{f.name: getattr(self, f.name) for f in fields(self)})
-        write_whole(path, buffer.getvalue())
+        write_hashed(path, buffer.getvalue())
 
     @classmethod
     def load(cls, path: Path) -> Self | None:
         """Read what :meth:`save` wrote; None if the file is missing, damaged or of another kind."""
         try:
-            with np.load(path) as content:
+            with np.load(io.BytesIO(read_hashed(path))) as content:
                 return cls(*(content[f.name] for f in fields(cls)))
-        except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
+        except (OSError, KeyError, ValueError):
             return None
 
     @classmethod

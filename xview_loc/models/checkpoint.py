@@ -111,7 +111,9 @@ def load_checkpoint(path: str | os.PathLike[str], expected_model: str | None = N
     else:
         state, metadata = _read_safetensors(path, data)
         if expected_model is not None and metadata["model"] != expected_model:
-            raise CheckpointError(f"checkpoint {path} holds {shown(metadata['model'], 80)}, not {expected_model}")
+            raise CheckpointError(
+                f"checkpoint {path} holds {shown(metadata['model'], 80)}, not {expected_model}"
+            )
     try:
         model = create_model(metadata["model"])
     except ValueError as error:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from xview_loc.datasets.base import Batch, PoseDataset, load_batches
 from xview_loc.errors import UserError, reason
-from xview_loc.files import write_whole
+from xview_loc.files import read_hashed, write_hashed, write_whole
 from xview_loc.models.base import CrossViewModel, ModelSpec
 from xview_loc.models.checkpoint import save_checkpoint, weights_digest
 from xview_loc.training.losses import HeatMapLoss
@@ -228,7 +228,7 @@ def train(
             state |= {"precision": fabric.strategy.precision.state_dict()}
             buffer = io.BytesIO()
             torch.save(state, buffer)
-            write_whole(state_file, buffer.getvalue())
+            write_hashed(state_file, buffer.getvalue())
 
     while progress.epoch < options.epochs:
         data.epoch = progress.epoch
@@ -316,8 +316,10 @@ def _load_state(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
+        # PyTorch's own checks do not notice flipped bits.
+        content = io.BytesIO(read_hashed(path))
         # To the CPU: the model and Adam move each tensor to its device.
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(content, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged archive raises anything
         raise TrainingError(f"{path} is damaged ({type(error).__name__}): delete it to start again") from None
     return state
