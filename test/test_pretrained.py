@@ -89,5 +89,5 @@ def test_wrong_files_are_named_in_one_line(tmp_path: Path) -> None:
     fails(CheckpointError, "vgg16.pth does not fit ggcvt-small.* features", "--model", "ggcvt-small", *init)
     fails(CheckpointError, "does not fit ccvpe-small", "--model", "ccvpe-small", "--init", str(net))
     fails(CheckpointError, "broken.pth is damaged", "--model", "ccvpe-small", "--init", str(broken))
-    fails(FileNotFoundError, "nothing.pth", "--init", str(tmp_path / "nothing.pth"))
+    fails(CheckpointError, "nothing.pth does not exist", "--init", str(tmp_path / "nothing.pth"))
     fails(UsageError, "leave it out with --start", "--start", str(net), "--init", str(net))
