@@ -48,6 +48,7 @@ PARAMETERS: dict[str, Any] = {
     "backend": "torch",
     "allow_untrained": True,
 }
+START_ONLY = [p.name for p in LOCALIZER if p.start_only]
 STOP = (Transition.TRANSITION_DEACTIVATE, Transition.TRANSITION_CLEANUP)
 START = (Transition.TRANSITION_CONFIGURE, Transition.TRANSITION_ACTIVATE)
 PATIENCE_S = 120.0
@@ -118,7 +119,8 @@ class Rig:
 
     def set_parameters(self, **changes: Any) -> None:
         """Set every parameter of a node that is not configured."""
-        values = {p.name: p.default for p in LOCALIZER if p.name != "autostart"} | self.parameters | changes
+        common = {name: value for name, value in self.parameters.items() if name not in START_ONLY}
+        values = {p.name: p.default for p in LOCALIZER if not p.start_only} | common | changes
         request = SetParameters.Request(
             parameters=[Parameter(name, value=value).to_parameter_msg() for name, value in values.items()]
         )
@@ -213,7 +215,9 @@ class Rig:
 def running(domain: int, folder: Path, image_topic: str = "/image") -> Iterator[Rig]:
     """A rig with a node that gives poses; ``folder`` takes its map and its log."""
     aerial = write_geotiff(folder / "map.tif", texture(1200, 1200), LAT, LON, 0.5, "EPSG:32633")
-    parameters = {**PARAMETERS, "map": str(aerial)}
+    # The tests' own folders lie beside this one.
+    reach = {"checkpoint_dirs": [str(folder.parent)], "map_cache_dir": str(folder.parent)}
+    parameters = {**PARAMETERS, "map": str(aerial), "allow_remote_maps": True, **reach}
     node = NodeProcess(domain, folder / "node.txt", parameters, "-r", f"image:={image_topic}")
     try:
         with bench(domain) as b:

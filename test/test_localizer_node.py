@@ -765,6 +765,8 @@ def test_yaml_lists_every_parameter_with_its_default(name, table):
     assert list(written) == [p.name for p in table]
     live = re.findall(r" Live\.\n    (\w+):", text)
     assert live == [p.name for p in table if p.live]
+    start_only = re.findall(r" At the start only\.\n    (\w+):", text)
+    assert start_only == [p.name for p in table if p.start_only]
     for p in table:
         value = written[p.name]
         assert value == p.default or (math.isnan(value) and math.isnan(p.default)), p.name

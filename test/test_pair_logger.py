@@ -356,14 +356,14 @@ def test_a_twist_replaces_the_odometry_while_it_records(logger: tuple[Rig, Path]
 
 
 def test_pairs_without_a_folder_without_a_map_and_with_a_map_out_of_reach(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "bags").write_text("in the way")
     domain = DOMAIN + 1
     with bench(domain) as here:
         node = start(
             tmp_path,
             domain,
             map="",
-            directory=str(tmp_path / "file"),
+            allow_remote_maps=True,
             map_cache_dir=str(tmp_path / "cache"),
             map_deadline_s=1.0,
         )
@@ -377,9 +377,10 @@ def test_pairs_without_a_folder_without_a_map_and_with_a_map_out_of_reach(tmp_pa
 
         try:
             here.wait_diagnosis("not_active", "cannot record into", "no_map")
+            (tmp_path / "bags").unlink()
             rig = Rig(here)
             for map_, problem in (("", "no_map"), ("http://127.0.0.1:9/{z}/{x}/{y}.png", "map:")):
-                again(directory=str(tmp_path / "bags"), map=map_)
+                again(map=map_)
                 rig.ready()
                 rig.drive(40)
                 here.wait_diagnosis(problem, "pairs are stored without tiles")

@@ -1,4 +1,4 @@
-"""Atomic and durable writes, bounded reads, files that carry the digest of their content."""
+"""Atomic and durable writes, bounded reads, files that carry a digest; the folder of what nodes keep."""
 
 from __future__ import annotations
 
@@ -45,6 +45,11 @@ def read_hashed(path: Path) -> bytes:
     if hashlib.sha256(content).digest() != digest:
         raise ValueError(f"{path} does not have the SHA-256 that it carries")
     return content
+
+
+def state_folder() -> Path:
+    """Return the folder of what nodes keep: ``$ROS_HOME/xview_loc``, by default ``~/.ros/xview_loc``."""
+    return Path(os.environ.get("ROS_HOME") or "~/.ros").expanduser() / "xview_loc"
 
 
 def write_whole(path: Path, content: bytes) -> None:

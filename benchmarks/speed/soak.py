@@ -561,6 +561,7 @@ def main() -> int:
             "filter": str(arguments.filter).lower(),
             "shadow_every": 1,
             "shadow_frames": SHADOW_FRAMES,
+            "checkpoint_dirs": [str(folder)],
         }
         rclpy.init()
         rig = Rig(datum, server, folder, rng)

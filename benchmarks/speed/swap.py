@@ -111,7 +111,11 @@ def main() -> int:
         if shipped is None:
             raise SystemExit(f"no weights come with {arguments.model}")
         other = perturbed(arguments.model, folder / "other.safetensors")
-        parameters = {"map": city.write_geotiff(folder / "city.tif"), "model": arguments.model}
+        parameters = {
+            "map": city.write_geotiff(folder / "city.tif"),
+            "model": arguments.model,
+            "checkpoint_dirs": [str(folder)],
+        }
         rclpy.init()
         vehicle = Vehicle()
         with localizer(vehicle, folder / "node.log", parameters) as node:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -24,7 +23,7 @@ MAX_POSITIONS = 1_000_000
 
 Source = Annotated[str, typer.Argument(metavar="MAP", help="GeoTIFF, .mbtiles, .pmtiles or a tile URL.")]
 Headers = Annotated[list[str] | None, typer.Option("--header", help="HTTP header, 'Name: value'.")]
-KeyEnv = Annotated[str, typer.Option(help="Environment variable whose value replaces {key} in the URL.")]
+KeyEnv = Annotated[str, typer.Option(help="Environment variable XVIEW_LOC_... with the key for {key}.")]
 
 
 @app.command()
@@ -96,17 +95,15 @@ def map_options(
     cache_dir: Path | None = None,
     max_zoom: int | None = None,
 ) -> MapOptions:
-    """Make map options from a command's options. Raises UsageError."""
-    from xview_loc.maps.base import MapOptions, default_cache_dir
+    """Make map options from a command's options. Raises UsageError, MapOpenError."""
+    from xview_loc.maps.base import MapOptions, api_key, default_cache_dir
 
     pairs = [header.partition(":") for header in headers or []]
     if any(not colon for _, colon, _ in pairs):
         raise UsageError("--header must be 'Name: value'")
-    if api_key_env and api_key_env not in os.environ:
-        raise UsageError(f"the environment variable {api_key_env} is not set")
     return MapOptions(
         headers={name.strip(): value.strip() for name, _, value in pairs},
-        api_key=os.environ.get(api_key_env) if api_key_env else None,
+        api_key=api_key(api_key_env),
         cache_dir=cache_dir or default_cache_dir(),
         max_zoom=max_zoom,
         deadline_s=30.0,

@@ -122,7 +122,9 @@ def run(plan: Plan, folder: Path) -> Results:
             moving = demo.start_drive(out, *plan.drive(recording=False))
             if first:
                 results.map_path = out / "city.tif"
-                demo.start_localizer(results.map_path, MODEL, PARAMETERS)
+                demo.start_localizer(
+                    results.map_path, MODEL, {**PARAMETERS, "checkpoint_dirs": [str(folder.resolve())]}
+                )
             log = demo.follow(moving, plan.frames, plan.frames / RATE_HZ / LIVE_SPEED)
             # The node reports its weights once per second.
             demo.need(lambda: listener.checkpoint, START_TIMEOUT_S, "the localizer does not report")

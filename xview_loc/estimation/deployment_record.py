@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from xview_loc.errors import UserError, reason
-from xview_loc.files import write_whole
+from xview_loc.files import state_folder, write_whole
 
 # Who put a checkpoint there.
 PARAMETER, DEPLOY, SHADOW, ROLLBACK = "parameter", "deploy", "shadow", "rollback"
@@ -77,5 +76,4 @@ def absolute(path: str) -> str:
 
 def record_path(node: str) -> Path:
     """Return where the node of this full name keeps its record: below ``$ROS_HOME``, by default ~/.ros."""
-    home = Path(os.environ.get("ROS_HOME") or "~/.ros").expanduser()
-    return home / "xview_loc" / f"{node.strip('/').replace('/', '__')}.json"
+    return state_folder() / f"{node.strip('/').replace('/', '__')}.json"

@@ -21,6 +21,7 @@ from xview_loc.errors import UserError
 from xview_loc.geodesy import LocalProjection, wrap_angle
 
 SECRET = "***"
+KEY_PREFIX = "XVIEW_LOC_"
 _RANDOM_SEGMENT = re.compile(r"(?=.*\d)(?=.*[A-Za-z])[\w-]{20,}")
 
 
@@ -43,6 +44,27 @@ class MapUnavailableError(MapError):
 def default_cache_dir() -> Path:
     """Return the default directory of downloaded tiles (under XDG_CACHE_HOME)."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xview_loc" / "tiles"
+
+
+def api_key(variable: str) -> str | None:
+    """Return the key that an environment variable holds, None for "". Raises MapOpenError.
+
+    Variables without KEY_PREFIX are not read: the map's server would receive what they hold.
+    """
+    if not variable:
+        return None
+    if not variable.startswith(KEY_PREFIX):
+        raise MapOpenError(
+            f"the key is not read from {variable}: name a variable that begins with {KEY_PREFIX}"
+        )
+    if variable not in os.environ:
+        raise MapOpenError(f"environment variable {variable} is not set")
+    return os.environ[variable]
+
+
+def is_file_name(source: str) -> bool:
+    """Return True if a map's source is a plain path: no URL, nothing that GDAL reads otherwise."""
+    return not (source.lower().startswith("/vsi") or any(mark in source for mark in ":<"))
 
 
 @dataclass(frozen=True)

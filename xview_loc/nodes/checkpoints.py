@@ -31,6 +31,7 @@ from xview_loc.models.base import CrossViewModel
 from xview_loc.models.checkpoint import CheckpointError, load_checkpoint, load_model, shipped_checkpoint
 from xview_loc.nodes import parameters
 from xview_loc.nodes.diagnostics import WARN, Health
+from xview_loc.nodes.permissions import Permissions
 from xview_loc.nodes.shadow_runner import ShadowOptions, ShadowRunner
 from xview_loc.vehicle.odometry import Odometry
 
@@ -44,16 +45,24 @@ class Checkpoints:
     A change survives a restart of the node: a record of it is kept in a file (``checkpoint_persist``).
     """
 
-    def __init__(self, node: Node, health: Health, candidate_changed: Callable[[bool], object]) -> None:
+    def __init__(
+        self,
+        node: Node,
+        health: Health,
+        permissions: Permissions,
+        candidate_changed: Callable[[bool], object],
+    ) -> None:
         """``candidate_changed`` is called with True before a shadow trial begins, with False as it ends."""
         self.swap: CheckpointSwap | None = None
         self.shadow: ShadowRunner | None = None
         self._node = node
         self._health = health
+        self._permissions = permissions
         self._candidate_changed = candidate_changed
         # The checkpoint asked for last; ~/reload loads it again, also if it was refused.
         self._requested = ""
-        self._storing = False
+        # True while the node itself sets parameters, to what is in use already.
+        self.storing = False
         # The parameters ``model`` and ``checkpoint`` as this class left them, and as the user set them last.
         self._left = self._chosen = self._asked()
         self._file = record_path(node.get_fully_qualified_name())
@@ -80,11 +89,12 @@ class Checkpoints:
         if known is not None and same and known.active.by != PARAMETER:
             weights = known.active
             try:
+                self._permissions.check_checkpoint(weights.path)
                 checkpoint = load_checkpoint(weights.path, name or None)
                 if checkpoint.sha256 != weights.sha256:
                     raise CheckpointError(f"{weights.path} is not what was deployed, its SHA-256 differs")
                 log.info(f"checkpoint {weights.path}, in use before (by {weights.by})")
-            except CheckpointError as error:
+            except (CheckpointError, parameters.ParameterError) as error:
                 checkpoint, path, before = None, self._chosen[1], [known.previous]
                 text = f"{error}; the parameter's checkpoint is used instead ({path or 'none is named'})"
                 log.warning(text)
@@ -185,12 +195,12 @@ class Checkpoints:
 
     def check(self, values: dict[str, Any]) -> None:
         """Raise ParameterError if an open localizer would be left without a checkpoint."""
-        if self.swap is not None and not self._storing and values.get("checkpoint") == "":
+        if self.swap is not None and values.get("checkpoint") == "":
             raise parameters.ParameterError("name a checkpoint's file")
 
     def apply(self, values: dict[str, Any]) -> None:
         """Start what changed parameters of an open localizer ask for."""
-        if self._storing or self.swap is None or self.shadow is None:
+        if self.storing or self.swap is None or self.shadow is None:
             return
         if "checkpoint" in values:
             self._requested = values["checkpoint"]
@@ -204,17 +214,23 @@ class Checkpoints:
                 self.shadow.stop()
 
     def _store(self, **values: str) -> None:
-        self._storing = True
+        self.storing = True
         try:
             self._node.set_parameters([Parameter(name, value=value) for name, value in values.items()])
         finally:
-            self._storing = False
+            self.storing = False
         self._left = self._asked()
 
     async def _on_reload(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         """Load the checkpoint asked for last once more, for instance after its file was replaced."""
         if self.swap is None or not self._requested:
             response.message = "not configured" if self.swap is None else "no checkpoint was named"
+            return response
+        try:
+            # A link may lead elsewhere now.
+            self._permissions.check_checkpoint(self._requested)
+        except parameters.ParameterError as error:
+            response.message = str(error)
             return response
         return await self._verdict(self.swap.load(Path(self._requested)), response)
 

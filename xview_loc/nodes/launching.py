@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import os
 import re
 import sys
 from collections.abc import Iterable, Mapping
@@ -13,7 +12,7 @@ from typing import Any
 
 from xview_loc.doctor import profile_variables
 from xview_loc.errors import UserError, reason
-from xview_loc.files import write_whole
+from xview_loc.files import state_folder, write_whole
 from xview_loc.nodes import parameters
 from xview_loc.nodes.parameters import Parameter
 
@@ -167,7 +166,7 @@ def dds_profile(shipped: Path, image_size: str) -> Path:
         return shipped
     segment = f"<segment_size>{megabytes * 2**20}</segment_size>"
     text = re.sub(r"<segment_size>\d+</segment_size>", segment, shipped.read_text(encoding="utf-8"))
-    folder = Path(os.environ.get("ROS_HOME") or "~/.ros").expanduser() / "xview_loc"
+    folder = state_folder()
     path = folder / f"fastdds_{megabytes}mb.xml"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -100,7 +100,7 @@ class LocalizerNode(VehicleNode):
         self._outputs: Outputs | None = None
         self._filter: PositionFilter | None = None
         super().__init__("localizer")
-        self._checkpoints = Checkpoints(self, self._health, self._listen_to_odometry)
+        self._checkpoints = Checkpoints(self, self._health, self._permissions, self._listen_to_odometry)
         self._requests = Requests(
             self,
             self._health,
@@ -136,8 +136,9 @@ class LocalizerNode(VehicleNode):
 
     def check_parameters(self, values: dict[str, Any]) -> None:
         """Refuse a missing checkpoint, too."""
-        super().check_parameters(values)
-        self._checkpoints.check(values)
+        if not self._checkpoints.storing:
+            super().check_parameters(values)
+            self._checkpoints.check(values)
 
     def apply_parameters(self, values: dict[str, Any]) -> None:
         """Change limits, filter and checkpoints; the rest is read where it is used."""

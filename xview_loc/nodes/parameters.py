@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +14,7 @@ from rclpy.exceptions import InvalidParameterTypeException, InvalidParameterValu
 from rclpy.node import Node
 
 from xview_loc.errors import reason
-from xview_loc.maps.base import MapOptions, default_cache_dir
+from xview_loc.maps.base import MapOptions, api_key, default_cache_dir
 from xview_loc.vehicle.input_types import AUTO, choices
 
 # As in models.runtimes, whose import would load torch into nodes that need no model.
@@ -31,8 +30,8 @@ class ParameterError(ValueError):
 class Parameter:
     """One parameter; ``range`` is inclusive, ``choices`` lists the allowed strings.
 
-    live: set while the node is configured, it applies at once. Others are refused then; ``autostart``, which
-    is read when the process starts, always.
+    live: set while the node is configured, it applies at once. Others are refused then.
+    start_only: can only be given when the process starts.
     """
 
     name: str
@@ -41,17 +40,20 @@ class Parameter:
     range: tuple[float, float] | None = None
     choices: tuple[str, ...] = ()
     live: bool = False
+    start_only: bool = False
 
 
-# Parameters that need cleanup and configure, and live ones.
+# Parameters that need cleanup and configure, live ones, and those of the start.
 P = Parameter
 L = partial(Parameter, live=True)
+S = partial(Parameter, start_only=True)
 # Parameters of every node with a map and a vehicle's inputs.
 _MAP: tuple[Parameter, ...] = (
-    P("autostart", True, "Configure and activate on start; otherwise wait for lifecycle requests."),
+    S("autostart", True, "Configure and activate on start; otherwise wait for lifecycle requests."),
     P("map", "", "Aerial map: GeoTIFF or any GDAL dataset, .mbtiles, .pmtiles, or a URL with {z}/{x}/{y}."),
     P("map_headers", [""], "HTTP headers for the tile server, each 'Name: value'."),
-    P("map_api_key_env", "", "Environment variable that holds the key for {key} in the map's URL."),
+    P("map_api_key_env", "", "Environment variable XVIEW_LOC_... with the key for {key} in the map's URL."),
+    S("allow_remote_maps", False, "Let whoever sets parameters name servers, and send them headers and key."),
     P("map_cache_dir", "", "Folder that caches downloaded tiles; empty: ~/.cache/xview_loc/tiles."),
     P("map_offline", False, "Use cached tiles only, never the network."),
     P("map_max_zoom", 0, "Deepest zoom level of the tile server; 0: as the source declares.", (0, 30)),
@@ -100,6 +102,11 @@ LOCALIZER: tuple[Parameter, ...] = (
     P("model", "ccvpe-small", "Name of the model."),
     L("checkpoint", "", "File of weights; empty: the shipped ones (models ccvpe-small and ggcvt-small)."),
     L("checkpoint_persist", True, "Start with the checkpoint deployed last, unless this file says another."),
+    S(
+        "checkpoint_dirs",
+        [""],
+        "Folders of checkpoints that may be set or deployed; empty: operations.md.",
+    ),
     P("allow_untrained", False, "For tests: run with random weights where none are shipped."),
     P("device", "cpu", "PyTorch device, for example cpu or cuda:0."),
     P(
@@ -211,10 +218,10 @@ def declare(node: Node, parameters: tuple[Parameter, ...]) -> dict[str, str]:
     """
     faults = {}
     for p in parameters:
-        descriptor = ParameterDescriptor(description=p.description, read_only=p.name == "autostart")
+        descriptor = ParameterDescriptor(description=p.description, read_only=p.start_only)
         constraints = ["one of " + ", ".join(p.choices)] if p.choices else []
         if not p.live:
-            constraints.append("set while unconfigured")
+            constraints.append("given at the start" if p.start_only else "set while unconfigured")
         descriptor.additional_constraints = "; ".join(constraints)
         if p.range and isinstance(p.default, float):
             descriptor.floating_point_range = [FloatingPointRange(from_value=p.range[0], to_value=p.range[1])]
@@ -264,21 +271,18 @@ def read(node: Node, parameters: tuple[Parameter, ...]) -> dict[str, Any]:
 
 
 def map_options(values: Mapping[str, Any]) -> MapOptions:
-    """Return the options of the parameters ``map_*``. Raises ParameterError."""
+    """Return the options of the parameters ``map_*``. Raises ParameterError, MapOpenError."""
     headers = {}
     for line in filter(None, values["map_headers"]):
         name, colon, value = line.partition(":")
         if not colon:
             raise ParameterError("map_headers must each read 'Name: value'")
         headers[name.strip()] = value.strip()
-    variable = values["map_api_key_env"]
-    if variable and variable not in os.environ:
-        raise ParameterError(f"environment variable {variable} is not set")
     return MapOptions(
         headers=headers,
-        api_key=os.environ[variable] if variable else None,
+        api_key=api_key(values["map_api_key_env"]),
         max_zoom=values["map_max_zoom"] or None,
         deadline_s=values["map_deadline_s"],
         offline=values["map_offline"],
-        cache_dir=Path(values["map_cache_dir"]) if values["map_cache_dir"] else default_cache_dir(),
+        cache_dir=Path(values["map_cache_dir"] or default_cache_dir()).expanduser(),
     )

@@ -28,6 +28,7 @@ from xview_loc.nodes.diagnostics import WARN, Health
 from xview_loc.nodes.input_checks import InputChecks
 from xview_loc.nodes.inputs import Input, Inputs
 from xview_loc.nodes.optional import cv_bridge_decoder
+from xview_loc.nodes.permissions import Permissions
 from xview_loc.nodes.transforms import Transforms
 from xview_loc.nodes.transitions import transition
 from xview_loc.vehicle import messages as input_messages
@@ -91,6 +92,7 @@ class VehicleNode(LifecycleNode):
         super().__init__(name)
         # What is wrong with parameters given at the start, until they are set to something else.
         self._faults = parameters.declare(self, self.table)
+        self._permissions = Permissions({p.name: self.get_parameter(p.name).value for p in self.table})
         self._health = Health(self.ok_message)
         self._state = "unconfigured"
         self._params: dict[str, Any] = {}
@@ -210,6 +212,7 @@ class VehicleNode(LifecycleNode):
         parameters.check_choices(self.table, values)
         if self._state in CONFIGURED:
             parameters.check_live(self.table, values, self._params)
+        self._permissions.check(values)
 
     def apply_parameters(self, values: dict[str, Any]) -> None:
         """Put changed parameters of a configured node, in ``_params`` already, to use."""
