@@ -58,6 +58,17 @@ def test_jitter_raises_no_alarm(jitter: float) -> None:
     assert missing <= 2 and not any(faults)
 
 
+def test_what_dds_says_it_lost_is_said_at_any_rate() -> None:
+    images = LostImages()
+    for k in range(3):
+        images.lose(30)
+        images.add(START + 3_700_000_000 * k)
+    assert "DDS lost 90 of the last 93 images" in images.lost_by_dds and "qos_depth" in images.lost_by_dds
+    for k in range(3, 103):
+        images.add(START + 3_700_000_000 * k)
+    assert not images.lost_by_dds
+
+
 def stop_and_go() -> np.ndarray:
     """A camera that is triggered once a metre, on a vehicle that drives at 0 to 14 m/s."""
     seconds = np.arange(0.0, 600.0, 0.001)

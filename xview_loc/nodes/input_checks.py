@@ -47,12 +47,18 @@ class InputChecks:
             self._health.count("images_lost", missing)
         self._show()
 
+    def lose_images(self, count: int) -> None:
+        """Take a number of images that DDS lost, count them, and set or clear the condition."""
+        self._health.count("images_lost_by_dds", count)
+        self._images.lose(count)
+        self._show()
+
     def _show(self) -> None:
         problems = {
             "odom_still": self._motion.odom_still,
             "fix_still": self._motion.fix_still,
             "heading_disagrees": self.heading_fault,
-            "images_lost": self._images.fault,
+            "images_lost": self._images.lost_by_dds or self._images.fault,
         }
         for key, text in problems.items():
             if not text:

@@ -12,6 +12,7 @@ from rclpy.lifecycle import LifecycleNode
 from rclpy.qos import QoSCompatibility, QoSProfile, qos_check_compatible
 
 from xview_loc.nodes.diagnostics import WARN, Health
+from xview_loc.nodes.optional import create_subscription
 from xview_loc.vehicle.input_types import AUTO, INPUT_TYPES
 from xview_loc.vehicle.synchronisation import RejectedInput
 
@@ -23,7 +24,7 @@ class Input(NamedTuple):
     """An input of :data:`INPUT_TYPES`, its topic's name.
 
     choice: the name of its type, or AUTO: as published. raw: the callback takes CDR bytes. optional: it need
-    not be published.
+    not be published. lost: called with a number of messages that DDS lost.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Input(NamedTuple):
     choice: str = AUTO
     raw: bool = False
     optional: bool = False
+    lost: Callable[[int], None] | None = None
 
     @property
     def types(self) -> list[str]:
@@ -115,8 +117,8 @@ class Inputs:
                 if name in self._subscriptions:
                     self._node.destroy_subscription(self._subscriptions[name])
                 call = self._guarded(name, wanted.callback)
-                self._subscriptions[name] = self._node.create_subscription(
-                    message_class(types[0]), name, call, self._qos, raw=wanted.raw
+                self._subscriptions[name] = create_subscription(
+                    self._node, wanted.lost, message_class(types[0]), name, call, self._qos, raw=wanted.raw
                 )
                 self._types[name] = types[0]
         if self._types.keys() == self._inputs.keys():

@@ -1,4 +1,4 @@
-"""Packages that are used where a distribution has them: cv_bridge and sensor_msgs_py."""
+"""What is used where a distribution has it: cv_bridge, sensor_msgs_py, events of lost messages."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from rclpy.logging import RcutilsLogger
+from rclpy.node import Node
 from sensor_msgs.msg import PointCloud2, PointField
 from std_msgs.msg import Header
 
@@ -46,6 +47,24 @@ def cv_bridge_decoder(logger: RcutilsLogger) -> Callable[[Any], Image] | None:
         return np.ascontiguousarray(pixels)
 
     return decode
+
+
+def create_subscription(node: Node, lost: Callable[[int], None] | None, *args: Any, **more: Any) -> Any:
+    """Return a subscription of the node that calls ``lost`` with a number of messages that DDS lost.
+
+    It does not where the middleware cannot tell. args, more: those of rclpy's ``create_subscription``.
+    """
+    if lost is None:
+        return node.create_subscription(*args, **more)
+    try:
+        events = import_module("rclpy.event_handler")
+    except ImportError:  # Humble
+        events = import_module("rclpy.qos_event")
+    callbacks = events.SubscriptionEventCallbacks(message_lost=lambda event: lost(event.total_count_change))
+    try:
+        return node.create_subscription(*args, **more, event_callbacks=callbacks)
+    except events.UnsupportedEventTypeError:
+        return node.create_subscription(*args, **more)
 
 
 def cloud_maker() -> MakeCloud | None:

@@ -300,7 +300,8 @@ class VehicleNode(LifecycleNode):
         # fix completes finds them.
         for wanted in self.extra_inputs():
             self._inputs.listen(wanted)
-        self._inputs.listen(Input("image", self._on_image, p["image_transport"], raw=True))
+        image = Input("image", self._on_image, p["image_transport"], raw=True, lost=self._checks.lose_images)
+        self._inputs.listen(image)
         self._inputs.listen(Input("fix", self._on_fix))
         if self.wants_heading():
             self._inputs.listen(Input("heading", self._on_heading, p["heading_source"]))

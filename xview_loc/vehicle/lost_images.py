@@ -1,4 +1,4 @@
-"""Finds images that are missing between the stamps of a camera with a fixed rate. Free of ROS."""
+"""Finds missing images: between the stamps of a camera with a fixed rate, or lost by DDS. Free of ROS."""
 
 from __future__ import annotations
 
@@ -25,16 +25,35 @@ _LIMIT = 0.05
 class LostImages:
     """Counts missing images. Not thread-safe.
 
-    The rate is learned from the stamps. Nothing is missing without a fixed rate, in a pause, or where the
-    rate changes. ``fault`` says in words that too many are missing; "" if not.
+    DDS says what it lost, in any number and at any rate. Stamps show what a driver skipped too: the rate is
+    learned from them, and nothing is missing without a fixed rate, in a pause, or where the rate changes.
+    ``fault`` says in words that too many are missing; "" if not.
     """
 
     def __init__(self) -> None:
         self._last_ns, self._usual_ns = 0, 0.0
+        # Whether the last images arrived, as DDS says.
+        self._arrivals: deque[bool] = deque(maxlen=_WINDOW)
         self._start_again()
+
+    def lose(self, count: int) -> None:
+        """Take a number of images that DDS says it lost."""
+        self._arrivals.extend([False] * min(count, _WINDOW))
+
+    @property
+    def lost_by_dds(self) -> str:
+        """What is wrong with DDS, in words; "" for nothing."""
+        lost = self._arrivals.count(False)
+        if len(self._arrivals) < _ENOUGH or lost <= _LIMIT * len(self._arrivals):
+            return ""
+        return (
+            f"DDS lost {lost} of the last {len(self._arrivals)} images: use the Fast DDS profile, for the "
+            "camera driver too, image_size, and a larger qos_depth"
+        )
 
     def add(self, stamp_ns: int) -> int:
         """Take an image's stamp, later than the last one; return how many are now known to be missing."""
+        self._arrivals.append(True)
         interval = stamp_ns - self._last_ns
         self._last_ns = stamp_ns
         if interval > max(_PAUSE_NS, _PAUSE_INTERVALS * self._usual_ns):
