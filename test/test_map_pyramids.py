@@ -237,6 +237,7 @@ def test_unwritable_cache_costs_only_the_cache(tmp_path):
 
 def test_keys_reach_neither_errors_nor_logs(tmp_path, caplog):
     caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.DEBUG, "httpx")
     secret, other = "s3cret-K3y", "t0ken-in-query"
     with TileServer(None) as server:
         url = server.root + "/{key}/{z}/{x}/{y}.png?token=" + other + "&key={key}"

@@ -62,6 +62,7 @@ def prefetch(
 ) -> None:
     """Download a tile server's imagery into the disk cache, to drive there offline."""
     from xview_loc.maps import open_map
+    from xview_loc.maps.base import redact
     from xview_loc.maps.pyramid import PyramidMap
     from xview_loc.maps.tile_server import HttpSource
     from xview_loc.recordings.tracks import read_track
@@ -78,7 +79,7 @@ def prefetch(
     options = map_options(header, api_key_env, cache_dir, max_zoom)
     with open_map(source, options) as aerial:
         if not isinstance(aerial, PyramidMap) or not isinstance(aerial.source, HttpSource):
-            raise UsageError(f"{source} is not a tile server: there is nothing to download")
+            raise UsageError(f"{redact(source)} is not a tile server: there is nothing to download")
         columns = (TextColumn("tiles"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         done = missing = 0
         with Progress(*columns, console=console) as progress:

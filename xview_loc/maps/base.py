@@ -6,12 +6,11 @@ import logging
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import cv2
 import numpy as np
@@ -22,7 +21,25 @@ from xview_loc.geodesy import LocalProjection, wrap_angle
 
 SECRET = "***"
 KEY_PREFIX = "XVIEW_LOC_"
-_RANDOM_SEGMENT = re.compile(r"(?=.*\d)(?=.*[A-Za-z])[\w-]{20,}")
+# A segment of a path that is no name: long, of letters and digits; names of images may be that, too.
+_RANDOM_SEGMENT = re.compile(
+    r"(?!.*\.(?:tiff?|vrt|jp2|png|jpe?g|webp|img|zip)$)(?=.*\d)(?=.*[A-Za-z])[\w.~%+=-]{16,}"
+)
+_NAME = r"(?i:[\w-]{0,40}(?:key|token|password|passwd|pwd|secret|signature))"
+_SECRET_NAME = re.compile(_NAME)
+_URL = re.compile(
+    r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)(?:[^\s/?#'\"<>]*@)?(?P<host>[^\s/?#'\"<>]*)"
+    r"(?P<path>[^\s?#'\"<>]*)(?P<query>[?#][^\s'\"<>]*)?"
+)
+# Name and value, quoted or not: ``password='a b'``, ``"key": "abc"``, ``<Password>abc``.
+_NAMED = re.compile(
+    rf"({_NAME}(?:\s*=\s*|[\"']\s*:\s*|>))"
+    # Up to a closing quote that ends a word: there may be others, escaped or not.
+    r"""\\*(?:(["']).*?\2(?=[\s&;,)\]}]|$)|["']?[^\s&;,<"'/?]+)"""
+)
+# ``/vsicurl?url=...``, and the databases whose names begin with user and password.
+_VSI_OPTIONS = re.compile(r"(/vsi\w+)\?[^\s'\"<>]*")
+_LOGIN = re.compile(r"(?i)\b((?:OCI|GEOR|GEORASTER):)[^\s'\"<>]+")
 
 
 class MapError(UserError):
@@ -210,22 +227,39 @@ class AerialMap:
         self.close()
 
 
-def redact(source: str, secrets: tuple[str, ...] = ()) -> str:
-    """Hide what may be a key: ``secrets``, the query, credentials, long random-looking path segments."""
+def redact(text: str, secrets: Iterable[str] = ()) -> str:
+    """Hide what may be a key in a map's source or in a message about it.
+
+    Hidden are ``secrets``, quoted for URLs or not; queries, credentials and random-looking path segments of
+    URLs; options of GDAL's names; values of what is called a key, password or token.
+    """
     for secret in secrets:
         if secret:
-            source = source.replace(secret, SECRET)
-    if "://" not in source:
-        return source
-    parts = urlsplit(source)
-    host = parts.netloc.rpartition("@")[2]
-    segments = parts.path.split("/")
-    path = "/".join(SECRET if _RANDOM_SEGMENT.fullmatch(segment) else segment for segment in segments)
-    return f"{parts.scheme}://{host}{path}" + (f"?{SECRET}" if parts.query else "")
+            text = re.sub(_quoted_or_not(secret), SECRET, text)
+    for pattern in (_NAMED, _LOGIN):
+        text = pattern.sub(rf"\1{SECRET}", text)
+    return _URL.sub(_without_credentials, _VSI_OPTIONS.sub(rf"\1?{SECRET}", text))
+
+
+def _without_credentials(url: re.Match[str]) -> str:
+    segments = url["path"].split("/")
+    for i, segment in enumerate(segments):
+        if _RANDOM_SEGMENT.fullmatch(segment) or (i and _SECRET_NAME.fullmatch(segments[i - 1])):
+            segments[i] = SECRET
+    return f"{url['scheme']}{url['host']}{'/'.join(segments)}" + (f"?{SECRET}" if url["query"] else "")
+
+
+def _quoted_or_not(secret: str) -> str:
+    """Return the pattern of a text of which any character may be percent-encoded."""
+    characters = []
+    for c in secret:
+        encoded = "".join(f"%{byte:02x}" for byte in c.encode())
+        characters.append(f"(?:{re.escape(c)}|(?i:{encoded}){'|[+]' if c == ' ' else ''})")
+    return "".join(characters)
 
 
 class LogRedactor(logging.Filter):
-    """Hide secrets of map URLs in log records of the libraries that fetch them."""
+    """Hides secrets of map URLs in log records of the libraries that fetch them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -233,15 +267,14 @@ class LogRedactor(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Replace secrets in the record; no record is dropped."""
-        message = record.getMessage()
-        clean = message
-        for secret in self.secrets:
-            clean = clean.replace(secret, SECRET)
-        if clean != message:
-            record.msg, record.args = clean, None
+        record.msg, record.args = redact(record.getMessage(), self.secrets), None
         return True
+
+    def watch(self, library: str) -> None:
+        """Redact the records of an imported library: filters of a logger do not see those of its children."""
+        for name in [library, *logging.root.manager.loggerDict]:
+            if name == library or name.startswith(f"{library}."):
+                logging.getLogger(name).addFilter(self)
 
 
 LOG_REDACTOR = LogRedactor()
-for _name in ("httpx", "rasterio", "rasterio._env", "rasterio._err", "rasterio._io", "rasterio._base"):
-    logging.getLogger(_name).addFilter(LOG_REDACTOR)

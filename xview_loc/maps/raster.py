@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import product
 from typing import Any
-from urllib.parse import urlsplit
 
 import cv2
 import numpy as np
@@ -21,10 +20,10 @@ from rasterio.transform import Affine
 from rasterio.vrt import WarpedVRT
 from rasterio.warp import transform, transform_bounds
 
+from xview_loc.errors import reason
 from xview_loc.geodesy import LocalProjection
 from xview_loc.maps.base import (
     LOG_REDACTOR,
-    SECRET,
     AerialMap,
     AerialTile,
     MapError,
@@ -36,6 +35,8 @@ from xview_loc.maps.base import (
     redact,
 )
 
+LOG_REDACTOR.watch("rasterio")
+
 
 class RasterMap(AerialMap):
     """Aerial map of a raster in any projection, warped by GDAL while reading."""
@@ -43,8 +44,6 @@ class RasterMap(AerialMap):
     def __init__(self, source: str, options: MapOptions) -> None:
         self._source = source
         self._name = redact(source)
-        if (query := urlsplit(source).query) and "://" in source:
-            LOG_REDACTOR.secrets.add(query)
         self._env = {
             "GDAL_HTTP_TIMEOUT": str(max(1, math.ceil(options.deadline_s))),
             "GDAL_HTTP_MAX_RETRY": "0",
@@ -147,11 +146,8 @@ class RasterMap(AerialMap):
             raise error_type(f"cannot open {self._name}: {self._reason(error)}") from None
 
     def _reason(self, error: Exception) -> str:
-        # GDAL's message may hold the URL with its key.
-        text = (str(error) or type(error).__name__).replace(self._source, self._name)
-        if (query := urlsplit(self._source).query) and "://" in self._source:
-            text = text.replace(query, SECRET)
-        return " ".join(text.split())
+        # GDAL's message may hold the source with its key.
+        return redact(reason(error).replace(self._source, self._name))
 
     def _choose_bands(self, dataset: Any) -> tuple[list[int], int | None]:
         if dataset.crs is None:

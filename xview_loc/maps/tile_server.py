@@ -30,6 +30,15 @@ FIRST_BACKOFF_S = 0.2
 SOCKET_TIMEOUT_S = 5.0
 MISSING_KEPT_S = 86_400.0
 MAX_TILE_BYTES = 16 << 20
+MAX_REDIRECTS = 5
+# Every request is a line at INFO.
+for _library in ("httpx", "httpcore"):
+    logging.getLogger(_library).setLevel(logging.WARNING)
+    LOG_REDACTOR.watch(_library)
+
+
+class _RedirectError(Exception):
+    """A redirection that is not followed; the message says where to."""
 
 
 class HttpSource(TileSource):
@@ -73,7 +82,6 @@ class HttpSource(TileSource):
             httpx.URL(self._url(TileId(0, 0, 0)))
             self._client = httpx.Client(
                 headers={"User-Agent": options.user_agent, **options.headers},
-                follow_redirects=True,
                 limits=httpx.Limits(max_connections=PARALLEL_REQUESTS),
             )
         except (httpx.InvalidURL, ValueError, TypeError):
@@ -162,6 +170,8 @@ class HttpSource(TileSource):
             temporary = True
             try:
                 status, data = self._request(self._url(tile), deadline)
+            except _RedirectError as error:
+                problem, temporary = str(error), False
             except httpx.TimeoutException:
                 problem = "timed out"
             except httpx.RemoteProtocolError:
@@ -194,8 +204,28 @@ class HttpSource(TileSource):
         raise MapUnavailableError(f"{self._describe(tile)}: {problem}")
 
     def _request(self, url: str, deadline: float) -> tuple[int, bytes]:
-        timeout = max(0.05, min(SOCKET_TIMEOUT_S, deadline - time.monotonic()))
-        with self._client.stream("GET", url, timeout=timeout) as response:
+        request = self._client.build_request("GET", url)
+        for _ in range(MAX_REDIRECTS + 1):
+            status, data, onward = self._answer(request, deadline)
+            if onward is None:
+                return status, data
+            if (onward.url.scheme, onward.url.netloc) != (request.url.scheme, request.url.netloc):
+                # It would get headers and key.
+                other = f"{onward.url.scheme}://{onward.url.netloc.decode()}"
+                raise _RedirectError(
+                    f"redirected to {other}, which is not followed: name it in the map's URL"
+                )
+            request = onward
+        raise _RedirectError("redirected without end")
+
+    def _answer(self, request: httpx.Request, deadline: float) -> tuple[int, bytes, httpx.Request | None]:
+        """Return status, body, and where the answer redirects to."""
+        left = max(0.05, min(SOCKET_TIMEOUT_S, deadline - time.monotonic()))
+        request.extensions["timeout"] = httpx.Timeout(left).as_dict()
+        response = self._client.send(request, stream=True)
+        with contextlib.closing(response):
+            if response.next_request is not None:
+                return response.status_code, b"", response.next_request
             chunks, length = [], 0
             for chunk in response.iter_bytes():
                 chunks.append(chunk)
@@ -205,7 +235,7 @@ class HttpSource(TileSource):
                     raise httpx.ReadTimeout("deadline")
                 if length > MAX_TILE_BYTES:
                     raise httpx.DecodingError("too large")
-            return response.status_code, b"".join(chunks)
+            return response.status_code, b"".join(chunks), None
 
     def _keep(self, tile: TileId, data: bytes) -> None:
         if self._cache is not None:

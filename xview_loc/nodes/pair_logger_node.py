@@ -22,7 +22,7 @@ from xview_loc.bags import ros_types
 from xview_loc.bags.writer import BagFullError, BagLimits
 from xview_loc.camera import CameraError, reduce_width
 from xview_loc.images import ImageError, encode_jpeg
-from xview_loc.maps.base import AerialTile
+from xview_loc.maps.base import AerialTile, redact
 from xview_loc.nodes import parameters
 from xview_loc.nodes.diagnostics import ERROR, WARN
 from xview_loc.nodes.inputs import Input
@@ -343,7 +343,7 @@ class PairLoggerNode(VehicleNode):
 def _without_key(source: str) -> str:
     """Return a map's name without what may hold a key: only the host of a tile server."""
     parts = urlsplit(source)
-    return f"{parts.scheme}://{parts.hostname}" if "://" in source else source
+    return f"{parts.scheme}://{parts.hostname}" if "://" in source else redact(source)
 
 
 def main(args: list[str] | None = None) -> int:
