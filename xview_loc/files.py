@@ -8,24 +8,27 @@ import os
 import secrets
 import stat
 from pathlib import Path
+from typing import BinaryIO
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
-def read_regular(path: str | os.PathLike[str], limit: int) -> bytes:
-    """Read a regular file of at most ``limit`` bytes. Raises OSError, also for pipes, devices and folders."""
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a regular file for reading. Raises OSError, also for pipes, devices and folders."""
     # A pipe without a writer would block for ever.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "it is not a regular file")
-        with open(descriptor, "rb", closefd=False) as file:
-            content = file.read(limit + 1) if status.st_size <= limit else b""
-    finally:
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-    if max(len(content), status.st_size) > limit:
-        size = max(len(content), status.st_size)
+        raise OSError(errno.EINVAL, "it is not a regular file")
+    return open(descriptor, "rb")
+
+
+def read_regular(path: str | os.PathLike[str], limit: int) -> bytes:
+    """Read a regular file of at most ``limit`` bytes. Raises OSError, as :func:`open_regular`."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(limit + 1) if size <= limit else b""
+    if (size := max(size, len(content))) > limit:
         raise OSError(errno.EFBIG, f"it has {size / 1e6:.0f} MB, at most {limit / 1e6:.0f} MB are read")
     return content
 

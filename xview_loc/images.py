@@ -72,6 +72,11 @@ _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # Markers that end entropy-coded data: neither a stuffed zero, a restart nor a fill byte.
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 _JPEG_END, _JPEG_SCAN = 0xD9, 0xDA
+# Start of a frame: C0 to CF without the tables DHT, JPG and DAC. Markers without a length: TEM, RST0 to SOI.
+_JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_JPEG_BARE = frozenset((0x01, *range(0xD0, 0xD9)))
+# Most pixels of an image: 8192 x 8192, twice those of a panorama of 8192 x 4096.
+MAX_PIXELS = 1 << 26
 
 
 def decode_image(
@@ -171,8 +176,56 @@ def check_complete(content: bytes) -> None:
         raise ImageError(f"the {kind} image is truncated or damaged ({len(content)} bytes)")
 
 
+def check_size(content: bytes, limit: int = MAX_PIXELS) -> None:
+    """Raise ImageError if a JPEG, PNG or WebP file declares more than ``limit`` pixels, or no size.
+
+    A file of 100 kB may decode to gigabytes.
+    """
+    width, height = _declared_size(content)
+    if width < 1 or height < 1:
+        raise ImageError(f"the image declares no size ({len(content)} bytes)")
+    if width * height > limit:
+        raise ImageError(
+            f"the image has {width} x {height} pixels, at most {limit / 1e6:.0f} million are decoded"
+        )
+
+
+def _declared_size(content: bytes) -> tuple[int, int]:
+    """Return width and height from the header of a JPEG, PNG or WebP file, 0 where it has none."""
+    if content.startswith(_PNG_SIGNATURE + b"\x00\x00\x00\rIHDR"):
+        return int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")
+    if content.startswith(b"\xff\xd8"):
+        return _jpeg_size(content)
+    kind, start = content[12:16], content[20:30]
+    if kind == b"VP8X":  # 24 bits each, minus one
+        return 1 + int.from_bytes(start[4:7], "little"), 1 + int.from_bytes(start[7:10], "little")
+    if kind == b"VP8L":  # 14 bits each, minus one, after a signature byte
+        bits = int.from_bytes(start[1:5], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    if kind == b"VP8 ":  # 14 bits each, after frame tag and start code
+        return int.from_bytes(start[6:8], "little") & 0x3FFF, int.from_bytes(start[8:10], "little") & 0x3FFF
+    return 0, 0
+
+
+def _jpeg_size(content: bytes) -> tuple[int, int]:
+    position = 2
+    while position + 9 <= len(content) and content[position] == 0xFF:
+        marker = content[position + 1]
+        if marker in _JPEG_FRAMES:
+            height, width = content[position + 5 : position + 7], content[position + 7 : position + 9]
+            return int.from_bytes(width, "big"), int.from_bytes(height, "big")
+        if marker == 0xFF:  # fill byte before a marker
+            position += 1
+        elif marker in _JPEG_BARE:
+            position += 2
+        else:
+            position += 2 + int.from_bytes(content[position + 2 : position + 4], "big")
+    return 0, 0
+
+
 def _decode(content: bytes, flags: int) -> NDArray[Any]:
     check_complete(content)
+    check_size(content)
     try:
         pixels = cv2.imdecode(np.frombuffer(content, np.uint8), flags)
     except cv2.error:

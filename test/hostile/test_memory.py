@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +12,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from peak_memory import peak_mb
 
 from xview_loc.errors import LONGEST, shown
 from xview_loc.files import read_hashed, write_hashed
@@ -22,21 +21,6 @@ from xview_loc.models.checkpoint import CheckpointError, load_checkpoint, save_c
 
 NAME = "ccvpe-small"
 WEIGHT = "deconv4.bias"
-# Runs code, then prints the peak of its own memory, MB.
-MEASURED = """{}
-with open("/proc/self/status") as status:
-    print(next(int(line.split()[1]) // 1024 for line in status if line.startswith("VmHWM")))
-"""
-
-
-def peak_mb(code: str, *arguments: object, timeout_s: float = 120.0) -> tuple[int, str]:
-    """Run Python code in a process of its own; return the peak of its memory, MB, and what it printed."""
-    command = [sys.executable, "-c", MEASURED.format(code), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
-    assert done.returncode == 0, done.stderr
-    *printed, peak = done.stdout.splitlines()
-    return int(peak), "\n".join(printed)
-
 
 LOAD = """
 import sys

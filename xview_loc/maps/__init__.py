@@ -26,6 +26,12 @@ def open_map(source: str | Path, options: MapOptions | None = None) -> AerialMap
     if "{z}" in source:
         return PyramidMap(HttpSource(source, options), options)
     suffix = Path(source).suffix.lower()
+    if (
+        "://" not in source
+        and (special := Path(source)).exists()
+        and not (special.is_file() or special.is_dir())
+    ):
+        raise MapOpenError(f"cannot open {source}: it is a pipe or a device, not a file")
     if suffix not in (".mbtiles", ".pmtiles"):
         return RasterMap(source, options)
     if "://" in source:

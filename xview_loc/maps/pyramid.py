@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xview_loc.geodesy import LocalProjection
-from xview_loc.images import Image, ImageError, decode_with_alpha
+from xview_loc.images import Image, ImageError, check_size, decode_with_alpha
 from xview_loc.maps.base import (
     AerialMap,
     AerialTile,
@@ -38,7 +38,10 @@ GRID_NODES = 17
 # A missing tile is enlarged from an ancestor: a server's deepest zoom differs between places.
 OVERZOOM_LEVELS = 2
 MAX_TILES = 400
-DECODED_TILES = 96
+MAX_TILE_SIDE = 4096
+# Pixels of a mosaic: MAX_TILES of 512 x 512. Of the decoded tiles that are kept: 96 of them.
+MAX_MOSAIC_PIXELS = MAX_TILES * 512**2
+DECODED_PIXELS = 96 * 512**2
 PREFETCH_GROUP = 16
 
 
@@ -137,10 +140,11 @@ class PyramidMap(AerialMap):
             max(0, math.floor((grid_y.min() - 2) / side)),
             min(count - 1, math.floor((grid_y.max() + 2) / side)) + 1,
         )
-        if len(columns) * len(rows) > MAX_TILES:
+        count_tiles = len(columns) * len(rows)
+        if count_tiles > MAX_TILES or count_tiles * side**2 > MAX_MOSAIC_PIXELS:
             raise MapError(
                 f"{self.source.name}: its coarsest zoom {self.source.min_zoom} is too fine for this aerial"
-                f" tile ({len(columns) * len(rows)} tiles to merge, at most {MAX_TILES} are supported)"
+                f" tile ({count_tiles} tiles of {side} px to merge, at most {MAX_TILES} of 512 px are)"
             )
         return [((x, y), TileId(zoom, x % count, y)) for y in rows for x in columns]
 
@@ -256,12 +260,13 @@ class PyramidMap(AerialMap):
             for tile in absent:
                 if images[tile] is not None:  # a missing tile may be there later
                     self._decoded[tile] = images[tile]
-            while len(self._decoded) > DECODED_TILES:
+            while len(self._decoded) > max(1, DECODED_PIXELS // self.source.side**2):
                 self._decoded.popitem(last=False)
         return images
 
     def _decode(self, data: bytes, tile: TileId) -> NDArray[np.uint8]:
         try:
+            check_size(data, MAX_TILE_SIDE**2)
             image: NDArray[Any] = decode_with_alpha(data)
             if image.shape[0] != image.shape[1]:
                 raise ImageError(f"not square ({image.shape[1]} x {image.shape[0]} px)")

@@ -12,16 +12,20 @@ import struct
 import tempfile
 import threading
 import time
+import weakref
 import zlib
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import httpx
 
+from xview_loc.errors import shown
+from xview_loc.files import read_regular
 from xview_loc.images import ImageError, check_complete
 from xview_loc.maps.base import LOG_REDACTOR, MapOpenError, MapOptions, MapUnavailableError, redact
-from xview_loc.maps.sources import TileId, TileSource
+from xview_loc.maps.sources import MAX_TILE_BYTES, TileId, TileSource, inflate
 
 LOG = logging.getLogger(__name__)
 PARALLEL_REQUESTS = 8
@@ -29,7 +33,6 @@ ATTEMPTS = 3
 FIRST_BACKOFF_S = 0.2
 SOCKET_TIMEOUT_S = 5.0
 MISSING_KEPT_S = 86_400.0
-MAX_TILE_BYTES = 16 << 20
 MAX_REDIRECTS = 5
 # Every request is a line at INFO.
 for _library in ("httpx", "httpcore"):
@@ -39,6 +42,10 @@ for _library in ("httpx", "httpcore"):
 
 class _RedirectError(Exception):
     """A redirection that is not followed; the message says where to."""
+
+
+class _UnusableAnswerError(Exception):
+    """What a server sent is too large, or encoded as nobody asked for."""
 
 
 class HttpSource(TileSource):
@@ -88,6 +95,8 @@ class HttpSource(TileSource):
             # The error's text may hold the key.
             raise MapOpenError(f"{self.name}: not a valid URL, or a header that cannot be sent") from None
         self._closing = threading.Event()
+        # Connections, to end those on which a server lets an answer drip.
+        self._sockets: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def get(self, tiles: Sequence[TileId], deadline: float) -> dict[TileId, bytes | None]:
         """See :meth:`TileSource.get`."""
@@ -142,6 +151,9 @@ class HttpSource(TileSource):
                     raise error
                 found[tile] = data
         except queue.Empty:
+            for socket in list(self._sockets):
+                with contextlib.suppress(OSError):
+                    socket.shutdown(2)
             late = next(tile for tile in tiles if tile not in found)
             raise MapUnavailableError(f"{self._describe(late)}: no answer before the deadline") from None
         finally:
@@ -176,6 +188,8 @@ class HttpSource(TileSource):
                 problem = "timed out"
             except httpx.RemoteProtocolError:
                 problem = "the connection broke off (truncated answer)"
+            except _UnusableAnswerError as error:
+                problem = f"unusable answer: {error}"
             except httpx.HTTPError as error:
                 # Only the type of the error: its text may hold the URL.
                 problem = f"cannot reach the server ({type(error).__name__})"
@@ -204,7 +218,9 @@ class HttpSource(TileSource):
         raise MapUnavailableError(f"{self._describe(tile)}: {problem}")
 
     def _request(self, url: str, deadline: float) -> tuple[int, bytes]:
-        request = self._client.build_request("GET", url)
+        # Images are compressed already, and httpx unpacks without a limit.
+        headers, trace = {"Accept-Encoding": "identity"}, {"trace": self._notice_connection}
+        request = self._client.build_request("GET", url, headers=headers, extensions=trace)
         for _ in range(MAX_REDIRECTS + 1):
             status, data, onward = self._answer(request, deadline)
             if onward is None:
@@ -227,15 +243,29 @@ class HttpSource(TileSource):
             if response.next_request is not None:
                 return response.status_code, b"", response.next_request
             chunks, length = [], 0
-            for chunk in response.iter_bytes():
+            for chunk in response.iter_raw():
                 chunks.append(chunk)
                 length += len(chunk)
                 if time.monotonic() > deadline:
                     # A socket's timeout bounds a single read; the server may send byte by byte.
                     raise httpx.ReadTimeout("deadline")
                 if length > MAX_TILE_BYTES:
-                    raise httpx.DecodingError("too large")
-            return response.status_code, b"".join(chunks), None
+                    raise _UnusableAnswerError(f"more than {MAX_TILE_BYTES >> 20} MB")
+            data = b"".join(chunks)
+            encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
+            if data and encoding in ("gzip", "x-gzip", "deflate"):
+                try:
+                    data = inflate(data, MAX_TILE_BYTES)
+                except ValueError as error:
+                    raise _UnusableAnswerError(str(error)) from None
+            elif data and encoding not in ("", "identity"):
+                raise _UnusableAnswerError(f"encoded as {shown(encoding, 40)}, which was not asked for")
+            return response.status_code, data, None
+
+    def _notice_connection(self, event: str, info: dict[str, Any]) -> None:
+        """Remember the socket of a new connection; called by httpx at every step of a request."""
+        if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+            self._sockets.add(info["return_value"].get_extra_info("socket"))
 
     def _keep(self, tile: TileId, data: bytes) -> None:
         if self._cache is not None:
@@ -267,7 +297,7 @@ class TileCache:
         """
         path = self._path(tile)
         try:
-            content = path.read_bytes()
+            content = read_regular(path, MAX_TILE_BYTES + self.HEADER.size)
             magic, crc, written = self.HEADER.unpack_from(content)
         except (OSError, struct.error):
             return None
