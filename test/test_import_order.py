@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "xview_loc"
 # From the ground up: a room imports rooms of the lines above its own, never of its own line.
 FLOORS = (
-    "errors files geodesy statistics images report",
+    "children errors files geodesy statistics images report",
     "bags camera maps",
     "models simulation vehicle",
     "estimation recordings",

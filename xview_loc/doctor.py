@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
+from xview_loc.children import isolated_python
 from xview_loc.errors import reason
 
 if TYPE_CHECKING:
@@ -203,7 +204,7 @@ def _ros() -> Iterator[Finding]:
     # In a separate process: loading a missing middleware ends the process.
     try:
         probe = subprocess.run(
-            [sys.executable, "-c", _PROBE], capture_output=True, text=True, timeout=PROBE_TIMEOUT_S
+            isolated_python(_PROBE), capture_output=True, text=True, timeout=PROBE_TIMEOUT_S
         )
     except subprocess.TimeoutExpired:
         text = f"rclpy does not answer within {PROBE_TIMEOUT_S:g} s"

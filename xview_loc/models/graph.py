@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -26,12 +27,14 @@ import torch
 from torch import Tensor, nn
 
 from xview_loc import __version__
+from xview_loc.children import isolated_python
 from xview_loc.errors import UserError, reason
 from xview_loc.files import write_whole
 from xview_loc.models.base import CrossViewModel
 from xview_loc.models.checkpoint import load_checkpoint, save_checkpoint, weights_digest
 from xview_loc.models.inputs import normalise
 
+LOG = logging.getLogger(__name__)
 OPSET = 20
 EXPORT_TIMEOUT_S = 600.0
 GRAPHS_KEPT = 8
@@ -139,7 +142,8 @@ def export(model: CrossViewModel, settings: FrameSettings) -> bytes:
 def kept_graph(model: CrossViewModel, settings: FrameSettings) -> Path:
     """Return the graph's file in ``~/.cache/xview_loc/graphs``; if there is none, export it in a new process.
 
-    The GRAPHS_KEPT files used last are kept. Raises RuntimeUnavailableError.
+    The folder is the user's alone. A damaged file is made anew; the GRAPHS_KEPT files used last are kept.
+    Raises RuntimeUnavailableError.
     """
     digest = hashlib.sha256()
     for source in sorted(Path(__file__).parent.glob("*.py")):
@@ -147,11 +151,10 @@ def kept_graph(model: CrossViewModel, settings: FrameSettings) -> Path:
     digest.update(json.dumps([asdict(settings), torch.__version__, model.spec.to_json()]).encode())
     digest.update(weights_digest(model).encode())
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xview_loc" / "graphs"
-    path = folder / f"{model.spec.name}-{digest.hexdigest()[:16]}.onnx"
+    name = f"{model.spec.name}-{digest.hexdigest()[:16]}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            _export_elsewhere(model, settings, path)
+        _make_private(folder)
+        path = _sound_graph(folder, name) or _new_graph(folder, name, model, settings)
         path.touch()
         by_use = sorted(folder.glob("*.onnx"), key=lambda p: p.stat().st_mtime, reverse=True)
         for old in by_use[GRAPHS_KEPT:]:
@@ -161,13 +164,47 @@ def kept_graph(model: CrossViewModel, settings: FrameSettings) -> Path:
     return path
 
 
+def _make_private(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    status = folder.stat()
+    if status.st_uid != os.getuid():
+        raise PermissionError("it belongs to another user")
+    if status.st_mode & 0o077:
+        folder.chmod(0o700)
+
+
+def _sound_graph(folder: Path, name: str) -> Path | None:
+    """Return the file NAME-DIGEST.onnx whose content has that digest, and delete any other of the name."""
+    for path in folder.glob(f"{name}-*.onnx"):
+        own = path.stat().st_uid == os.getuid()
+        if own and path.name == _hashed_name(name, path):
+            return path
+        LOG.warning("%s is damaged and is made anew", path)
+        path.unlink(missing_ok=True)
+    return None
+
+
+def _new_graph(folder: Path, name: str, model: CrossViewModel, settings: FrameSettings) -> Path:
+    exported = folder / f"{name}-{secrets.token_hex(4)}.new"
+    try:
+        _export_elsewhere(model, settings, exported)
+        return exported.replace(folder / _hashed_name(name, exported))
+    finally:
+        exported.unlink(missing_ok=True)
+
+
+def _hashed_name(name: str, path: Path) -> str:
+    return f"{name}-{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}.onnx"
+
+
 def _export_elsewhere(model: CrossViewModel, settings: FrameSettings, path: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "model.safetensors"
         save_checkpoint(model, checkpoint)
-        command = [sys.executable, "-m", __name__, str(checkpoint), str(path), json.dumps(asdict(settings))]
+        code = f"from {__name__} import main; sys.exit(main(*sys.argv[1:]))"
+        words = str(checkpoint), str(path.absolute()), json.dumps(asdict(settings))
         with subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            isolated_python(code, *words), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         ) as process:
             try:
                 errors = _wait_for_export(process, model.spec.name)
@@ -205,7 +242,3 @@ def main(checkpoint: str, out: str, settings: str) -> int:
         print(reason(error), file=sys.stderr)
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
