@@ -50,8 +50,8 @@ class CheckpointSwap:
     """The active localizer and its replacements.
 
     ``active`` is replaced as a whole: a frame that reads it once never sees mixed weights. Changes run one
-    after another in a thread of their own. Each returns the localizer active afterwards, or raises
-    CheckpointError and changes nothing.
+    after another in a thread of their own, rollbacks in another. Each returns the localizer active
+    afterwards, or raises CheckpointError and changes nothing.
     """
 
     def __init__(
@@ -71,15 +71,24 @@ class CheckpointSwap:
         self._changed = changed
         self._previous: Deployed | Weights | None = previous
         self._closing = threading.Event()
+        # Guards ``active``, what a rollback loads, and the record of changes.
+        self._lock = threading.Lock()
+        # Rises with every rollback, which abandons the changes before it.
+        self._rollbacks = 0
+        self._waiting: Future[Deployed] | None = None
         self._thread = ThreadPoolExecutor(1, "checkpoint", self._enter_thread)
+        self._rollback_thread = ThreadPoolExecutor(1, "rollback", EXPORT_CANCELLED.set, (self._closing,))
 
     def load(self, path: Path) -> Future[Deployed]:
         """Verify the checkpoint at ``path``, then activate it; if it is active already, nothing changes.
 
-        Its weights must be complete and finite, of the same model and inputs, and give a finite heat map of
-        noise.
+        Its weights must be complete and finite, of the same model and inputs, and give a finite pose from
+        noise. A change that still waits for another one is cancelled: only the newest waits.
         """
-        return self._thread.submit(self._load, path)
+        if self._waiting is not None:
+            self._waiting.cancel()
+        self._waiting = self._thread.submit(self._load, path, self._rollbacks)
+        return self._waiting
 
     def prepare(self, path: Path) -> Future[Deployed]:
         """Verify the checkpoint at ``path`` without activating it."""
@@ -90,13 +99,26 @@ class CheckpointSwap:
         return self._thread.submit(self._replace, instead_of, prepared)
 
     def rollback(self) -> Future[Deployed]:
-        """Activate the previous checkpoint again; a second call returns to this one."""
-        return self._thread.submit(self._rollback)
+        """Activate the previous checkpoint again; a second call returns to this one.
+
+        Does not wait for changes under way: they are abandoned.
+        """
+        if self._previous is not None:
+            self._rollbacks += 1
+            if self._waiting is not None:
+                self._waiting.cancel()
+        return self._rollback_thread.submit(self._rollback)
 
     def close(self) -> None:
         """Abandon the change under way, and make no more."""
         self._closing.set()
         self._thread.shutdown(cancel_futures=True)
+        self._rollback_thread.shutdown(cancel_futures=True)
+
+    @property
+    def closing(self) -> bool:
+        """True once :meth:`close` was called."""
+        return self._closing.is_set()
 
     def _enter_thread(self) -> None:
         EXPORT_CANCELLED.set(self._closing)
@@ -104,10 +126,16 @@ class CheckpointSwap:
         if sys.platform == "linux":
             os.nice(NICENESS)
 
-    def _load(self, path: Path) -> Deployed:
+    def _load(self, path: Path, rollbacks: int) -> Deployed:
         if hashlib.sha256(read_checkpoint(path)).hexdigest() == self.active.sha256:
             return self.active
-        return self._use(self._verified(path), DEPLOY)
+        new = self._verified(path)
+        # With the latest tiles encoded, the first frame is as fast as the others.
+        new.localizer.take_over(self.active.localizer)
+        with self._lock:
+            if rollbacks != self._rollbacks:
+                raise CheckpointError(f"{new} is not activated: a rollback was asked for meanwhile")
+            return self._use(new, DEPLOY)
 
     def _verified(self, path: Path) -> Deployed:
         old = self.active.localizer
@@ -131,17 +159,19 @@ class CheckpointSwap:
                 raise CheckpointError(
                     f"the previous checkpoint {previous.path} has changed since it was in use"
                 )
-        return self._use(previous, ROLLBACK)
+        # Its tiles are not encoded before: an answer at once is worth more than a fast first frame.
+        with self._lock:
+            return self._use(previous, ROLLBACK)
 
     def _replace(self, old: Deployed, new: Deployed) -> Deployed:
-        if self.active is not old:
-            raise CheckpointError(f"{new} is not activated: meanwhile {self.active} was")
-        return self._use(new, SHADOW)
+        new.localizer.take_over(old.localizer)
+        with self._lock:
+            if self.active is not old:
+                raise CheckpointError(f"{new} is not activated: meanwhile {self.active} was")
+            return self._use(new, SHADOW)
 
     def _use(self, new: Deployed, by: str) -> Deployed:
         old = self.active
-        # With the latest tiles encoded, the first frame is as fast as the others.
-        new.localizer.take_over(old.localizer)
         self._previous, self.active = old, new
         # It keeps its weights, for a rollback.
         old.localizer.forget_tiles()

@@ -67,9 +67,9 @@ class Checkpoints:
         self._left = self._chosen = self._asked()
         self._file = record_path(node.get_fully_qualified_name())
         self._record: DeploymentRecord | None = None
-        # A service waits for its verdict in a group of its own, so that frames go on meanwhile.
-        waiting = MutuallyExclusiveCallbackGroup()
         for name, call in (("reload", self._on_reload), ("rollback", self._on_rollback)):
+            # Each waits for its verdict in a group of its own: frames go on, and so does the other one.
+            waiting = MutuallyExclusiveCallbackGroup()
             node.create_service(Trigger, f"~/{name}", call, callback_group=waiting)
 
     def load(self) -> CrossViewModel:
@@ -269,9 +269,9 @@ class Checkpoints:
         assert swap is not None
 
         def ended(change: Future[Deployed]) -> None:
-            # Called by the loading thread.
+            # Called by the loading thread, or by the thread that cancels a change.
             if change.cancelled():
-                tell((False, "the node is closing"))
+                tell((False, "the node is closing" if swap.closing else "another change was asked for since"))
                 return
             error = change.exception()
             if error is None:

@@ -76,8 +76,10 @@ class ShadowRunner:
     def stop(self) -> None:
         """End the trial, and remove it from the diagnostics."""
         with self._lock:
-            self._wanted = self._trial = None
+            wanted, self._wanted, self._trial = self._wanted, None, None
             self._health.forget("shadow")
+        if wanted is not None:
+            wanted.cancel()  # if it still waits for another change
 
     def saw(
         self,
