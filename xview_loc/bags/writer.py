@@ -26,6 +26,10 @@ class BagFullError(OSError):
     """The quota or the free-space floor is reached, and nothing may be deleted; the message is one line."""
 
 
+class BagLostError(OSError):
+    """The file being written was deleted, replaced or truncated; the message is one line."""
+
+
 @dataclass(frozen=True)
 class BagLimits:
     """Limits of a bag; bytes and seconds, 0 for no limit.
@@ -46,7 +50,8 @@ class BagWriter:
     """Writes a new rosbag2 directory. Thread-safe.
 
     A thread puts what was written on the disk (chunk closed, fdatasync) every ``FLUSH_S`` seconds. After a
-    failure every further call raises OSError.
+    failure every further call raises OSError. ``lost``: the file being written was deleted or truncated;
+    its messages are counted no more.
     """
 
     def __init__(self, folder: Path, topics: Mapping[str, str], limits: BagLimits | None = None) -> None:
@@ -56,6 +61,7 @@ class BagWriter:
         """
         self.folder = folder
         self.files_deleted = 0
+        self.lost = False
         self._topics = dict(topics)
         self._limits = limits or BagLimits()
         self._lock = threading.RLock()
@@ -75,13 +81,24 @@ class BagWriter:
     def size_bytes(self) -> int:
         """Size of the bag, including what is not on the disk yet."""
         with self._lock:
-            return self._pending + self._written + sum(file.size for file in self._files[:-1])
+            complete = self._files if self.lost else self._files[:-1]
+            return self._pending + self._written + sum(file.size for file in complete)
 
     @property
     def current_file(self) -> str:
         """Name of the file being written."""
         with self._lock:
-            return self._files[-1].name
+            return self._files[-1].name if self._files else ""
+
+    @property
+    def failure(self) -> OSError | None:
+        """What further calls raise, None if nothing failed."""
+        return self._failure
+
+    def count(self, topic: str) -> int:
+        """Return the number of a topic's messages in the files that are still there."""
+        with self._lock:
+            return sum(file.counts[topic] for file in self._files)
 
     def write(self, topic: str, stamp_ns: int, data: bytes, *, may_split: bool = True) -> None:
         """Add a serialized message; without ``may_split``, to the same file as the one before.
@@ -91,6 +108,7 @@ class BagWriter:
         if not 0 <= stamp_ns < 1 << 63:
             raise ValueError(f"a stamp of {stamp_ns} ns cannot be written")
         with self._lock, self._failing():
+            self._check_file()
             if may_split:
                 self.split_if_due()
             self._make_room(len(data))
@@ -101,14 +119,18 @@ class BagWriter:
     def flush(self) -> None:
         """Put everything written so far on the disk. Raises OSError."""
         with self._lock, self._failing():
+            self._check_file()
             if self._pending:
                 self._mcap.flush()
                 os.fdatasync(self._stream.fileno())
                 self._pending, self._written = 0, self._stream.tell()
+                self._check_file()
 
     def split_if_due(self) -> None:
         """Begin a new file if the limits require it. Raises OSError."""
         with self._lock:
+            if self._failure is not None:
+                raise self._failure
             limits, current = self._limits, self._files[-1]
             seconds = (current.end_ns - current.start_ns) / 1e9
             too_long = limits.split_seconds and seconds >= limits.split_seconds
@@ -134,7 +156,8 @@ class BagWriter:
             try:
                 if not self._stream.closed:
                     self._close_file()
-                write_metadata(self.folder, self._files, self._topics)
+                if not self.lost or self.folder.exists():
+                    write_metadata(self.folder, self._files, self._topics)
             except Exception as error:
                 # On a full disk what is still buffered is lost; the rest can be recovered.
                 with suppress(OSError):
@@ -183,6 +206,24 @@ class BagWriter:
         self._files[-1].size = self._written = self._stream.tell()
         self._pending = 0
         self._stream.close()
+
+    def _check_file(self) -> None:
+        """Raise BagLostError unless the file being written is where it was begun, with all its bytes."""
+        path, own = self.folder / self._files[-1].name, os.fstat(self._stream.fileno())
+        try:
+            found = path.stat()
+            problem = "" if os.path.samestat(found, own) else "replaced"
+        except FileNotFoundError:
+            problem = "deleted"
+        if not problem and own.st_size < self._written:
+            problem = "truncated"
+        if problem:
+            self.lost = True
+            with suppress(OSError):
+                self._stream.close()
+            self._files = [file for file in self._files[:-1] if (self.folder / file.name).exists()]
+            self._pending = self._written = 0
+            raise BagLostError(f"{path} was {problem} while it was written")
 
     def _make_room(self, size: int) -> None:
         """Make room for a message of ``size`` bytes. Raises BagFullError."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
 from std_srvs.srv import Trigger
 
 from xview_loc.bags import ros_types
-from xview_loc.bags.writer import BagFullError, BagLimits
+from xview_loc.bags.writer import BagFullError, BagLimits, BagLostError
 from xview_loc.camera import CameraError, reduce_width
 from xview_loc.images import ImageError, encode_jpeg
 from xview_loc.maps.base import AerialTile, redact
@@ -51,6 +52,7 @@ class PairLoggerNode(VehicleNode):
         # The bag that keyframes are accepted for. What the executor queues carries the bag it belongs to.
         self._writer: PairWriter | None = None
         self._failed: PairWriter | None = None
+        self._failing = threading.Lock()
         # Whether the bag's session says where antenna and camera are.
         self._mounted = False
         super().__init__("pair_logger")
@@ -130,6 +132,9 @@ class PairLoggerNode(VehicleNode):
     def before_report(self) -> None:
         """Report pairs, rate and size."""
         writer = self._writer
+        if writer is not None and isinstance(writer.bag.failure, BagLostError):
+            self._recording_failed(writer, writer.bag.failure)
+            writer = self._writer
         self._health.value("recording", "no" if writer is None else str(writer.bag.folder))
         if writer is None:
             return
@@ -181,7 +186,7 @@ class PairLoggerNode(VehicleNode):
             raise OSError(f"cannot record into {folder}: {error.strerror or error}") from None
         self._writer, self._mounted = writer, False
         self._rate = (time.monotonic(), 0)
-        for problem in ("stopped", "disk", "disk_full"):
+        for problem in ("stopped", "disk", "disk_full", "file_lost"):
             self._health.clear(problem)
         self.get_logger().info(f"recording into {folder}")
         return folder
@@ -316,16 +321,38 @@ class PairLoggerNode(VehicleNode):
                 write()
                 return True
             except OSError as error:
-                full = isinstance(error, BagFullError)
-                text = f"recording ended after {writer.pairs} pairs: {error.strerror or error}"
-                self._health.condition("disk_full" if full else "disk", ERROR, text)
-                self.get_logger().error(text)
-                self._failed = writer
-                if self._writer is writer:
-                    self._writer = None
-                self._complete_bag(writer)
+                self._recording_failed(writer, error)
         self._health.count("frames_dropped" if isinstance(item, Keyframe) else "odom_dropped")
         return False
+
+    def _recording_failed(self, writer: PairWriter, error: OSError) -> None:
+        """End a recording; begin another one if its file was deleted. Called by either thread."""
+        with self._failing:
+            if writer is self._failed:
+                return
+            self._failed = writer
+        lost = isinstance(error, BagLostError)
+        key = "file_lost" if lost else "disk_full" if isinstance(error, BagFullError) else "disk"
+        text = f"recording ended after {writer.pairs} pairs: {error.strerror or error}"
+        self._health.condition(key, ERROR, text)
+        self.get_logger().error(text)
+        if self._writer is writer:
+            self._writer = None
+            if lost and self.executor is not None:
+                self.executor.create_task(lambda: self._begin_after(text))
+        self._complete_bag(writer)
+
+    def _begin_after(self, text: str) -> None:
+        """Record into a new bag after ``text`` happened; in the executor's thread."""
+        if self._state != "active" or self._writer is not None:
+            return
+        try:
+            self._begin()
+        except OSError as error:
+            self._health.condition("disk", ERROR, str(error))
+            self.get_logger().error(str(error))
+        else:
+            self._health.condition("file_lost", ERROR, f"{text}; now into another bag")
 
     def _complete_bag(self, writer: PairWriter) -> bool:
         try:

@@ -155,7 +155,12 @@ class PairWriter:
         self._file = ""
         self._tiles: dict[str, int] = {}
         self._last_stamp = 0
-        self.pairs = 0
+        self._pairs = 0
+
+    @property
+    def pairs(self) -> int:
+        """Number of pairs written; without those of a file that was deleted under the writer."""
+        return self.bag.count(IMAGE) if self.bag.lost else self._pairs
 
     def add(self, pair: Pair, tile: AerialTile | None, raw_image: bytes | None = None) -> None:
         """Write a pair and, the first time in each file, its tile.
@@ -187,7 +192,7 @@ class PairWriter:
                 raw_image = serialize(TOPICS[IMAGE], image)
             self.bag.write(IMAGE, stamp, raw_image, may_split=False)
             self._last_stamp = stamp
-            self.pairs += 1
+            self._pairs += 1
 
     def add_odometry(self, stamp: int, data: bytes) -> None:
         """Write the CDR bytes of a ``nav_msgs/Odometry`` unchanged."""
