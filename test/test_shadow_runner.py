@@ -69,6 +69,7 @@ class Rig:
 
     def prepare(self, path: Path) -> Future[Deployed]:
         self.prepared.append(Future())
+        self.prepared[-1].set_running_or_notify_cancel()  # being verified
         return self.prepared[-1]
 
     def use(self, prepared: Deployed, instead_of: Deployed) -> Future[Deployed]:
