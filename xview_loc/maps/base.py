@@ -91,7 +91,8 @@ class MapOptions:
     ``api_key`` replaces ``{key}`` in the URL. Tiles finer than ``max_zoom`` are enlarged from it. In the disk
     cache ``cache_dir`` (None: no cache) the least recently used tiles are deleted above ``cache_mb``;
     ``offline`` reads the cache only. ``deadline_s`` is the longest wait for an aerial tile, all requests and
-    retries included. ``attribution`` replaces the one that the map itself gives.
+    retries included. ``attribution`` replaces the one that the map itself gives. ``confined``: a VRT may show
+    images of its own folder only, and none over the network.
     """
 
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
@@ -103,6 +104,7 @@ class MapOptions:
     deadline_s: float = 10.0
     offline: bool = False
     attribution: str = ""
+    confined: bool = True
 
 
 @dataclass(frozen=True)

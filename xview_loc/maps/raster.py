@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 from rasterio.crs import CRS
 from rasterio.enums import ColorInterp, Resampling
 from rasterio.errors import RasterioError
+from rasterio.io import DatasetReader
 from rasterio.transform import Affine
 from rasterio.vrt import WarpedVRT
 from rasterio.warp import transform, transform_bounds
@@ -34,8 +37,12 @@ from xview_loc.maps.base import (
     NoImageryError,
     redact,
 )
+from xview_loc.maps.vrt import check_vrt, is_vrt
 
 LOG_REDACTOR.watch("rasterio")
+# Formats of images in one file. Others are services, databases, indexes of files, or bytes of any meaning.
+_FORMATS = "GTiff JP2OpenJPEG JP2KAK JP2ECW JP2MrSID ECW MrSID HFA PNG JPEG WEBP BMP GPKG"
+DRIVERS = _FORMATS.split()
 
 
 class RasterMap(AerialMap):
@@ -48,13 +55,19 @@ class RasterMap(AerialMap):
             "GDAL_HTTP_TIMEOUT": str(max(1, math.ceil(options.deadline_s))),
             "GDAL_HTTP_MAX_RETRY": "0",
             "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR" if "://" in source else "FALSE",
+            "GDAL_VRT_ENABLE_PYTHON": "NO",
         }
+        local = os.path.isfile(source)
+        if local and options.confined:
+            # No file beside it leads to a server either.
+            self._env["CPL_VSIL_CURL_ALLOWED_FILENAME"] = "none"
         # A GDAL dataset must not be used by two threads at a time (the process would abort), so each read
         # takes an idle one, or opens another.
         self._idle: list[Any] = []
         self._lock = threading.Lock()
         self._closed = False
         with rasterio.Env(**self._env):
+            self._drivers = self._permitted_drivers(local, options.confined)
             dataset = self._open(MapOpenError)
             self._idle.append(dataset)
             # 1-based indexes of the colour bands (three, or one for grey) and of the alpha band.
@@ -134,14 +147,31 @@ class RasterMap(AerialMap):
             if closed:
                 dataset.close()
 
+    def _permitted_drivers(self, local: bool, confined: bool) -> list[str]:
+        """Return the drivers that may open the source. Raises MapOpenError, also for what a VRT names."""
+        source, following = self._source, [*DRIVERS, "VRT"]
+        if not local:
+            if "<" not in source and ("://" in source or source.startswith("/vsi")):
+                return DRIVERS if confined else following
+            raise MapOpenError(f"cannot open {self._name}: no such file")
+        try:
+            if not is_vrt(source):
+                return DRIVERS
+            for raster in check_vrt(Path(source)) if confined else ():
+                # GDAL would open it with any driver.
+                DatasetReader(str(raster), driver=DRIVERS).close()
+        except (RasterioError, OSError) as error:
+            raise MapOpenError(f"cannot open {self._name}: {self._reason(error)}") from None
+        return following
+
     def _open(self, error_type: type[MapError]) -> Any:
         try:
-            dataset = rasterio.open(self._source)
+            dataset = DatasetReader(self._source, driver=self._drivers)
             if ColorInterp.palette not in dataset.colorinterp:
                 return dataset
             # Colours can be interpolated, palette indices cannot.
             dataset.close()
-            return rasterio.open(f"vrt://{dataset.name}?expand=rgba")
+            return DatasetReader(f"vrt://{dataset.name}?expand=rgba", driver=["VRT"])
         except (RasterioError, OSError, ValueError) as error:
             raise error_type(f"cannot open {self._name}: {self._reason(error)}") from None
 

@@ -50,7 +50,7 @@ S = partial(Parameter, start_only=True)
 # Parameters of every node with a map and a vehicle's inputs.
 _MAP: tuple[Parameter, ...] = (
     S("autostart", True, "Configure and activate on start; otherwise wait for lifecycle requests."),
-    P("map", "", "Aerial map: GeoTIFF or any GDAL dataset, .mbtiles, .pmtiles, or a URL with {z}/{x}/{y}."),
+    P("map", "", "Aerial map: GeoTIFF or other GDAL image, .mbtiles, .pmtiles, or a URL with {z}/{x}/{y}."),
     P("map_headers", [""], "HTTP headers for the tile server, each 'Name: value'."),
     P("map_api_key_env", "", "Environment variable XVIEW_LOC_... with the key for {key} in the map's URL."),
     S("allow_remote_maps", False, "Let whoever sets parameters name servers, and send them headers and key."),
@@ -284,5 +284,6 @@ def map_options(values: Mapping[str, Any]) -> MapOptions:
         max_zoom=values["map_max_zoom"] or None,
         deadline_s=values["map_deadline_s"],
         offline=values["map_offline"],
+        confined=not values["allow_remote_maps"],
         cache_dir=Path(values["map_cache_dir"] or default_cache_dir()).expanduser(),
     )
