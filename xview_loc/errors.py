@@ -20,9 +20,13 @@ def shown(value: object, limit: int = LONGEST) -> str:
 
     Control characters, line breaks, terminal sequences and invisible characters are written as escapes.
     """
-    text = str(value)
-    line = "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
-        for letter in text[: limit + 1]
-    )
+    line = escaped(str(value)[: limit + 1])
     return line if len(line) <= limit else f"{line[: limit - 1]}…"
+
+
+def escaped(text: str, but: str = "") -> str:
+    """Return a text with characters that do not print, but those of ``but``, as escapes."""
+    return "".join(
+        letter if letter.isprintable() or letter in but else letter.encode("unicode_escape").decode()
+        for letter in text
+    )

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import typer
-from rich.console import Console
 
 from xview_loc.cli import adapt, bags, calibrate, deploy, doctor, evaluate, export, maps, simulate, train
-from xview_loc.cli.console import UsageError
+from xview_loc.cli.console import PlainConsole, UsageError
 from xview_loc.doctor import advice_for
 from xview_loc.errors import UserError
 
@@ -30,12 +29,12 @@ def main() -> None:
     try:
         app()
     except (UserError, OSError) as error:
-        Console(stderr=True).print(f"xview-loc: {error}", markup=False, soft_wrap=True)
+        PlainConsole(stderr=True).print(f"xview-loc: {error}", soft_wrap=True)
         raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
     except ModuleNotFoundError as error:
         # A missing module of this package is a bug, not an incomplete installation.
         if error.name is None or error.name.startswith("xview_loc"):
             raise
         text = f"xview-loc: cannot import {error.name}: {advice_for(error.name)}"
-        Console(stderr=True).print(text, markup=False, soft_wrap=True)
+        PlainConsole(stderr=True).print(text, soft_wrap=True)
         raise SystemExit(1) from None

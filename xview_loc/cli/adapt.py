@@ -91,7 +91,7 @@ class _Shared:
 
         teacher = load_model(self.model, self.checkpoint)
         if teacher.note and progress.first:
-            console.print(f"{self.checkpoint}: {teacher.note}", markup=False, soft_wrap=True)
+            console.print(f"{self.checkpoint}: {teacher.note}", soft_wrap=True)
         if self.batch_size is not None:
             more["batch_size"] = self.batch_size
         more["turned"] = self.turn

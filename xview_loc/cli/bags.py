@@ -144,7 +144,7 @@ def import_(
                 except BagError as error:
                     # The other recordings are imported all the same.
                     failures.append(error)
-                    bars.console.print(f"xview-loc: {error}", markup=False, soft_wrap=True)
+                    bars.console.print(f"xview-loc: {error}", soft_wrap=True)
                     continue
                 bars.update(bar, completed=1.0)
                 if result is None:

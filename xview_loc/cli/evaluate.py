@@ -143,7 +143,7 @@ def evaluate(
         fabric = make_fabric(next(net.parameters()).device.type)
         warning = padding_warning(fabric, loaded, data, ReadOptions(prior, workers=workers))
         if warning:
-            console.print(f"warning: {warning}", markup=False, soft_wrap=True)
+            console.print(f"warning: {warning}", soft_wrap=True)
         net.to(device)  # the warning's device may be another one of the same type
         with Progress(console=console, transient=True) as progress:
             bar = progress.add_task("samples", total=len(data))
@@ -179,7 +179,7 @@ def load(model: str, checkpoint: Path | None, heading: Heading) -> Checkpoint:
     if loaded.model.spec.bins == 0 and heading is Heading.unknown:
         raise UsageError(f"{loaded.model.spec.name} needs a known heading")
     if loaded.note:
-        console.print(f"{checkpoint}: {loaded.note}", markup=False, soft_wrap=True)
+        console.print(f"{checkpoint}: {loaded.note}", soft_wrap=True)
     return loaded
 
 
@@ -211,7 +211,7 @@ def print_unreadable(errors: list[UserError]) -> None:
     """Say in one line how many samples were left out, and why the first ones were."""
     more = "; ..." if len(errors) > _NAMED else ""
     reasons = "; ".join(map(str, errors[:_NAMED]))
-    console.print(f"left out {len(errors)} unreadable samples: {reasons}{more}", markup=False, soft_wrap=True)
+    console.print(f"left out {len(errors)} unreadable samples: {reasons}{more}", soft_wrap=True)
 
 
 @contextmanager

@@ -84,7 +84,7 @@ def train(
     except ValueError as error:
         raise UsageError(str(error)) from None
     if started and started.note and first:
-        console.print(f"{start}: {started.note}", markup=False, soft_wrap=True)
+        console.print(f"{start}: {started.note}", soft_wrap=True)
     if init:
         unused = load_pretrained(net, init)
         if first:

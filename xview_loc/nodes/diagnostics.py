@@ -8,6 +8,10 @@ from collections import Counter
 
 from diagnostic_msgs.msg import DiagnosticStatus, KeyValue
 
+from xview_loc.errors import shown
+
+# A line of the log that messages from outside cause is written once in this time, seconds.
+LOG_INTERVAL_S = 1.0
 OK, WARN, ERROR = DiagnosticStatus.OK, DiagnosticStatus.WARN, DiagnosticStatus.ERROR
 
 
@@ -15,7 +19,8 @@ class Health:
     """Counts, conditions and frames of a node. Thread-safe.
 
     A *condition* holds until it is cleared or its time is over; a *frame* is accepted, or rejected for a
-    reason. The status is the worst of all conditions and of the frames since the last report.
+    reason. The status is the worst of all conditions and of the frames since the last report. Messages and
+    values may hold text from outside: they are cut, and escaped.
     """
 
     def __init__(self, ok_message: str) -> None:
@@ -39,10 +44,11 @@ class Health:
     def value(self, key: str, value: object) -> None:
         """Set a key value of the report."""
         with self._lock:
-            self._values[key] = str(value)
+            self._values[key] = shown(value)
 
     def condition(self, key: str, level: bytes, message: str, for_s: float = float("inf")) -> bool:
         """Set a condition, for ``for_s`` seconds; return True if it is new or its message changed."""
+        message = shown(message)
         with self._lock:
             old = self._conditions.get(key)
             self._conditions[key] = (level, message, time.monotonic() + for_s)
@@ -70,6 +76,7 @@ class Health:
 
     def rejected(self, reason: str, message: str) -> bool:
         """Record that a frame was rejected; return True unless the one before was for the same reason."""
+        message = shown(message)
         with self._lock:
             self._counts[f"frames_rejected/{reason}"] += 1
             self._rejections[reason] = message

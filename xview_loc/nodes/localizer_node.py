@@ -18,7 +18,7 @@ import torch
 
 from xview_loc.bags import ros_types
 from xview_loc.camera import CameraError
-from xview_loc.errors import reason
+from xview_loc.errors import reason, shown
 from xview_loc.estimation.localizer import Limits, Localizer, required_tile_px
 from xview_loc.estimation.match_check import MatchCheck
 from xview_loc.estimation.observation import LocalizationError, Observation, PoseEstimate
@@ -30,7 +30,7 @@ from xview_loc.models.graph import RuntimeUnavailableError
 from xview_loc.models.runtimes import choose_backend
 from xview_loc.nodes import parameters
 from xview_loc.nodes.checkpoints import Checkpoints
-from xview_loc.nodes.diagnostics import WARN
+from xview_loc.nodes.diagnostics import LOG_INTERVAL_S, WARN
 from xview_loc.nodes.inputs import Input
 from xview_loc.nodes.outputs import Outputs
 from xview_loc.nodes.process import run
@@ -236,7 +236,7 @@ class LocalizerNode(VehicleNode):
         if frame and frame != base:
             text = f"odom gives velocities of {frame}; they are used as velocities of {base}"
             if self._health.condition("odom_frame", WARN, text):
-                self.get_logger().warning(text)
+                self.get_logger().warning(shown(text), throttle_duration_sec=LOG_INTERVAL_S)
         else:
             self._health.clear("odom_frame")
 

@@ -11,9 +11,10 @@ from rclpy.node import Node
 from std_srvs.srv import SetBool, Trigger
 
 from xview_loc.bags.ros_types import stamp_ns
+from xview_loc.errors import shown
 from xview_loc.estimation.position_filter import WIDEST_M, FilteredPose, PositionFilter
 from xview_loc.geodesy import LocalProjection
-from xview_loc.nodes.diagnostics import WARN, Health
+from xview_loc.nodes.diagnostics import LOG_INTERVAL_S, WARN, Health
 from xview_loc.vehicle.messages import yaw_of
 from xview_loc.vehicle.synchronisation import RejectedInput
 
@@ -57,11 +58,12 @@ class Requests:
             self._health.count(f"initialpose_rejected/{error.reason}")
             text = f"initial pose refused: {error}"
             self._health.condition("initialpose", WARN, text, REFUSAL_SHOWN_S)
-            self._node.get_logger().warning(text)
+            self._node.get_logger().warning(shown(text), throttle_duration_sec=LOG_INTERVAL_S)
             return
         place.restart(pose)
         self._health.clear("initialpose")
-        self._node.get_logger().info(f"the filter starts from the initial pose {pose.lat:.7f} {pose.lon:.7f}")
+        text = f"the filter starts from the initial pose {pose.lat:.7f} {pose.lon:.7f}"
+        self._node.get_logger().info(text, throttle_duration_sec=LOG_INTERVAL_S)
 
     def _on_set_enabled(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:
         self.enabled = bool(request.data)

@@ -13,7 +13,8 @@ from rclpy.qos import DurabilityPolicy, QoSProfile
 from rclpy.time import Time
 
 from xview_loc.bags.ros_types import stamp_ns
-from xview_loc.nodes.diagnostics import WARN, Health
+from xview_loc.errors import shown
+from xview_loc.nodes.diagnostics import LOG_INTERVAL_S, WARN, Health
 from xview_loc.nodes.parameters import ParameterError
 from xview_loc.vehicle.messages import yaw_of
 from xview_loc.vehicle.synchronisation import NS, RejectedInput
@@ -73,7 +74,7 @@ class Transforms:
             if other:
                 text = f"{frames[1]} has two parents, {other} and {frames[0]}: the tree of frames is broken"
                 if self._health.condition("tf_parents", WARN, text, SHOWN_S):
-                    self._node.get_logger().warning(text)
+                    self._node.get_logger().warning(shown(text), throttle_duration_sec=LOG_INTERVAL_S)
         if self.on_new is not None:
             self.on_new()
 

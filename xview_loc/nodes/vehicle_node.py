@@ -19,12 +19,13 @@ from rclpy.qos import HistoryPolicy, QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import CameraInfo, NavSatFix
 
 from xview_loc.camera import CameraModel
+from xview_loc.errors import shown
 from xview_loc.geodesy import LocalProjection
 from xview_loc.maps import open_map
 from xview_loc.maps.base import AerialMap
 from xview_loc.maps.store import TileStore
 from xview_loc.nodes import parameters
-from xview_loc.nodes.diagnostics import WARN, Health
+from xview_loc.nodes.diagnostics import LOG_INTERVAL_S, WARN, Health
 from xview_loc.nodes.input_checks import InputChecks
 from xview_loc.nodes.inputs import Input, Inputs
 from xview_loc.nodes.optional import cv_bridge_decoder
@@ -343,7 +344,7 @@ class VehicleNode(LifecycleNode):
         if jumped_m > 0.0:
             text = f"fixes jumped {jumped_m:.0f} m and stayed there; they are believed again, right or wrong"
             self._health.condition("fix_jump", WARN, text, for_s=FIX_JUMP_SHOWN_S)
-            self.get_logger().warning(text)
+            self.get_logger().warning(shown(text), throttle_duration_sec=LOG_INTERVAL_S)
         self._health.clear("fix")
         self._checks.add_fix(fix)
         self._release()
@@ -392,7 +393,7 @@ class VehicleNode(LifecycleNode):
         if self._camera.distorts and "image_rect" in topic:
             text = f"{topic} is undistorted, as camera_info says; if it is rectified already, set rectified"
             if self._health.condition("rectified", WARN, text):
-                self.get_logger().warning(text)
+                self.get_logger().warning(shown(text), throttle_duration_sec=LOG_INTERVAL_S)
         else:
             self._health.clear("rectified")
 
@@ -423,11 +424,15 @@ class VehicleNode(LifecycleNode):
             return
         self._health.count(f"{topic}_rejected/{error.reason}")
         if self._health.condition(topic, WARN, f"last {topic} refused: {error}"):
-            self.get_logger().warning(f"{topic} refused: {error}")
+            self.get_logger().warning(
+                shown(f"{topic} refused: {error}"), throttle_duration_sec=LOG_INTERVAL_S
+            )
 
     def _reject(self, reason: str, text: str) -> None:
         if self._health.rejected(reason, text):
-            self.get_logger().warning(f"frame rejected: {reason}: {text}")
+            self.get_logger().warning(
+                shown(f"frame rejected: {reason}: {text}"), throttle_duration_sec=LOG_INTERVAL_S
+            )
 
     def _on_restart(self, topic: str, dropped: int) -> None:
         for _ in range(dropped):
@@ -436,7 +441,7 @@ class VehicleNode(LifecycleNode):
         self._velocities = input_messages.VelocityReader()
         self._checks.restart()
         text = f"{topic} stamps went back in time; collected inputs were discarded"
-        self.get_logger().warning(text)
+        self.get_logger().warning(shown(text), throttle_duration_sec=LOG_INTERVAL_S)
         self._health.condition("time_restart", WARN, text, for_s=RESTART_SHOWN_S)
 
     def _release(self) -> None:
