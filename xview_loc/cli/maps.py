@@ -96,15 +96,19 @@ def map_options(
     cache_dir: Path | None = None,
     max_zoom: int | None = None,
 ) -> MapOptions:
-    """Make map options from a command's options. Raises UsageError, MapOpenError."""
-    from xview_loc.maps.base import MapOptions, api_key, default_cache_dir
+    """Make map options from a command's options. Raises UsageError."""
+    from xview_loc.maps.base import MapOpenError, MapOptions, api_key, default_cache_dir
 
     pairs = [header.partition(":") for header in headers or []]
     if any(not colon for _, colon, _ in pairs):
         raise UsageError("--header must be 'Name: value'")
+    try:
+        key = api_key(api_key_env)
+    except MapOpenError as error:
+        raise UsageError(str(error)) from None
     return MapOptions(
         headers={name.strip(): value.strip() for name, _, value in pairs},
-        api_key=api_key(api_key_env),
+        api_key=key,
         cache_dir=cache_dir or default_cache_dir(),
         max_zoom=max_zoom,
         deadline_s=30.0,
