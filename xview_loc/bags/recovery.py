@@ -13,12 +13,15 @@ from mcap.reader import make_reader
 from mcap.records import Channel, Chunk, McapRecord, Message, Schema
 from mcap.stream_reader import StreamReader, breakup_chunk
 from mcap.writer import CompressionType, Writer
+from ruamel.yaml import YAML
 
 from xview_loc.bags.metadata import FileSummary, write_metadata
-from xview_loc.errors import UserError
+from xview_loc.errors import UserError, reason, shown
+from xview_loc.files import open_regular, read_regular
 
 # A longer record has a damaged length.
 _LONGEST_RECORD = 1 << 30
+_MAX_METADATA_BYTES = 16 << 20
 
 
 class BagError(UserError):
@@ -59,7 +62,7 @@ def read_intact(path: Path, damage: Damage) -> Iterator[RawMessage]:
     """
     schemas: dict[int, Schema] = {}
     channels: dict[int, Channel] = {}
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         # A complete file repeats these at its end, out of the damaged chunks.
         try:
             summary = make_reader(file).get_summary()
@@ -120,6 +123,26 @@ def bag_files(folder: Path) -> list[Path]:
     if not files:
         raise BagError(f"{folder} holds no .mcap files")
     return files
+
+
+def check_files(bag: Path) -> None:
+    """Raise BagError if a bag has pipes or devices for files, or names files outside its folder."""
+    folder = bag if bag.is_dir() else bag.parent
+    metadata = folder / "metadata.yaml"
+    files = [metadata, *folder.glob("*.mcap*"), *folder.glob("*.db3*")] if bag.is_dir() else [bag]
+    for file in files:
+        if file.exists() and not file.is_file():
+            raise BagError(f"cannot read {file}: it is not a regular file")
+    if not bag.is_dir() or not metadata.exists():
+        return
+    try:
+        content = YAML(typ="safe").load(read_regular(metadata, _MAX_METADATA_BYTES).decode())
+        names = content["rosbag2_bagfile_information"]["relative_file_paths"]
+        outside = [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]
+    except Exception as error:  # damaged YAML raises anything
+        raise BagError(f"cannot read {metadata}: {reason(error)}") from None
+    if outside:
+        raise BagError(f"{metadata} names a file outside its folder: {shown(outside[0], 200)}")
 
 
 def recover_bag(folder: Path, out: Path) -> Recovery:

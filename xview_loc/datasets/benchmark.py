@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xview_loc.datasets.base import DatasetError
+from xview_loc.errors import reason
+from xview_loc.files import read_regular
 from xview_loc.images import Image, ImageError, decode_compressed
 
 # First and last share of the target area's samples in each part.
@@ -18,12 +21,13 @@ PARTS = {"adapt": (0.0, 0.7), "validation": (0.7, 0.8), "test": (0.8, 1.0)}
 # The authors' release stores its permutation and the panoramas' turns in files. Both come from this seed of
 # NumPy's legacy generator, whose stream never changes.
 _SEED = 0
+_MAX_LIST_BYTES, _MAX_IMAGE_BYTES = 256 << 20, 256 << 20
 
 
 def read_lines(path: Path) -> list[str]:
     """Read the lines of a text file. Raises DatasetError if it cannot be read or is empty."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_regular(path, _MAX_LIST_BYTES).decode().splitlines()
     except FileNotFoundError:
         raise DatasetError(f"{path} does not exist") from None
     except OSError as error:
@@ -38,7 +42,7 @@ def read_lines(path: Path) -> list[str]:
 def read_image(path: Path, named_in: str) -> Image:
     """Read a JPEG or PNG file. Raises DatasetError, which names the line ``named_in`` that lists the file."""
     try:
-        return decode_compressed(path.read_bytes())
+        return decode_compressed(read_regular(path, _MAX_IMAGE_BYTES))
     except FileNotFoundError:
         problem = "does not exist"
     except OSError as error:
@@ -59,11 +63,11 @@ def read_numbers(path: Path) -> NDArray[Any]:
                 raise DatasetError(f"{path} line {number} is not a number: {line!r}") from None
         return np.array(numbers)
     try:
-        values = np.load(path, allow_pickle=False)
+        values = np.load(io.BytesIO(read_regular(path, _MAX_LIST_BYTES)), allow_pickle=False)
     except FileNotFoundError:
         raise DatasetError(f"{path} does not exist") from None
-    except (OSError, ValueError) as error:
-        raise DatasetError(f"{path} is not a .npy file: {error}") from None
+    except Exception as error:  # damaged files raise anything, MemoryError to TokenError
+        raise DatasetError(f"{path} is not a .npy file: {reason(error)}") from None
     if values.ndim != 1 or values.dtype.kind not in "iuf":
         raise DatasetError(f"{path} must hold a list of numbers, not {values.dtype} of shape {values.shape}")
     return values

@@ -14,7 +14,7 @@ from typing import Any
 from rosbags.highlevel import AnyReader
 from rosbags.interfaces import Connection
 
-from xview_loc.bags.recovery import BagError
+from xview_loc.bags.recovery import BagError, check_files
 from xview_loc.bags.ros_types import STORE
 from xview_loc.bags.writer import BagLimits
 from xview_loc.camera import CameraError, CameraModel
@@ -172,6 +172,7 @@ class _TileCutter:
 def _reading(source: Path) -> Iterator[AnyReader]:
     if not source.exists():
         raise BagError(f"cannot read {source}: no such file")
+    check_files(source)
     # Bags of ROS 2 Humble and earlier hold no message definitions.
     reader = AnyReader([source], default_typestore=STORE)
     try:

@@ -39,6 +39,7 @@ from xview_loc.bags.ros_types import (
 from xview_loc.bags.writer import BagLimits, BagWriter
 from xview_loc.camera import CameraModel
 from xview_loc.errors import reason
+from xview_loc.files import open_regular
 from xview_loc.images import Image, decode_compressed, decode_with_alpha
 from xview_loc.maps.base import AerialTile
 from xview_loc.vehicle.messages import camera_from_info, yaw_of
@@ -396,7 +397,7 @@ class PairBag:
         if number not in self._open:
             path = self._paths[number]
             try:
-                file = path.open("rb")
+                file = open_regular(path)
                 reader = make_reader(file, validate_crcs=True)
                 summary = reader.get_summary()
             except Exception as error:

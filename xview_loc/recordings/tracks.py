@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,12 +14,16 @@ from xml.etree import ElementTree
 
 import numpy as np
 from numpy.typing import NDArray
-from rosbags.highlevel import AnyReader, AnyReaderError
+from rosbags.highlevel import AnyReader
 
+from xview_loc.bags.recovery import check_files
 from xview_loc.bags.ros_types import STORE, stamp_ns
 from xview_loc.errors import UserError, reason
+from xview_loc.files import read_regular
 
 FIX_TYPE = "sensor_msgs/msg/NavSatFix"
+# A week at 10 Hz is 200 MB.
+MAX_TRACK_BYTES = 256 << 20
 T = TypeVar("T")
 
 
@@ -84,20 +89,20 @@ def _some(path: Path, read: Callable[[Path], list[T]]) -> list[T]:
 def _read_csv(path: Path) -> list[tuple[int, float, float]]:
     rows: list[tuple[int, float, float]] = []
     try:
-        with path.open(newline="") as file:
+        with io.StringIO(read_regular(path, MAX_TRACK_BYTES).decode(), newline="") as file:
             for row in csv.DictReader(file):
                 # Not as a float, which does not hold nanoseconds since 1970.
                 seconds, _, part = row["stamp"].strip().partition(".")
                 stamp = int(seconds) * 1_000_000_000 + int((part + "0" * 9)[:9])
                 lat, lon = float(row["lat"]), float(row["lon"])
-                if not _plausible(lat, lon):
+                if not (_plausible(lat, lon) and 0 <= stamp < 1 << 63):
                     raise ValueError
                 rows.append((stamp, lat, lon))
     except KeyError as error:
         raise TrackError(
             f"cannot read {path}: it has no column {error}: name the columns stamp, lat and lon"
         ) from None
-    except (TypeError, ValueError, AttributeError):
+    except (TypeError, ValueError, AttributeError, csv.Error):
         raise TrackError(f"cannot read {path}: row {len(rows) + 1} has no valid stamp, lat and lon") from None
     except OSError as error:
         raise TrackError(f"cannot read {path}: {error}") from None
@@ -107,13 +112,13 @@ def _read_csv(path: Path) -> list[tuple[int, float, float]]:
 def _read_gpx(path: Path) -> list[tuple[float, float]]:
     points = []
     try:
-        for _, element in ElementTree.iterparse(path):
+        for _, element in ElementTree.iterparse(io.BytesIO(read_regular(path, MAX_TRACK_BYTES))):
             # The namespace differs between GPX versions; trk, rte and wpt points all have lat and lon.
             if element.tag.rpartition("}")[2] in ("trkpt", "rtept", "wpt"):
                 point = float(element.attrib["lat"]), float(element.attrib["lon"])
                 if _plausible(*point):
                     points.append(point)
-                element.clear()
+            element.clear()
     except (ElementTree.ParseError, OSError) as error:
         raise TrackError(f"cannot read {path}: {error}") from None
     except (KeyError, ValueError):
@@ -123,6 +128,7 @@ def _read_gpx(path: Path) -> list[tuple[float, float]]:
 
 def _read_bag(path: Path, topic: str | None) -> list[tuple[int, float, float]]:
     try:
+        check_files(path)
         # Bags of ROS 2 Humble and earlier hold no message definitions.
         with AnyReader([path], default_typestore=STORE) as reader:
             fixes = [c for c in reader.connections if c.msgtype == FIX_TYPE and topic in (None, c.topic)]
@@ -139,7 +145,7 @@ def _read_bag(path: Path, topic: str | None) -> list[tuple[int, float, float]]:
             return points
     except TrackError:
         raise
-    except (AnyReaderError, OSError, ValueError, AssertionError) as error:
+    except Exception as error:  # damaged files raise anything
         raise TrackError(f"cannot read {path}: {reason(error)}") from None
 
 
