@@ -225,7 +225,7 @@ def _ros() -> Iterator[Finding]:
     else:
         yield Finding(Level.ok, "ros", text)
     if not _importable("tf2_msgs.msg"):
-        advice = "needed only for the parameters publish_tf, camera_frame and antenna_frame"
+        advice = "needed only for the parameters publish_tf, camera_frame, antenna_frame and heading_frame"
         yield Finding(Level.warning, "tf", "no tf2_msgs", advice)
     yield _dds_profile(rmw)
 
