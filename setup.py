@@ -53,6 +53,7 @@ setup(
         "rosbags",
         "ruamel.yaml",
         "safetensors",
+        "simplejpeg",
         "torch",
         "typer>=0.12.4",
     ],

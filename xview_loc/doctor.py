@@ -47,6 +47,7 @@ PACKAGES = {
     "rosbags": "rosbags",
     "ruamel.yaml": "ruamel.yaml",
     "safetensors": "safetensors",
+    "simplejpeg": "simplejpeg",
     "torch": "torch",
     "typer": "typer",
 }

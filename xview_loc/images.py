@@ -9,6 +9,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import simplejpeg
 from numpy.typing import NDArray
 
 # RGB, (height, width, 3).
@@ -69,6 +70,9 @@ ENCODINGS = tuple(_ENCODINGS)
 _LONGEST_PADDING = 256
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_JPEG_SIGNATURE = b"\xff\xd8"
+_EXTRA_BYTES = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
+_PADDING_BYTES = 8
 # Markers that end entropy-coded data: neither a stuffed zero, a restart nor a fill byte.
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 _JPEG_END, _JPEG_SCAN = 0xD9, 0xDA
@@ -132,6 +136,10 @@ def decode_compressed(data: Any) -> Image:
         content = bytes(memoryview(data))
     except TypeError:
         raise ImageError("compressed image data is not a buffer of bytes") from None
+    check_complete(content)
+    check_size(content)
+    if content.startswith(_JPEG_SIGNATURE):
+        return _decode_jpeg(content)
     pixels = _decode(content, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
     return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB).astype(np.uint8, copy=False)
 
@@ -141,6 +149,10 @@ def decode_with_alpha(content: bytes) -> Image:
 
     Raises ImageError if the file is truncated, damaged or no image.
     """
+    check_complete(content)
+    check_size(content)
+    if content.startswith(_JPEG_SIGNATURE):
+        return _decode_jpeg(content)
     pixels = _decode(content, cv2.IMREAD_UNCHANGED)
     if pixels.dtype == np.uint16:
         pixels = (pixels >> 8).astype(np.uint8)
@@ -162,7 +174,7 @@ def check_complete(content: bytes) -> None:
     """
     if content.startswith(_PNG_SIGNATURE):
         kind, complete = "PNG", _png_is_complete(content)
-    elif content.startswith(b"\xff\xd8"):
+    elif content.startswith(_JPEG_SIGNATURE):
         kind, complete = "JPEG", _jpeg_is_complete(content)
     elif content.startswith(b"RIFF") and content[8:12] == b"WEBP":
         kind, complete = "WebP", len(content) >= 8 + int.from_bytes(content[4:8], "little")
@@ -194,7 +206,7 @@ def _declared_size(content: bytes) -> tuple[int, int]:
     """Return width and height from the header of a JPEG, PNG or WebP file, 0 where it has none."""
     if content.startswith(_PNG_SIGNATURE + b"\x00\x00\x00\rIHDR"):
         return int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")
-    if content.startswith(b"\xff\xd8"):
+    if content.startswith(_JPEG_SIGNATURE):
         return _jpeg_size(content)
     kind, start = content[12:16], content[20:30]
     if kind == b"VP8X":  # 24 bits each, minus one
@@ -223,9 +235,24 @@ def _jpeg_size(content: bytes) -> tuple[int, int]:
     return 0, 0
 
 
+def _decode_jpeg(content: bytes) -> Image:
+    """Decode a JPEG file; libjpeg's warnings, which OpenCV hides, count as damage."""
+    try:
+        return _rgb(simplejpeg.decode_jpeg(content, "RGB"))
+    except ValueError as error:
+        text = str(error)
+    # Some cameras pad the data by a few bytes.
+    extra = _EXTRA_BYTES.search(text)
+    if extra is None or int(extra[1]) > _PADDING_BYTES:
+        raise ImageError(f"the JPEG image is damaged ({len(content)} bytes): {text}")
+    return _rgb(simplejpeg.decode_jpeg(content, "RGB", strict=False))
+
+
+def _rgb(pixels: Any) -> Image:
+    return np.asarray(pixels, np.uint8)
+
+
 def _decode(content: bytes, flags: int) -> NDArray[Any]:
-    check_complete(content)
-    check_size(content)
     try:
         pixels = cv2.imdecode(np.frombuffer(content, np.uint8), flags)
     except cv2.error:
