@@ -59,6 +59,12 @@ def stamp(message: Any) -> int:
     return int(message.header.stamp.sec * 10**9 + message.header.stamp.nanosec)
 
 
+def picture(seed: int, colour: Any = (128, 128, 128)) -> np.ndarray:
+    """An image (32, 64, 3) of stripes about a colour, which is its mean."""
+    stripes = np.array([[1] * 8 + [-1] * 8] * 4).reshape(1, 64, 1) * (10 + seed % 7)
+    return np.broadcast_to(np.array(colour, int) + stripes, (32, 64, 3)).astype(np.uint8)
+
+
 def true_place(lat: float = LAT, lon: float = LON) -> tuple[float, float]:
     """Where the stub's peak lies for a fix here."""
     centre = snap_to_grid(lat, lon, SIZE * GSD / 4.0)
@@ -161,9 +167,10 @@ class Rig:
         self.heading.publish(self.header(Imu(orientation=messages.quaternion_of(yaw)), ns))
 
     def send_image(self, ns: int, **changes: Any) -> None:
-        image = Image(height=32, width=64, encoding="rgb8", step=192, data=array.array("B", bytes(6144)))
+        pixels = picture(ns // 1_000_000)
+        image = Image(height=32, width=64, encoding="rgb8", step=192, data=array.array("B", pixels.tobytes()))
         if self.compressed:
-            jpeg = cv2.imencode(".jpg", np.full((32, 64, 3), 90, np.uint8))[1].tobytes()
+            jpeg = cv2.imencode(".jpg", pixels)[1].tobytes()
             image = CompressedImage(format="jpeg", data=array.array("B", jpeg))
         for name, value in changes.items():
             setattr(image, name, value)

@@ -23,7 +23,20 @@ pytest.importorskip("rclpy", reason="ROS 2's Python packages are not installed")
 
 from geometry_msgs.msg import PoseWithCovarianceStamped
 from lifecycle_msgs.msg import Transition
-from localizer_rig import DATUM, LAT, LON, PATIENCE_S, START, STOP, YAW, Rig, running, stamp, true_place
+from localizer_rig import (
+    DATUM,
+    LAT,
+    LON,
+    PATIENCE_S,
+    START,
+    STOP,
+    YAW,
+    Rig,
+    picture,
+    running,
+    stamp,
+    true_place,
+)
 from map_fixtures import TileServer, texture, write_geotiff
 from nav_msgs.msg import Odometry
 from rclpy.serialization import serialize_message
@@ -607,7 +620,8 @@ class Circle:
         rig.odom.publish(rig.header(twist, ns))
         rig.send_fix(ns, *HERE.inverse(*self.at))
         rig.send_heading(ns, yaw)
-        rig.send_image(ns, data=array.array("B", bytes(colour(*self.at)) * (32 * 64)))
+        pixels = picture(self.frames, colour(*self.at))
+        rig.send_image(ns, data=array.array("B", pixels.tobytes()))
 
     def south_m(self) -> float:
         """How far the last pose is south of the vehicle."""

@@ -235,7 +235,9 @@ def test_cv_bridge_converts_what_is_not_known_here_and_is_not_believed_where_it_
         ns = rig.step()
         rig.send_fix(ns)
         rig.send_heading(ns)
-        rig.send_image(ns, data=array.array("B", bytes(32 * image["step"])), **image)
+        # Whatever the step is: stripes of eight bytes.
+        data = array.array("B", (bytes([40] * 8 + [90] * 8) * 160)[: 32 * image["step"]])
+        rig.send_image(ns, data=data, **image)
 
     frame(encoding="inverted", step=64)
     b.wait(lambda: len(rig.poses) > before, what="a pose")

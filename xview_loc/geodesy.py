@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from pyproj import Transformer
+from pyproj import Geod, Transformer
 from pyproj.enums import TransformDirection
 
 # The longest degree of latitude and the largest radius of curvature in the prime vertical (both at the
@@ -21,6 +21,7 @@ from pyproj.enums import TransformDirection
 _MAX_METRES_PER_DEGREE_LAT = 111_694.0
 _MAX_PRIME_VERTICAL_RADIUS = 6_399_594.0
 _CONVERGENCE_STEP_DEG = 1e-4
+_ELLIPSOID = Geod(ellps="WGS84")
 
 
 def _make_transformer(lat: float, lon: float) -> Transformer:
@@ -38,6 +39,11 @@ class _Transformers(threading.local):
 
 
 _TRANSFORMERS = _Transformers()
+
+
+def distance_m(lat: float, lon: float, other_lat: float, other_lon: float) -> float:
+    """Return the distance of two positions, degrees, over the ellipsoid; any distance."""
+    return float(_ELLIPSOID.inv(lon, lat, other_lon, other_lat)[2])
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,12 @@ ENCODINGS = tuple(_ENCODINGS)
 # Rows end at multiples of 256 bytes at most. More means that the encoding is another one.
 _LONGEST_PADDING = 256
 
+# What a camera's image shows: photographs in daylight have a contrast of 170 and more and a noise of 0.03 at
+# most, at an eighth of their light, with the noise of a sensor, 24 and 0.17.
+_LEAST_SIDE, _LEAST_CONTRAST, _MOST_NOISE = 16, 5.0, 0.7
+# About so many rows and columns are examined.
+_ROWS, _COLUMNS = 64, 256
+
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _JPEG_SIGNATURE = b"\xff\xd8"
 _EXTRA_BYTES = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
@@ -159,6 +165,20 @@ def decode_with_alpha(content: bytes) -> Image:
     channels = pixels.shape[2] if pixels.ndim == 3 else 1
     conversion = {1: cv2.COLOR_GRAY2RGB, 3: cv2.COLOR_BGR2RGB, 4: cv2.COLOR_BGRA2RGBA}[channels]
     return cv2.cvtColor(pixels, conversion).astype(np.uint8, copy=False)
+
+
+def check_content(image: Image) -> None:
+    """Raise ImageError if an image of a camera shows nothing: blank, noise alone, or hardly a pixel."""
+    height, width = image.shape[:2]
+    if min(height, width) < _LEAST_SIDE:
+        raise ImageError(f"the image has only {width} x {height} pixels")
+    rows = image[:: max(1, height // _ROWS), :, 1].astype(np.int16)
+    low, high = np.percentile(rows[:, :: max(1, width // _COLUMNS)], (5, 95))
+    if high - low < _LEAST_CONTRAST:
+        raise ImageError(f"the image is blank: most of it has a brightness of {low:.0f} to {high:.0f}")
+    # Neighbours of independent values differ by twice their variance.
+    if np.diff(rows, axis=1).var() > _MOST_NOISE * 2.0 * rows.var():
+        raise ImageError("the image is noise: neighbouring pixels have nothing in common")
 
 
 def encode_jpeg(image: Image, quality: int) -> bytes:

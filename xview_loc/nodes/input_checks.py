@@ -9,6 +9,7 @@ from xview_loc.vehicle.heading_check import HeadingCheck
 from xview_loc.vehicle.lost_images import LostImages
 from xview_loc.vehicle.motion_check import MotionCheck
 from xview_loc.vehicle.odometry import Odometry
+from xview_loc.vehicle.still_image import StillImage
 from xview_loc.vehicle.synchronisation import GnssFix, HeadingSample
 
 
@@ -25,10 +26,20 @@ class InputChecks:
         """What is wrong with the headings; "" for nothing."""
         return str(self._heading.fault or "")
 
+    @property
+    def image_fault(self) -> str:
+        """What is wrong with the images; "" for nothing."""
+        return self._still.fault
+
+    @property
+    def odometry_fault(self) -> str:
+        """How odometry and fixes contradict each other; "" if they do not."""
+        return self._motion.odom_disagrees
+
     def restart(self) -> None:
         """Forget everything, and clear the conditions."""
         self._heading, self._motion = HeadingCheck(self._odometry), MotionCheck(self._odometry)
-        self._images = LostImages()
+        self._images, self._still = LostImages(), StillImage(self._odometry)
         self._show()
 
     def add_heading(self, heading: HeadingSample) -> None:
@@ -38,11 +49,13 @@ class InputChecks:
     def add_fix(self, fix: GnssFix) -> None:
         """Take a fix, and set or clear the conditions."""
         self._motion.add(fix)
+        self._still.add_fix(fix)
         self._heading.add_fix(fix)
         self._show()
 
-    def add_image(self, stamp_ns: int) -> None:
-        """Take an image's stamp, count those missing before it, and set or clear the condition."""
+    def add_image(self, stamp_ns: int, message: bytes) -> None:
+        """Take an image message's CDR bytes, and set or clear the conditions; count those missing before."""
+        self._still.add_image(stamp_ns, message)
         if missing := self._images.add(stamp_ns):
             self._health.count("images_lost", missing)
         self._show()
@@ -57,8 +70,10 @@ class InputChecks:
         problems = {
             "odom_still": self._motion.odom_still,
             "fix_still": self._motion.fix_still,
+            "odom_disagrees": self.odometry_fault,
             "heading_disagrees": self.heading_fault,
             "images_lost": self._images.lost_by_dds or self._images.fault,
+            "image_still": self.image_fault,
         }
         for key, text in problems.items():
             if not text:

@@ -32,7 +32,7 @@ from xview_loc.nodes import parameters
 from xview_loc.nodes.checkpoints import Checkpoints
 from xview_loc.nodes.diagnostics import LOG_INTERVAL_S, WARN
 from xview_loc.nodes.inputs import Input
-from xview_loc.nodes.outputs import Outputs
+from xview_loc.nodes.outputs import FARTHEST_M, Outputs
 from xview_loc.nodes.process import run
 from xview_loc.nodes.requests import Requests
 from xview_loc.nodes.vehicle_node import PairedFrame, VehicleNode
@@ -43,6 +43,8 @@ from xview_loc.vehicle.synchronisation import GnssFix, RejectedInput
 # Longest wait for an aerial tile, which goes on loading for later images. Shorter with the filter, whose pose
 # waits for the heat map.
 TILE_WAIT_S, TILE_WAIT_WITH_FILTER_S = 1.0, 0.2
+# How long fixes agree with each other before one is the datum.
+DATUM_AFTER_S = 3.0
 # Why a frame is rejected after an error: the first that fits.
 _REASONS: dict[type[Exception], str] = {
     ImageError: "image_invalid",
@@ -272,14 +274,17 @@ class LocalizerNode(VehicleNode):
         image = self._image(paired)
         mounting = self._mounting()
         fix, heading = paired.fix, paired.heading
-        if self._filter is not None:
-            fix = self._filter.move(paired.frame.stamp_ns, fix, heading, mounting)
+        moving = self._filter
+        if moving is not None and self._checks.odometry_fault:
+            # One of the two would carry the filter away: it starts anew once they agree.
+            moving.restart()
+            moving = None
+        if moving is not None:
+            fix = moving.move(paired.frame.stamp_ns, fix, heading, mounting)
             if fix is not paired.fix:
                 self._warn_of_unused_fix(paired)
         if fix is None:
             raise RejectedInput("fix_missing", "no usable fix, and the filter has no position either")
-        if outputs.datum is None:
-            outputs.set_datum(fix.lat, fix.lon)
         self._prefetch(fix)
         observation = self._observation(paired, fix, image, mounting)
         try:
@@ -287,11 +292,11 @@ class LocalizerNode(VehicleNode):
             localizer = swap.active.localizer
             localizer.limits = self._limits
             estimate = localizer.localize(observation)
-            if self._filter is not None:
-                self._filter.observe(estimate, mounting, heading is not None)
+            if moving is not None:
+                moving.observe(estimate, mounting, heading is not None)
         finally:
             # Odometry has moved the filter on, also if this image gives no heat map.
-            if self._filter is not None and (filtered := self._filter.pose) is not None:
+            if moving is not None and (filtered := moving.pose) is not None:
                 outputs.publish_filtered(filtered)
         try:
             self._publish(outputs, paired, fix, mounting, estimate)
@@ -325,6 +330,15 @@ class LocalizerNode(VehicleNode):
                 "low_confidence",
                 f"confidence {estimate.confidence:.3f} is below {self._params['min_confidence']:g}",
             )
+        if outputs.datum is None:
+            # A wrong datum would stay until the end: not the first fix, which may be a receiver's old one.
+            if self._agreeing.seconds < DATUM_AFTER_S:
+                text = f"the origin of the map frame waits for fixes that agree for {DATUM_AFTER_S:g} s"
+                raise RejectedInput("datum_pending", f"{text} (or set datum_lat and datum_lon)")
+            outputs.set_datum(fix.lat, fix.lon)
+        elif (away := outputs.from_datum_m(estimate.lat, estimate.lon)) > FARTHEST_M:
+            text = f"the origin of the map frame is {away / 1e3:.0f} km away, further than a plane reaches"
+            raise RejectedInput("datum_far", f"{text}: set datum_lat and datum_lon, or configure again")
         if estimate.at_search_border:
             self._health.count("frames_at_search_border")
             text = "the estimate lies on the edge of the search area; the true position may be outside"

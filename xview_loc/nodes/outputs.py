@@ -23,7 +23,7 @@ from xview_loc.estimation.observation import PoseEstimate
 from xview_loc.estimation.overlay import draw_overlay
 from xview_loc.estimation.position_filter import FilteredPose
 from xview_loc.estimation.shadow import FrameComparison
-from xview_loc.geodesy import LocalProjection, wrap_angle
+from xview_loc.geodesy import LocalProjection, distance_m, wrap_angle
 from xview_loc.nodes.diagnostics import WARN, Health
 from xview_loc.nodes.optional import cloud_maker
 from xview_loc.nodes.shadow_runner import FIGURES
@@ -35,6 +35,8 @@ from xview_loc.vehicle.synchronisation import GnssFix
 UNKNOWN_VARIANCE = 1e6
 # ~/hypotheses: the likeliest cells with this share of the probability, at most so many.
 HYPOTHESES_SHARE, MAX_HYPOTHESES = 0.95, 2000
+# How far poses may be from the datum: the error of the plane's scale is 1.5 m there.
+FARTHEST_M = 50_000.0
 STATUS = ("latency_ms", "inference_ms", "confidence", "tile_age_s", "fix_offset_m")
 
 
@@ -84,6 +86,11 @@ class Outputs:
         self.datum = LocalProjection(lat, lon)
         self._health.value("datum", f"{lat:.9f} {lon:.9f}")
 
+    def from_datum_m(self, lat: float, lon: float) -> float:
+        """Return how far a position, degrees, is from the datum."""
+        assert self.datum is not None
+        return distance_m(self.datum.lat, self.datum.lon, lat, lon)
+
     def publish_estimate(
         self, paired: PairedFrame, fix: GnssFix, mounting: Mounting, estimate: PoseEstimate
     ) -> None:
@@ -129,7 +136,9 @@ class Outputs:
             self._health.value(name, f"{value:.3f}")
 
     def publish_filtered(self, pose: FilteredPose) -> None:
-        """Publish the filter's pose of base_link."""
+        """Publish the filter's pose of base_link, once there is a datum."""
+        if self.datum is None or self.from_datum_m(pose.lat, pose.lon) > FARTHEST_M:
+            return
         place = pose.stamp_ns, pose.lat, pose.lon, pose.covariance
         message = self._map_pose(*place, pose.heading, pose.heading_variance)
         self._filtered_pose.publish(message)

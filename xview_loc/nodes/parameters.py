@@ -143,8 +143,8 @@ LOCALIZER: tuple[Parameter, ...] = (
     ),
     L("min_valid_fraction", 0.9, "Least share of a tile with imagery.", (0.0, 1.0)),
     L("min_confidence", 0.0, "Least confidence of a published pose.", (0.0, 1.0)),
-    P("datum_lat", math.nan, "Latitude of the map frame's origin, degrees; nan: the first fix."),
-    P("datum_lon", math.nan, "Longitude of the map frame's origin, degrees; nan: the first fix."),
+    P("datum_lat", math.nan, "Latitude of the map frame's origin, degrees; nan: the first pose's fix."),
+    P("datum_lon", math.nan, "Longitude of the map frame's origin, degrees; nan: the first pose's fix."),
     *_MOUNTING,
     P(
         "filter",

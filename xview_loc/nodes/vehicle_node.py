@@ -33,6 +33,7 @@ from xview_loc.nodes.permissions import Permissions
 from xview_loc.nodes.transforms import Transforms
 from xview_loc.nodes.transitions import transition
 from xview_loc.vehicle import messages as input_messages
+from xview_loc.vehicle.fix_gate import AgreeingFixes
 from xview_loc.vehicle.mounting import Mounting
 from xview_loc.vehicle.odometry import Odometry, VelocitySample
 from xview_loc.vehicle.pairing import Paired, Pairing
@@ -249,6 +250,7 @@ class VehicleNode(LifecycleNode):
         )
         self._odometry = Odometry(MAX_ODOMETRY_GAP_S)
         self._velocities = input_messages.VelocityReader()
+        self._agreeing = AgreeingFixes()
         self._checks = InputChecks(self._odometry, self._health, self.get_logger())
         self._camera: CameraModel | None = None
         self._motion_start: GnssFix | None = None
@@ -346,6 +348,7 @@ class VehicleNode(LifecycleNode):
             self._health.condition("fix_jump", WARN, text, for_s=FIX_JUMP_SHOWN_S)
             self.get_logger().warning(shown(text), throttle_duration_sec=LOG_INTERVAL_S)
         self._health.clear("fix")
+        self._agreeing.add(fix)
         self._checks.add_fix(fix)
         self._release()
 
@@ -410,7 +413,7 @@ class VehicleNode(LifecycleNode):
         except RejectedInput as error:
             self._reject(error.reason, str(error))
             return
-        self._checks.add_image(stamp)
+        self._checks.add_image(stamp, message)
         delay = (self.get_clock().now().nanoseconds - stamp) / NS
         if abs(delay) > self._params["max_image_delay_s"]:
             text = f"image stamps differ {delay:.1f} s from the node's clock (clocks, or use_sim_time)"
@@ -439,6 +442,7 @@ class VehicleNode(LifecycleNode):
             self._health.count("frames_dropped")
         self._health.count("time_restarts")
         self._velocities = input_messages.VelocityReader()
+        self._agreeing.clear()
         self._checks.restart()
         text = f"{topic} stamps went back in time; collected inputs were discarded"
         self.get_logger().warning(shown(text), throttle_duration_sec=LOG_INTERVAL_S)
@@ -450,6 +454,8 @@ class VehicleNode(LifecycleNode):
                 self._reject(result.reason, str(result))
             elif self._needs_camera_info and result.frame.camera is None:
                 self._reject("camera_info_missing", "no usable camera_info received")
+            elif self._checks.image_fault:
+                self._reject("image_still", self._checks.image_fault)
             elif result.heading and self._params["heading_reject"] and self._checks.heading_fault:
                 self._reject("heading_disagrees", self._checks.heading_fault)
             elif self.hand_over(result):

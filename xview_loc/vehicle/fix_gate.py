@@ -9,8 +9,37 @@ import numpy as np
 from xview_loc.geodesy import LocalProjection
 from xview_loc.vehicle.synchronisation import NS, TOP_SPEED, GnssFix, RejectedInput
 
+# What fixes that agree with each other may be apart, beyond driving.
+AGREEING_M = 40.0
 # Fixes that jumped are believed once they have agreed with each other for this long.
 SETTLED_S = 10.0
+
+
+class AgreeingFixes:
+    """Measures how long the latest fixes have agreed with each other. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._gate = JumpGate(AGREEING_M)
+        self._first_ns: int | None = None
+        self.seconds = 0.0
+
+    def add(self, fix: GnssFix) -> None:
+        """Take a fix, later than the last one."""
+        try:
+            self._gate.admit(fix)
+        except RejectedInput:
+            # Nobody knows which of them is right.
+            self._gate.clear()
+            self._gate.admit(fix)
+            self._first_ns = None
+        if self._first_ns is None:
+            self._first_ns = fix.stamp_ns
+        self.seconds = (fix.stamp_ns - self._first_ns) / NS
+
+    def clear(self) -> None:
+        """Forget all fixes."""
+        self._gate.clear()
+        self._first_ns, self.seconds = None, 0.0
 
 
 class JumpGate:

@@ -15,12 +15,13 @@ from xview_loc.bags import ros_types
 from xview_loc.bags.ros_types import stamp_ns
 from xview_loc.camera import CameraModel
 from xview_loc.geodesy import true_yaw, wrap_angle, yaw_from_azimuth
-from xview_loc.images import ENCODINGS, decode_compressed, decode_image
+from xview_loc.images import ENCODINGS, check_content, decode_compressed, decode_image
 from xview_loc.vehicle.odometry import VelocitySample
 from xview_loc.vehicle.synchronisation import (
     NS,
     RESTART_NS,
     TOP_SPEED,
+    TOP_YAW_RATE,
     GnssFix,
     HeadingSample,
     RejectedInput,
@@ -30,6 +31,7 @@ from xview_loc.vehicle.synchronisation import (
 # Standard deviation of an unknown direction: that of the uniform distribution on the circle.
 _UNIFORM_STD = math.pi / math.sqrt(3.0)
 _LEAST_FIX_VARIANCE = 0.01**2
+_LARGEST_SIGMA_M = 10_000.0
 _COVARIANCE_UNKNOWN = 0  # sensor_msgs/NavSatFix.COVARIANCE_TYPE_UNKNOWN
 
 
@@ -58,16 +60,19 @@ def _checked_stamp(ns: int) -> int:
 def rgb_from_image(
     message: Any, decode_other: Callable[[Any], NDArray[np.uint8]] | None = None
 ) -> NDArray[np.uint8]:
-    """Decode an Image or a CompressedImage to RGB. Raises ImageError.
+    """Decode an Image or a CompressedImage to RGB. Raises ImageError, also if it shows nothing.
 
     decode_other: decodes an Image whose encoding is not among ``ENCODINGS``.
     """
     if hasattr(message, "format"):
-        return decode_compressed(bytes(message.data))
-    if decode_other is not None and message.encoding not in ENCODINGS:
-        return decode_other(message)
-    size = (message.height, message.width, message.step)
-    return decode_image(message.encoding, *size, message.data, bool(message.is_bigendian))
+        image = decode_compressed(bytes(message.data))
+    elif decode_other is not None and message.encoding not in ENCODINGS:
+        image = decode_other(message)
+    else:
+        size = (message.height, message.width, message.step)
+        image = decode_image(message.encoding, *size, message.data, bool(message.is_bigendian))
+    check_content(image)
+    return image
 
 
 def camera_from_info(message: Any, rectified: bool = False) -> CameraModel:
@@ -130,6 +135,8 @@ def fix_from_navsat(message: Any, min_status: int, max_sigma_m: float) -> GnssFi
             # No receiver is more accurate than a centimetre, in any direction.
             horizontal += max(0.0, _LEAST_FIX_VARIANCE - least) * np.eye(2)
             sigma = math.sqrt(largest)
+            if sigma > _LARGEST_SIGMA_M:
+                raise RejectedInput("fix_sigma", f"fix sigma is {sigma / 1e3:.0f} km: no position")
             if 0 < max_sigma_m < sigma:
                 raise RejectedInput("fix_sigma", f"fix sigma {sigma:.1f} m is above {max_sigma_m:g} m")
     altitude = message.altitude if math.isfinite(message.altitude) else 0.0
@@ -202,7 +209,7 @@ class VelocityReader:
         """Return the velocity, None for a first pose without a twist.
 
         The difference of two poses is stamped halfway between them. Raises RejectedInput for a velocity that
-        is not finite or above ``TOP_SPEED``, StampNotNewerError between poses.
+        is not finite, above ``TOP_SPEED`` or ``TOP_YAW_RATE``, StampNotNewerError between poses.
         """
         stamp, twist = valid_stamp_ns(message), _twist_of(message)
         velocity = (float(twist.linear.x), float(twist.linear.y), float(twist.angular.z))
@@ -247,6 +254,9 @@ class _PlanarPose:
 def _plausible(sample: VelocitySample) -> VelocitySample:
     if not all(math.isfinite(v) for v in (sample.forward, sample.left, sample.yaw_rate)):
         raise RejectedInput("odom_not_finite", "odometry has a velocity that is not a number")
+    if abs(sample.yaw_rate) > TOP_YAW_RATE:
+        text = f"odometry turns by {sample.yaw_rate:.1f} rad/s, more than {TOP_YAW_RATE:g}"
+        raise RejectedInput("odom_turns_too_fast", text)
     speed = math.hypot(sample.forward, sample.left)
     if speed > TOP_SPEED:
         raise RejectedInput("odom_too_fast", f"odometry says {speed:.0f} m/s, more than {TOP_SPEED:.0f}")

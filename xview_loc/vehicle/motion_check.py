@@ -19,13 +19,16 @@ _STEPS, _LONGEST_NS, _STRAIGHT_SHARE = 3, 20 * NS, 0.7
 _STILL_SHARE = 0.1
 # Way after which a fix cannot be exactly the same, and how often that is examined.
 _SAME_FIX_M, _EXAMINE_NS = 100.0, NS
+# Odometry and fixes are compared over this time; they contradict each other if their ways from end to end
+# differ by this much, and so many sigma of either fix.
+_COMPARED_NS, _APART_BOTH_M, _APART_BOTH_SIGMAS = 5 * NS, 40.0, 5.0
 
 
 class MotionCheck:
     """Finds odometry that stands still while the fixes move, and a fix that does while the odometry moves.
 
-    ``odom_still`` and ``fix_still`` say so in words, until the two agree again; "" for nothing. Not
-    thread-safe.
+    Also odometry and fixes that move far apart within seconds. ``odom_still``, ``fix_still`` and
+    ``odom_disagrees`` say so in words, until the two agree again; "" for nothing. Not thread-safe.
     """
 
     def __init__(self, odometry: Odometry) -> None:
@@ -33,12 +36,34 @@ class MotionCheck:
         self._places: deque[GnssFix] = deque(maxlen=_STEPS + 1)
         self._same: GnssFix | None = None
         self._examined_ns = 0
-        self.odom_still = self.fix_still = ""
+        self._recent: deque[GnssFix] = deque()
+        self.odom_still = self.fix_still = self.odom_disagrees = ""
 
     def add(self, fix: GnssFix) -> None:
         """Take a fix, later than the last one."""
         self._see_odometry(fix)
         self._see_fix(fix)
+        self._compare(fix)
+
+    def _compare(self, fix: GnssFix) -> None:
+        recent = self._recent
+        recent.append(fix)
+        while fix.stamp_ns - recent[0].stamp_ns > _COMPARED_NS:
+            recent.popleft()
+        motion = self._odometry.between(recent[0].stamp_ns, fix.stamp_ns)
+        if motion is None:
+            return
+        driven, moved = math.hypot(motion.forward, motion.left), _distance(recent[0], fix)
+        sigma = max(recent[0].sigma, fix.sigma)
+        apart = max(_APART_BOTH_M, _APART_BOTH_SIGMAS * sigma)
+        if abs(driven - moved) > apart:
+            seconds = (fix.stamp_ns - recent[0].stamp_ns) / NS
+            self.odom_disagrees = (
+                f"in {seconds:.0f} s odometry went {driven:.0f} m and the fixes {moved:.0f} m: "
+                "one of them is wrong"
+            )
+        elif abs(driven - moved) < apart / 2.0 and fix.stamp_ns - recent[0].stamp_ns > _COMPARED_NS / 2:
+            self.odom_disagrees = ""
 
     def _see_odometry(self, fix: GnssFix) -> None:
         places = self._places

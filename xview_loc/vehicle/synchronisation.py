@@ -23,6 +23,8 @@ RESTART_NS = NS // 2
 _KEEP = 512
 # Speed that no vehicle on a road exceeds, m/s.
 TOP_SPEED = 50.0
+# Rate at which no vehicle turns, rad/s: a small robot on the spot.
+TOP_YAW_RATE = 6.0
 
 
 class RejectedInput(Exception):  # noqa: N818 - it names what happened to the message
