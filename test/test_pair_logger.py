@@ -115,7 +115,7 @@ class Rig:
         fix.position_covariance = [9.0, 0.0, 0.0, 0.0, 16.0, 0.0, 0.0, 0.0, 50.0]
         fix.position_covariance_type = NavSatFix.COVARIANCE_TYPE_KNOWN
         self.fix.publish(fix)
-        pixels = texture(48, 64, self.at % 1000)
+        pixels = texture(48, 64, self.at // 10**8 % 1000)
         if self.compressed:
             data = bytes(cv2.imencode(".jpg", pixels)[1]) if image is None else image
             message: Any = self.stamped(CompressedImage(format="rgb8; jpeg compressed bgr8"))

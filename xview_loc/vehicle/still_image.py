@@ -6,8 +6,8 @@ from xview_loc.geodesy import distance_m
 from xview_loc.vehicle.odometry import Odometry
 from xview_loc.vehicle.synchronisation import GnssFix
 
-# Of a message's bytes every so many are compared: a sensor's noise changes them.
-_EVERY = 499
+# About so many of a message's bytes are compared: a sensor's noise changes them.
+_BYTES = 8192
 # Equal images, the vehicle's way by odometry, and by fixes: at least this and so many sigma.
 _IMAGES, _WAY_M, _APART_M, _APART_SIGMAS = 3, 5.0, 15.0, 4.0
 _FIRST_PIXEL = 100
@@ -26,7 +26,7 @@ class StillImage:
     def add_image(self, stamp_ns: int, message: bytes) -> None:
         """Take an image message's CDR bytes."""
         # The header is another one each time.
-        seen = message[_FIRST_PIXEL::_EVERY]
+        seen = message[_FIRST_PIXEL :: max(1, len(message) // _BYTES)]
         if seen != self._seen:
             self._seen, self._since_ns, self._count, self._first = seen, stamp_ns, 0, None
             self.fault = ""
