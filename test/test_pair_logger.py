@@ -433,7 +433,10 @@ def test_a_slow_disk_loses_nothing_that_was_accepted_and_a_full_one_counts_it(
             busy.touch()
             assert rig.call("start")[0]
             full = newest(tmp_path)
-            rig.drive(30, image=noise)
+            before = rig.received()
+            for k in range(30):
+                rig.frame(image=noise[k:] + noise[:k])
+            rig.wait_received(before, image=30, fix=30, heading=30, odom=30)
             busy.unlink()
             here.wait_diagnosis("recording ended", "quota of 2 MB")
             here.wait(
