@@ -14,6 +14,7 @@ pytest.importorskip("rclpy", reason="ROS 2's Python packages are not installed")
 
 import rclpy
 from geometry_msgs.msg import PoseWithCovarianceStamped
+from localizer_rig import picture
 from nav_msgs.msg import Odometry
 from rclpy.lifecycle import TransitionCallbackReturn
 from ros_harness import NodeProcess, bench, pick_domain
@@ -60,7 +61,7 @@ def test_a_node_runs_with_what_humble_has(module, tmp_path, monkeypatch):
                         message.orientation.w = 1.0
                     elif isinstance(message, Image):
                         message.height, message.width, message.step = 32, 64, 192
-                        message.encoding, message.data = "rgb8", bytes(32 * 192)
+                        message.encoding, message.data = "rgb8", picture(0).tobytes()
                     output.publish(message)
                 b.executor.spin_once(timeout_sec=0.3)
                 return bool(int(b.value("pairs") or 0) if module else poses)

@@ -25,6 +25,7 @@ from sensor_msgs.msg import CompressedImage, Image, NavSatFix, NavSatStatus
 from std_msgs.msg import Float64
 from std_srvs.srv import Trigger
 
+from xview_loc.demo.live import map_middle
 from xview_loc.images import encode_jpeg
 from xview_loc.simulation.drives import Frame
 
@@ -161,6 +162,8 @@ def isolate() -> None:
 def localizer(vehicle: Vehicle, log: Path, parameters: dict[str, object]) -> Iterator[subprocess.Popen]:
     """Run a localizer process connected to the vehicle; its output goes to ``log``."""
     own = {
+        # The first image has a pose.
+        **dict(zip(("datum_lat", "datum_lon"), map_middle(Path(str(parameters["map"]))), strict=True)),
         "qos_reliability": "reliable",
         "checkpoint_persist": "false",
         **parameters,
