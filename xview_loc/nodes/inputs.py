@@ -44,8 +44,8 @@ class Input(NamedTuple):
 class Inputs:
     """The inputs of an active node. For the executor's thread.
 
-    clock: for the timer that looks for publishers.
-    refuse: called with an input's name and the error that its callback raised.
+    clock: for the timer that looks for publishers. refuse: called with an input's name and the error that its
+    callback raised.
     """
 
     def __init__(
