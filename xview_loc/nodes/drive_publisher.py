@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from importlib import import_module
 
 import rclpy
@@ -24,13 +25,13 @@ def publish_drive(frames: Iterable[Frame], rate_hz: float, speed: float = 1.0) -
 
     Wait for a subscriber to the image, and until no further one has come for a second. Stamps are the times
     of publishing if ``speed`` is 1, else the vehicle's time, counted from the first frame. A frame rendered
-    late delays those after it. Ends early when ROS shuts down.
+    late delays those after it, and its odometry is as much slower. Ends early when ROS shuts down.
     """
     rclpy.init()
     node = Node("drive")
     executor = SingleThreadedExecutor()
     executor.add_node(node)
-    count = first_ns = 0
+    count = first_ns = last_ns = 0
     try:
         outputs = {}
         for topic, kind in TOPICS.items():
@@ -53,6 +54,11 @@ def publish_drive(frames: Iterable[Frame], rate_hz: float, speed: float = 1.0) -
             if speed != 1.0:
                 first_ns = first_ns or stamp_ns - frame.stamp_ns
                 stamp_ns = first_ns + frame.stamp_ns
+            elif last_ns:
+                # A late frame's way took longer: odometry must say so.
+                share = min(1.0, 1e9 / rate_hz / (stamp_ns - last_ns))
+                frame = replace(frame, speed=share * frame.speed, yaw_rate=share * frame.yaw_rate)
+            last_ns = stamp_ns
             for topic, data in frame_messages(frame, stamp_ns):
                 outputs[topic].publish(data)
             count += 1
