@@ -89,7 +89,7 @@ def test_too_few_frames_and_hopeless_ones_are_refused() -> None:
     with pytest.raises(CalibrationError, match="too few"):
         fitted(frames(199, 1.0, 1))
     elsewhere = [(logits, (9e3, 9e3)) for logits, _ in frames(200, 1.0, 1)]
-    with pytest.raises(CalibrationError, match=r"it held 100%.*check the positions"):
+    with pytest.raises(CalibrationError, match=r"it held 0%.*check the positions"):
         fitted(elsewhere)
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from xview_loc.errors import UserError
 from xview_loc.estimation.heat_map import HeatMap
-from xview_loc.models.base import Calibration
+from xview_loc.models.base import CALIBRATION_BOUNDS, Calibration
 from xview_loc.statistics import coverage, mahalanobis
 
 Array = NDArray[np.float64]
@@ -104,6 +104,7 @@ def _with_contrast(frames: Sequence[CalibrationFrame], contrast: float) -> tuple
     most_certain = np.argsort(np.trace(covariances, axis1=1, axis2=2))[: len(frames) // 10]
     # The median distance of a normal distribution in the plane is 1.177 standard deviations of an axis.
     floor = float(np.median(np.hypot(*truths[most_certain].T))) / math.sqrt(2.0 * math.log(2.0))
+    floor = min(floor, CALIBRATION_BOUNDS["floor_m"][1])
     covariances += floor**2 * np.eye(2)
     distances = np.array([mahalanobis(*pair) for pair in zip(truths, covariances, strict=True)])
     return Calibration(contrast, floor), coverage(distances, COVERAGE)
