@@ -195,6 +195,7 @@ def test_an_operator_gives_the_pose_pauses_and_searches_anew(rig: Rig) -> None:
             (pose(frame="odom"), "it is in frame 'odom', 'map' is expected"),
             (pose(covariance=np.eye(2) * 1e4), "at most 25 m"),
             (pose(east=math.nan), "not finite"),
+            (pose(east=1e9), "more than 50 km"),
         ):
             click.publish(message)
             b.wait_diagnosis(says)

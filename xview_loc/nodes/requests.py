@@ -11,10 +11,11 @@ from rclpy.node import Node
 from std_srvs.srv import SetBool, Trigger
 
 from xview_loc.bags.ros_types import stamp_ns
-from xview_loc.errors import shown
+from xview_loc.errors import reason, shown
 from xview_loc.estimation.position_filter import WIDEST_M, FilteredPose, PositionFilter
 from xview_loc.geodesy import LocalProjection
 from xview_loc.nodes.diagnostics import LOG_INTERVAL_S, WARN, Health
+from xview_loc.nodes.outputs import FARTHEST_M
 from xview_loc.vehicle.messages import yaw_of
 from xview_loc.vehicle.synchronisation import RejectedInput
 
@@ -51,9 +52,12 @@ class Requests:
                 raise RejectedInput("no_filter", "it starts the filter: set filter: true, and activate")
             datum = self._datum()
             if datum is None:
-                raise RejectedInput("no_datum", "set datum_lat and datum_lon, or wait for a fix")
+                raise RejectedInput("no_datum", "set datum_lat and datum_lon, or wait for a pose")
             frame = self._node.get_parameter("map_frame").value
-            pose = pose_on_earth(message, datum, frame)
+            try:
+                pose = pose_on_earth(message, datum, frame)
+            except (ArithmeticError, ValueError, np.linalg.LinAlgError) as error:
+                raise RejectedInput("damaged", reason(error)) from None
         except RejectedInput as error:
             self._health.count(f"initialpose_rejected/{error.reason}")
             text = f"initial pose refused: {error}"
@@ -94,7 +98,7 @@ class Requests:
 def pose_on_earth(message: PoseWithCovarianceStamped, datum: LocalProjection, frame: str) -> FilteredPose:
     """Convert an initial pose in the datum's plane, which is called ``frame``.
 
-    Raises RejectedInput if it is in another frame, not finite, or too uncertain to start from.
+    Raises RejectedInput if it is in another frame, not finite, too far away, or too uncertain to start from.
     """
     given = message.header.frame_id.lstrip("/")
     if given != frame:
@@ -102,11 +106,13 @@ def pose_on_earth(message: PoseWithCovarianceStamped, datum: LocalProjection, fr
     position, q = message.pose.pose.position, message.pose.pose.orientation
     full = np.array(message.pose.covariance, float).reshape(6, 6)
     covariance, variance = full[:2, :2], float(full[5, 5])
-    norm = math.sqrt(q.x**2 + q.y**2 + q.z**2 + q.w**2)
+    norm = math.hypot(q.x, q.y, q.z, q.w)
     if not (
         abs(norm - 1.0) < 0.1 and np.isfinite([position.x, position.y, variance, *covariance.flat]).all()
     ):
         raise RejectedInput("not_finite", "its numbers are not finite, or its quaternion is no rotation")
+    if math.hypot(position.x, position.y) > FARTHEST_M:
+        raise RejectedInput("too_far", f"it is more than {FARTHEST_M / 1e3:.0f} km from the map's origin")
     least, largest = np.linalg.eigvalsh((covariance + covariance.T) / 2.0)
     if least < 0.0 or variance < 0.0 or largest > WIDEST_M**2:
         text = f"its standard deviation must be at most {WIDEST_M:g} m, and its covariance no less than zero"
