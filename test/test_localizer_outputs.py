@@ -219,7 +219,7 @@ def test_an_operator_gives_the_pose_pauses_and_searches_anew(rig: Rig) -> None:
         image()
         # Far off, where fixes and images contradict it: forgotten at once, not after 20 s.
         click.publish(pose(east=60.0))
-        b.wait(lambda: b.value("initialpose_received") == "6", what="the pose")
+        b.wait(lambda: b.value("initialpose_received") == "7", what="the pose")
         image(fix=True)
         assert off() > 40.0
         assert b.trigger("/localizer/relocalize")[0]

@@ -188,6 +188,8 @@ class Vehicle:
     def node(self, mistake: Mistake) -> Iterator[None]:
         """Run the localizer, which outlives every mistake."""
         parameters = {"map": self.maps.get(mistake.on_map, mistake.on_map), "torch_threads": 1}
+        # The first image has a pose.
+        parameters |= {"datum_lat": self.frames[0].fix.lat, "datum_lon": self.frames[0].fix.lon}
         parameters |= {"map_deadline_s": 2.0, **mistake.parameters}
         log = self.folder / "node.txt"
         node = NodeProcess(DOMAIN, log, parameters, module="xview_loc.nodes.localizer_node")
@@ -254,7 +256,7 @@ def vehicle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vehicle]:
         "elsewhere": rescaled(right, folder / "elsewhere.tif", 1.0, east=20_000.0),
     }
     save_checkpoint(create_model("ggcvt-small"), folder / "other_model.safetensors")
-    frames = list(drive(city, 250, 3, options=DriveOptions(rate_hz=RATE_HZ)))
+    frames = list(drive(city, 300, 3, options=DriveOptions(rate_hz=RATE_HZ)))
     with bench(DOMAIN) as here:
         yield Vehicle(here, frames, maps, folder)
 

@@ -12,10 +12,10 @@ from xview_loc.geodesy import LocalProjection
 
 # Images closer together look alike, and so do their heat maps.
 _APART_M = 5.0
-_IMAGES = 12
+_IMAGES = 16
 # Points scattered by chance over a disc lie 0.71 of its radius from their middle, in the median. A fault
 # begins and ends at these shares; what scatters by less than the least is none, however small the disc.
-_BEGIN, _END, _LEAST_M = 0.42, 0.3, 8.0
+_BEGIN, _END, _LEAST_M = 0.45, 0.3, 8.0
 
 
 class MatchCheck:
