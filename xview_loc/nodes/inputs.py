@@ -69,10 +69,6 @@ class Inputs:
         """Return the type that an input is subscribed to with, such as sensor_msgs/msg/Image."""
         return self._types[name]
 
-    def topic_of(self, name: str) -> str:
-        """Return the topic of an input."""
-        return self._node.resolve_topic_name(name)
-
     def listen(self, wanted: Input) -> None:
         """Subscribe to an input, as soon as its type is known."""
         self._inputs[wanted.name] = wanted
@@ -125,7 +121,7 @@ class Inputs:
             self._search.cancel()
 
     def _publishers(self, name: str) -> list[Any]:
-        return list(self._node.get_publishers_info_by_topic(self.topic_of(name)))
+        return list(self._node.get_publishers_info_by_topic(name))
 
     def _guarded(self, name: str, call: Callable[[Any], None]) -> Callable[[Any], None]:
         """Wrap a callback so that no message can end the node."""
@@ -143,7 +139,7 @@ class Inputs:
 
     def _problem(self, wanted: Input) -> str | None:
         """Return what keeps an input from hearing its publishers."""
-        topic, publishers = self.topic_of(wanted.name), self._publishers(wanted.name)
+        topic, publishers = self._node.resolve_topic_name(wanted.name), self._publishers(wanted.name)
         if not publishers:
             return None if wanted.optional else f"{topic} has no publisher"
         expected = self._types.get(wanted.name) or " or ".join(wanted.types)

@@ -6,11 +6,11 @@ from xview_loc.geodesy import distance_m
 from xview_loc.vehicle.odometry import Odometry
 from xview_loc.vehicle.synchronisation import GnssFix
 
-# About so many of a message's bytes are compared: a sensor's noise changes them.
-_BYTES = 8192
+# About so many of a message's bytes are compared, from behind the header on, which is another one each time:
+# a sensor's noise changes them.
+_BYTES, _BEHIND_HEADER = 8192, 100
 # Equal images, the vehicle's way by odometry, and by fixes: at least this and so many sigma.
 _IMAGES, _WAY_M, _APART_M, _APART_SIGMAS = 3, 5.0, 15.0, 4.0
-_FIRST_PIXEL = 100
 
 
 class StillImage:
@@ -25,8 +25,7 @@ class StillImage:
 
     def add_image(self, stamp_ns: int, message: bytes) -> None:
         """Take an image message's CDR bytes."""
-        # The header is another one each time.
-        seen = message[_FIRST_PIXEL :: max(1, len(message) // _BYTES)]
+        seen = message[_BEHIND_HEADER :: max(1, len(message) // _BYTES)]
         if seen != self._seen:
             self._seen, self._since_ns, self._count, self._first = seen, stamp_ns, 0, None
             self.fault = ""
