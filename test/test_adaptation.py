@@ -48,7 +48,7 @@ from xview_loc.adaptation.padding import padding_warning
 from xview_loc.adaptation.report import round_lines, write_results
 from xview_loc.adaptation.verdict import Verdict, judge
 from xview_loc.bags.ros_types import header, message, quaternion, serialize
-from xview_loc.cli import main
+from xview_loc.cli.commands import main
 from xview_loc.datasets import SimulatedDataset, simulated
 from xview_loc.datasets.base import DatasetError, PairSample, PairSource, true_from_fix
 from xview_loc.datasets.pairs import PairDataset

@@ -23,7 +23,7 @@ from benchmark_fixtures import (
 from torch import Tensor
 from typer.testing import CliRunner
 
-from xview_loc.cli import app
+from xview_loc.cli.commands import app
 from xview_loc.models import create_model
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from map_fixtures import TileServer, texture, write_geotiff
 
-from xview_loc.cli import main
+from xview_loc.cli.commands import main
 from xview_loc.maps import open_map
 from xview_loc.maps.base import MapOptions
 from xview_loc.maps.store import TileStore

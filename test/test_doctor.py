@@ -18,7 +18,7 @@ from map_fixtures import TileServer, texture, write_geotiff, write_mbtiles
 from typer.testing import CliRunner
 
 from xview_loc import doctor as doctor_module
-from xview_loc.cli import app
+from xview_loc.cli.commands import app
 from xview_loc.doctor import PACKAGES, profile_variables
 from xview_loc.models.checkpoint import load_model, shipped_checkpoint
 
@@ -28,7 +28,7 @@ SMALL = shipped_checkpoint("ccvpe-small")
 WITHOUT = """
 import sys
 sys.modules.update(dict.fromkeys({!r}))
-from xview_loc.cli import main
+from xview_loc.cli.commands import main
 main()
 """
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from rosbags.highlevel import AnyReader
 
-from xview_loc.cli import main
+from xview_loc.cli.commands import main
 from xview_loc.simulation.city import build_city
 from xview_loc.simulation.drives import Frame, drive
 from xview_loc.simulation.messages import START_NS, TOPICS, write_bag

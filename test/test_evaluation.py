@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from typer.testing import CliRunner
 
-from xview_loc.cli import app
+from xview_loc.cli.commands import app
 from xview_loc.cli.console import UsageError
 from xview_loc.datasets import DatasetError, PoseDataset, Sample
 from xview_loc.datasets.benchmark import part_of

@@ -16,7 +16,7 @@ from map_fixtures import texture
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from xview_loc.cli import main
+from xview_loc.cli.commands import main
 from xview_loc.estimation.checkpoint_swap import CheckpointSwap, Deployed
 from xview_loc.estimation.localizer import Localizer, tile_store
 from xview_loc.estimation.observation import Observation

@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 from xview_loc.bags.recovery import BagError, bag_files
 from xview_loc.bags.ros_types import deserialize
-from xview_loc.cli import app
+from xview_loc.cli.commands import app
 from xview_loc.datasets import DatasetError
 from xview_loc.datasets.pairs import PairDataset
 from xview_loc.geodesy import LocalProjection

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from typer.testing import CliRunner
 
-from xview_loc.cli import app
+from xview_loc.cli.commands import app
 from xview_loc.cli.console import UsageError
 from xview_loc.models import create_model
 from xview_loc.models.checkpoint import CheckpointError

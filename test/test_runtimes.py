@@ -16,7 +16,7 @@ import torch
 from stub_node import StubModel
 from typer.testing import CliRunner
 
-from xview_loc.cli import app
+from xview_loc.cli.commands import app
 from xview_loc.errors import UserError
 from xview_loc.estimation.checkpoint_swap import CheckpointSwap, Deployed
 from xview_loc.estimation.localizer import Localizer, required_tile_px

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from xview_loc.cli import app
+from xview_loc.cli.commands import app
 from xview_loc.datasets import DatasetError, PoseDataset, Sample, SimulatedDataset, open_dataset
 from xview_loc.models import create_model
 from xview_loc.models.base import CrossViewModel, HeatMaps

@@ -1,4 +1,4 @@
-"""Atomic and durable writes, bounded reads, files that carry a digest; the folder of what nodes keep."""
+"""Files and folders that appear whole, bounded reads, files that carry a digest; what nodes keep."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import errno
 import hashlib
 import os
 import secrets
+import shutil
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -69,6 +72,26 @@ def write_whole(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Give a path for a new folder, which is renamed to ``path`` at the end, or deleted after an error.
+
+    It has the same name, as a bag's files carry it. Raises OSError, also if ``path`` exists.
+    """
+    if path.exists():
+        raise FileExistsError(errno.EEXIST, "it exists already", str(path))
+    partial = path.parent / ".partial" / path.name
+    if partial.exists():  # left by a run that was killed
+        shutil.rmtree(partial)
+    try:
+        yield partial
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):  # another run may be under way
+            partial.parent.rmdir()
 
 
 def sync_folder(folder: Path) -> None:

@@ -35,6 +35,13 @@ def finite(values: Any) -> Any:
     return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
+def png(figure: Figure) -> bytes:
+    """Return a figure as a PNG file, cut to what is drawn."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100, bbox_inches="tight")
+    return buffer.getvalue()
+
+
 class Page:
     """An HTML page, built from top to bottom."""
 
@@ -63,9 +70,7 @@ class Page:
 
     def figure(self, figure: Figure, caption: str) -> None:
         """Add a figure with its caption."""
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=100, bbox_inches="tight")
-        data = base64.b64encode(buffer.getvalue()).decode()
+        data = base64.b64encode(png(figure)).decode()
         text = html.escape(caption)
         self._parts.append(
             f'<figure><img alt="{text}" src="data:image/png;base64,{data}">'

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from ruamel.yaml import YAML
 
 from xview_loc.bags.metadata import FileSummary, write_metadata
 from xview_loc.errors import UserError, reason, shown
-from xview_loc.files import open_regular, read_regular
+from xview_loc.files import open_regular, read_regular, whole_folder
 
 # A longer record has a damaged length.
 _LONGEST_RECORD = 1 << 30
@@ -155,26 +154,23 @@ def recover_bag(folder: Path, out: Path) -> Recovery:
         raise BagError(f"{out} exists already: choose another folder")
     if folder.resolve() in out.resolve().parents:
         raise BagError(f"{out} lies in the bag itself: choose another folder")
-    partial = out.with_name(f".{out.name}.partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
     recovery, summaries = Recovery(), []
     topics: dict[str, str] = {}
-    for source in files:
-        damage, summary = Damage(), FileSummary(source.name)
-        try:
-            _copy_intact(source, partial / source.name, damage, summary, topics)
-        except BagError:
-            damage.ended_early = "not an MCAP file"
-            (partial / source.name).unlink(missing_ok=True)
-        if damage:
-            recovery.damage[source.name] = damage
-        if summary.counts:
-            summaries.append(summary)
-            recovery.messages += summary.counts.total()
-    write_metadata(partial, summaries, topics)
-    partial.rename(out)
+    with whole_folder(out) as partial:
+        partial.mkdir(parents=True)
+        for source in files:
+            damage, summary = Damage(), FileSummary(source.name)
+            try:
+                _copy_intact(source, partial / source.name, damage, summary, topics)
+            except BagError:
+                damage.ended_early = "not an MCAP file"
+                (partial / source.name).unlink(missing_ok=True)
+            if damage:
+                recovery.damage[source.name] = damage
+            if summary.counts:
+                summaries.append(summary)
+                recovery.messages += summary.counts.total()
+        write_metadata(partial, summaries, topics)
     return recovery
 
 

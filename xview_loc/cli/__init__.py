@@ -2,39 +2,38 @@
 
 from __future__ import annotations
 
-import typer
-
-from xview_loc.cli import adapt, bags, calibrate, deploy, doctor, evaluate, export, maps, simulate, train
-from xview_loc.cli.console import PlainConsole, UsageError
-from xview_loc.doctor import advice_for
-from xview_loc.errors import UserError
-
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Cross-view localisation.")
-app.add_typer(maps.app, name="map")
-app.add_typer(bags.bag_app, name="bag")
-app.add_typer(bags.pairs_app, name="pairs")
-app.command()(train.train)
-app.command()(adapt.adapt)
-app.command()(adapt.ablate)
-app.command()(evaluate.evaluate)
-app.command()(calibrate.calibrate)
-app.command()(export.export)
-app.command()(deploy.deploy)
-app.command()(doctor.doctor)
-app.command()(simulate.simulate)
+import signal
+import sys
+import time
 
 
 def main() -> None:
-    """Run the command. Errors are printed in one line; the exit code is 1, or 2 for wrong usage."""
+    """Run the command until it ends or is interrupted: one line then, and exit code 130.
+
+    Imports take seconds, so they are interrupted like the command itself.
+    """
+    last = -1.0
+
+    def interrupt(number: int, frame: object) -> None:
+        nonlocal last
+        # A second one at once would disturb the tidying up; a later one ends what has caught the first.
+        if time.monotonic() > last + 1.0:
+            last = time.monotonic()
+            raise KeyboardInterrupt
+
+    # Programs started in the background by a shell ignore it.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
     try:
-        app()
-    except (UserError, OSError) as error:
-        PlainConsole(stderr=True).print(f"xview-loc: {error}", soft_wrap=True)
-        raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
-    except ModuleNotFoundError as error:
-        # A missing module of this package is a bug, not an incomplete installation.
-        if error.name is None or error.name.startswith("xview_loc"):
+        from xview_loc.cli import commands
+
+        commands.main()
+    except BaseException:
+        # Imports may turn the interruption into an error of their own.
+        if last < 0.0:
             raise
-        text = f"xview-loc: cannot import {error.name}: {advice_for(error.name)}"
-        PlainConsole(stderr=True).print(text, soft_wrap=True)
-        raise SystemExit(1) from None
+        print("xview-loc: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    finally:
+        # Python's end is not worth interrupting.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)

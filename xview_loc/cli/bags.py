@@ -171,8 +171,10 @@ def info(
     ] = None,
 ) -> None:
     """Print a summary of a bag of pairs, and draw the pairs' positions."""
+    from xview_loc.files import write_whole
     from xview_loc.recordings.pairs import PairBag
     from xview_loc.recordings.statistics import draw_places, pair_statistics
+    from xview_loc.report import png
 
     pairs = PairBag(bag)
     facts, session = pair_statistics(pairs), pairs.session()
@@ -185,5 +187,5 @@ def info(
     console.print(f"vehicle      {session.get('vehicle') or 'not named'}")
     console.print(f"licence      {session.get('licence') or 'none given'}", soft_wrap=True)
     path = picture or _beside(bag, "_pairs.png")
-    draw_places(pairs, facts).savefig(path, dpi=100, bbox_inches="tight")
+    write_whole(path, png(draw_places(pairs, facts)))
     console.print(f"picture      {path}", soft_wrap=True)

@@ -126,6 +126,7 @@ def evaluate(
     from xview_loc.adaptation.labelling import ReadOptions
     from xview_loc.adaptation.padding import padding_warning
     from xview_loc.evaluation import evaluate as evaluate_model
+    from xview_loc.files import write_whole
     from xview_loc.report import finite
     from xview_loc.training.trainer import make_fabric
 
@@ -165,7 +166,7 @@ def evaluate(
         content |= {"samples": {name: values.tolist() for name, values in asdict(errors).items()}}
     if out:
         figures = {"model": net.spec.name, "heading": heading.value, **content}
-        out.write_text(json.dumps(finite(figures), allow_nan=False))
+        write_whole(out, json.dumps(finite(figures), allow_nan=False).encode())
     if unreadable:
         print_unreadable(unreadable)
         raise typer.Exit(_SOME_UNREADABLE)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from xview_loc.bags.ros_types import STORE
 from xview_loc.bags.writer import BagLimits
 from xview_loc.camera import CameraError, CameraModel
 from xview_loc.errors import reason
+from xview_loc.files import whole_folder
 from xview_loc.images import ImageError, encode_jpeg
 from xview_loc.maps.base import AerialMap, AerialTile, MapError, NoImageryError
 from xview_loc.maps.store import TileStore
@@ -114,19 +114,16 @@ def import_bag(
             raise BagError(f"{out} is the recording itself: choose another folder for the pairs")
         return None
     options = options or ImportOptions()
-    # A bag's files carry its name: it is made under the same name elsewhere on the disk.
-    partial = out.parent / ".partial" / out.name
-    if partial.exists():
-        shutil.rmtree(partial)
     result = ImportResult()
-    with _reading(source) as reader, closing(_TileCutter(aerial, options, result)) as tiles:
+    with (
+        whole_folder(out) as partial,
+        _reading(source) as reader,
+        closing(_TileCutter(aerial, options, result)) as tiles,
+    ):
         if IMAGE in {connection.topic for connection in reader.connections}:
             _complete(source, partial, tiles, options, result, on_progress)
         else:
             _import_recording(source, reader, partial, tiles, options, result, on_progress)
-    partial.rename(out)
-    with suppress(OSError):  # another import may be under way
-        partial.parent.rmdir()
     return result
 
 

@@ -17,11 +17,12 @@ from typing import Any
 
 import cv2
 import numpy as np
-import rasterio
 from numpy.typing import NDArray
 from pyproj import CRS, Transformer
+from rasterio.io import MemoryFile
 from rasterio.transform import Affine
 
+from xview_loc.files import write_whole
 from xview_loc.geodesy import LocalProjection
 from xview_loc.maps.base import AerialTile
 from xview_loc.simulation.layout import Layout
@@ -131,12 +132,14 @@ class City:
             image[band] = cv2.remap(self.aerial, map_x, map_y, cv2.INTER_CUBIC)
         profile = {"driver": "COG", "dtype": "uint8", "count": 3, "width": width, "height": height}
         transform = Affine(self.gsd, 0.0, left, 0.0, -self.gsd, top)
-        with rasterio.open(
-            path, "w", **profile, crs=crs.to_wkt(), transform=transform, nodata=0, compress="JPEG", quality=92
-        ) as file:
-            # 0 marks the empty corners of the turned square; black pixels inside become 1.
-            inside = image.any(axis=2, keepdims=True)
-            file.write(np.where(inside, np.maximum(image, 1), 0).transpose(2, 0, 1))
+        with MemoryFile() as memory:
+            with memory.open(
+                **profile, crs=crs.to_wkt(), transform=transform, nodata=0, compress="JPEG", quality=92
+            ) as file:
+                # 0 marks the empty corners of the turned square; black pixels inside become 1.
+                inside = image.any(axis=2, keepdims=True)
+                file.write(np.where(inside, np.maximum(image, 1), 0).transpose(2, 0, 1))
+            write_whole(path, memory.read())
         return path
 
 

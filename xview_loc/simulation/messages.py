@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from xview_loc.bags.ros_types import header, message, nav_sat_fix, quaternion, serialize
 from xview_loc.bags.writer import BagWriter
+from xview_loc.files import whole_folder
 from xview_loc.simulation.drives import Frame
 
 # Start of bags, 14 November 2023: fixed, so that equal drives give equal bags. In ROS, zero means no time.
@@ -46,16 +48,13 @@ def frame_messages(frame: Frame, stamp_ns: int) -> list[tuple[str, bytes]]:
 def write_bag(frames: Iterable[Frame], folder: Path, start_ns: int = START_NS) -> None:
     """Write a drive to a new rosbag2 (MCAP); stamps count from ``start_ns``.
 
-    Raises FileExistsError if ``folder`` exists, OSError if it cannot be written.
+    ``folder`` appears when it is complete. Raises OSError if it exists or cannot be written.
     """
-    writer = BagWriter(folder, TOPICS)
-    try:
+    with whole_folder(folder) as partial, closing(BagWriter(partial, TOPICS)) as writer:
         for frame in frames:
             stamp = start_ns + frame.stamp_ns
             for topic, data in frame_messages(frame, stamp):
                 writer.write(topic, stamp, data)
-    finally:
-        writer.close()
 
 
 def _heading(stamp_ns: int, yaw: float) -> Any:
