@@ -68,9 +68,11 @@ def write_whole(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except OSError as error:
+        # A full disk names no file.
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
     sync_folder(path.parent)
 
 
@@ -88,6 +90,10 @@ def whole_folder(path: Path) -> Iterator[Path]:
     try:
         yield partial
         partial.rename(path)
+    except OSError as error:
+        if error.filename is None and error.strerror:  # a full disk
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         with suppress(OSError):  # another run may be under way

@@ -15,12 +15,12 @@ from xview_loc.bags.writer import BagLimits, BagWriter
 ROOT = Path(__file__).resolve().parents[2]
 # Interrupts itself when something is imported, opened or renamed.
 COMMAND = """
-import os, signal, sys
+import os, pathlib, signal, sys
 event, word, times = sys.argv[1], sys.argv[2], int(sys.argv[3])
 del sys.argv[1:4]
 def watch(name, arguments):
     global times
-    if name == event and word in str(arguments[0]):
+    if name == event and word in pathlib.Path(str(arguments[0])).name:
         for _ in range(times):
             times -= 1
             os.kill(os.getpid(), signal.SIGINT)
@@ -28,7 +28,7 @@ sys.addaudithook(watch)
 from xview_loc.cli import main
 main()
 """
-DRIVE = ["simulate", "OUT", "--frames", "2", "--size", "150", "--height", "16"]
+DRIVE = ["simulate", "OUT", "--frames", "2", "--size", "300", "--height", "16"]
 TRAIN = ["--data", "simulated:source:1:1", "--validation", "simulated:source:1:1", "--out", "OUT"]
 
 
@@ -47,11 +47,11 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["map", "info", "map.tif"], "import", "typer"),
         (["map", "info", "map.tif"], "import", "numpy._core.multiarray"),
         (["map", "info", "map.tif"], "open", "map.tif"),
-        (["bag", "recover", "bag", "--out", "OUT/bag"], "open", ".partial"),
+        (["bag", "recover", "bag", "--out", "OUT/bag"], "open", "bag_0.mcap"),
         (["doctor"], "import", "torch._C"),
         (["adapt", "bag", "--out", "OUT"], "import", "torch.nn"),
         (["train", *TRAIN], "import", "lightning_fabric"),
-        (DRIVE, "open", ".tif."),
+        (DRIVE, "open", ".city.tif."),
         (DRIVE, "open", "drive_0.mcap"),
         (DRIVE, "os.rename", "drive"),
     ],
