@@ -42,6 +42,7 @@ setup(
     install_requires=[
         "httpx>=0.26",
         "lightning-fabric",
+        "lz4",
         "matplotlib",
         "mcap>=1.6",
         "numpy",
@@ -56,6 +57,7 @@ setup(
         "simplejpeg",
         "torch",
         "typer>=0.12.4",
+        "zstandard",
     ],
     extras_require={
         "ros": ROS,

@@ -107,8 +107,7 @@ def test_package_xml_names_the_ros_packages_that_are_imported():
     assert declared == used
     tested = imports("test") - imports("xview_loc", "launch")
     needed, _ = keys("test_depend")
-    # zstandard comes with mcap.
-    assert needed == tested - {"packaging", "setuptools", "hypothesis", "pytest", "yaml", "zstandard"}
+    assert needed == tested - {"packaging", "setuptools", "hypothesis", "pytest", "yaml"}
 
 
 def test_package_xml_describes_the_package_as_setup_py_does(metadata):

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 PACKAGES = {
     "httpx": "httpx",
     "lightning-fabric": "lightning_fabric",
+    "lz4": "lz4",
     "matplotlib": "matplotlib",
     "mcap": "mcap",
     "numpy": "numpy",
@@ -50,6 +51,7 @@ PACKAGES = {
     "simplejpeg": "simplejpeg",
     "torch": "torch",
     "typer": "typer",
+    "zstandard": "zstandard",
 }
 _MESSAGE_PACKAGES = ("diagnostic_msgs", "geometry_msgs", "nav_msgs", "sensor_msgs", "std_msgs")
 MESSAGES = (*(f"{name}.msg" for name in _MESSAGE_PACKAGES), "std_srvs.srv")

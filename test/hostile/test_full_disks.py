@@ -40,7 +40,7 @@ def run(inputs: Path, out: Path, name: str, limit: str = "unlimited") -> subproc
     """Run a command; no file may grow beyond ``limit`` kilobytes."""
     words = [word.replace("OUT", str(out)) for word in COMMANDS[name]]
     return subprocess.run(
-        ["bash", "-c", f'ulimit -f {limit}; exec "$@"', "bash", sys.executable, "-m", "xview_loc.cli", *words],
+        ["sh", "-c", f'ulimit -f {limit}; exec "$@"', "sh", sys.executable, "-m", "xview_loc.cli", *words],
         capture_output=True,
         text=True,
         cwd=inputs,
@@ -76,7 +76,7 @@ def test_a_file_that_cannot_be_replaced_stays(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("old")
     code = "import sys; from pathlib import Path; from xview_loc.files import write_whole; "
     code += "write_whole(Path(sys.argv[1]), bytes(5000))"
-    command = ["bash", "-c", 'ulimit -f 1; exec "$@"', "bash", sys.executable, "-c", code, str(tmp_path / "a")]
+    command = ["sh", "-c", 'ulimit -f 1; exec "$@"', "sh", sys.executable, "-c", code, str(tmp_path / "a")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert f"File too large: '{tmp_path / 'a'}'" in done.stderr
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a", "old")]

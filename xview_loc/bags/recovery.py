@@ -14,6 +14,7 @@ from mcap.stream_reader import StreamReader, breakup_chunk
 from mcap.writer import CompressionType, Writer
 from ruamel.yaml import YAML
 
+import xview_loc.bags.chunks  # noqa: F401, bounds what all readers unpack
 from xview_loc.bags.metadata import FileSummary, write_metadata
 from xview_loc.errors import UserError, reason, shown
 from xview_loc.files import open_regular, read_regular, whole_folder

@@ -344,9 +344,9 @@ class PairBag:
     def session(self) -> dict[str, Any]:
         """Return the facts about the recording. Raises BagError without them."""
         for number in range(len(self._paths)):
-            for _, _, found in self._reader(number).iter_messages(topics=[SESSION]):
-                content: dict[str, Any] = json.loads(deserialize(TOPICS[SESSION], found.data).data)
-                return content
+            with _readable(f"the session in {self._paths[number]} is damaged"):
+                for _, _, found in self._reader(number).iter_messages(topics=[SESSION]):
+                    return dict(json.loads(deserialize(TOPICS[SESSION], found.data).data))
         raise BagError(f"{self.folder} is not a bag of pairs: it has no {SESSION}")
 
     def raw_image(self, index: int) -> bytes:
