@@ -160,7 +160,12 @@ def test_heading_stale(rig):
 
 @pytest.mark.parametrize(
     ("bad", "says"),
-    [({"step": 10}, "step"), ({"height": 400}, "bytes"), ({"encoding": "yuv9"}, "encoding 'yuv9'")],
+    [
+        ({"step": 10}, "step"),
+        ({"height": 400}, "bytes"),
+        ({"height": 16}, "bytes"),
+        ({"encoding": "yuv9"}, "encoding 'yuv9'"),
+    ],
 )
 def test_bad_image(rig, bad, says):
     ns = rig.step()

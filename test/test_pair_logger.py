@@ -429,13 +429,15 @@ def test_a_slow_disk_loses_nothing_that_was_accepted_and_a_full_one_counts_it(
             assert [pairs[k].stamp_ns for k in range(len(pairs))] == stamps
             assert all(pairs[k].image_bytes == rig.images[stamp] for k, stamp in enumerate(stamps))
             # 120 kB each before they are compressed, in chunks whose number depends on the time.
-            noise = np.random.default_rng(0).integers(0, 256, 120_000, np.uint8).tobytes()
+            noise = np.random.default_rng(0).integers(0, 256, 60_000, np.uint8).tobytes()
+            comment = b"\xff\xfe" + (2 + len(noise)).to_bytes(2, "big") + noise
+            jpeg = rig.images[stamps[0]]
             busy.touch()
             assert rig.call("start")[0]
             full = newest(tmp_path)
             before = rig.received()
             for k in range(30):
-                rig.frame(image=noise[k:] + noise[:k])
+                rig.frame(image=jpeg[:2] + comment + comment[:4] + noise[k:] + noise[:k] + jpeg[2:])
             rig.wait_received(before, image=30, fix=30, heading=30, odom=30)
             busy.unlink()
             here.wait_diagnosis("recording ended", "quota of 2 MB")

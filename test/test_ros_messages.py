@@ -60,6 +60,25 @@ def test_bad_fixes_are_refused_for_their_own_reason():
     wide = navsat(position_covariance=[400.0, 0, 0, 0, 1.0, 0, 0, 0, 1.0], position_covariance_type=2)
     assert reason(gate, wide, 0, 10.0) == "fix_sigma"
     assert reason(gate, navsat(header=Header()), 0, 0.0) == "no_stamp"
+    assert reason(gate, navsat(header=Header(stamp=Time(sec=5, nanosec=10**9))), 0, 0.0) == "damaged"
+
+
+@pytest.mark.parametrize(
+    ("start", "why"),
+    [
+        ("0001000005000000ffc99a3b", ""),
+        ("000100000500000000ca9a3b", "damaged"),
+        ("0201000005000000", "too_short"),
+        ("020100000500000000000000", "damaged"),
+        ("000100000000000000000000", "no_stamp"),
+    ],
+)
+def test_the_stamp_of_a_message_that_is_not_read(start: str, why: str) -> None:
+    data = bytes.fromhex(start)
+    if why:
+        assert reason(input_messages.cdr_stamp_ns, data) == why
+    else:
+        assert input_messages.cdr_stamp_ns(data) == 5_999_999_999
 
 
 def heading_message(source: str, yaw_deg: float, variance: float = 0.0) -> Any:

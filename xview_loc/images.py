@@ -117,7 +117,8 @@ def decode_image(
     except (TypeError, ValueError, BufferError) as error:
         raise ImageError(f"image data is not a buffer of bytes: {error}") from None
     lines = height + height // 2 if kind.chroma else height
-    if flat.size < step * lines:
+    # Less than a row more may be the buffer's padding; whole rows are a wrong height.
+    if not step * lines <= flat.size < step * (lines + 1):
         raise ImageError(
             f"image data has {flat.size} bytes, but {lines} rows of {step} bytes take {step * lines}"
         )

@@ -10,6 +10,7 @@ import rclpy
 from rclpy.clock import Clock
 from rclpy.lifecycle import LifecycleNode
 from rclpy.qos import QoSCompatibility, QoSProfile, qos_check_compatible
+from rclpy.serialization import deserialize_message
 
 from xview_loc.nodes.diagnostics import WARN, Health
 from xview_loc.nodes.optional import create_subscription
@@ -112,9 +113,11 @@ class Inputs:
             if types and types[0] != self._types.get(name):
                 if name in self._subscriptions:
                     self._node.destroy_subscription(self._subscriptions[name])
-                call = self._guarded(name, wanted.callback)
+                kind = message_class(types[0])
+                # rclpy drops what it cannot deserialize, without a word.
+                call = self._guarded(wanted, kind)
                 self._subscriptions[name] = create_subscription(
-                    self._node, wanted.lost, message_class(types[0]), name, call, self._qos, raw=wanted.raw
+                    self._node, wanted.lost, kind, name, call, self._qos, raw=True
                 )
                 self._types[name] = types[0]
         if self._types.keys() == self._inputs.keys():
@@ -123,17 +126,18 @@ class Inputs:
     def _publishers(self, name: str) -> list[Any]:
         return list(self._node.get_publishers_info_by_topic(name))
 
-    def _guarded(self, name: str, call: Callable[[Any], None]) -> Callable[[Any], None]:
-        """Wrap a callback so that no message can end the node."""
+    def _guarded(self, wanted: Input, kind: Any) -> Callable[[bytes], None]:
+        """Wrap a callback so that every message counts, and none can end the node."""
 
-        def guarded(message: Any) -> None:
+        def guarded(data: bytes) -> None:
+            self._health.count(f"{wanted.name}_received")
             try:
-                call(message)
+                wanted.callback(data if wanted.raw else read_message(data, kind))
             except RejectedInput as error:
-                self._refuse(name, error)
+                self._refuse(wanted.name, error)
             except Exception as error:
                 if rclpy.ok():
-                    self._refuse(name, RejectedInput("damaged", f"{type(error).__name__}: {error}"))
+                    self._refuse(wanted.name, RejectedInput("damaged", f"{type(error).__name__}: {error}"))
 
         return guarded
 
@@ -151,6 +155,14 @@ class Inputs:
             if verdict == QoSCompatibility.ERROR:
                 return f"{topic}: {who} cannot be heard, its QoS is incompatible: {' '.join(why.split())}"
         return None
+
+
+def read_message(data: bytes, kind: Any) -> Any:
+    """Return rclpy's message of CDR bytes. Raises RejectedInput ("damaged")."""
+    try:
+        return deserialize_message(data, kind)
+    except Exception:  # of the middleware's own kind
+        raise RejectedInput("damaged", f"its {len(data)} bytes are no {kind.__name__}") from None
 
 
 def message_class(kind: str) -> Any:

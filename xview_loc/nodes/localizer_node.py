@@ -16,9 +16,8 @@ from typing import Any
 import rclpy
 import torch
 
-from xview_loc.bags import ros_types
 from xview_loc.camera import CameraError
-from xview_loc.errors import reason, shown
+from xview_loc.errors import shown
 from xview_loc.estimation.localizer import Limits, Localizer, required_tile_px
 from xview_loc.estimation.match_check import MatchCheck
 from xview_loc.estimation.observation import LocalizationError, Observation, PoseEstimate
@@ -232,7 +231,6 @@ class LocalizerNode(VehicleNode):
         )
 
     def _on_odom(self, message: Any) -> None:
-        self._health.count("odom_received")
         self._read_velocity(message)
         frame, base = input_messages.velocity_frame(message), self._params["base_frame"]
         if frame and frame != base:
@@ -271,7 +269,7 @@ class LocalizerNode(VehicleNode):
     def _localize(self, paired: PairedFrame) -> None:
         outputs, swap, shadow = self._outputs, self._checkpoints.swap, self._checkpoints.shadow
         assert outputs is not None and swap is not None and shadow is not None
-        image = self._image(paired)
+        image = input_messages.rgb_from_cdr(paired.frame.type, paired.frame.image, self._decode_other)
         mounting = self._mounting()
         fix, heading = paired.fix, paired.heading
         moving = self._filter
@@ -303,13 +301,6 @@ class LocalizerNode(VehicleNode):
         finally:
             # After the pose, which must not wait for it, and also if the pose is withheld.
             shadow.saw(observation, paired.fix, heading, mounting)
-
-    def _image(self, paired: PairedFrame) -> Any:
-        try:
-            message = ros_types.deserialize(paired.frame.type, paired.frame.image)
-        except Exception as error:  # damaged bytes lead to any of them
-            raise RejectedInput("image_invalid", f"damaged message: {reason(error)}") from None
-        return input_messages.rgb_from_image(message, self._decode_other)
 
     def _observation(self, paired: PairedFrame, fix: GnssFix, image: Any, mounting: Mounting) -> Observation:
         heading, frame = paired.heading, paired.frame

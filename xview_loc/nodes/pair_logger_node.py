@@ -32,7 +32,7 @@ from xview_loc.nodes.recorder import Keyframe, OdometryMessage, Recorder, Stop
 from xview_loc.nodes.vehicle_node import PairedFrame, VehicleNode
 from xview_loc.recordings.pairs import IMAGE, ODOMETRY, TOPICS, Pair, PairWriter
 from xview_loc.vehicle.keyframes import KeyframeRule, Keyframes, WheelSpeed
-from xview_loc.vehicle.messages import cdr_stamp_ns, odometry_cdr, rgb_from_image
+from xview_loc.vehicle.messages import cdr_stamp_ns, odometry_cdr, rgb_from_cdr
 from xview_loc.vehicle.synchronisation import GnssFix, RejectedInput
 
 # How long a pair waits for its tile; without one it can be filled in later.
@@ -230,7 +230,6 @@ class PairLoggerNode(VehicleNode):
     # Inputs: the executor's thread
 
     def _on_odom(self, data: bytes) -> None:
-        self._health.count("odom_received")
         assert self._inputs is not None  # they call this
         stamp = cdr_stamp_ns(data)
         away = abs(stamp - self._pairing.last_frame_ns)
@@ -284,11 +283,11 @@ class PairLoggerNode(VehicleNode):
 
     def _record(self, item: Keyframe) -> None:
         paired, data = item.paired, item.paired.frame.image
-        # A CompressedImage is written byte for byte, and decoded only by readers of the bag.
+        # A CompressedImage is written byte for byte, and decoded only to refuse what is damaged.
         raw = data if paired.frame.type == TOPICS[IMAGE] else None
+        pixels = rgb_from_cdr(paired.frame.type, data, self._decode_other)
         jpeg, camera = b"", paired.frame.camera
         if raw is None:
-            pixels = rgb_from_image(ros_types.deserialize(paired.frame.type, data), self._decode_other)
             pixels, camera = reduce_width(pixels, camera, self._params["max_width"])
             jpeg = encode_jpeg(pixels, self._params["jpeg_quality"])
         assert paired.fix is not None  # this node needs fixes

@@ -15,6 +15,7 @@ from xview_loc.errors import reason, shown
 from xview_loc.estimation.position_filter import WIDEST_M, FilteredPose, PositionFilter
 from xview_loc.geodesy import LocalProjection
 from xview_loc.nodes.diagnostics import LOG_INTERVAL_S, WARN, Health
+from xview_loc.nodes.inputs import read_message
 from xview_loc.nodes.outputs import FARTHEST_M
 from xview_loc.vehicle.messages import yaw_of
 from xview_loc.vehicle.synchronisation import RejectedInput
@@ -40,13 +41,14 @@ class Requests:
         self._node, self._health = node, health
         self._filter, self._datum = position_filter, datum
         # A click in RViz: one message, which must arrive.
-        node.create_subscription(PoseWithCovarianceStamped, "initialpose", self._on_initial_pose, 1)
+        node.create_subscription(PoseWithCovarianceStamped, "initialpose", self._on_initial_pose, 1, raw=True)
         node.create_service(SetBool, "~/set_enabled", self._on_set_enabled)
         node.create_service(Trigger, "~/relocalize", self._on_relocalize)
 
-    def _on_initial_pose(self, message: PoseWithCovarianceStamped) -> None:
+    def _on_initial_pose(self, data: bytes) -> None:
         self._health.count("initialpose_received")
         try:
+            message = read_message(data, PoseWithCovarianceStamped)
             place = self._filter()
             if place is None:
                 raise RejectedInput("no_filter", "it starts the filter: set filter: true, and activate")

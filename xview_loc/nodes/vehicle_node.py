@@ -339,7 +339,6 @@ class VehicleNode(LifecycleNode):
     # Inputs: the executor's thread
 
     def _on_fix(self, message: NavSatFix) -> None:
-        self._health.count("fix_received")
         p = self._params
         fix = input_messages.fix_from_navsat(message, p["fix_min_status"], p["fix_max_sigma_m"])
         jumped_m = self._pairing.add_fix(fix)
@@ -353,7 +352,6 @@ class VehicleNode(LifecycleNode):
         self._release()
 
     def _on_heading(self, message: Any) -> None:
-        self._health.count("heading_received")
         now = self.get_clock().now().nanoseconds
         heading = input_messages.heading_from_message(message, self._heading_convention(), now)
         self._pairing.add_heading(heading)
@@ -385,7 +383,6 @@ class VehicleNode(LifecycleNode):
         return velocity
 
     def _on_camera_info(self, message: CameraInfo) -> None:
-        self._health.count("camera_info_received")
         try:
             self._camera = input_messages.camera_from_info(message, self._params["rectified"])
         except RejectedInput:
@@ -401,7 +398,6 @@ class VehicleNode(LifecycleNode):
             self._health.clear("rectified")
 
     def _on_image(self, message: bytes) -> None:
-        self._health.count("image_received")
         self._last_image_at = time.monotonic()
         now = time.monotonic_ns()
         assert self._inputs is not None  # they call this

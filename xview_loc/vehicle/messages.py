@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xview_loc.bags import ros_types
-from xview_loc.bags.ros_types import stamp_ns
 from xview_loc.camera import CameraModel
+from xview_loc.errors import reason
 from xview_loc.geodesy import true_yaw, wrap_angle, yaw_from_azimuth
-from xview_loc.images import ENCODINGS, check_content, decode_compressed, decode_image
+from xview_loc.images import ENCODINGS, ImageError, check_content, decode_compressed, decode_image
 from xview_loc.vehicle.odometry import VelocitySample
 from xview_loc.vehicle.synchronisation import (
     NS,
@@ -36,25 +36,41 @@ _COVARIANCE_UNKNOWN = 0  # sensor_msgs/NavSatFix.COVARIANCE_TYPE_UNKNOWN
 
 
 def valid_stamp_ns(message: Any) -> int:
-    """Return the header's stamp in nanoseconds. Raises RejectedInput if it was never set."""
-    return _checked_stamp(stamp_ns(message.header))
+    """Return the header's stamp in nanoseconds. Raises RejectedInput if it was never set, or is none."""
+    stamp = message.header.stamp
+    return _checked_stamp(int(stamp.sec), int(stamp.nanosec))
 
 
 def cdr_stamp_ns(data: bytes) -> int:
-    """Return the stamp of a serialized message that begins with a header. Raises RejectedInput if unset."""
+    """Return the stamp of CDR bytes that begin with a header. Raises as :func:`valid_stamp_ns`."""
     if len(data) < 12:
         raise RejectedInput("too_short", "the message is too short to hold a stamp")
+    if data[0] or data[1] > 1:
+        raise RejectedInput("damaged", f"the message is no plain CDR: it begins with {data[:4].hex()}")
     # Byte 1 of the encapsulation gives the byte order.
     seconds, nanoseconds = struct.unpack_from("<iI" if data[1] & 1 else ">iI", data, 4)
-    ns = int(seconds) * 1_000_000_000 + int(nanoseconds)
-    return _checked_stamp(ns)
+    return _checked_stamp(seconds, nanoseconds)
 
 
-def _checked_stamp(ns: int) -> int:
+def _checked_stamp(seconds: int, nanoseconds: int) -> int:
+    if nanoseconds >= NS:
+        raise RejectedInput("damaged", f"the message's stamp has {nanoseconds} nanoseconds in a second")
+    ns = seconds * NS + nanoseconds
     if ns <= 0:
         what = "zero" if ns == 0 else "negative"
         raise RejectedInput("no_stamp", f"the message's stamp is {what}")
     return ns
+
+
+def rgb_from_cdr(
+    kind: str, data: bytes, decode_other: Callable[[Any], NDArray[np.uint8]] | None = None
+) -> NDArray[np.uint8]:
+    """Decode the CDR bytes of a message of type ``kind`` as :func:`rgb_from_image` does."""
+    try:
+        message = ros_types.deserialize(kind, data)
+    except Exception as error:  # damaged bytes lead to any of them
+        raise ImageError(f"damaged message: {reason(error)}") from None
+    return rgb_from_image(message, decode_other)
 
 
 def rgb_from_image(
