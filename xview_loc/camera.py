@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from xview_loc.images import Image, ImageError
+from xview_loc.images import MAX_PIXELS, Image, ImageError
 
 
 class CameraError(ValueError):
@@ -21,6 +21,12 @@ class CameraError(ValueError):
 
 # Valid numbers of distortion coefficients per model, in OpenCV's order.
 _COEFFICIENTS = {"plumb_bob": (0, 4, 5), "rational_polynomial": (0, 8, 12, 14), "equidistant": (0, 4)}
+_LARGEST_COEFFICIENT = 1e6
+# Shortest and longest focal length, and farthest principal point, in sides of the image. A region of interest
+# is a small part of its sensor.
+_SHORTEST, _LONGEST = 0.02, 1000.0
+# An undistorted image shows at least this share of the pixels.
+_LEAST_SEEN = 0.1
 
 
 @dataclass(frozen=True)
@@ -49,16 +55,27 @@ class CameraModel:
         object.__setattr__(self, "distortion_model", model)
         if self.width < 1 or self.height < 1:
             raise CameraError(f"the camera's size is {self.width} x {self.height} pixels")
+        if self.width * self.height > MAX_PIXELS:
+            size = f"{self.width} x {self.height}"
+            raise CameraError(f"the camera's size is {size} pixels, at most {MAX_PIXELS / 1e6:.0f} million")
         if len(k) != 9 or not all(map(math.isfinite, k)):
             raise CameraError("the camera's intrinsics are not a finite 3x3 matrix")
         if not (k[0] > 0.0 and k[4] > 0.0):
             raise CameraError(f"the camera is not calibrated (focal lengths {k[0]:g}, {k[4]:g})")
+        side = max(self.width, self.height)
+        near = all(_SHORTEST * side <= k[i] <= _LONGEST * side for i in (0, 4))
+        inside = max(abs(k[2]), abs(k[5])) <= _LONGEST * side and abs(k[1]) <= k[0]
+        if not (near and inside and np.allclose([k[3], *k[6:]], [0.0, 0.0, 0.0, 1.0])):
+            size = f"{self.width} x {self.height}"
+            raise CameraError(f"no camera of {size} pixels has the intrinsics {[float(f'{v:g}') for v in k]}")
         if model not in _COEFFICIENTS:
             raise CameraError(
                 f"distortion model {model!r} is not supported; use one of {', '.join(_COEFFICIENTS)}"
             )
-        if len(distortion) not in _COEFFICIENTS[model] or not all(map(math.isfinite, distortion)):
-            raise CameraError(f"{model} does not take these distortion coefficients: {distortion}")
+        if len(distortion) not in _COEFFICIENTS[model]:
+            raise CameraError(f"{model} does not take {len(distortion)} distortion coefficients")
+        if not all(abs(value) <= _LARGEST_COEFFICIENT for value in distortion):  # NaN as well
+            raise CameraError(f"these are no distortion coefficients: {distortion}")
 
     @property
     def matrix(self) -> NDArray[np.float64]:
@@ -73,7 +90,7 @@ class CameraModel:
     def undistort(self, image: Image) -> Image:
         """Return the image of a pinhole camera with the same intrinsics; pixels outside the view are black.
 
-        Raises ImageError if the image's size is not the calibration's.
+        Raises ImageError if the image's size is not the calibration's, CameraError if hardly a pixel is left.
         """
         height, width = image.shape[:2]
         if (width, height) != (self.width, self.height):
@@ -83,7 +100,9 @@ class CameraModel:
             )
         if not self.distorts:
             return image
-        maps = _undistortion_maps(self)
+        maps, seen = _undistortion_maps(self)
+        if seen < _LEAST_SEEN:
+            raise CameraError(f"the camera's distortion leaves {seen:.0%} of the image: {self.distortion}")
         return cv2.remap(image, maps[0], maps[1], cv2.INTER_LINEAR).astype(np.uint8, copy=False)
 
     def scaled_matrix(self, width: int, height: int) -> NDArray[np.float64]:
@@ -112,10 +131,12 @@ def reduce_width(image: Image, camera: CameraModel | None, width: int) -> tuple[
 
 
 @lru_cache(maxsize=4)
-def _undistortion_maps(camera: CameraModel) -> Sequence[NDArray[Any]]:
+def _undistortion_maps(camera: CameraModel) -> tuple[Sequence[NDArray[Any]], float]:
+    """Return OpenCV's maps, and the share of the pixels that they find in the image."""
     size, matrix, coefficients = (camera.width, camera.height), camera.matrix, np.array(camera.distortion)
-    if camera.distortion_model != "equidistant":
-        return cv2.initUndistortRectifyMap(matrix, coefficients, np.eye(3), matrix, size, cv2.CV_16SC2)
-    if not camera.distortion:
-        coefficients = np.zeros(4)
-    return cv2.fisheye.initUndistortRectifyMap(matrix, coefficients, np.eye(3), matrix, size, cv2.CV_16SC2)
+    make = cv2.initUndistortRectifyMap
+    if camera.distortion_model == "equidistant":
+        make = cv2.fisheye.initUndistortRectifyMap
+        coefficients = coefficients if camera.distortion else np.zeros(4)
+    maps = make(matrix, coefficients, np.eye(3), matrix, size, cv2.CV_16SC2)
+    return maps, float(((maps[0] >= 0) & (maps[0] < size)).all(-1).mean())

@@ -100,6 +100,8 @@ def camera_from_info(message: Any, rectified: bool = False) -> CameraModel:
     """
     roi = message.roi
     across, down = max(1, message.binning_x), max(1, message.binning_y)
+    if roi.x_offset + roi.width > message.width or roi.y_offset + roi.height > message.height:
+        raise RejectedInput("camera_info_invalid", "camera_info: the region of interest leaves the sensor")
     width, height = roi.width or message.width - roi.x_offset, roi.height or message.height - roi.y_offset
     matrix = np.array(_field(message, "k"), float).reshape(3, 3)
     if rectified:
