@@ -134,9 +134,10 @@ def reduce_width(image: Image, camera: CameraModel | None, width: int) -> tuple[
 def _undistortion_maps(camera: CameraModel) -> tuple[Sequence[NDArray[Any]], float]:
     """Return OpenCV's maps, and the share of the pixels that they find in the image."""
     size, matrix, coefficients = (camera.width, camera.height), camera.matrix, np.array(camera.distortion)
-    make = cv2.initUndistortRectifyMap
+    coefficients = coefficients if camera.distortion else np.zeros(4)
+    arguments = (matrix, coefficients, np.eye(3), matrix, size, cv2.CV_16SC2)
     if camera.distortion_model == "equidistant":
-        make = cv2.fisheye.initUndistortRectifyMap
-        coefficients = coefficients if camera.distortion else np.zeros(4)
-    maps = make(matrix, coefficients, np.eye(3), matrix, size, cv2.CV_16SC2)
+        maps = cv2.fisheye.initUndistortRectifyMap(*arguments)
+    else:
+        maps = cv2.initUndistortRectifyMap(*arguments)
     return maps, float(((maps[0] >= 0) & (maps[0] < size)).all(-1).mean())

@@ -151,13 +151,6 @@ class PairLoggerNode(VehicleNode):
     def _begin(self) -> Path:
         """Begin a bag and return its folder. Raises OSError."""
         p = self._params
-        parent = Path(p["directory"]).expanduser()
-        name = time.strftime("pairs_%Y_%m_%d-%H_%M_%S")
-        folder = parent / name
-        for number in range(1, 1000):  # a second recording in the same second
-            if not folder.exists():
-                break
-            folder = parent / f"{name}_{number}"
         session = {
             "vehicle": p["vehicle"],
             "map": _without_key(p["map"]),
@@ -180,10 +173,18 @@ class PairLoggerNode(VehicleNode):
             min_free_bytes=p["min_free_mb"] * 1_000_000,
             when_full=p["when_full"],
         )
-        try:
-            writer = PairWriter(folder, session, limits)
-        except OSError as error:
-            raise OSError(f"cannot record into {folder}: {error.strerror or error}") from None
+        first = Path(p["directory"]).expanduser() / time.strftime("pairs_%Y_%m_%d-%H_%M_%S")
+        for number in range(1000):  # other recordings in the same second, of other loggers too
+            folder = first.with_name(f"{first.name}_{number}") if number else first
+            try:
+                writer = PairWriter(folder, session, limits)
+                break
+            except OSError as error:
+                problem = f"cannot record into {folder}: {error.strerror or error}"
+                if not isinstance(error, FileExistsError):
+                    raise OSError(problem) from None
+        else:
+            raise OSError(problem)
         self._writer, self._mounted = writer, False
         self._rate = (time.monotonic(), 0)
         for problem in ("stopped", "disk", "disk_full", "file_lost"):

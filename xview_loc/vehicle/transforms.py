@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from xview_loc.vehicle.synchronisation import NS, RESTART_NS
 
 Array = NDArray[np.float64]
+# What a buffer holds: frames, poses of each (1 kHz for 10 s), and characters of a frame's name.
+MOST_FRAMES, MOST_POSES, LONGEST_NAME = 1000, 10_000, 256
 
 
 class TransformError(LookupError):
@@ -110,6 +112,7 @@ class _Edge:
         self.stamps.insert(at, stamp_ns)
         self.poses.insert(at, pose)
         old = bisect.bisect_left(self.stamps, self.stamps[-1] - keep_ns)
+        old = max(old, len(self.stamps) - MOST_POSES)
         del self.stamps[:old], self.poses[:old]
 
     def at(self, child: str, stamp_ns: int) -> Transform:
@@ -142,13 +145,17 @@ class TransformBuffer:
 
         A frame has one parent: another one replaces it, with its history. Returns the name of the parent
         replaced, else "". A stamp more than half a second before the last one restarts the history. Raises
-        TransformError if a name is empty, or both are the same.
+        TransformError if a name is empty or too long, both are the same, or there are too many frames.
         """
         parent, child = parent.lstrip("/"), child.lstrip("/")
         if not parent or not child or parent == child:
             raise TransformError(f"a transform from {parent!r} to {child!r} makes no sense")
+        if max(len(parent), len(child)) > LONGEST_NAME:
+            raise TransformError(f"a frame's name has more than {LONGEST_NAME} characters")
         with self._lock:
             edge = self._edges.get(child)
+            if edge is None and len(self._edges) >= MOST_FRAMES:
+                raise TransformError(f"tf has more than {MOST_FRAMES} frames")
             replaced = "" if edge is None or edge.parent == parent else edge.parent
             if edge is None or replaced or edge.static != static:
                 edge = self._edges[child] = _Edge(parent, static)
