@@ -30,7 +30,8 @@ def read_regular(path: str | os.PathLike[str], limit: int) -> bytes:
     """Read a regular file of at most ``limit`` bytes. Raises OSError, as :func:`open_regular`."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        content = file.read(limit + 1) if size <= limit else b""
+        # Not up to the limit: Python sets aside as much memory as is asked for.
+        content = file.read(size + 1) if size <= limit else b""
     if (size := max(size, len(content))) > limit:
         raise OSError(errno.EFBIG, f"it has {size / 1e6:.0f} MB, at most {limit / 1e6:.0f} MB are read")
     return content

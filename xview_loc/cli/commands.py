@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import typer
 
 from xview_loc.cli import adapt, bags, calibrate, deploy, doctor, evaluate, export, maps, simulate, train
@@ -38,3 +40,18 @@ def main() -> None:
         text = f"xview-loc: cannot import {error.name}: {advice_for(error.name)}"
         PlainConsole(stderr=True).print(text, soft_wrap=True)
         raise SystemExit(1) from None
+    except Exception as error:
+        if not _lacks_memory(error):
+            raise
+        print(
+            "xview-loc: there is not enough memory: free some, or repeat the command with a smaller "
+            "--batch-size or fewer --workers, if it has them",
+            file=sys.stderr,
+        )
+        raise SystemExit(1) from None
+
+
+def _lacks_memory(error: Exception) -> bool:
+    # PyTorch, oneDNN, OpenCV and the loader of libraries have errors of their own.
+    words = ("allocate memory", "out of memory", "insufficient memory", "could not create a primitive")
+    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)

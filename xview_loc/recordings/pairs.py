@@ -442,7 +442,7 @@ def _readable(problem: str) -> Iterator[None]:
     """Turn any failure to read, but a BagError, into a BagError that begins with ``problem``."""
     try:
         yield
-    except BagError:
+    except (BagError, MemoryError):
         raise
     except Exception as error:
         raise BagError(f"{problem}: {reason(error)}") from None
