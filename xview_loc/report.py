@@ -13,6 +13,7 @@ from urllib.parse import quote
 
 from matplotlib.figure import Figure
 
+from xview_loc.errors import escaped
 from xview_loc.files import write_whole
 
 _STYLE = """
@@ -42,36 +43,40 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
+def _shown(text: str) -> str:
+    return html.escape(escaped(text))
+
+
 class Page:
     """An HTML page, built from top to bottom."""
 
     def __init__(self, title: str) -> None:
         self._title = title
-        self._parts: list[str] = [f"<h1>{html.escape(title)}</h1>"]
+        self._parts: list[str] = [f"<h1>{_shown(title)}</h1>"]
 
     def heading(self, text: str) -> None:
         """Add a section's heading."""
-        self._parts.append(f"<h2>{html.escape(text)}</h2>")
+        self._parts.append(f"<h2>{_shown(text)}</h2>")
 
     def text(self, text: str) -> None:
         """Add a paragraph."""
-        self._parts.append(f"<p>{html.escape(text)}</p>")
+        self._parts.append(f"<p>{_shown(text)}</p>")
 
     def link(self, text: str, target: str) -> None:
         """Add a paragraph with a link to another file, relative to the page."""
-        self._parts.append(f'<p><a href="{html.escape(quote(target))}">{html.escape(text)}</a></p>')
+        self._parts.append(f'<p><a href="{html.escape(quote(target))}">{_shown(text)}</a></p>')
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Add a table; the first column holds the names of the rows."""
         lines = ["<table>"]
         for tag, cells in [("th", header), *(("td", row) for row in rows)]:
-            lines.append("<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>")
+            lines.append("<tr>" + "".join(f"<{tag}>{_shown(c)}</{tag}>" for c in cells) + "</tr>")
         self._parts.append("".join([*lines, "</table>"]))
 
     def figure(self, figure: Figure, caption: str) -> None:
         """Add a figure with its caption."""
         data = base64.b64encode(png(figure)).decode()
-        text = html.escape(caption)
+        text = _shown(caption)
         self._parts.append(
             f'<figure><img alt="{text}" src="data:image/png;base64,{data}">'
             f"<figcaption>{text}</figcaption></figure>"
@@ -79,7 +84,7 @@ class Page:
 
     def write(self, path: Path) -> None:
         """Write the page as one file."""
-        head = f'<meta charset="utf-8"><title>{html.escape(self._title)}</title><style>{_STYLE}</style>'
+        head = f'<meta charset="utf-8"><title>{_shown(self._title)}</title><style>{_STYLE}</style>'
         body = "\n".join(self._parts)
         page = f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>\n'
         write_whole(path, page.encode())

@@ -40,6 +40,7 @@ def test_pages_hold_no_markup_from_outside(tmp_path: Path) -> None:
     page.write(tmp_path / "a.html")
     text = (tmp_path / "a.html").read_text()
     assert "<script" not in text and "&lt;script&gt;" in text
+    assert not set("\x1b\x07\x9b\u202e") & set(text)
 
 
 def test_diagnostics_are_cut_and_escaped() -> None:
