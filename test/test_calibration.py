@@ -85,6 +85,15 @@ def test_the_ellipse_of_other_frames_holds_what_it_promises(certainty: float) ->
         assert share_inside(Calibration(None, 0.0), others, 0.95) < 0.93
 
 
+def test_nearly_all_images_reach_the_least_confidence() -> None:
+    given = fitted(frames(400, 2.0, 1))
+    confidences = [heat_map.confidence for heat_map, _ in seen_by(given, frames(400, 2.0, 2))]
+    assert 0.96 < np.mean(np.array(confidences) >= given.min_confidence) < 1.0
+    noise = np.random.default_rng(0).normal(size=(20, SIDE, SIDE))
+    shown_nothing = [HeatMap.from_logits(one, HeatMapGrid(), TILE, calibration=given) for one in noise]
+    assert all(heat_map.confidence < given.min_confidence for heat_map in shown_nothing)
+
+
 def test_too_few_frames_and_hopeless_ones_are_refused() -> None:
     with pytest.raises(CalibrationError, match="too few"):
         fitted(frames(199, 1.0, 1))
@@ -101,7 +110,7 @@ def test_the_command_calibrates_on_drives_and_evaluate_uses_it(tmp_path: Path) -
     assert result.exit_code == 0, result.output
     before, after = load_model("ccvpe-small"), load_checkpoint(out)
     assert "200 frames" in result.output and after.sha256[:12] in result.output
-    assert after.model.calibration.contrast is not None
+    assert after.model.calibration.contrast is not None and after.model.calibration.min_confidence > 0.1
     assert after.metadata["calibrated_on"]["frames"] == "simulated:source:950:200"
     weights = after.model.state_dict()
     assert all(bool((value == weights[key]).all()) for key, value in before.model.state_dict().items())

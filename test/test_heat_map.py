@@ -190,6 +190,22 @@ def test_a_map_without_structure_has_no_confidence() -> None:
     assert heat_map.confidence < 0.1
 
 
+@pytest.mark.parametrize("contrast", [None, 20.0])
+def test_the_discs_share_is_that_of_the_whole_map(contrast: float | None) -> None:
+    tile, calibration = make_tile(), Calibration(contrast)
+    near, far = isotropic((128, 128), (40.0, 40.0), 3.0), isotropic((128, 128), (90.0, 90.0), 3.0)
+    logits = np.maximum(near, far + 30.0)
+    whole = HeatMap.from_logits(logits, HeatMapGrid(), tile, calibration=calibration)
+    assert whole.log_share == 0.0
+    disc = SearchDisc(*(float(v) for v in tile.pixel_to_latlon(40.0, 40.0)), 5.0)
+    limited = HeatMap.from_logits(logits, HeatMapGrid(), tile, disc, calibration)
+    inside = whole.probability[limited.probability > 0.0].sum(dtype=np.float64)
+    if contrast is None:
+        assert limited.log_share == pytest.approx(np.log10(inside), abs=1e-3)
+        assert limited.log_share == pytest.approx(-30.0 / np.log(10.0), abs=0.1)
+    assert limited.log_share < -10.0 and limited.confidence > 0.99
+
+
 @pytest.mark.parametrize("rotation", [0.0, 1.1])
 @pytest.mark.parametrize("grid", [HeatMapGrid(), HeatMapGrid(2.0, (14.0, 14.0))])
 def test_search_is_limited_to_the_disc(rotation: float, grid: HeatMapGrid) -> None:

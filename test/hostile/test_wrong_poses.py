@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -17,9 +18,12 @@ pytest.importorskip("rclpy", reason="ROS 2's Python packages are not installed")
 from localizer_rig import DATUM, LAT, LON, YAW, Rig, picture, running, true_place
 from nav_msgs.msg import Odometry
 from ros_harness import pick_domain
+from sensor_msgs.msg import NavSatFix
+from stub_node import GSD, SIZE, StubModel, write_stub
 
-from xview_loc.geodesy import LocalProjection
+from xview_loc.geodesy import LocalProjection, snap_to_grid
 from xview_loc.images import ImageError, decode_compressed
+from xview_loc.models.base import Calibration
 
 NS = 10**9
 DOMAIN = pick_domain()
@@ -154,6 +158,51 @@ def test_false_odometry_does_not_carry_the_filter_away(rig: Rig) -> None:
         second(0.0, yaw_rate=100.0)
         b.wait_diagnosis("odometry turns by 100.0 rad/s")
         b.wait(lambda: int(b.value("odom_rejected/odom_turns_too_fast")) == rejected + 10, what="the count")
+
+
+def calibrated(path: Path, **calibration: float) -> str:
+    """A checkpoint of the stub."""
+    model = StubModel("panorama")
+    model.calibration = Calibration(**calibration)
+    return str(write_stub(path, 0.0, model=model))
+
+
+def test_a_fix_that_is_wrong_but_claims_a_centimetre_gives_no_pose(rig: Rig, tmp_path: Path) -> None:
+    b = rig.bench
+    centre = LocalProjection(*snap_to_grid(LAT, LON, SIZE * GSD / 4.0))
+    precise = NavSatFix(position_covariance_type=2)
+    precise.position_covariance = [1e-4, 0, 0, 0, 1e-4, 0, 0, 0, 1e-4]
+
+    def send(lat: float, lon: float) -> None:
+        ns = rig.step()
+        precise.latitude, precise.longitude = lat, lon
+        rig.fix.publish(rig.header(precise, ns))
+        rig.send_heading(ns)
+        rig.send_image(ns)
+
+    # The stub's logits keep their scale: its contrast is about 340.
+    checkpoint = calibrated(tmp_path / "sure.safetensors", contrast=340.0)
+    with rig.configured(checkpoint=checkpoint, search_radius_m=0.0, filter=True):
+        before, filtered = len(rig.poses), len(rig.filtered)
+        for _ in range(3):
+            # 15 m from the heat map's place, on the same tile.
+            send(*(float(v) for v in centre.inverse(-7.0, -7.0)))
+            b.wait_diagnosis("fix_disagrees", "outside the 5 m around the fix")
+        assert len(rig.poses) == before and len(rig.filtered) == filtered
+        for _ in range(10):
+            send(*true_place())
+        b.wait(lambda: len(rig.poses) > before, what="a pose of right fixes")
+
+
+def test_the_checkpoint_says_how_confident_a_pose_must_be(rig: Rig, tmp_path: Path) -> None:
+    checkpoint = calibrated(tmp_path / "doubtful.safetensors", min_confidence=1.0)
+    with rig.configured(checkpoint=checkpoint):
+        before = len(rig.poses)
+        rig.send_frame()
+        rig.bench.wait_diagnosis("low_confidence")
+        assert len(rig.poses) == before
+    with rig.configured(checkpoint=checkpoint, min_confidence=0.0):
+        rig.good_frame()
 
 
 def test_damaged_jpegs_are_refused_where_libjpeg_notices() -> None:

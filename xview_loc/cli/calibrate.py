@@ -1,4 +1,4 @@
-"""``xview-loc calibrate``: fit a checkpoint's calibration, so that its covariances are honest."""
+"""``xview-loc calibrate``: fit a checkpoint's calibration: honest covariances, a least confidence."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def calibrate(
     split: Split = "test",
     samples: Annotated[int, typer.Option(min=200, help="Samples of the benchmark, evenly spaced.")] = 1500,
 ) -> None:
-    """Fit temperature and floor on frames with true positions; the weights do not change.
+    """Fit temperature, floor and least confidence on frames with true positions; the weights do not change.
 
     Use frames like those that the model was trained on, but not the same ones.
     """
@@ -79,7 +79,11 @@ def calibrate(
     net.calibration = fit_calibration(kept)
     metadata = {**loaded.metadata, "calibrated_on": {"frames": frames_from, "heading": heading.value}}
     sha256 = save_checkpoint(net, out, metadata)
-    fitted = f"contrast {net.calibration.contrast:.2f}, floor {net.calibration.floor_m:.2f} m"
+    found = net.calibration
+    fitted = (
+        f"contrast {found.contrast:.2f}, floor {found.floor_m:.2f} m, "
+        f"least confidence {found.min_confidence:.2f}"
+    )
     console.print(
         f"{len(kept)} frames: {fitted}; wrote {out} (sha256 {sha256[:12]})",
         highlight=False,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from xview_loc.errors import UserError
-from xview_loc.estimation.heat_map import HeatMap
+from xview_loc.estimation.heat_map import HeatMap, winning_mode
 from xview_loc.models.base import CALIBRATION_BOUNDS, Calibration
 from xview_loc.statistics import coverage, mahalanobis
 
@@ -18,6 +18,8 @@ Array = NDArray[np.float64]
 
 # Share of the true positions that the 95 % ellipse is fitted to hold.
 COVERAGE = 0.95
+# Share of the frames that are less confident than ``min_confidence``.
+_LEAST_CONFIDENT = 0.01
 # Fewer frames say too little about the one in twenty that lies outside.
 MIN_FRAMES = 200
 _CONTRASTS = (0.1, 1000.0)
@@ -66,19 +68,32 @@ class CalibrationFrame:
 
     def covariance(self, calibration: Calibration) -> Array:
         """Return the calibrated map's covariance (2, 2) without a floor, m^2, as HeatMap.covariance does."""
-        weight = np.exp(self.logits.astype(np.float32) / calibration.temperature(self.contrast))
+        weight = self._weight(calibration)
         rows, cols = np.divmod(self.pixels, self.width)
         offsets = self.to_metres @ np.stack([rows, cols, np.ones_like(rows)])
         within_pixel = (self.to_metres[:, :2] ** 2).sum() / 2.0 / 12.0
         return np.asarray((offsets * weight) @ offsets.T / weight.sum() + within_pixel * np.eye(2), float)
 
+    def confidence(self, calibration: Calibration) -> float:
+        """Return the calibrated map's confidence, as HeatMap.confidence does."""
+        weight = self._weight(calibration)
+        probability = np.zeros((int(self.pixels.max()) // self.width + 1, self.width), np.float32)
+        probability.flat[self.pixels] = weight / weight.sum()
+        mode = winning_mode(probability, float(np.hypot(*self.to_metres[:, 0])))
+        return float(probability[mode].sum(dtype=np.float64))
+
+    def _weight(self, calibration: Calibration) -> NDArray[np.float32]:
+        """Return the probabilities of the pixels, not normalised."""
+        return np.exp(self.logits.astype(np.float32) / calibration.temperature(self.contrast))
+
 
 def fit_calibration(frames: Sequence[CalibrationFrame]) -> Calibration:
-    """Fit contrast and floor to the heat maps of an uncalibrated model.
+    """Fit a calibration to the heat maps of an uncalibrated model.
 
     The contrast makes the 95 % ellipse hold 95 % of the true positions. The floor is the error of the most
-    certain tenth of the estimates: standard deviation on each axis, from their median. Raises
-    CalibrationError with fewer than 200 frames, or if no contrast reaches that coverage.
+    certain tenth of the estimates: standard deviation on each axis, from their median. 99 % of the frames
+    reach the least confidence. Raises CalibrationError with fewer than 200 frames, or if no contrast reaches
+    that coverage.
     """
     if len(frames) < MIN_FRAMES:
         raise CalibrationError(f"{len(frames)} frames are too few to calibrate with, {MIN_FRAMES} are needed")
@@ -93,7 +108,8 @@ def fit_calibration(frames: Sequence[CalibrationFrame]) -> Calibration:
             f"no calibration makes the 95 % ellipse hold 95 % of the true positions (it held {share:.0%}): "
             "check the positions, and that the model is trained"
         )
-    return found
+    confidences = [frame.confidence(found) for frame in frames]
+    return replace(found, min_confidence=float(np.quantile(confidences, _LEAST_CONFIDENT)))
 
 
 def _with_contrast(frames: Sequence[CalibrationFrame], contrast: float) -> tuple[Calibration, float]:

@@ -6,6 +6,7 @@ and degrees.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,6 +21,7 @@ from xview_loc.models.base import Calibration, HeatMapGrid
 # Ripples finer than this do not split a mode: standard deviation of the smoothing Gaussian, metres.
 MODE_SMOOTHING_M = 0.5
 UNCALIBRATED = Calibration()
+LN_10 = math.log(10.0)
 
 
 class HeatMapError(ValueError):
@@ -41,7 +43,8 @@ class HeatMap:
 
     probability: float32 (H, W), sums to 1, zero outside ``search``. grid: where the map lies on the tile.
     search: disc that it is limited to, or None. searched: number of pixels in the disc. contrast: largest
-    logit in the disc minus the mean of all logits.
+    logit in the disc minus the mean of all logits. log_share: decimal logarithm of the disc's share of the
+    probability on the whole map.
 
     The position is the sub-pixel maximum. The *winning mode* is the maximum's basin of attraction: all pixels
     from which climbing to the highest of the eight neighbours, on the map smoothed by ``MODE_SMOOTHING_M``,
@@ -54,6 +57,7 @@ class HeatMap:
     search: SearchDisc | None
     searched: int
     contrast: float
+    log_share: float = 0.0
 
     @classmethod
     def from_logits(
@@ -72,20 +76,23 @@ class HeatMap:
         if not np.isfinite(values).all():
             raise HeatMapError("the heat map has values that are not finite")
         mean = float(values.mean(dtype=np.float64))
-        searched = values.size
+        searched, log_share = values.size, 0.0
         if search is not None:
             rows, cols = np.ogrid[: values.shape[0], : values.shape[1]]
             inside = _distance(rows, cols, grid, tile, search) <= search.radius_m
             searched = int(np.count_nonzero(inside))
             if not searched:
                 raise HeatMapError("the search disc does not touch the heat map")
+            temperature = calibration.temperature(float(values.max()) - mean)
+            disc, whole = _log_sum_exp(values[inside] / temperature), _log_sum_exp(values / temperature)
+            log_share = (disc - whole) / LN_10
             values[~inside] = -np.inf
         contrast = float(values.max()) - mean
         values -= values.max()
         values /= calibration.temperature(contrast)
         np.exp(values, out=values)
         values /= values.sum(dtype=np.float64)
-        return cls(values, grid, tile, search, searched, contrast)
+        return cls(values, grid, tile, search, searched, contrast, log_share)
 
     @property
     def metres_per_pixel(self) -> float:
@@ -114,21 +121,7 @@ class HeatMap:
     @cached_property
     def mode(self) -> NDArray[np.bool_]:
         """Mask (H, W) of the winning mode."""
-        possible = self.probability > 0.0
-        # The search disc's bounding box is enough.
-        rows, cols = _extent(possible, axis=0), _extent(possible, axis=1)
-        sigma = MODE_SMOOTHING_M / self.metres_per_pixel
-        smooth = np.asarray(
-            cv2.GaussianBlur(self.probability[rows, cols], (0, 0), sigma, borderType=cv2.BORDER_CONSTANT),
-            np.float32,
-        )
-        # Smoothing must not extend the mode beyond the disc.
-        smooth[~possible[rows, cols]] = 0.0
-        summits = _summits(smooth)
-        row, col = self.peak_pixel
-        mode = np.zeros_like(possible)
-        mode[rows, cols] = summits == summits[row - rows.start, col - cols.start]
-        return mode & possible
+        return winning_mode(self.probability, self.metres_per_pixel)
 
     def likely(self, share: float, at_most: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return rows and columns of the likeliest cells, in order, that hold ``share`` of the mass."""
@@ -195,6 +188,23 @@ class HeatMap:
         return _from_latlon(self.grid, self.tile, lat, lon)
 
 
+def winning_mode(probability: NDArray[np.float32], metres_per_pixel: float) -> NDArray[np.bool_]:
+    """Return the mask (H, W) of the winning mode, as of :class:`HeatMap`."""
+    possible = probability > 0.0
+    # The search disc's bounding box is enough.
+    rows, cols = _extent(possible, axis=0), _extent(possible, axis=1)
+    sigma = MODE_SMOOTHING_M / metres_per_pixel
+    smooth = np.asarray(
+        cv2.GaussianBlur(probability[rows, cols], (0, 0), sigma, borderType=cv2.BORDER_CONSTANT), np.float32
+    )
+    # Smoothing must not extend the mode beyond the disc.
+    smooth[~possible[rows, cols]] = 0.0
+    summits = _summits(smooth)
+    mode = np.zeros_like(possible)
+    mode[rows, cols] = summits == summits.flat[int(probability[rows, cols].argmax())]
+    return mode & possible
+
+
 def room_around(shape: tuple[int, int], grid: HeatMapGrid, tile: AerialTile, lat: float, lon: float) -> float:
     """Return the distance from a position to the nearest edge of a heat map, metres; negative outside."""
     row, col = _from_latlon(grid, tile, lat, lon)
@@ -206,6 +216,11 @@ def room_around(shape: tuple[int, int], grid: HeatMapGrid, tile: AerialTile, lat
 def _from_latlon(grid: HeatMapGrid, tile: AerialTile, lat: Any, lon: Any) -> tuple[Any, Any]:
     row, col = tile.latlon_to_pixel(lat, lon)
     return (row - grid.origin[0]) / grid.scale, (col - grid.origin[1]) / grid.scale
+
+
+def _log_sum_exp(values: NDArray[np.float32]) -> float:
+    largest = values.max()
+    return float(largest) + math.log(np.exp(values - largest).sum(dtype=np.float64))
 
 
 def _distance(

@@ -148,7 +148,7 @@ class Localizer:
         self._model = model.to(self._model_device, self._dtype).eval()
         self._model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._heading_prior_deg = heading_prior_deg
-        self._calibration = model.calibration
+        self.calibration = model.calibration
         # Tile and its features by the tile's key, most recently used last.
         self._features: OrderedDict[str, tuple[AerialTile, Any]] = OrderedDict()
         self._features_mb = features_mb
@@ -229,10 +229,10 @@ class Localizer:
         if not np.isfinite(logits).all():
             raise NonFiniteHeatMapError(f"the heat map of {self.spec.name} has values that are not finite")
         search = self._search(observation, logits.shape, maps, tile)
-        heat_map = HeatMap.from_logits(logits, maps.grid, tile, search, self._calibration)
+        heat_map = HeatMap.from_logits(logits, maps.grid, tile, search, self.calibration)
         lat, lon = heat_map.to_latlon(*heat_map.peak)
         floor = self.limits.covariance_floor_m
-        covariance = heat_map.covariance(self._calibration.floor_m if floor is None else floor)
+        covariance = heat_map.covariance(self.calibration.floor_m if floor is None else floor)
         heading, heading_variance = self._heading(observation, maps, heat_map)
         return PoseEstimate(
             lat=float(lat),

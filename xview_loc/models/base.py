@@ -18,7 +18,7 @@ _CONTRAST_POWER = 1.5
 # KITTI's satellite maps, m/px: Web Mercator, zoom 18, scale 2; the latitude of Karlsruhe for all of them.
 KITTI_GSD = 156543.03392 * math.cos(math.radians(49.015)) / 2**18 / 2
 # Least and greatest figure of a usable calibration: beyond them poses would be useless, or overflow.
-CALIBRATION_BOUNDS = {"contrast": (0.01, 10_000.0), "floor_m": (0.0, 100.0)}
+CALIBRATION_BOUNDS = {"contrast": (0.01, 10_000.0), "floor_m": (0.0, 100.0), "min_confidence": (0.0, 1.0)}
 # Least and greatest ground sample distance of a checkpoint's tiles, m/px.
 GSD_BOUNDS = (0.01, 10.0)
 IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406])
@@ -80,19 +80,21 @@ class Calibration:
 
     ``contrast`` is that of maps that need no tempering. The softmax's temperature is its ratio to a map's own
     contrast, to the power 1.5, which flattens maps of low contrast. None: no map is tempered. ``floor_m`` is
-    the standard deviation of errors that a heat map cannot show, metres.
+    the standard deviation of errors that a heat map cannot show, metres. ``min_confidence`` is the confidence
+    that nearly all images reach which show something: 0 if that is not known.
     """
 
     contrast: float | None = None
     floor_m: float = 0.5
+    min_confidence: float = 0.0
 
     def __post_init__(self) -> None:
         for name, (least, most) in CALIBRATION_BOUNDS.items():
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and least <= value <= most):
                 raise ValueError(f"{name} must be {least:g} to {most:g}, not {shown(value, 80)}")
-        if self.floor_m is None:
-            raise ValueError("floor_m must be a number")
+        if self.floor_m is None or self.min_confidence is None:
+            raise ValueError("floor_m and min_confidence must be numbers")
 
     def temperature(self, contrast: float) -> float:
         """Temperature of the softmax for a map of this contrast."""

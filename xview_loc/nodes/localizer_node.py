@@ -18,6 +18,7 @@ import torch
 
 from xview_loc.camera import CameraError
 from xview_loc.errors import shown
+from xview_loc.estimation.fix_check import FixCheck
 from xview_loc.estimation.localizer import Limits, Localizer, required_tile_px
 from xview_loc.estimation.match_check import MatchCheck
 from xview_loc.estimation.observation import LocalizationError, Observation, PoseEstimate
@@ -121,7 +122,7 @@ class LocalizerNode(VehicleNode):
         localizer = self._first_localizer(model)
         self._limits = self._new_limits()
         self._needs_camera_info = model.spec.camera == "pinhole"
-        self._match = MatchCheck()
+        self._match, self._fix_check = MatchCheck(), FixCheck()
         self._filter = PositionFilter(self._odometry, self._filter_options()) if p["filter"] else None
         if p["publish_tf"] != "none":
             self.listen_to_tf("publish_tf")
@@ -290,6 +291,13 @@ class LocalizerNode(VehicleNode):
             localizer = swap.active.localizer
             localizer.limits = self._limits
             estimate = localizer.localize(observation)
+            if localizer.calibration.contrast is not None:
+                self._fix_check.add(estimate)
+                if self._fix_check.fault:
+                    if moving is not None:
+                        moving.restart()
+                        moving = None
+                    raise RejectedInput("fix_disagrees", self._fix_check.fault)
             if moving is not None:
                 moving.observe(estimate, mounting, heading is not None)
         finally:
@@ -297,6 +305,7 @@ class LocalizerNode(VehicleNode):
             if moving is not None and (filtered := moving.pose) is not None:
                 outputs.publish_filtered(filtered)
         try:
+            self._check_confidence(estimate, localizer)
             self._publish(outputs, paired, fix, mounting, estimate)
         finally:
             # After the pose, which must not wait for it, and also if the pose is withheld.
@@ -313,14 +322,17 @@ class LocalizerNode(VehicleNode):
         covariance = None if fix.covariance is None else fix.covariance[:2, :2]
         return Observation(image, lat, lon, covariance, looking, std, frame.camera, frame.stamp_ns)
 
+    def _check_confidence(self, estimate: PoseEstimate, localizer: Localizer) -> None:
+        least = self._params["min_confidence"]
+        if least < 0.0:
+            least = localizer.calibration.min_confidence
+        if estimate.confidence < least:
+            text = f"confidence {estimate.confidence:.3f} is below {least:.3g}"
+            raise RejectedInput("low_confidence", text)
+
     def _publish(
         self, outputs: Outputs, paired: PairedFrame, fix: GnssFix, mounting: Mounting, estimate: PoseEstimate
     ) -> None:
-        if estimate.confidence < self._params["min_confidence"]:
-            raise RejectedInput(
-                "low_confidence",
-                f"confidence {estimate.confidence:.3f} is below {self._params['min_confidence']:g}",
-            )
         if outputs.datum is None:
             # A wrong datum would stay until the end: not the first fix, which may be a receiver's old one.
             if self._agreeing.seconds < DATUM_AFTER_S:

@@ -142,7 +142,7 @@ LOCALIZER: tuple[Parameter, ...] = (
         (-1.0, 100.0),
     ),
     L("min_valid_fraction", 0.9, "Least share of a tile with imagery.", (0.0, 1.0)),
-    L("min_confidence", 0.0, "Least confidence of a published pose.", (0.0, 1.0)),
+    L("min_confidence", -1.0, "Least confidence of ~/pose; negative: the checkpoint's.", (-1.0, 1.0)),
     P("datum_lat", math.nan, "Latitude of the map frame's origin, degrees; nan: the first pose's fix."),
     P("datum_lon", math.nan, "Longitude of the map frame's origin, degrees; nan: the first pose's fix."),
     *_MOUNTING,
