@@ -37,6 +37,16 @@ def read_regular(path: str | os.PathLike[str], limit: int) -> bytes:
     return content
 
 
+def others_can_write(path: str | os.PathLike[str]) -> bool:
+    """Return whether a user who is neither this one nor root can change a file, or a folder's content.
+
+    Members of the file's group are trusted. Raises OSError.
+    """
+    status = os.stat(path)
+    owners = {status.st_uid, os.lstat(path).st_uid}  # a link's owner can lead it elsewhere
+    return not owners <= {0, os.getuid()} or bool(status.st_mode & stat.S_IWOTH)
+
+
 def write_hashed(path: Path, content: bytes) -> None:
     """Write a file as :func:`write_whole` does, with the SHA-256 of its content at its end. Raises OSError.
 
@@ -62,9 +72,10 @@ def state_folder() -> Path:
 def write_whole(path: Path, content: bytes) -> None:
     """Replace a file atomically: even after a power loss it is the old or the new one. Raises OSError."""
     # A rename is atomic within a folder only.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
-        with temporary.open("xb") as file:
+        # Not for everyone to write, whatever the umask.
+        with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, 0o664)) as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -81,11 +92,15 @@ def write_whole(path: Path, content: bytes) -> None:
 def whole_folder(path: Path) -> Iterator[Path]:
     """Give a path for a new folder, which is renamed to ``path`` at the end, or deleted after an error.
 
-    It has the same name, as a bag's files carry it. Raises OSError, also if ``path`` exists.
+    It has the same name, as a bag's files carry it. Raises OSError, also if ``path`` exists, or if another
+    user could change what is being written.
     """
     if path.exists():
         raise FileExistsError(errno.EEXIST, "it exists already", str(path))
     partial = path.parent / ".partial" / path.name
+    partial.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    if others_can_write(partial.parent):
+        raise PermissionError(errno.EACCES, "another user can write to it", str(partial.parent))
     if partial.exists():  # left by a run that was killed
         shutil.rmtree(partial)
     try:

@@ -107,6 +107,7 @@ def test_weights_come_from_allowed_folders_only(
     theirs = write_stub(tmp_path / "theirs" / "a.safetensors", 3)
     link = tmp_path / "own" / "link.safetensors"
     link.symlink_to(theirs)
+    (tmp_path / "own").chmod(0o777)
     start = {"map": str(aerial), "model": "stub", "checkpoint": str(first), "allow_untrained": False}
     node = NodeProcess(DOMAIN + 2, tmp_path / "log", start)
     with bench(DOMAIN + 2) as b:
@@ -131,6 +132,7 @@ def test_weights_come_from_allowed_folders_only(
             b.wait(lambda: "third.safetensors" in b.value("checkpoint"), what="the third checkpoint")
         finally:
             assert node.stop() == 0, node.log
+    assert f"another user can write to {tmp_path / 'own'}, and so choose the checkpoints" in node.log
 
 
 def test_recordings_stay_in_the_folder_of_the_start(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from xview_loc.errors import UserError, reason
-from xview_loc.files import state_folder, write_whole
+from xview_loc.files import others_can_write, state_folder, write_whole
 
 # Who put a checkpoint there.
 PARAMETER, DEPLOY, SHADOW, ROLLBACK = "parameter", "deploy", "shadow", "rollback"
@@ -46,15 +46,18 @@ class DeploymentRecord:
     def save(self, path: Path) -> None:
         """Write the file, whole or not at all. Raises RecordError."""
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
             write_whole(path, json.dumps(asdict(self), indent=2).encode())
         except OSError as error:
             raise RecordError(f"cannot write {path}: {error.strerror or error}") from None
 
     @classmethod
     def load(cls, path: Path) -> DeploymentRecord | None:
-        """Read the file; None if there is none. Raises RecordError."""
+        """Read the file; None if there is none. Raises RecordError, also if another user can change it."""
         try:
+            for place in (path.parent, path):
+                if others_can_write(place):
+                    raise PermissionError(f"another user can write to {place}")
             content = json.loads(path.read_bytes())
             previous = content["previous"]
             return cls(

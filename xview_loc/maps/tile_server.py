@@ -22,7 +22,7 @@ from typing import Any
 import httpx
 
 from xview_loc.errors import shown
-from xview_loc.files import read_regular
+from xview_loc.files import others_can_write, read_regular
 from xview_loc.images import ImageError, check_complete
 from xview_loc.maps.base import LOG_REDACTOR, MapOpenError, MapOptions, MapUnavailableError, redact
 from xview_loc.maps.sources import MAX_TILE_BYTES, TileId, TileSource, inflate
@@ -289,6 +289,9 @@ class TileCache:
         self._size: float | None = None
         self._lock = threading.Lock()
         self._warned = False
+        with contextlib.suppress(OSError):
+            if others_can_write(directory.parent) or others_can_write(directory):
+                LOG.warning("another user can write to %s, and change what the map shows", directory)
 
     def read(self, tile: TileId, missing_kept_s: float | None) -> bytes | None:
         """Return the image, b"" if the server had none, or None if the tile is not in the cache.
@@ -320,7 +323,7 @@ class TileCache:
     def read_side(self) -> int | None:
         """Return the side of the server's tiles in pixels, None if it is not known yet."""
         try:
-            side = int((self.directory / "tile_side").read_text())
+            side = int(read_regular(self.directory / "tile_side", 16))
         except (OSError, ValueError):
             return None
         return side if 16 <= side <= 4096 else None

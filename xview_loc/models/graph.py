@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import secrets
+import stat
 import subprocess
 import sys
 import tempfile
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from xview_loc import __version__
 from xview_loc.children import isolated_python
 from xview_loc.errors import UserError, reason
-from xview_loc.files import write_whole
+from xview_loc.files import others_can_write, write_whole
 from xview_loc.models.base import CrossViewModel
 from xview_loc.models.checkpoint import load_checkpoint, save_checkpoint, weights_digest
 from xview_loc.models.inputs import normalise
@@ -165,7 +166,14 @@ def kept_graph(model: CrossViewModel, settings: FrameSettings) -> Path:
 
 
 def _make_private(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    # Whoever can write to the folder above could put another one in its place.
+    above = folder.parent
+    above.mkdir(parents=True, exist_ok=True, mode=0o755)
+    if above.lstat().st_uid == above.stat().st_uid == os.getuid():
+        above.chmod(above.stat().st_mode & ~stat.S_IWOTH)
+    if others_can_write(above):
+        raise PermissionError(f"another user can write to {above}")
+    folder.mkdir(exist_ok=True, mode=0o700)
     status = folder.stat()
     if status.st_uid != os.getuid():
         raise PermissionError("it belongs to another user")

@@ -83,6 +83,8 @@ class Checkpoints:
         if by_hand:
             self._chosen = asked
         log, known = self._node.get_logger(), self._saved()
+        for folder in self._permissions.open_to_others():
+            log.warning(f"another user can write to {folder}, and so choose the checkpoints")
         before = [] if known is None else [known.active, known.previous]
         checkpoint, weights = None, Weights("", "")
         same = known is not None and not by_hand and (known.model, known.checkpoint) == self._chosen

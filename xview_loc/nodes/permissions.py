@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from xview_loc.files import state_folder
+from xview_loc.files import others_can_write, state_folder
 from xview_loc.maps.base import default_cache_dir, is_file_name
 from xview_loc.nodes.parameters import ParameterError
 
@@ -52,6 +52,10 @@ class Permissions:
         if not any(_real(path).is_relative_to(folder) for folder in folders):
             allowed = ", ".join(map(str, folders))
             raise ParameterError(f"{path} is in no folder that checkpoint_dirs allows: {allowed}")
+
+    def open_to_others(self) -> list[Path]:
+        """Return the folders of checkpoints that another user of the machine can write to."""
+        return [f for f in self._checkpoint_folders() if os.path.isdir(f) and others_can_write(f)]
 
     def _checkpoint_folders(self) -> list[Path]:
         folders = [Path(folder).expanduser() for folder in self._start["checkpoint_dirs"] if folder]
