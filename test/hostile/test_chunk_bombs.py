@@ -1,4 +1,4 @@
-"""Bags of kilobytes whose chunks unpack to gigabytes, whatever size they claim: refused in bounded memory."""
+"""Bags of kilobytes whose chunks, messages or files unpack to gigabytes: refused in bounded memory."""
 
 from __future__ import annotations
 
@@ -12,10 +12,21 @@ import pytest
 import zstandard
 from mcap.writer import CompressionType, Writer
 from peak_memory import peak_mb
+from rosbags.highlevel import AnyReader
 from rosbags.rosbag1.reader import decompressors
+from rosbags.rosbag2 import Writer as RosbagWriter
+from rosbags.rosbag2.enums import CompressionFormat, CompressionMode, StoragePlugin
 
 import xview_loc.bags.chunks  # noqa: F401
 from xview_loc.bags.metadata import FileSummary, write_metadata
+from xview_loc.bags.recovery import recover_bag
+from xview_loc.errors import UserError
+from xview_loc.recordings.importer import STORE, import_bag
+from xview_loc.recordings.tracks import read_track
+from xview_loc.simulation.city import build_city
+from xview_loc.simulation.drives import drive
+from xview_loc.simulation.messages import write_bag
+from xview_loc.simulation.views import PanoramaView
 
 FIX = "sensor_msgs/msg/NavSatFix"
 READ = """
@@ -96,3 +107,59 @@ def test_chunks_of_ros1() -> None:
     for compression, data in (("lz4", zeros("lz4")), ("bz2", bz2.compress(bytes(300 << 20)))):
         with pytest.raises(ValueError, match="more than 268"):
             decompressors[compression](data)
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recording") / "drive"
+    write_bag(drive(build_city(1, size_m=300.0), 3, view=PanoramaView(32, 128)), folder)
+    return folder
+
+
+def compressed(recording: Path, out: Path, mode: CompressionMode) -> Path:
+    """Write a bag as ``ros2 bag record --compression-mode`` does."""
+    writer = RosbagWriter(out, version=9, storage_plugin=StoragePlugin.MCAP)
+    writer.set_compression(mode, CompressionFormat.ZSTD)
+    with AnyReader([recording], default_typestore=STORE) as reader, writer:
+        for given in reader.connections:
+            own = writer.add_connection(given.topic, given.msgtype, typestore=reader.typestore)
+            for _, stamp, raw in reader.messages([given]):
+                writer.write(own, stamp, raw)
+    return out
+
+
+@pytest.mark.parametrize("mode", [CompressionMode.MESSAGE, CompressionMode.FILE])
+def test_bags_that_rosbag2_compressed_are_read(
+    recording: Path, tmp_path: Path, mode: CompressionMode
+) -> None:
+    bag = compressed(recording, tmp_path / "bag", mode)
+    track = read_track(recording, "/fix")
+    assert read_track(bag, "/fix") == track
+    assert import_bag(bag, tmp_path / "pairs", None).pairs == 3
+    if mode is CompressionMode.FILE:
+        with pytest.raises(UserError, match=r"holds no \.mcap files"):
+            recover_bag(bag, tmp_path / "recovered")
+    else:
+        assert not recover_bag(bag, tmp_path / "recovered").damage
+        assert read_track(tmp_path / "recovered", "/fix") == track
+
+
+@pytest.mark.parametrize("mode", [CompressionMode.MESSAGE, CompressionMode.FILE])
+def test_a_message_or_a_file_that_unpacks_to_gigabytes(
+    recording: Path, tmp_path: Path, mode: CompressionMode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bag, data = tmp_path / "bag", zeros("zstd")
+    if mode is CompressionMode.FILE:
+        compressed(recording, bag, mode)
+        (bag / "bag.mcap.zstd").write_bytes(data)
+    else:
+        monkeypatch.setattr("rosbags.rosbag2.writer.zstd.compress", lambda _: data)
+        compressed(recording, bag, mode)
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    peak, lines = peak_mb(READ.replace("read_track(bag)", "read_track(bag, '/fix')"), bag)
+    assert peak < 1200, lines
+    assert len(lines.splitlines()) == 5 and lines.count("refused") >= 3
+    assert ("a chunk or message of more than 268" in lines) or ("more than 100 times its size" in lines)
+    assert list(temporary.iterdir()) == []

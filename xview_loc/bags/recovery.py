@@ -14,7 +14,7 @@ from mcap.stream_reader import StreamReader, breakup_chunk
 from mcap.writer import CompressionType, Writer
 from ruamel.yaml import YAML
 
-import xview_loc.bags.chunks  # noqa: F401, bounds what all readers unpack
+from xview_loc.bags.chunks import unpack_message  # also bounds what all readers unpack
 from xview_loc.bags.metadata import FileSummary, write_metadata
 from xview_loc.errors import UserError, reason, shown
 from xview_loc.files import open_regular, read_regular, whole_folder
@@ -32,7 +32,8 @@ class BagError(UserError):
 class Damage:
     """What could not be read of a file.
 
-    chunks_skipped: damaged chunks. undescribed: messages whose topic was described only in a damaged chunk.
+    chunks_skipped: damaged chunks, and messages that rosbag2 compressed one by one and that are damaged.
+    undescribed: messages whose topic was described only in a damaged chunk.
     ended_early: where reading had to end, and why; "" at the file's end.
     """
 
@@ -101,7 +102,12 @@ def read_intact(path: Path, damage: Damage) -> Iterator[RawMessage]:
                     if channel is None or schema is None:
                         damage.undescribed += 1
                         continue
-                    yield RawMessage(channel.topic, schema.name, schema.data, item.log_time, item.data)
+                    try:
+                        data = unpack_message(item.data)
+                    except ValueError:
+                        damage.chunks_skipped += 1
+                        continue
+                    yield RawMessage(channel.topic, schema.name, schema.data, item.log_time, data)
 
 
 @dataclass
