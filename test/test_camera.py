@@ -90,6 +90,12 @@ def test_any_buffer_is_taken_without_a_copy(wrap) -> None:
     assert np.shares_memory(decoded, np.frombuffer(data, np.uint8))
 
 
+def test_a_padded_buffer_is_taken() -> None:
+    """UVC cameras of 424 x 240 pixels, in whole pages."""
+    data = bytes([90]) * (424 * 2 * 240) + bytes(1280)
+    assert decode_image("yuyv", 240, 424, 848, data).shape == (240, 424, 3)
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -101,6 +107,7 @@ def test_any_buffer_is_taken_without_a_copy(wrap) -> None:
         (("mono8", 2, 200, 600, bytes(1200)), "far more than 200 mono8 pixels"),
         (("rgb8", 2, 2, 5, bytes(10)), "step is 5"),
         (("rgb8", 2, 2, 6, bytes(11)), "11 bytes"),
+        (("mono8", 16, 100, 100, bytes(2000)), "16 rows of 100 bytes"),
         (("rgb8", 0, 2, 6, b""), "empty"),
         (("bayer_rggb8", 1, 1, 1, b"\0"), "too small"),
         (("rgb8", 2, 2, 6, "not bytes"), "buffer"),

@@ -68,6 +68,8 @@ ENCODINGS = tuple(_ENCODINGS)
 
 # Rows end at multiples of 256 bytes at most. More means that the encoding is another one.
 _LONGEST_PADDING = 256
+# At most one part in so many of a buffer follows the last row.
+_LARGEST_SPARE = 8
 
 # What a camera's image shows: photographs in daylight have a contrast of 170 and more and a noise of 0.03 at
 # most, at an eighth of their light, with the noise of a sensor, 24 and 0.17.
@@ -117,8 +119,8 @@ def decode_image(
     except (TypeError, ValueError, BufferError) as error:
         raise ImageError(f"image data is not a buffer of bytes: {error}") from None
     lines = height + height // 2 if kind.chroma else height
-    # Less than a row more may be the buffer's padding; whole rows are a wrong height.
-    if not step * lines <= flat.size < step * (lines + 1):
+    # Drivers pad buffers to whole pages or blocks of rows; much more means a wrong height.
+    if not 0 <= flat.size - step * lines <= max(step, flat.size // _LARGEST_SPARE):
         raise ImageError(
             f"image data has {flat.size} bytes, but {lines} rows of {step} bytes take {step * lines}"
         )
