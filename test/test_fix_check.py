@@ -43,6 +43,10 @@ def test_one_image_is_enough_if_it_is_sure_and_standing_adds_no_evidence() -> No
     check = FixCheck()
     check.add(estimate(0.0, -20.0))
     assert "5 m around the fix" in check.fault
+    # The receiver recovers while the vehicle stands.
+    check.add(estimate(20.0, -20.0))
+    check.add(estimate(40.0, 0.0))
+    assert not check.fault
     check = FixCheck()
     for _ in range(100):
         check.add(estimate(0.0, -4.0))

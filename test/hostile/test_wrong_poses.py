@@ -171,6 +171,7 @@ def test_a_fix_that_is_wrong_but_claims_a_centimetre_gives_no_pose(rig: Rig, tmp
     b = rig.bench
     centre = LocalProjection(*snap_to_grid(LAT, LON, SIZE * GSD / 4.0))
     precise = NavSatFix(position_covariance_type=2)
+    precise.status.status = 0
     precise.position_covariance = [1e-4, 0, 0, 0, 1e-4, 0, 0, 0, 1e-4]
 
     def send(lat: float, lon: float) -> None:

@@ -10,7 +10,7 @@ from xview_loc.geodesy import LocalProjection
 # Images closer together look alike, and so do their heat maps.
 _APART_M = 5.0
 # Evidence against the fixes, in powers of ten: a search disc that holds less than a hundredth of a heat map's
-# probability adds to it, one that holds more takes away. A single image at most this much.
+# probability adds to it, one that holds more reduces it. The most that one image adds, and a fault.
 _EXPECTED, _MOST, _ENOUGH = 2.0, 6.0, 4.0
 
 
@@ -18,8 +18,9 @@ class FixCheck:
     """Sums up how improbable the search discs are on the whole heat maps (CUSUM), over images and distance.
 
     A disc that is larger than the vehicle's uncertainty holds nearly all of the probability; one about a fix
-    that is wrong, and claims to be precise, holds hardly any, image after image. ``fault`` says so in words;
-    "" for nothing. Heat maps must be calibrated: others are far too sure. Not thread-safe.
+    that is wrong, and claims to be precise, holds hardly any. ``fault`` says so in words, "" for nothing:
+    after several doubtful images, or one that leaves no doubt. Heat maps must be calibrated: others are far
+    too sure. Not thread-safe.
     """
 
     def __init__(self) -> None:
@@ -37,12 +38,13 @@ class FixCheck:
             return
         if self._last is None or math.hypot(*self._last.forward(disc.lat, disc.lon)) >= _APART_M:
             self._last = LocalProjection(disc.lat, disc.lon)
-            self._before = min(self._evidence, _MOST)
+            # One image that agrees is enough to end the fault: a vehicle that waits for a pose stands still.
+            self._before = min(self._evidence, _ENOUGH)
         evidence = min(-heat_map.log_share - _EXPECTED, _MOST)
         self._evidence = max(0.0, self._before + evidence)
         self.fault = ""
         if self._evidence >= _ENOUGH:
             self.fault = (
-                f"images place the vehicle outside the {disc.radius_m:.0f} m around the fix that its "
-                "covariance allows: the fix is wrong, its covariance too small, or the map displaced"
+                f"images place the vehicle outside the {disc.radius_m:.0f} m around the fix: the fix is "
+                "wrong, its covariance or search_radius_m too small, or the map displaced"
             )

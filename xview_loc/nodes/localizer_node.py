@@ -291,7 +291,8 @@ class LocalizerNode(VehicleNode):
             localizer = swap.active.localizer
             localizer.limits = self._limits
             estimate = localizer.localize(observation)
-            if localizer.calibration.contrast is not None:
+            # Not the filter's own place: without fixes there is nothing to restart it from.
+            if fix is paired.fix and localizer.calibration.contrast is not None:
                 self._fix_check.add(estimate)
                 if self._fix_check.fault:
                     if moving is not None:
