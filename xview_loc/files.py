@@ -84,16 +84,17 @@ def write_whole(path: Path, content: bytes) -> None:
         # A full disk names no file.
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # renamed, or never made
+            temporary.unlink()
     sync_folder(path.parent)
 
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Give a path for a new folder, which is renamed to ``path`` at the end, or deleted after an error.
+    """Yield the path of a folder to make; it becomes ``path`` at the end, and is deleted after an error.
 
-    It has the same name, as a bag's files carry it. Raises OSError, also if ``path`` exists, or if another
-    user could change what is being written.
+    Its own name is that of ``path`` already: a bag's files carry it. Raises OSError, also if ``path`` exists, or
+    if another user could change what is being written.
     """
     if path.exists():
         raise FileExistsError(errno.EEXIST, "it exists already", str(path))
