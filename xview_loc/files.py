@@ -93,8 +93,8 @@ def write_whole(path: Path, content: bytes) -> None:
 def whole_folder(path: Path) -> Iterator[Path]:
     """Yield the path of a folder to make; it becomes ``path`` at the end, and is deleted after an error.
 
-    Its own name is that of ``path`` already: a bag's files carry it. Raises OSError, also if ``path`` exists, or
-    if another user could change what is being written.
+    Its own name is that of ``path`` already: a bag's files carry it. Raises OSError, also if ``path`` exists,
+    or if another user could change what is being written.
     """
     if path.exists():
         raise FileExistsError(errno.EEXIST, "it exists already", str(path))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
 from xview_loc.vehicle.transforms import (
@@ -51,9 +49,7 @@ def test_the_longest_chain_and_the_longest_loop_end() -> None:
     buffer = TransformBuffer()
     for k in range(MOST_FRAMES - 1):
         buffer.add(0, f"f{k}", f"f{k + 1}", POSE, static=True)
-    began = time.monotonic()
     assert buffer.lookup("f0", f"f{MOST_FRAMES - 1}").translation[0] == pytest.approx(MOST_FRAMES - 1)
     buffer.add(0, f"f{MOST_FRAMES - 1}", "f0", POSE, static=True)
     with pytest.raises(TransformError, match="loop"):
         buffer.lookup("f0", "f5")
-    assert time.monotonic() - began < 60.0

@@ -80,8 +80,8 @@ class Calibration:
 
     ``contrast`` is that of maps that need no tempering. The softmax's temperature is its ratio to a map's own
     contrast, to the power 1.5, which flattens maps of low contrast. None: no map is tempered. ``floor_m`` is
-    the standard deviation of errors that a heat map cannot show, metres. ``min_confidence`` is the confidence
-    that nearly all images reach which show something: 0 if that is not known.
+    the standard deviation of errors that a heat map cannot show, metres. ``min_confidence`` is a confidence
+    that nearly all images of a drive reach; 0: not known.
     """
 
     contrast: float | None = None

@@ -114,8 +114,8 @@ class Inputs:
                 if name in self._subscriptions:
                     self._node.destroy_subscription(self._subscriptions[name])
                 kind = message_class(types[0])
-                # rclpy drops what it cannot deserialize, without a word.
                 call = self._guarded(wanted, kind)
+                # Raw: what rclpy cannot deserialize, it drops without a word.
                 self._subscriptions[name] = create_subscription(
                     self._node, wanted.lost, kind, name, call, self._qos, raw=True
                 )
