@@ -10,7 +10,8 @@ from xview_loc.geodesy import LocalProjection
 # Images closer together look alike, and so do their heat maps.
 _APART_M = 5.0
 # Evidence against the fixes, in powers of ten: a search disc that holds less than a hundredth of a heat map's
-# probability adds to it, one that holds more reduces it. The most that one image adds, and a fault.
+# probability adds to it, one that holds more reduces it. Then the most that one image adds, and the sum that
+# makes a fault.
 _EXPECTED, _MOST, _ENOUGH = 2.0, 6.0, 4.0
 
 
