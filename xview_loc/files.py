@@ -8,6 +8,7 @@ import os
 import secrets
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -67,6 +68,17 @@ def read_hashed(path: Path) -> bytes:
 def state_folder() -> Path:
     """Return the folder of what nodes keep: ``$ROS_HOME/xview_loc``, by default ``~/.ros/xview_loc``."""
     return Path(os.environ.get("ROS_HOME") or "~/.ros").expanduser() / "xview_loc"
+
+
+def check_writable(path: Path) -> None:
+    """Raise OSError if a file cannot be made at ``path``: called before the work that would be lost."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from xview_loc.files import write_whole
 from xview_loc.maps import open_map
 from xview_loc.recordings.importer import ImportOptions, import_bag
 from xview_loc.simulation.city import build_city
@@ -22,6 +23,12 @@ COMMANDS = {
     "pairs": ["pairs", "drive", "--out", "OUT/p", "--map", "map.tif"],
     "recover": ["bag", "recover", "drive", "--out", "OUT/r"],
     "info": ["pairs", "info", "pairs", "--picture", "OUT/i.png"],
+}
+# Those that compute for minutes say at once that they cannot write.
+LONG = {
+    "evaluate": ["evaluate", "--frames", "1000000", "--out", "OUT/e.json"],
+    "calibrate": ["calibrate", "--frames", "1000000", "--out", "OUT/c.safetensors"],
+    "export": ["export", "--out", "OUT/e.onnx"],
 }
 
 
@@ -38,7 +45,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(inputs: Path, out: Path, name: str, limit: str = "unlimited") -> subprocess.CompletedProcess[str]:
     """Run a command; no file may grow beyond ``limit`` kilobytes."""
-    words = [word.replace("OUT", str(out)) for word in COMMANDS[name]]
+    words = [word.replace("OUT", str(out)) for word in (COMMANDS | LONG)[name]]
     return subprocess.run(
         ["sh", "-c", f'ulimit -f {limit}; exec "$@"', "sh", sys.executable, "-m", "xview_loc.cli", *words],
         capture_output=True,
@@ -63,7 +70,7 @@ def test_no_room(inputs: Path, tmp_path: Path, name: str) -> None:
     assert run(inputs, tmp_path / "out", name).returncode == 0
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", COMMANDS | LONG)
 def test_no_folder(inputs: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / "out").write_text("a file")
     done = run(inputs, tmp_path / "out", name)
@@ -80,3 +87,12 @@ def test_a_file_that_cannot_be_replaced_stays(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert f"File too large: '{tmp_path / 'a'}'" in done.stderr
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a", "old")]
+
+
+def test_the_longest_name(tmp_path: Path) -> None:
+    path = tmp_path / ("\u00e9" * 127 + "x")
+    write_whole(path, b"content")
+    assert path.read_bytes() == b"content"
+    with pytest.raises(OSError, match="File name too long"):
+        write_whole(tmp_path / ("x" * 256), b"content")
+    assert list(tmp_path.iterdir()) == [path]

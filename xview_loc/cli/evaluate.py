@@ -126,10 +126,12 @@ def evaluate(
     from xview_loc.adaptation.labelling import ReadOptions
     from xview_loc.adaptation.padding import padding_warning
     from xview_loc.evaluation import evaluate as evaluate_model
-    from xview_loc.files import write_whole
+    from xview_loc.files import check_writable, write_whole
     from xview_loc.report import finite
     from xview_loc.training.trainer import make_fabric
 
+    if out:
+        check_writable(out)
     loaded = load(model, checkpoint, heading)
     net = loaded.model
     unreadable: list[UserError] = []

@@ -21,10 +21,11 @@ def export(
 
     Nodes export their own graphs; this one is for other programs. Inputs and outputs: docs/performance.md.
     """
-    from xview_loc.files import write_whole
+    from xview_loc.files import check_writable, write_whole
     from xview_loc.models.graph import FrameSettings, export
     from xview_loc.models.runtimes import OnnxRuntime, parity
 
+    check_writable(out)
     net = load(model, checkpoint, heading).model
     known = heading is Heading.known
     if "intrinsics" in net.extra_inputs:

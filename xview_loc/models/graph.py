@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from contextvars import ContextVar
@@ -109,7 +110,8 @@ def export(model: CrossViewModel, settings: FrameSettings) -> bytes:
     ground, features = example(model, settings)
     inputs = graph_inputs(ground, model.tile_tensors(features))
     names = ["ground", *(f"tile_{i}" for i in range(len(inputs) - 1))]
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of PyTorch about itself
         program = torch.onnx.export(
             FrameGraph(model, settings).eval(),
             tuple(inputs),
