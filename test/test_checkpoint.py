@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,13 @@ from torch import nn
 
 from xview_loc.models import create_model
 from xview_loc.models.base import Calibration, CrossViewModel
-from xview_loc.models.checkpoint import CheckpointError, load_checkpoint, load_model, save_checkpoint
+from xview_loc.models.checkpoint import (
+    CheckpointError,
+    load_checkpoint,
+    load_model,
+    save_checkpoint,
+    shipped_checkpoint,
+)
 
 NAME = "ccvpe-small"
 
@@ -318,3 +325,12 @@ def test_metadata_that_does_not_fit(model: CrossViewModel, tmp_path: Path) -> No
     for broken in ({}, {**spec, "gsd": -1.0}, {**spec, "gsd": "x"}, {**spec, "extra": 1}):
         metadata = {"format": 1, "model": NAME, "spec": broken}
         assert "spec that does not fit" in fails(altered(model, path, metadata=metadata))
+
+
+def test_the_name_of_a_model_is_no_path(tmp_path: Path) -> None:
+    shipped = shipped_checkpoint("ccvpe-small")
+    assert shipped is not None
+    shutil.copy(shipped, tmp_path / "own.safetensors")
+    name = os.path.relpath(tmp_path / "own", shipped.parent)
+    with pytest.raises(CheckpointError, match="unknown model"):
+        load_model(name)

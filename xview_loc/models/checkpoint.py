@@ -154,7 +154,8 @@ def read_checkpoint(path: Path) -> bytes:
 def shipped_checkpoint(name: str) -> Path | None:
     """Return the file of the weights shipped for the model ``name``, None if there are none."""
     path = Path(__file__).parent / "weights" / f"{name}.safetensors"
-    return path if path.exists() else None
+    # Not of a name that leads to another folder.
+    return path if name in MODEL_NAMES and path.exists() else None
 
 
 def load_model(name: str, path: str | os.PathLike[str] | None = None) -> Checkpoint:
