@@ -15,6 +15,7 @@ from map_fixtures import texture
 
 pytest.importorskip("rclpy", reason="ROS 2's Python packages are not installed")
 
+from geometry_msgs.msg import PoseWithCovarianceStamped
 from localizer_rig import DATUM, LAT, LON, YAW, Rig, picture, running, true_place
 from nav_msgs.msg import Odometry
 from ros_harness import pick_domain
@@ -167,7 +168,7 @@ def calibrated(path: Path, **calibration: float) -> str:
     return str(write_stub(path, 0.0, model=model))
 
 
-def test_a_fix_that_is_wrong_but_claims_a_centimetre_gives_no_pose(rig: Rig, tmp_path: Path) -> None:
+def test_a_fix_that_is_wrong_but_claims_a_centimetre_is_not_believed(rig: Rig, tmp_path: Path) -> None:
     b = rig.bench
     centre = LocalProjection(*snap_to_grid(LAT, LON, SIZE * GSD / 4.0))
     precise = NavSatFix(position_covariance_type=2)
@@ -185,14 +186,24 @@ def test_a_fix_that_is_wrong_but_claims_a_centimetre_gives_no_pose(rig: Rig, tmp
     checkpoint = calibrated(tmp_path / "sure.safetensors", contrast=340.0)
     with rig.configured(checkpoint=checkpoint, search_radius_m=0.0, filter=True):
         before, filtered = len(rig.poses), len(rig.filtered)
-        for _ in range(3):
-            # 15 m from the heat map's place, on the same tile.
-            send(*(float(v) for v in centre.inverse(-7.0, -7.0)))
-            b.wait_diagnosis("fix_disagrees", "outside the 5 m around the fix")
+
+        def off(poses: list[PoseWithCovarianceStamped]) -> float:
+            x, y = DATUM.forward(*true_place())
+            place = poses[-1].pose.pose.position
+            return math.hypot(place.x - x, place.y - y)
+
+        # 15 m from the heat map's place, on the same tile.
+        wrong = tuple(float(v) for v in centre.inverse(-7.0, -7.0))
+        send(*wrong)
+        b.wait_diagnosis("fix_disagrees", "outside the 5 m around the fix")
         assert len(rig.poses) == before and len(rig.filtered) == filtered
-        for _ in range(10):
+        send(*wrong)
+        b.wait(lambda: len(rig.poses) > before and len(rig.filtered) > filtered, what="poses")
+        assert off(rig.poses) < 1.0 and off(rig.filtered) < 3.0
+        assert "fix_disagrees" in b.wait_diagnosis().message
+        while "fix_disagrees" in b.wait_diagnosis().message:
             send(*true_place())
-        b.wait(lambda: len(rig.poses) > before, what="a pose of right fixes")
+        assert off(rig.poses) < 1.0
 
 
 def test_the_checkpoint_says_how_confident_a_pose_must_be(rig: Rig, tmp_path: Path) -> None:

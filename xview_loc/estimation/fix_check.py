@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import math
 
-from xview_loc.estimation.observation import PoseEstimate
+from xview_loc.estimation.heat_map import HeatMap, SearchDisc
+from xview_loc.estimation.localizer import search_radius
+from xview_loc.estimation.observation import Observation
 from xview_loc.geodesy import LocalProjection
 
 # Images closer together look alike, and so do their heat maps.
 _APART_M = 5.0
-# Evidence against the fixes, in powers of ten: a search disc that holds less than a hundredth of a heat map's
-# probability adds to it, one that holds more reduces it. Then the most that one image adds, and the sum that
-# makes a fault.
+# Evidence against the fixes, in powers of ten: a disc that holds less than a hundredth of a heat map's
+# probability adds to it, one that holds more takes away. A single image at most this much.
 _EXPECTED, _MOST, _ENOUGH = 2.0, 6.0, 4.0
 
 
 class FixCheck:
-    """Sums up how improbable the search discs are on the whole heat maps (CUSUM), over images and distance.
+    """Sums up how improbable the places that the fixes allow are on the heat maps (CUSUM), over the images.
 
-    A disc that is larger than the vehicle's uncertainty holds nearly all of the probability; one about a fix
-    that is wrong, and claims to be precise, holds hardly any. ``fault`` says so in words, "" for nothing:
-    after several doubtful images, or one that leaves no doubt. Heat maps must be calibrated: others are far
-    too sure. Not thread-safe.
+    A disc as large as the error of the fix holds nearly all of the probability; one about a fix that is worse
+    than it claims holds hardly any, image after image. ``fault`` says so in words; "" for nothing. Heat maps
+    must be calibrated: others are far too sure. Not thread-safe.
     """
 
     def __init__(self) -> None:
@@ -30,22 +30,20 @@ class FixCheck:
         self._last: LocalProjection | None = None
         self.fault = ""
 
-    def add(self, estimate: PoseEstimate) -> None:
-        """Take an estimate, later than the last one."""
-        heat_map = estimate.heat_map
-        disc = heat_map.search
-        if disc is None:
-            self.fault = ""
+    def add(self, heat_map: HeatMap, observation: Observation) -> None:
+        """Take an image's heat map, later than the last one."""
+        if observation.fix_covariance is None:
+            self._evidence, self.fault = 0.0, ""
             return
+        disc = SearchDisc(observation.lat, observation.lon, search_radius(observation.fix_covariance))
         if self._last is None or math.hypot(*self._last.forward(disc.lat, disc.lon)) >= _APART_M:
             self._last = LocalProjection(disc.lat, disc.lon)
-            # One image that agrees is enough to end the fault: a vehicle that waits for a pose stands still.
-            self._before = min(self._evidence, _ENOUGH)
-        evidence = min(-heat_map.log_share - _EXPECTED, _MOST)
+            self._before = min(self._evidence, _MOST)
+        evidence = min(-heat_map.log_share_of(disc) - _EXPECTED, _MOST)
         self._evidence = max(0.0, self._before + evidence)
         self.fault = ""
         if self._evidence >= _ENOUGH:
             self.fault = (
-                f"images place the vehicle outside the {disc.radius_m:.0f} m around the fix: the fix is "
-                "wrong, its covariance or search_radius_m too small, or the map displaced"
+                f"images place the vehicle outside the {disc.radius_m:.0f} m around the fix that its "
+                "covariance allows: it is not believed, and the whole heat map is searched"
             )

@@ -171,6 +171,13 @@ class HeatMap:
         distance = _distance(rows, cols, self.grid, self.tile, self.search)
         return bool((distance > self.search.radius_m).any())
 
+    def log_share_of(self, disc: SearchDisc) -> float:
+        """Return the decimal logarithm of a disc's share of the probability on the whole map."""
+        rows, cols = np.ogrid[: self.probability.shape[0], : self.probability.shape[1]]
+        inside = _distance(rows, cols, self.grid, self.tile, disc) <= disc.radius_m
+        share = float(self.probability[inside].sum(dtype=np.float64))
+        return self.log_share + (math.log10(share) if share > 0.0 else -math.inf)
+
     def to_tile(self, row: Any, col: Any) -> tuple[Any, Any]:
         """Convert to (row, col) on the aerial tile."""
         return self.grid.origin[0] + self.grid.scale * row, self.grid.origin[1] + self.grid.scale * col

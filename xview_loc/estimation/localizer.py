@@ -70,6 +70,12 @@ def required_tile_px(spec: ModelSpec) -> int:
     return spec.aerial_size if spec.aerial_up == "north" else math.ceil(math.sqrt(2.0) * spec.aerial_size)
 
 
+def search_radius(fix_covariance: NDArray[np.float64]) -> float:
+    """Return the radius within which a fix of this covariance (2, 2) lies, metres."""
+    sigma = math.sqrt(max(0.0, float(np.linalg.eigvalsh(fix_covariance)[-1])))
+    return max(SEARCH_SIGMAS * sigma, MIN_SEARCH_M)
+
+
 def tile_store(map: AerialMap, model: CrossViewModel, snap_m: float | None = None) -> TileStore:
     """Return a store that cuts ``map`` into the tiles that ``model`` needs.
 
@@ -363,8 +369,7 @@ class Localizer:
         if isinstance(limit, (int, float)):
             radius = float(limit)
         elif observation.fix_covariance is not None:
-            sigma = math.sqrt(max(0.0, float(np.linalg.eigvalsh(observation.fix_covariance)[-1])))
-            radius = max(SEARCH_SIGMAS * sigma, MIN_SEARCH_M)
+            radius = search_radius(observation.fix_covariance)
         return SearchDisc(lat, lon, max(min(radius, room), pixel))
 
     def _heading(

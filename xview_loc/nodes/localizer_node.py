@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import rclpy
@@ -278,9 +279,15 @@ class LocalizerNode(VehicleNode):
             # One of the two would carry the filter away: it starts anew once they agree.
             moving.restart()
             moving = None
+        limits = self._limits
+        if self._fix_check.fault:
+            limits = replace(limits, search_radius_m=None)
         if moving is not None:
-            fix = moving.move(paired.frame.stamp_ns, fix, heading, mounting)
-            if fix is not paired.fix:
+            # A covariance that is not believed would pin the filter to the fix.
+            given = replace(fix, covariance=None) if fix is not None and self._fix_check.fault else fix
+            used = moving.move(paired.frame.stamp_ns, given, heading, mounting)
+            if used is not given:
+                fix, limits = used, self._limits
                 self._warn_of_unused_fix(paired)
         if fix is None:
             raise RejectedInput("fix_missing", "no usable fix, and the filter has no position either")
@@ -289,16 +296,13 @@ class LocalizerNode(VehicleNode):
         try:
             # Read once: a change of checkpoint takes effect between two frames.
             localizer = swap.active.localizer
-            localizer.limits = self._limits
+            localizer.limits = limits
             estimate = localizer.localize(observation)
-            # Not the filter's own place: without fixes there is nothing to restart it from.
-            if fix is paired.fix and localizer.calibration.contrast is not None:
-                self._fix_check.add(estimate)
-                if self._fix_check.fault:
-                    if moving is not None:
-                        moving.restart()
-                        moving = None
-                    raise RejectedInput("fix_disagrees", self._fix_check.fault)
+            if fix is paired.fix and self._begins_to_doubt(observation, estimate, localizer):
+                if moving is not None:
+                    moving.restart()
+                    moving = None
+                raise RejectedInput("fix_disagrees", self._fix_check.fault)
             if moving is not None:
                 moving.observe(estimate, mounting, heading is not None)
         finally:
@@ -322,6 +326,21 @@ class LocalizerNode(VehicleNode):
             looking, std = mounting.looking(heading.yaw), heading.std
         covariance = None if fix.covariance is None else fix.covariance[:2, :2]
         return Observation(image, lat, lon, covariance, looking, std, frame.camera, frame.stamp_ns)
+
+    def _begins_to_doubt(
+        self, observation: Observation, estimate: PoseEstimate, localizer: Localizer
+    ) -> bool:
+        """Compare a fix with the heat map; return True if its covariance is no longer believed."""
+        doubted = self._fix_check.fault
+        if localizer.calibration.contrast is None or self._limits.search_radius_m != "covariance":
+            self._fix_check = FixCheck()
+        else:
+            self._fix_check.add(estimate.heat_map, observation)
+        if self._fix_check.fault:
+            self._health.condition("fix_disagrees", WARN, self._fix_check.fault)
+        else:
+            self._health.clear("fix_disagrees")
+        return bool(self._fix_check.fault and not doubted)
 
     def _check_confidence(self, estimate: PoseEstimate, localizer: Localizer) -> None:
         least = self._params["min_confidence"]
