@@ -12,8 +12,8 @@ from xview_loc.geodesy import LocalProjection
 # Images closer together look alike, and so do their heat maps.
 _APART_M = 5.0
 # Evidence against the fixes, in powers of ten: a disc that holds less than a hundredth of a heat map's
-# probability adds to it, one that holds more takes away. A single image adds at most ``_MOST``; of what is
-# enough for a fault, so little is kept that one place with more than a tenth of the probability ends it.
+# probability adds to it, one that holds more takes away. A single image adds at most ``_MOST``. At most
+# ``_KEPT`` is carried on to the next place: one whose disc holds more than a tenth ends the fault.
 _EXPECTED, _MOST, _ENOUGH, _KEPT = 2.0, 6.0, 4.0, 5.0
 
 
