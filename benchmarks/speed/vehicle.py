@@ -161,13 +161,10 @@ def isolate() -> None:
 @contextmanager
 def localizer(vehicle: Vehicle, log: Path, parameters: dict[str, object]) -> Iterator[subprocess.Popen]:
     """Run a localizer process connected to the vehicle; its output goes to ``log``."""
-    own = {
+    own = {"qos_reliability": "reliable", "checkpoint_persist": "false", **parameters}
+    if "datum_lat" not in own:
         # The first image has a pose.
-        **dict(zip(("datum_lat", "datum_lon"), map_middle(Path(str(parameters["map"]))), strict=True)),
-        "qos_reliability": "reliable",
-        "checkpoint_persist": "false",
-        **parameters,
-    }
+        own["datum_lat"], own["datum_lon"] = map_middle(Path(str(own["map"])))
     words = [word for name, value in own.items() for word in ("-p", f"{name}:={value}")]
     with log.open("w") as out:
         node = subprocess.Popen(
