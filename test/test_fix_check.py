@@ -18,7 +18,7 @@ def image(east: float, log_share: float) -> Any:
     """Heat map and observation of a vehicle so far east, with so much of the map where the fix may be."""
     lat, lon = PLANE.inverse(east, 0.0)
     fix = SimpleNamespace(lat=float(lat), lon=float(lon), fix_covariance=1e-4 * np.eye(2))
-    return cast(Any, (SimpleNamespace(log_share_of=lambda disc: log_share), fix))
+    return cast(Any, (SimpleNamespace(log_share=log_share, search=fix), fix))
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -40,7 +40,8 @@ class FixCheck:
         if self._last is None or math.hypot(*self._last.forward(disc.lat, disc.lon)) >= _APART_M:
             self._last = LocalProjection(disc.lat, disc.lon)
             self._before = min(self._evidence, _KEPT)
-        evidence = min(-heat_map.log_share_of(disc) - _EXPECTED, _MOST)
+        log_share = heat_map.log_share_of(disc) if heat_map.search is None else heat_map.log_share
+        evidence = min(-log_share - _EXPECTED, _MOST)
         self._evidence = max(0.0, self._before + evidence)
         self.fault = ""
         if self._evidence >= _ENOUGH:

@@ -44,7 +44,7 @@ class HeatMap:
     probability: float32 (H, W), sums to 1, zero outside ``search``. grid: where the map lies on the tile.
     search: disc that it is limited to, or None. searched: number of pixels in the disc. contrast: largest
     logit in the disc minus the mean of all logits. log_share: decimal logarithm of the disc's share of the
-    probability on the whole map.
+    probability on the whole map; 0 if the disc has the map's maximum.
 
     The position is the sub-pixel maximum. The *winning mode* is the maximum's basin of attraction: all pixels
     from which climbing to the highest of the eight neighbours, on the map smoothed by ``MODE_SMOOTHING_M``,
@@ -83,9 +83,11 @@ class HeatMap:
             searched = int(np.count_nonzero(inside))
             if not searched:
                 raise HeatMapError("the search disc does not touch the heat map")
-            temperature = calibration.temperature(float(values.max()) - mean)
-            disc, whole = _log_sum_exp(values[inside] / temperature), _log_sum_exp(values / temperature)
-            log_share = (disc - whole) / LN_10
+            within, largest = values[inside], float(values.max())
+            if within.max() < largest:
+                temperature = calibration.temperature(largest - mean)
+                disc, whole = _log_sum_exp(within / temperature), _log_sum_exp(values / temperature)
+                log_share = (disc - whole) / LN_10
             values[~inside] = -np.inf
         contrast = float(values.max()) - mean
         values -= values.max()
@@ -172,11 +174,11 @@ class HeatMap:
         return bool((distance > self.search.radius_m).any())
 
     def log_share_of(self, disc: SearchDisc) -> float:
-        """Return the decimal logarithm of a disc's share of the probability on the whole map."""
+        """Return the decimal logarithm of a disc's share of the probability; for a map without a search disc."""
         rows, cols = np.ogrid[: self.probability.shape[0], : self.probability.shape[1]]
         inside = _distance(rows, cols, self.grid, self.tile, disc) <= disc.radius_m
         share = float(self.probability[inside].sum(dtype=np.float64))
-        return self.log_share + (math.log10(share) if share > 0.0 else -math.inf)
+        return math.log10(share) if share > 0.0 else -math.inf
 
     def to_tile(self, row: Any, col: Any) -> tuple[Any, Any]:
         """Convert to (row, col) on the aerial tile."""
