@@ -12,9 +12,9 @@ from xview_loc.geodesy import LocalProjection
 # Images closer together look alike, and so do their heat maps.
 _APART_M = 5.0
 # Evidence against the fixes, in powers of ten: a disc that holds less than a hundredth of a heat map's
-# probability adds to it, one that holds more takes away. A single image adds at most ``_MOST``. At most
-# ``_KEPT`` is carried on to the next place: one whose disc holds more than a tenth ends the fault.
-_EXPECTED, _MOST, _ENOUGH, _KEPT = 2.0, 6.0, 4.0, 5.0
+# probability adds to it, one that holds more takes away. At most ``_MOST`` comes from an image or is carried
+# on to the next place, so that a fault begins with one image that is sure, and ends after two places.
+_EXPECTED, _MOST, _ENOUGH = 2.0, 6.0, 4.0
 
 
 class FixCheck:
@@ -39,7 +39,7 @@ class FixCheck:
         disc = SearchDisc(observation.lat, observation.lon, search_radius(observation.fix_covariance))
         if self._last is None or math.hypot(*self._last.forward(disc.lat, disc.lon)) >= _APART_M:
             self._last = LocalProjection(disc.lat, disc.lon)
-            self._before = min(self._evidence, _KEPT)
+            self._before = min(self._evidence, _MOST)
         log_share = heat_map.log_share_of(disc) if heat_map.search is None else heat_map.log_share
         evidence = min(-log_share - _EXPECTED, _MOST)
         self._evidence = max(0.0, self._before + evidence)

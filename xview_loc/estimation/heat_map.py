@@ -174,7 +174,7 @@ class HeatMap:
         return bool((distance > self.search.radius_m).any())
 
     def log_share_of(self, disc: SearchDisc) -> float:
-        """Return the decimal logarithm of a disc's share of the probability; for a map without a search disc."""
+        """Return the decimal logarithm of a disc's share of the probability, of a map without search disc."""
         rows, cols = np.ogrid[: self.probability.shape[0], : self.probability.shape[1]]
         inside = _distance(rows, cols, self.grid, self.tile, disc) <= disc.radius_m
         share = float(self.probability[inside].sum(dtype=np.float64))

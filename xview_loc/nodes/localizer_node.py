@@ -279,9 +279,7 @@ class LocalizerNode(VehicleNode):
             # One of the two would carry the filter away: it starts anew once they agree.
             moving.restart()
             moving = None
-        limits = self._limits
-        if self._fix_check.fault:
-            limits = replace(limits, search_radius_m=None)
+        limits = self._doubtful() if self._fix_check.fault else self._limits
         if moving is not None:
             # A covariance that is not believed would pin the filter to the fix.
             given = replace(fix, covariance=None) if fix is not None and self._fix_check.fault else fix
@@ -302,7 +300,8 @@ class LocalizerNode(VehicleNode):
                 if moving is not None:
                     moving.restart()
                     moving = None
-                raise RejectedInput("fix_disagrees", self._fix_check.fault)
+                localizer.limits = self._doubtful()
+                estimate = localizer.localize(observation)
             if moving is not None:
                 moving.observe(estimate, mounting, heading is not None)
         finally:
@@ -326,6 +325,10 @@ class LocalizerNode(VehicleNode):
             looking, std = mounting.looking(heading.yaw), heading.std
         covariance = None if fix.covariance is None else fix.covariance[:2, :2]
         return Observation(image, lat, lon, covariance, looking, std, frame.camera, frame.stamp_ns)
+
+    def _doubtful(self) -> Limits:
+        """Return the limits for a fix whose covariance is not believed."""
+        return replace(self._limits, search_radius_m=None)
 
     def _begins_to_doubt(
         self, observation: Observation, estimate: PoseEstimate, localizer: Localizer
