@@ -80,7 +80,8 @@ def test_round_trip(model: CrossViewModel, tmp_path: Path) -> None:
     assert not loaded.model.training
     assert loaded.model.spec == model.spec
     assert loaded.sha256 == digest == hashlib.sha256(path.read_bytes()).hexdigest()
-    own = {"model": NAME, "spec": model.spec.to_json(), "calibration": {"contrast": None, "floor_m": 0.5}}
+    calibration = {"contrast": None, "floor_m": 0.5, "min_confidence": 0.0}
+    own = {"model": NAME, "spec": model.spec.to_json(), "calibration": calibration}
     assert json.dumps(loaded.metadata, sort_keys=True) == json.dumps(
         {**metadata, "format": 1, **own}, sort_keys=True
     )

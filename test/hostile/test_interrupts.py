@@ -51,7 +51,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["doctor"], "import", "torch._C"),
         (["adapt", "bag", "--out", "OUT"], "import", "torch.nn"),
         (["train", *TRAIN], "import", "lightning_fabric"),
-        (DRIVE, "open", ".city.tif."),
+        (DRIVE, "os.rename", "city.tif"),
         (DRIVE, "open", "drive_0.mcap"),
         (DRIVE, "os.rename", "drive"),
     ],
