@@ -570,7 +570,7 @@ def test_the_filter_goes_on_without_fixes(rig):
 def test_a_wrong_heading_is_reported_and_on_request_rejected(rig):
     b = rig.bench
     compass = {"heading_clockwise": True, "heading_offset_deg": 30.0, "heading_reject": True}
-    with rig.configured(**compass, qos_depth=1000, max_wait_s=10.0):
+    with rig.configured(**compass, qos_depth=1000, max_wait_s=5.0):
         at = [0.0, 0.0]
 
         def street(course: float, azimuth: float) -> None:

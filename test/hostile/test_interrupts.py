@@ -20,7 +20,7 @@ event, word, times = sys.argv[1], sys.argv[2], int(sys.argv[3])
 del sys.argv[1:4]
 def watch(name, arguments):
     global times
-    if name == event and word in pathlib.Path(str(arguments[0])).name:
+    if name == event and any(word in pathlib.Path(str(one)).name for one in arguments[:2]):
         for _ in range(times):
             times -= 1
             os.kill(os.getpid(), signal.SIGINT)
