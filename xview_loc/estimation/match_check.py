@@ -7,7 +7,8 @@ from collections import deque
 
 import numpy as np
 
-from xview_loc.estimation.observation import PoseEstimate
+from xview_loc.estimation.heat_map import SearchDisc
+from xview_loc.estimation.observation import Observation, PoseEstimate
 from xview_loc.geodesy import LocalProjection
 
 # Images closer together look alike, and so do their heat maps.
@@ -19,7 +20,7 @@ _BEGIN, _END, _LEAST_M = 0.45, 0.3, 8.0
 
 
 class MatchCheck:
-    """Watches where the estimates lie in their search discs, over a distance.
+    """Watches where the estimates lie in their search discs, or on the whole heat maps, over a distance.
 
     The middle of the disc, a fix or the filter's place, is off by about as much from one image to the next:
     right estimates are so too, and wrong ones are scattered over the disc. ``fault`` says so in words; "" for
@@ -32,11 +33,13 @@ class MatchCheck:
         self._last: LocalProjection | None = None
         self.fault = ""
 
-    def add(self, estimate: PoseEstimate) -> None:
-        """Take an estimate, later than the last one."""
-        disc = estimate.heat_map.search
+    def add(self, estimate: PoseEstimate, observation: Observation) -> None:
+        """Take the estimate of an observation, later than the last one."""
+        heat_map = estimate.heat_map
+        disc = heat_map.search
         if disc is None:
-            return
+            half_side = min(heat_map.probability.shape) * heat_map.metres_per_pixel / 2.0
+            disc = SearchDisc(observation.lat, observation.lon, half_side)
         if self._last is not None and math.hypot(*self._last.forward(disc.lat, disc.lon)) < _APART_M:
             return
         self._last = LocalProjection(disc.lat, disc.lon)

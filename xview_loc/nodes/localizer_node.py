@@ -309,6 +309,7 @@ class LocalizerNode(VehicleNode):
             if moving is not None and (filtered := moving.pose) is not None:
                 outputs.publish_filtered(filtered)
         try:
+            self._compare_with_chance(estimate, observation)
             self._check_confidence(estimate, localizer)
             self._publish(outputs, paired, fix, mounting, estimate)
         finally:
@@ -345,6 +346,13 @@ class LocalizerNode(VehicleNode):
             self._health.clear("fix_disagrees")
         return bool(self._fix_check.fault and not doubted)
 
+    def _compare_with_chance(self, estimate: PoseEstimate, observation: Observation) -> None:
+        self._match.add(estimate, observation)
+        if self._match.fault:
+            self._health.condition("no_match", WARN, self._match.fault)
+        else:
+            self._health.clear("no_match")
+
     def _check_confidence(self, estimate: PoseEstimate, localizer: Localizer) -> None:
         least = self._params["min_confidence"]
         if least < 0.0:
@@ -369,11 +377,6 @@ class LocalizerNode(VehicleNode):
             self._health.count("frames_at_search_border")
             text = "the estimate lies on the edge of the search area; the true position may be outside"
             self._health.condition("search_border", WARN, text, for_s=3.0)
-        self._match.add(estimate)
-        if self._match.fault:
-            self._health.condition("no_match", WARN, self._match.fault)
-        else:
-            self._health.clear("no_match")
         outputs.publish_estimate(paired, fix, mounting, estimate)
         self._health.accepted()
         outputs.publish_status(paired, estimate)
