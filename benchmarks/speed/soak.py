@@ -440,7 +440,8 @@ class Soak:
         """Drive for ``seconds``, and until /diagnostics warn no more."""
         self.drive(seconds)
         if not self.until(lambda: not self.rig.history[-1].warns, ALL_WELL_TIMEOUT_S):
-            self.not_well_again.append(self.events[-1].name if self.events else "the start")
+            after = self.events[-1].name if self.events else "the start"
+            self.not_well_again.append(f"{after} ({self.rig.history[-1].message})")
 
     def cause(self, name: str) -> Event:
         """Cause a fault and wait until it is over."""
