@@ -47,6 +47,13 @@ def test_one_image_is_enough_if_it_is_sure_and_standing_adds_no_evidence() -> No
     for k in range(1, 4):
         check.add(*image(6.0 * k, 0.0))
     assert not check.fault
+    # A fix without a covariance claims nothing, and what was before it counts no more.
+    check.add(*image(18.0, -20.0))
+    heat_map, fix = image(18.0, 0.0)
+    check.add(heat_map, cast(Any, SimpleNamespace(lat=fix.lat, lon=fix.lon, fix_covariance=None)))
+    assert not check.fault
+    check.add(*image(18.0, -4.0))
+    assert not check.fault
     check = FixCheck()
     for _ in range(100):
         check.add(*image(0.0, -4.0))

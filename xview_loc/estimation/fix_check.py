@@ -34,7 +34,8 @@ class FixCheck:
     def add(self, heat_map: HeatMap, observation: Observation) -> None:
         """Take an image's heat map, later than the last one."""
         if observation.fix_covariance is None:
-            self._evidence, self.fault = 0.0, ""
+            self._evidence = self._before = 0.0
+            self.fault = ""
             return
         disc = SearchDisc(observation.lat, observation.lon, search_radius(observation.fix_covariance))
         if self._last is None or math.hypot(*self._last.forward(disc.lat, disc.lon)) >= _APART_M:

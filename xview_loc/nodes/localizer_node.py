@@ -340,18 +340,18 @@ class LocalizerNode(VehicleNode):
             self._fix_check = FixCheck()
         else:
             self._fix_check.add(estimate.heat_map, observation)
-        if self._fix_check.fault:
-            self._health.condition("fix_disagrees", WARN, self._fix_check.fault)
-        else:
-            self._health.clear("fix_disagrees")
+        self._show_fault("fix_disagrees", self._fix_check.fault)
         return bool(self._fix_check.fault and not doubted)
 
     def _compare_with_chance(self, estimate: PoseEstimate, observation: Observation) -> None:
         self._match.add(estimate, observation)
-        if self._match.fault:
-            self._health.condition("no_match", WARN, self._match.fault)
+        self._show_fault("no_match", self._match.fault)
+
+    def _show_fault(self, key: str, fault: str) -> None:
+        if fault:
+            self._health.condition(key, WARN, fault)
         else:
-            self._health.clear("no_match")
+            self._health.clear(key)
 
     def _check_confidence(self, estimate: PoseEstimate, localizer: Localizer) -> None:
         least = self._params["min_confidence"]
