@@ -22,7 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from subprocess import Popen
 from typing import Any
@@ -55,7 +55,6 @@ from map_fixtures import TileServer
 
 MODEL = "ccvpe-small"
 FRAMES = 700
-# Small tiles, so that the route needs more of them than the node keeps in memory.
 TILE_SIDE, TILE_ZOOM = 64, 20
 MAP_DEADLINE_S = 1.0
 QUIET_S = (5.0, 10.0)
@@ -120,7 +119,8 @@ class Rig(Vehicle):
         heading, fix, image = self.messages(frame, stamp_ns)
         self.spoil_fix(fix)
         self.spoil_image(image)
-        self.odometry.publish(self._velocity(frame, stamp_ns))
+        if velocity := self._velocity(frame, stamp_ns):
+            self.odometry.publish(velocity)
         if self.compass:
             self.headings.publish(heading)
         if self.gnss:
@@ -132,8 +132,8 @@ class Rig(Vehicle):
             self.count += 1
         return stamp_ns
 
-    def _velocity(self, frame: Frame, stamp_ns: int) -> Odometry:
-        """Return the true velocity since the last frame; the drive also goes backwards."""
+    def _velocity(self, frame: Frame, stamp_ns: int) -> Odometry | None:
+        """Return the true velocity since the last frame; None while the vehicle turns round at once."""
         message = Odometry()
         message.header.stamp = Time(nanoseconds=stamp_ns).to_msg()
         since_ns, before = self._before or (stamp_ns, frame)
@@ -142,6 +142,8 @@ class Rig(Vehicle):
         if 0.0 < seconds < 2.0:
             a, b = before.truth, frame.truth
             turn = math.remainder(b.heading - a.heading, 2 * math.pi)
+            if abs(turn) > math.pi / 2:
+                return None
             yaw = a.heading + turn / 2
             east, north = b.east - a.east, b.north - a.north
             message.twist.twist.linear.x = (math.cos(yaw) * east + math.sin(yaw) * north) / seconds
@@ -258,11 +260,16 @@ def damaged_images(**changes: Any) -> Callable[[Rig], AbstractContextManager[Non
 
 
 def tile_server(kind: str) -> Callable[[Rig], AbstractContextManager[None]]:
+    """Configure the node anew while the server fails; the tiles that it keeps would hide the fault."""
+
     @contextmanager
     def fault(rig: Rig) -> Iterator[None]:
         rig.server.fault = kind
-        # The disk cache would hide the fault.
+        rig.change_state(Transition.TRANSITION_DEACTIVATE)
+        rig.change_state(Transition.TRANSITION_CLEANUP)
         shutil.rmtree(rig.folder / "cache", ignore_errors=True)
+        rig.change_state(Transition.TRANSITION_CONFIGURE)
+        rig.change_state(Transition.TRANSITION_ACTIVATE)
         yield
         rig.server.fault = None
 
@@ -403,18 +410,27 @@ class Event:
     resumed_s: float = math.inf
 
 
+def turned_round(frame: Frame) -> Frame:
+    """Return what the vehicle measures when it faces the other way; its panorama shows all directions."""
+    assert frame.image is not None
+    yaw, true_yaw = (math.remainder(a + math.pi, 2 * math.pi) for a in (frame.heading, frame.truth.heading))
+    image = np.roll(frame.image, frame.image.shape[1] // 2, axis=1)
+    return replace(frame, image=image, heading=yaw, truth=replace(frame.truth, heading=true_yaw))
+
+
 class Soak:
-    """Drive back and forth at a steady rate, and watch the node."""
+    """Drive to and fro at a steady rate, and watch the node."""
 
     def __init__(self, rig: Rig, node: Popen, frames: list[Frame], rate_hz: float) -> None:
         self.rig, self._node = rig, node
-        self._frames = itertools.cycle(frames + frames[-2:0:-1])
+        back = (turned_round(frame) for frame in reversed(frames[1:-1]))
+        self._frames = itertools.cycle([*frames, *back])
         self._period = 1.0 / rate_hz
         self._due = time.monotonic()
         self.memory: list[tuple[float, float]] = []
         self.events: list[Event] = []
-        # Faults (or "the start") after which warnings did not end.
-        self.not_well_again: list[str] = []
+        # Faults (or "the start") after which warnings did not end, and the last warning.
+        self.not_well_again: list[tuple[str, str]] = []
 
     def alive(self) -> bool:
         return self._node.poll() is None
@@ -441,7 +457,8 @@ class Soak:
         self.drive(seconds)
         if not self.until(lambda: not self.rig.history[-1].warns, ALL_WELL_TIMEOUT_S):
             after = self.events[-1].name if self.events else "the start"
-            self.not_well_again.append(f"{after} ({self.rig.history[-1].message})")
+            self.not_well_again.append((after, self.rig.history[-1].message))
+            print(f"warnings do not end after {after}: {self.rig.history[-1].message}", flush=True)
 
     def cause(self, name: str) -> Event:
         """Cause a fault and wait until it is over."""
@@ -484,17 +501,19 @@ def judge(soak: Soak, wrong_m: float) -> dict[str, dict[str, Any]]:
 
     def fault_at(sent: float) -> str:
         index = int(np.searchsorted(begins, sent)) - 1
-        during = index >= 0 and sent <= soak.events[index].ended
-        return soak.events[index].name if during else "quiet"
+        event = soak.events[index] if index >= 0 else None
+        if event is None or sent > event.ended + event.resumed_s:
+            return "quiet"
+        return event.name if sent <= event.ended else "until poses resume"
 
-    poses: dict[str, list[Pose]] = {name: [] for name in ["quiet", *FAULTS]}
+    poses: dict[str, list[Pose]] = {name: [] for name in ["quiet", "until poses resume", *FAULTS]}
     for pose in rig.poses:
         poses[fault_at(pose.sent)].append(pose)
     unanswered = Counter(fault_at(sent) for sent in rig.sent.values())
     rows = {}
     for name, those in poses.items():
         events = [event for event in soak.events if event.name == name]
-        if name != "quiet" and not events:
+        if name in FAULTS and not events:
             continue
         wrong = [pose.error_m for pose in those if pose.error_m > wrong_m]
         unflagged = [pose.error_m for pose in those if pose.error_m > wrong_m and not flagged(pose)]
@@ -602,6 +621,7 @@ def main() -> int:
         "filtered error, mean, m": sum(error for _, error in rig.filtered) / max(1, len(rig.filtered)),
         "crashed": crashed,
         "exceptions logged": text.count("Traceback") + text.count("internal_error"),
+        "frames dropped or rejected": {k: v for k, v in rig.diagnostics.items() if k.startswith("frames_")},
         "CPU, % of one core": 100.0 * used / elapsed,
         **growth(soak.memory),
     }
@@ -619,12 +639,12 @@ def main() -> int:
     if arguments.json:
         report = {**summary, "faults": rows, "unnamed": unnamed, "not resumed": silent}
         report |= {"not well again": soak.not_well_again, "RSS": soak.memory, "filtered": rig.filtered}
-        report |= {"events": [(e.name, e.began, e.ended) for e in soak.events]}
+        report |= {"events": [(e.name, e.began, e.ended, e.resumed_s) for e in soak.events]}
+        report |= {"images without": sorted(rig.sent.values())}
+        report |= {"warnings": [(r.at, r.message) for r in rig.history if r.warns]}
         arguments.json.write_text(json.dumps(report, indent=1))
     if crashed:
         print(text)
-    if soak.not_well_again:
-        print(f"warnings did not end after: {', '.join(soak.not_well_again)}")
     bad = crashed or summary["exceptions logged"] or unnamed or silent or soak.not_well_again
     return 1 if bad or summary["growth over the run, %"] > LARGEST_GROWTH else 0
 
