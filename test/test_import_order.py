@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "xview_loc"
 FLOORS = (
     "children errors files geodesy statistics images report",
     "bags camera maps",
+    "rig",
     "models simulation vehicle",
     "estimation recordings",
     "datasets",

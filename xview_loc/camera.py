@@ -105,6 +105,38 @@ class CameraModel:
             raise CameraError(f"the camera's distortion leaves {seen:.0%} of the image: {self.distortion}")
         return cv2.remap(image, maps[0], maps[1], cv2.INTER_LINEAR).astype(np.uint8, copy=False)
 
+    @property
+    def pixels_per_radian(self) -> float:
+        """Resolution in the middle of the image: the shorter focal length."""
+        return min(self.k[0], self.k[4])
+
+    def project(self, points: NDArray[np.floating]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """Return the pixels (..., 2), (x, y), of points (..., 3) in the optical frame, and which it sees.
+
+        The frame's z looks forward, x right and y down; only directions count. Pixels count pixel centres.
+        """
+        flat = np.asarray(points, np.float64).reshape(-1, 3)
+        across, forward = np.hypot(flat[:, 0], flat[:, 1]), flat[:, 2]
+        if self.distortion_model == "equidistant":
+            angle = np.arctan2(across, forward)
+            seen = angle <= _widest(self)
+            scale = _fisheye_radius(self, angle) / np.maximum(across, 1e-12)
+            x, y = flat[:, 0] * scale, flat[:, 1] * scale
+            k = self.k
+            pixels = np.stack([k[0] * x + k[1] * y + k[2], k[4] * y + k[5]], 1)
+        else:
+            seen = np.arctan2(across, forward) <= _widest(self)
+            pixels = np.full((len(flat), 2), -1.0)
+            if seen.any():
+                coefficients = np.array(self.distortion) if self.distortion else np.zeros(4)
+                zero = np.zeros(3)
+                projected, _ = cv2.projectPoints(flat[seen], zero, zero, self.matrix, coefficients)
+                pixels[seen] = projected[:, 0]
+        low, high = (-0.5, -0.5), (self.width - 0.5, self.height - 0.5)
+        seen &= ((pixels >= low) & (pixels < high)).all(1)
+        shape = points.shape[:-1]
+        return pixels.reshape(*shape, 2).astype(np.float32), seen.reshape(shape)
+
     def scaled_matrix(self, width: int, height: int) -> NDArray[np.float64]:
         """Return the intrinsics (3x3) of undistorted images resized to ``width`` x ``height``."""
         across, down = width / self.width, height / self.height
@@ -113,6 +145,33 @@ class CameraModel:
             [[across, 0.0, (across - 1.0) / 2.0], [0.0, down, (down - 1.0) / 2.0], [0.0, 0.0, 1.0]]
         )
         return scale @ self.matrix
+
+
+@dataclass(frozen=True)
+class PanoramaCamera:
+    """An equirectangular camera: all directions, from ``top`` down to ``bottom`` elevation, radians.
+
+    The optical frame's z looks through the middle of the image; columns to the right look clockwise.
+    """
+
+    width: int
+    height: int
+    top: float = math.pi / 2
+    bottom: float = -math.pi / 2
+
+    @property
+    def pixels_per_radian(self) -> float:
+        """The coarser resolution of rows and columns."""
+        return min(self.width / (2 * math.pi), self.height / (self.top - self.bottom))
+
+    def project(self, points: NDArray[np.floating]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """See :meth:`CameraModel.project`."""
+        right, down, forward = np.moveaxis(np.asarray(points, np.float64), -1, 0)
+        turn = np.arctan2(right, forward)
+        elevation = np.arctan2(-down, np.hypot(right, forward))
+        x = (turn / (2 * math.pi) + 0.5) * self.width - 0.5
+        y = (self.top - elevation) / (self.top - self.bottom) * self.height - 0.5
+        return np.stack([x, y], -1).astype(np.float32), (y >= -0.5) & (y <= self.height - 0.5)
 
 
 def reduce_width(image: Image, camera: CameraModel | None, width: int) -> tuple[Image, CameraModel | None]:
@@ -141,3 +200,33 @@ def _undistortion_maps(camera: CameraModel) -> tuple[Sequence[NDArray[Any]], flo
     else:
         maps = cv2.initUndistortRectifyMap(*arguments)
     return maps, float(((maps[0] >= 0) & (maps[0] < size)).all(-1).mean())
+
+
+def _fisheye_radius(camera: CameraModel, angle: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the radius, in focal lengths, of rays at ``angle`` (radians) from a fisheye camera's axis."""
+    squared = angle * angle
+    total = np.ones_like(angle)
+    power = np.ones_like(angle)
+    for coefficient in camera.distortion:
+        power = power * squared
+        total += coefficient * power
+    return angle * total
+
+
+@lru_cache(maxsize=64)
+def _widest(camera: CameraModel) -> float:
+    """Return the greatest angle from the axis, radians, up to which the radius grows.
+
+    Beyond it the lens's polynomial bends back, and would show the surroundings twice.
+    """
+    if camera.distortion_model == "equidistant":
+        angle = np.linspace(0.0, math.pi, 2000)
+        radius = _fisheye_radius(camera, angle)
+    else:
+        angle = np.linspace(0.0, math.radians(88.0), 2000)
+        r2 = np.tan(angle) ** 2
+        k1, k2, _, _, k3, k4, k5, k6 = (*camera.distortion, *[0.0] * 8)[:8]
+        radius = np.tan(angle) * (1 + r2 * (k1 + r2 * (k2 + r2 * k3)))
+        radius = radius / (1 + r2 * (k4 + r2 * (k5 + r2 * k6)))
+    falls = np.flatnonzero(np.diff(radius) <= 0.0)
+    return float(angle[falls[0]] if len(falls) else angle[-1])

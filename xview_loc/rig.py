@@ -1,0 +1,203 @@
+"""Upright panoramas from the images of one or several calibrated cameras, or from a tilted panorama."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from xview_loc.camera import CameraError, CameraModel, PanoramaCamera
+from xview_loc.images import Image, ImageError
+
+Floats = NDArray[np.float32]
+Mask = NDArray[np.bool_]
+Quaternion = tuple[float, float, float, float]
+
+# What no camera sees is the mean colour of ImageNet, which normalisation turns into zeros.
+UNSEEN = (124, 116, 104)
+# Rotates a camera that looks along x with z up (REP-103's optical frame in the body's), as (x, y, z, w).
+FORWARD: Quaternion = (-0.5, 0.5, -0.5, 0.5)
+# Walls, trees and the sky are taken to be this far from the rig's centre, the ground at most, metres.
+_RANGE_M = 15.0
+# Neighbouring images are blended where their distances from the border differ by less, in shorter sides.
+_SEAM = 0.1
+# Tilts are rounded to this, so that look-up tables serve again, radians.
+_TILT_STEP = math.radians(0.1)
+_TABLES = 16
+
+
+@dataclass(frozen=True)
+class MountedCamera:
+    """A camera and its place on the vehicle: that of its optical frame (z forward, x right) in ``base_link``.
+
+    ``position`` in metres, ``rotation`` a quaternion (x, y, z, w).
+    """
+
+    camera: CameraModel | PanoramaCamera
+    position: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    rotation: Quaternion = FORWARD
+
+    @property
+    def axes(self) -> NDArray[np.float64]:
+        """Rotation matrix (3, 3) from the optical frame to ``base_link``."""
+        return rotation_matrix(self.rotation)
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Where pixels of a panorama lie in a camera's (reduced) image.
+
+    ``box`` are the panorama's rows and columns that may show it, ``x`` and ``y`` pixels of the image,
+    ``depth`` their distance from the image's border, in shorter sides, negative where it is not seen.
+    """
+
+    box: tuple[slice, slice]
+    size: tuple[int, int]
+    x: Floats
+    y: Floats
+    depth: Floats
+
+
+class Rig:
+    """Cameras that together make one upright panorama, seen from the middle of their positions.
+
+    Below the horizon pixels are taken to be on level ground, ``height`` metres below ``base_link``, at most
+    15 m away; all others 15 m away. ``own`` are images that hide the vehicle's own parts, by camera: True
+    where the camera sees them, in the size of its images. Raises CameraError if a mask has another size.
+    """
+
+    def __init__(
+        self,
+        cameras: Mapping[str, MountedCamera],
+        height: float = 0.0,
+        own: Mapping[str, Mask] | None = None,
+    ) -> None:
+        self.cameras = dict(cameras)
+        self.centre = np.mean([camera.position for camera in self.cameras.values()], axis=0)
+        self.height = height
+        self._own = dict(own or {})
+        for name, mask in self._own.items():
+            camera = self.cameras[name].camera
+            if mask.shape != (camera.height, camera.width):
+                sizes = f"{mask.shape[1]} x {mask.shape[0]}", f"{camera.width} x {camera.height}"
+                raise CameraError(f"camera {name} has a mask of {sizes[0]} pixels, but images of {sizes[1]}")
+        self._table = lru_cache(maxsize=_TABLES * len(self.cameras))(self._make_table)
+
+    def panorama(
+        self,
+        images: Mapping[str, Image],
+        size: tuple[int, int],
+        elevation: tuple[float, float],
+        *,
+        roll: float = 0.0,
+        pitch: float = 0.0,
+    ) -> tuple[Image, Mask]:
+        """Return an upright panorama (height, width, 3) and the mask of the pixels that a camera sees.
+
+        Its middle looks along the vehicle's x axis and columns to the right clockwise; rows run from
+        ``elevation[0]`` down to ``elevation[1]``, radians. ``roll`` and ``pitch`` are the vehicle's, radians
+        as in REP-103: positive with the right side and the nose down. What no image of ``images`` shows has
+        the mean colour. Raises ImageError if an image does not have its calibration's size.
+        """
+        tilt = round(roll / _TILT_STEP), round(pitch / _TILT_STEP)
+        tables = {name: self._table(name, size, elevation, tilt) for name in images}
+        nearest = np.zeros(size, np.float32)
+        for table in tables.values():
+            np.maximum(nearest[table.box], table.depth, out=nearest[table.box])
+        total = np.zeros(size, np.float32)
+        colour = np.zeros((*size, 3), np.float32)
+        for name, table in tables.items():
+            camera = self.cameras[name].camera
+            _check_size(name, images[name], camera)
+            image = images[name]
+            if image.shape[:2] != table.size:
+                reduced = cv2.resize(image, table.size[::-1], interpolation=cv2.INTER_AREA)
+                image = np.asarray(reduced, np.uint8)
+            border = cv2.BORDER_WRAP if isinstance(camera, PanoramaCamera) else cv2.BORDER_REPLICATE
+            pixels = cv2.remap(image, table.x, table.y, cv2.INTER_LINEAR, borderMode=border)
+            weight = np.clip(1.0 + (table.depth - nearest[table.box]) / _SEAM, 0.0, 1.0)
+            weight *= table.depth > 0.0
+            total[table.box] += weight
+            colour[table.box] += weight[..., None] * pixels
+        mask = total > 0.0
+        result = np.full((*size, 3), UNSEEN, np.uint8)
+        result[mask] = np.rint(colour[mask] / total[mask][:, None])
+        return result, mask
+
+    def _make_table(
+        self, name: str, size: tuple[int, int], elevation: tuple[float, float], tilt: tuple[int, int]
+    ) -> _Table:
+        mounted = self.cameras[name]
+        camera = mounted.camera
+        level = tilt_matrix(tilt[0] * _TILT_STEP, tilt[1] * _TILT_STEP)
+        rays = directions(size, elevation)
+        across = np.hypot(rays[..., 0], rays[..., 1])
+        distance = _RANGE_M / np.maximum(across, 1e-6)
+        above = float((level @ self.centre)[2]) + self.height
+        down = rays[..., 2] < -1e-6
+        distance[down] = np.minimum(distance[down], max(above, 0.1) / -rays[..., 2][down])
+        points = rays * distance[..., None]
+        # From level axes about the centre to the optical frame.
+        seen_from = points @ level + (self.centre - np.asarray(mounted.position))
+        pixels, seen = camera.project(seen_from @ mounted.axes)
+        if name in self._own:
+            inside = np.clip(np.rint(pixels), 0, (camera.width - 1, camera.height - 1)).astype(int)
+            seen &= ~self._own[name][inside[..., 1], inside[..., 0]]
+        x, y = pixels[..., 0], pixels[..., 1]
+        edge = np.minimum(y + 0.5, camera.height - 0.5 - y)
+        if isinstance(camera, CameraModel):
+            edge = np.minimum(edge, np.minimum(x + 0.5, camera.width - 0.5 - x))
+        depth = np.where(seen, edge / min(camera.width, camera.height) + 1e-6, -1.0)
+        # Coarser images are reduced first: sampled pixel by pixel, fine ones would alias.
+        factor = max(1, math.floor(camera.pixels_per_radian / (size[1] / (2 * math.pi))))
+        reduced = max(1, round(camera.height / factor)), max(1, round(camera.width / factor))
+        x = (x + 0.5) * (reduced[1] / camera.width) - 0.5
+        y = np.clip((y + 0.5) * (reduced[0] / camera.height) - 0.5, 0, reduced[0] - 1)
+        rows, columns = np.flatnonzero(seen.any(1)), np.flatnonzero(seen.any(0))
+        box = (slice(0, 0), slice(0, 0))
+        if len(rows):
+            box = (slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1))
+        x, y, depth = (np.ascontiguousarray(v[box], np.float32) for v in (x, y, depth))
+        return _Table(box, reduced, x, y, depth)
+
+
+def directions(size: tuple[int, int], elevation: tuple[float, float]) -> NDArray[np.float64]:
+    """Return unit vectors (height, width, 3), x forward and z up, of the pixels of a panorama."""
+    turn = ((np.arange(size[1]) + 0.5) / size[1] - 0.5) * -2 * math.pi
+    up = elevation[0] + (np.arange(size[0]) + 0.5) / size[0] * (elevation[1] - elevation[0])
+    up, turn = up[:, None], turn[None, :]
+    return np.stack([np.cos(up) * np.cos(turn), np.cos(up) * np.sin(turn), np.sin(up) + 0 * turn], -1)
+
+
+def tilt_matrix(roll: float, pitch: float) -> NDArray[np.float64]:
+    """Return the rotation (3, 3) from a tilted vehicle to level axes of the same heading."""
+    (cr, sr), (cp, sp) = ((math.cos(a), math.sin(a)) for a in (roll, pitch))
+    about_y = np.array([[cp, 0.0, sp], [0.0, 1.0, 0.0], [-sp, 0.0, cp]])
+    about_x = np.array([[1.0, 0.0, 0.0], [0.0, cr, -sr], [0.0, sr, cr]])
+    return about_y @ about_x
+
+
+def rotation_matrix(quaternion: Quaternion) -> NDArray[np.float64]:
+    """Return the matrix (3, 3) of a quaternion (x, y, z, w), which is normalised first."""
+    x, y, z, w = np.asarray(quaternion) / np.linalg.norm(quaternion)
+    return np.array(
+        [
+            [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
+            [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
+            [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)],
+        ]
+    )
+
+
+def _check_size(name: str, image: Image, camera: CameraModel | PanoramaCamera) -> None:
+    height, width = image.shape[:2]
+    if (width, height) != (camera.width, camera.height):
+        raise ImageError(
+            f"the image of camera {name} has {width} x {height} pixels, but its calibration is for "
+            f"{camera.width} x {camera.height}"
+        )
