@@ -323,7 +323,8 @@ def test_metadata_that_does_not_fit(model: CrossViewModel, tmp_path: Path) -> No
     assert "no xview_loc metadata" in fails(altered(model, path, metadata={"model": NAME}))
     assert "no xview_loc metadata" in fails(altered(model, path, metadata=[1]))
     assert "format 2" in fails(altered(model, path, metadata={"format": 2, "model": NAME, "spec": spec}))
-    for broken in ({}, {**spec, "gsd": -1.0}, {**spec, "gsd": "x"}, {**spec, "extra": 1}):
+    odd = [("gsd", -1.0), ("gsd", "x"), ("extra", 1), ("elevation_deg", 7), ("elevation_deg", [90, -90])]
+    for broken in ({}, *({**spec, name: value} for name, value in odd)):
         metadata = {"format": 1, "model": NAME, "spec": broken}
         assert "spec that does not fit" in fails(altered(model, path, metadata=metadata))
 

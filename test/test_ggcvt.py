@@ -163,7 +163,7 @@ def test_loss_of_equal_scores_and_of_a_clear_peak() -> None:
 def test_flat_ground_lies_where_a_panorama_shows_it() -> None:
     """The centre column faces north, columns run clockwise, rows from +30 to -60 degrees of elevation."""
     geometry, cell_m, size, rows, cols = CONFIGS["ggcvt-small"].geometry, 0.5, 40, 64, 256
-    u, v = project_panorama(cell_m, geometry, size, rows, cols)
+    u, v = project_panorama(cell_m, geometry, (30.0, -60.0), size, rows, cols)
     for east, north in ((0.25, 6.25), (8.25, 0.25), (-3.25, 4.25), (2.25, -5.25)):
         row, col = size / 2 - 0.5 - north / cell_m, size / 2 - 0.5 + east / cell_m
         azimuth = math.degrees(math.atan2(east, north))

@@ -41,6 +41,7 @@ class ModelSpec:
     is the number of heading bins that the model scores; 0: it needs a known heading. ``normalisation`` says
     how both images are normalised: ``"imagenet"`` to ImageNet's mean and standard deviation, ``"unit"`` to
     RGB in [0, 1]. Its default is what a spec without it means: all models were trained so before it existed.
+    ``elevation_deg`` are the elevations of a panorama's upper and lower edge, degrees.
     """
 
     name: str
@@ -51,6 +52,7 @@ class ModelSpec:
     bins: int
     aerial_up: Literal["north", "left"] = "north"
     normalisation: Normalisation = "imagenet"
+    elevation_deg: tuple[float, float] = (90.0, -90.0)
 
     @property
     def nominal_heading(self) -> float:
@@ -71,7 +73,8 @@ class ModelSpec:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> ModelSpec:
         """Build a spec from what :meth:`to_json` returned."""
-        return cls(**{**data, "ground_size": tuple(data["ground_size"])})
+        pairs = {name: tuple(data[name]) for name in ("ground_size", "elevation_deg")}
+        return cls(**{**data, **pairs})
 
 
 @dataclass(frozen=True)

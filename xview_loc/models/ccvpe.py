@@ -75,7 +75,7 @@ _KITTI = CCVPEConfig(
 _SMALL = CCVPEConfig(
     # Backbones of stride 16 and one feature per coarse cell: 10 x 10 cells of 7.7 m, and one heading bin per
     # feature column of the panorama.
-    spec=ModelSpec("ccvpe-small", "panorama", (64, 256), 160, 0.48, 16),
+    spec=ModelSpec("ccvpe-small", "panorama", (64, 256), 160, 0.48, 16, elevation_deg=(30.0, -60.0)),
     satellite_descriptor=256,
     ground_channels=(16, 8, 4, 2),
     shifts=(16, 8, 4, 2),

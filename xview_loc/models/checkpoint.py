@@ -308,7 +308,8 @@ def _check_finite(path: Path, state: Mapping[str, Tensor]) -> None:
 def _checked_spec(path: Path, data: dict[str, Any], own: ModelSpec) -> ModelSpec:
     """Return the file's spec; only gsd and normalisation may differ from the model's own."""
     try:
-        spec = ModelSpec.from_json(data)
+        # Checkpoints made before the field existed lack it.
+        spec = ModelSpec.from_json({"elevation_deg": own.elevation_deg, **data})
         valid = replace(spec, gsd=own.gsd, normalisation=own.normalisation) == own
         valid = valid and type(spec.gsd) in (int, float) and GSD_BOUNDS[0] <= spec.gsd <= GSD_BOUNDS[1]
     except (KeyError, TypeError, ValueError):

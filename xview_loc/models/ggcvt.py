@@ -63,8 +63,17 @@ CONFIGS = {
         ),
         GGCVTConfig(
             # A search window of 65 m, as the shipped drives' fixes need.
-            ModelSpec("ggcvt-small", "panorama", (64, 256), 192, 0.48, 0, normalisation="unit"),
-            CameraGeometry(2.0, elevation_deg=(30.0, -60.0), image_origin=-0.5),
+            ModelSpec(
+                "ggcvt-small",
+                "panorama",
+                (64, 256),
+                192,
+                0.48,
+                0,
+                normalisation="unit",
+                elevation_deg=(30.0, -60.0),
+            ),
+            CameraGeometry(2.0, image_origin=-0.5),
             zero_cell=-0.5,
             crop=0.3,
             channels=(16, 32, 64),

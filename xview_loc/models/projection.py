@@ -20,14 +20,13 @@ _MIN_DEPTH = 1e-6
 
 @dataclass(frozen=True)
 class CameraGeometry:
-    """Height of a camera above ground (m), and elevation of a panorama's upper and lower edge.
+    """Height of a camera above ground, metres.
 
     ``image_origin`` is the pixel coordinate of the image's upper left corner: 0 in the published models,
     which put the first pixel's centre there; -0.5 with pixel-centre coordinates.
     """
 
     height: float
-    elevation_deg: tuple[float, float] = (90.0, -90.0)
     image_origin: float = 0.0
 
 
@@ -98,7 +97,7 @@ def overhead_view(
     for stride in reversed(STRIDES):
         size, (rows, cols) = spec.aerial_size // stride, (x // stride for x in spec.ground_size)
         if spec.camera == "panorama":
-            u, v = project_panorama(camera[0] * stride, geometry, size, rows, cols)
+            u, v = project_panorama(camera[0] * stride, geometry, spec.elevation_deg, size, rows, cols)
             visible = torch.ones_like(u, dtype=torch.bool)
         else:
             matrix = torch.tensor(camera).reshape(3, 3)
@@ -112,7 +111,12 @@ def overhead_view(
 
 
 def project_panorama(
-    cell_m: float, geometry: CameraGeometry, size: int, rows: int, cols: int
+    cell_m: float,
+    geometry: CameraGeometry,
+    elevation_deg: tuple[float, float],
+    size: int,
+    rows: int,
+    cols: int,
 ) -> tuple[Tensor, Tensor]:
     """Return column and row (size, size) of flat ground around a panoramic camera that looks north."""
     # float32 and this order of operations as published: diagonals fall on whole columns, where rounding
@@ -123,7 +127,7 @@ def project_panorama(
     angle = torch.atan2(row - centre, col - centre)
     angle = (-math.pi / 2 + angle % (2 * math.pi)) % (2 * math.pi)
     polar = torch.atan2(radius * torch.tensor(cell_m), torch.tensor(-geometry.height))
-    top, bottom = (math.radians(90.0 - elevation) for elevation in geometry.elevation_deg)
+    top, bottom = (math.radians(90.0 - elevation) for elevation in elevation_deg)
     u, v = angle / 2 / math.pi * cols, (polar - top) / (bottom - top) * rows
     return u + geometry.image_origin, v + geometry.image_origin
 
