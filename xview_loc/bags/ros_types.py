@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -48,9 +49,41 @@ def stamp_ns(header: Any) -> int:
     return int(header.stamp.sec) * NS + int(header.stamp.nanosec)
 
 
-def quaternion(yaw: float) -> Any:
-    """Make the quaternion of a turn about z by ``yaw`` radians."""
-    return message("geometry_msgs/msg/Quaternion", x=0.0, y=0.0, z=math.sin(yaw / 2.0), w=math.cos(yaw / 2.0))
+def quaternion(yaw: float, pitch: float = 0.0, roll: float = 0.0) -> Any:
+    """Make the quaternion of turns about x by ``roll``, then y by ``pitch``, then z by ``yaw``, radians."""
+    (cr, sr), (cp, sp), (cy, sy) = ((math.cos(a / 2.0), math.sin(a / 2.0)) for a in (roll, pitch, yaw))
+    return message(
+        "geometry_msgs/msg/Quaternion",
+        x=sr * cp * cy - cr * sp * sy,
+        y=cr * sp * cy + sr * cp * sy,
+        z=cr * cp * sy - sr * sp * cy,
+        w=cr * cp * cy + sr * sp * sy,
+    )
+
+
+def camera_info(
+    head: Any, width: int, height: int, k: Sequence[float], distortion: Sequence[float], model: str
+) -> Any:
+    """Make a sensor_msgs/CameraInfo of a whole sensor: ``k`` (9) row by row, ``model`` of the distortion."""
+    projection = np.zeros((3, 4))
+    projection[:, :3] = np.reshape(k, (3, 3))
+    region = message(
+        "sensor_msgs/msg/RegionOfInterest", x_offset=0, y_offset=0, height=0, width=0, do_rectify=False
+    )
+    return message(
+        "sensor_msgs/msg/CameraInfo",
+        header=head,
+        height=height,
+        width=width,
+        distortion_model=model,
+        d=np.array(distortion, float),
+        k=np.array(k, float),
+        r=np.eye(3).reshape(9),
+        p=projection.reshape(12),
+        binning_x=0,
+        binning_y=0,
+        roi=region,
+    )
 
 
 def nav_sat_fix(head: Any, lat: float, lon: float, altitude: float, covariance: Any) -> Any:

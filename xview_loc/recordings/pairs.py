@@ -28,6 +28,7 @@ from xview_loc import __version__
 from xview_loc.bags.recovery import BagError, bag_files
 from xview_loc.bags.ros_types import (
     COVARIANCE_KNOWN,
+    camera_info,
     deserialize,
     header,
     message,
@@ -183,7 +184,9 @@ class PairWriter:
             self._write(FIX, stamp, nav_sat_fix(head, pair.lat, pair.lon, pair.altitude, _full(pair)))
             self._write(HEADING, stamp, _imu(head, pair.heading, pair.heading_std))
             if pair.camera is not None:
-                self._write(CAMERA, stamp, _camera_info(head, pair.camera))
+                camera = pair.camera
+                size, lens = (camera.width, camera.height), (camera.distortion, camera.distortion_model)
+                self._write(CAMERA, stamp, camera_info(head, *size, camera.k, *lens))
             # The tile was written with the stamp of the first pair in the file that uses it.
             self._write(TILE, stamp, header(tile_stamp, tile_id))
             # Last: a pair is complete if it has an image.
@@ -265,28 +268,6 @@ def _imu(head: Any, heading: float | None, std: float) -> Any:
         angular_velocity_covariance=unmeasured,
         linear_acceleration=zero,
         linear_acceleration_covariance=unmeasured,
-    )
-
-
-def _camera_info(head: Any, camera: CameraModel) -> Any:
-    projection = np.zeros((3, 4))
-    projection[:, :3] = camera.matrix
-    region = message(
-        "sensor_msgs/msg/RegionOfInterest", x_offset=0, y_offset=0, height=0, width=0, do_rectify=False
-    )
-    return message(
-        TOPICS[CAMERA],
-        header=head,
-        height=camera.height,
-        width=camera.width,
-        distortion_model=camera.distortion_model,
-        d=np.array(camera.distortion, float),
-        k=np.array(camera.k, float),
-        r=np.eye(3).reshape(9),
-        p=projection.reshape(12),
-        binning_x=0,
-        binning_y=0,
-        roi=region,
     )
 
 
