@@ -55,6 +55,8 @@ from map_fixtures import TileServer
 
 MODEL = "ccvpe-small"
 FRAMES = 700
+# Of half a turn on the spot.
+TURN_FRAMES = 20
 TILE_SIDE, TILE_ZOOM = 64, 20
 MAP_DEADLINE_S = 1.0
 QUIET_S = (5.0, 10.0)
@@ -119,8 +121,7 @@ class Rig(Vehicle):
         heading, fix, image = self.messages(frame, stamp_ns)
         self.spoil_fix(fix)
         self.spoil_image(image)
-        if velocity := self._velocity(frame, stamp_ns):
-            self.odometry.publish(velocity)
+        self.odometry.publish(self._velocity(frame, stamp_ns))
         if self.compass:
             self.headings.publish(heading)
         if self.gnss:
@@ -132,8 +133,8 @@ class Rig(Vehicle):
             self.count += 1
         return stamp_ns
 
-    def _velocity(self, frame: Frame, stamp_ns: int) -> Odometry | None:
-        """Return the true velocity since the last frame; None while the vehicle turns round at once."""
+    def _velocity(self, frame: Frame, stamp_ns: int) -> Odometry:
+        """Return the true velocity since the last frame."""
         message = Odometry()
         message.header.stamp = Time(nanoseconds=stamp_ns).to_msg()
         since_ns, before = self._before or (stamp_ns, frame)
@@ -142,8 +143,6 @@ class Rig(Vehicle):
         if 0.0 < seconds < 2.0:
             a, b = before.truth, frame.truth
             turn = math.remainder(b.heading - a.heading, 2 * math.pi)
-            if abs(turn) > math.pi / 2:
-                return None
             yaw = a.heading + turn / 2
             east, north = b.east - a.east, b.north - a.north
             message.twist.twist.linear.x = (math.cos(yaw) * east + math.sin(yaw) * north) / seconds
@@ -410,12 +409,21 @@ class Event:
     resumed_s: float = math.inf
 
 
-def turned_round(frame: Frame) -> Frame:
-    """Return what the vehicle measures when it faces the other way; its panorama shows all directions."""
+def turned(frame: Frame, angle: float) -> Frame:
+    """Return what the vehicle measures, turned left by ``angle``; its panorama shows all directions."""
     assert frame.image is not None
-    yaw, true_yaw = (math.remainder(a + math.pi, 2 * math.pi) for a in (frame.heading, frame.truth.heading))
-    image = np.roll(frame.image, frame.image.shape[1] // 2, axis=1)
+    yaw, true_yaw = (math.remainder(a + angle, 2 * math.pi) for a in (frame.heading, frame.truth.heading))
+    width = frame.image.shape[1]
+    image = np.roll(frame.image, round(angle / (2 * math.pi) * width), axis=1)
     return replace(frame, image=image, heading=yaw, truth=replace(frame.truth, heading=true_yaw))
+
+
+def to_and_fro(frames: list[Frame]) -> list[Frame]:
+    """Return a drive there and back again; the vehicle turns on the spot at both ends."""
+    angles = np.linspace(0.0, math.pi, TURN_FRAMES + 2)[1:-1]
+    out = [turned(frames[-1], angle) for angle in angles]
+    home = [turned(frames[0], math.pi + angle) for angle in angles]
+    return [*frames, *out, *(turned(frame, math.pi) for frame in reversed(frames)), *home]
 
 
 class Soak:
@@ -423,8 +431,7 @@ class Soak:
 
     def __init__(self, rig: Rig, node: Popen, frames: list[Frame], rate_hz: float) -> None:
         self.rig, self._node = rig, node
-        back = (turned_round(frame) for frame in reversed(frames[1:-1]))
-        self._frames = itertools.cycle([*frames, *back])
+        self._frames = itertools.cycle(to_and_fro(frames))
         self._period = 1.0 / rate_hz
         self._due = time.monotonic()
         self.memory: list[tuple[float, float]] = []
