@@ -1,0 +1,151 @@
+"""Makes one observation of the images of several cameras, by their stamps. Free of ROS."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from xview_loc.rig import Rig
+from xview_loc.vehicle.synchronisation import NS, RESTART_NS, RejectedInput, StampNotNewerError
+from xview_loc.vehicle.tilt import TiltSample
+
+# Sets remembered, and needed to judge; a camera that is missing from this share of them is faulty.
+_WINDOW, _ENOUGH, _LIMIT = 20, 10, 0.5
+# Images of one instant arrive one after another: sets wait at least so long.
+_LEAST_WAIT_NS = NS // 20
+# A camera whose last image is older sends none any more.
+_SILENT_NS = NS
+
+
+@dataclass(frozen=True)
+class CameraImage:
+    """A camera's image as it came: an Image or CompressedImage.
+
+    name: the camera's; "" for the only camera of a vehicle. type, data: the message's type, such as
+    sensor_msgs/msg/CompressedImage, and its CDR bytes.
+    """
+
+    name: str
+    stamp_ns: int
+    type: str
+    data: bytes
+
+
+@dataclass(frozen=True, eq=False)
+class RigFrame:
+    """The images of one observation, as they came, and how the cameras looked at that instant.
+
+    stamp_ns: of the observation. images: of all cameras, or of those that had one. rig: calibration and place
+    of the cameras, and what hides the vehicle's own parts. tilt: base_link's, None if it is not known.
+    """
+
+    stamp_ns: int
+    images: tuple[CameraImage, ...]
+    rig: Rig
+    tilt: TiltSample | None
+
+
+class RigAssembly:
+    """Collects images into sets, at most one of each camera, whose stamps differ by ``tolerance_s`` at most.
+
+    A set is released complete at once; incomplete after ``tolerance_s`` (at least 50 ms), or when the next
+    one begins. A stamp more than half a second before the last one of its camera means that time started
+    again. Not thread-safe.
+    """
+
+    def __init__(self, names: Sequence[str], tolerance_s: float) -> None:
+        self._names = tuple(names)
+        self.tolerance_s = tolerance_s
+        self._set: dict[str, CameraImage] = {}
+        self._since_ns = 0
+        self._released: tuple[CameraImage, ...] = ()
+        self._last_ns: dict[str, int] = {}
+        self._missing: deque[frozenset[str]] = deque(maxlen=_WINDOW)
+
+    def add(self, image: CameraImage, now_ns: int) -> list[tuple[CameraImage, ...]]:
+        """Take an image that arrived at ``now_ns`` of the caller's clock; return the sets that it releases.
+
+        Raises StampNotNewerError; RejectedInput ("image_late") if the image's set was released without it.
+        """
+        name, stamp = image.name, image.stamp_ns
+        last_ns = self._last_ns.get(name, 0)
+        if stamp < last_ns - RESTART_NS:
+            self._set, self._released, self._last_ns = {}, (), {}
+        elif stamp <= last_ns:
+            raise StampNotNewerError("image")
+        self._last_ns[name] = stamp
+        if self._is_late(image):
+            raise RejectedInput("image_late", f"the image of camera {name} came after the others were used")
+        sets = []
+        if self._set and (name in self._set or not self._belongs(stamp)):
+            sets.append(self._release())
+        if not self._set:
+            self._since_ns = now_ns
+        self._set[name] = image
+        if len(self._set) == len(self._names):
+            sets.append(self._release())
+        return sets
+
+    @property
+    def waiting(self) -> bool:
+        """Whether an incomplete set waits."""
+        return bool(self._set)
+
+    def overdue(self, now_ns: int) -> list[tuple[CameraImage, ...]]:
+        """Return the set that has waited long enough, if there is one."""
+        if self._set and now_ns - self._since_ns >= max(self.tolerance_s * NS, _LEAST_WAIT_NS):
+            return [self._release()]
+        return []
+
+    def missing(self, images: Sequence[CameraImage]) -> list[str]:
+        """Return the names of the cameras without an image in a set."""
+        return [name for name in self._names if all(image.name != name for image in images)]
+
+    def faults(self) -> dict[str, str]:
+        """Return what is wrong, by camera, with those that miss half of the last sets or more."""
+        if len(self._missing) < _ENOUGH:
+            return {}
+        newest = max(self._last_ns.values(), default=0)
+        faults = {}
+        for name in self._names:
+            count = sum(name in missing for missing in self._missing)
+            if count < _LIMIT * len(self._missing):
+                continue
+            last_ns = self._last_ns.get(name)
+            if last_ns is None:
+                faults[name] = "it has sent no image"
+            elif newest - last_ns > _SILENT_NS:
+                faults[name] = f"it has sent no image for {(newest - last_ns) / NS:.0f} s"
+            else:
+                faults[name] = (
+                    f"{count} of the last {len(self._missing)} observations have no image of it: it is "
+                    f"slower, or its stamps are more than {self.tolerance_s:g} s (rig_tolerance_s) away"
+                )
+        return faults
+
+    def _belongs(self, stamp_ns: int) -> bool:
+        stamps = [image.stamp_ns for image in self._set.values()]
+        return max(*stamps, stamp_ns) - min(*stamps, stamp_ns) <= self.tolerance_s * NS
+
+    def _is_late(self, image: CameraImage) -> bool:
+        if self._set:
+            first_ns = min(other.stamp_ns for other in self._set.values())
+            return image.stamp_ns < first_ns and not self._belongs(image.stamp_ns)
+        if not self._released or any(other.name == image.name for other in self._released):
+            return False
+        first_ns = min(other.stamp_ns for other in self._released)
+        return image.stamp_ns - first_ns <= self.tolerance_s * NS
+
+    def _release(self) -> tuple[CameraImage, ...]:
+        # In the order of the cameras' names.
+        released = tuple(self._set[name] for name in self._names if name in self._set)
+        self._set, self._released = {}, released
+        self._missing.append(frozenset(self.missing(released)))
+        return released
+
+
+def middle_ns(images: Sequence[CameraImage]) -> int:
+    """Return the instant of an observation: midway between the first and the last stamp of its images."""
+    stamps = [image.stamp_ns for image in images]
+    return (min(stamps) + max(stamps)) // 2
