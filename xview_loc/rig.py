@@ -80,8 +80,8 @@ class Rig:
         self.cameras = dict(cameras)
         self.centre = np.mean([camera.position for camera in self.cameras.values()], axis=0)
         self.height = height
-        self._own = dict(own or {})
-        for name, mask in self._own.items():
+        self.own = dict(own or {})
+        for name, mask in self.own.items():
             camera = self.cameras[name].camera
             if mask.shape != (camera.height, camera.width):
                 sizes = f"{mask.shape[1]} x {mask.shape[0]}", f"{camera.width} x {camera.height}"
@@ -145,9 +145,9 @@ class Rig:
         # From level axes about the centre to the optical frame.
         seen_from = points @ level + (self.centre - np.asarray(mounted.position))
         pixels, seen = camera.project(seen_from @ mounted.axes)
-        if name in self._own:
+        if name in self.own:
             inside = np.clip(np.rint(pixels), 0, (camera.width - 1, camera.height - 1)).astype(int)
-            seen &= ~self._own[name][inside[..., 1], inside[..., 0]]
+            seen &= ~self.own[name][inside[..., 1], inside[..., 0]]
         x, y = pixels[..., 0], pixels[..., 1]
         edge = np.minimum(y + 0.5, camera.height - 0.5 - y)
         if isinstance(camera, CameraModel):

@@ -22,7 +22,7 @@ from xview_loc.files import whole_folder
 from xview_loc.images import ImageError, encode_jpeg
 from xview_loc.maps.base import AerialMap, AerialTile, MapError, NoImageryError
 from xview_loc.maps.store import TileStore
-from xview_loc.recordings.pairs import IMAGE, ODOMETRY, TOPICS, Pair, PairBag, PairWriter
+from xview_loc.recordings.pairs import ODOMETRY, TILE, TOPICS, Pair, PairBag, PairWriter
 from xview_loc.vehicle.input_types import INPUT_TYPES
 from xview_loc.vehicle.keyframes import KeyframeRule, Keyframes, WheelSpeed
 from xview_loc.vehicle.messages import (
@@ -120,7 +120,7 @@ def import_bag(
         _reading(source) as reader,
         closing(_TileCutter(aerial, options, result)) as tiles,
     ):
-        if IMAGE in {connection.topic for connection in reader.connections}:
+        if TILE in {connection.topic for connection in reader.connections}:
             _complete(source, partial, tiles, options, result, on_progress)
         else:
             _import_recording(source, reader, partial, tiles, options, result, on_progress)
@@ -190,7 +190,7 @@ def _complete(
 ) -> None:
     """Copy a bag of pairs, cutting the tiles that are missing, damaged, or of another size."""
     bag = PairBag(source)
-    before = bag.session()
+    before, rig = bag.session(), bag.rig()
     session = {**before, "licence": tiles.licence or before.get("licence", "")}
     if tiles.has_map:
         session["tile"] = {"size": tiles.size, "gsd": tiles.gsd}
@@ -198,11 +198,11 @@ def _complete(
         session.update(options.mounting.facts())
     odometry = _readable(bag.odometry(), result)
     waiting = next(odometry, None)
-    with closing(PairWriter(partial, session, BagLimits(min_free_bytes=0))) as writer:
+    with closing(PairWriter(partial, session, BagLimits(min_free_bytes=0), rig)) as writer:
         for index in range(len(bag)):
             on_progress(index / len(bag))
             try:
-                pair, raw = bag[index], bag.raw_image(index)
+                pair, raw = bag[index], None if rig else bag.raw_image(index)
             except BagError:
                 result.dropped["pair_damaged"] += 1
                 continue

@@ -41,13 +41,31 @@ from xview_loc.bags.writer import BagLimits, BagWriter
 from xview_loc.camera import CameraModel
 from xview_loc.errors import reason
 from xview_loc.files import open_regular
-from xview_loc.images import Image, decode_compressed, decode_with_alpha
+from xview_loc.images import (
+    Image,
+    ImageError,
+    check_complete,
+    check_size,
+    decode_compressed,
+    decode_with_alpha,
+)
 from xview_loc.maps.base import AerialTile
-from xview_loc.vehicle.messages import camera_from_info, yaw_of
+from xview_loc.recordings.rig_messages import (
+    camera_names,
+    check_rig,
+    image_topic,
+    read_rig,
+    rig_messages,
+    rig_topics,
+)
+from xview_loc.rig import Rig
+from xview_loc.vehicle.messages import camera_from_info, cdr_stamp_ns, yaw_of
+from xview_loc.vehicle.rig_assembly import CameraImage
 from xview_loc.vehicle.synchronisation import GnssFix, HeadingSample
+from xview_loc.vehicle.tilt import TiltSample
 
-IMAGE, FIX, HEADING, CAMERA, TILE = (
-    f"/pair/{name}" for name in ("image", "fix", "heading", "camera_info", "tile")
+IMAGE, FIX, HEADING, TILT, CAMERA, TILE = (
+    f"/pair/{name}" for name in ("image", "fix", "heading", "tilt", "camera_info", "tile")
 )
 TILE_IMAGE, TILE_GEOREFERENCE = "/tile/image", "/tile/georeference"
 ODOMETRY, SESSION = "/odom", "/session"
@@ -55,6 +73,7 @@ TOPICS = {
     IMAGE: "sensor_msgs/msg/CompressedImage",
     FIX: "sensor_msgs/msg/NavSatFix",
     HEADING: "sensor_msgs/msg/Imu",
+    TILT: "geometry_msgs/msg/Vector3Stamped",
     CAMERA: "sensor_msgs/msg/CameraInfo",
     TILE: "std_msgs/msg/Header",
     TILE_IMAGE: "sensor_msgs/msg/CompressedImage",
@@ -67,6 +86,10 @@ CONVENTIONS = {
     "tile": "north-up square in the transverse Mercator plane (k = 1, WGS-84) about its lat and lon, which "
     "lie at pixel ((size - 1) / 2, (size - 1) / 2); gsd is metres per pixel",
     "heading": "ENU yaw of the vehicle's x axis from true north's east, counter-clockwise, radians",
+    "tilt": "roll (x) and pitch (y) of the vehicle as in REP-103, radians: positive with the right side and "
+    "the nose down; frame_id says where they come from",
+    "rig": "camera_info, own_mask (white: the vehicle's own parts) and the optical frames in base_link "
+    "(/tf_static, named after the cameras) hold for all pairs; base_height is base_link's above the ground",
     "mounting": "antenna and camera are (forward, left) of the vehicle's origin, metres",
     "panorama": "columns run clockwise; the centre column looks camera_yaw left of the vehicle's x axis",
     "fix": "WGS-84 degrees of the GNSS antenna at the image's stamp, covariance in ENU m^2",
@@ -79,10 +102,12 @@ _UNKNOWN = -1.0  # sensor_msgs/Imu: this quantity is not measured
 class Pair:
     """One target-area pair without ground truth.
 
-    image_format, image_bytes: as in ``sensor_msgs/CompressedImage``. lat, lon: the coarse fix in degrees,
-    with its 2x2 or 3x3 ENU covariance in m^2 (None if unknown). heading: true-north ENU yaw of the vehicle,
-    radians, None if unknown. camera: None if no calibration was received. tile_id: key of the aerial tile, ""
-    without one.
+    image_format, image_bytes: as in ``sensor_msgs/CompressedImage``; empty if the pair is of a rig: then
+    ``images`` are CompressedImages of all its cameras, or of those that had one. lat, lon: the coarse fix in
+    degrees, with its 2x2 or 3x3 ENU covariance in m^2 (None if unknown). heading: true-north ENU yaw of the
+    vehicle, radians, None if unknown. camera: None if no calibration was received. tile_id: key of the aerial
+    tile, "" without one. tilt: the vehicle's, None if unknown; tilt_source: where it comes from, such as
+    "imu".
     """
 
     stamp_ns: int
@@ -96,6 +121,9 @@ class Pair:
     heading_std: float = 0.0
     camera: CameraModel | None = None
     tile_id: str = ""
+    images: tuple[CameraImage, ...] = ()
+    tilt: TiltSample | None = None
+    tilt_source: str = ""
 
     @classmethod
     def of(
@@ -115,6 +143,22 @@ class Pair:
     def image(self) -> Image:
         """Decode the ground image to RGB. Raises ImageError if it is damaged."""
         return decode_compressed(self.image_bytes)
+
+    def decode(self, rig: Rig) -> dict[str, Image]:
+        """Decode the images of a rig's cameras to RGB. Raises ImageError if one is damaged or too large."""
+        decoded = {}
+        for image in self.images:
+            try:
+                if image.name not in rig.cameras:
+                    raise ImageError("it is not one of the rig's")
+                content = deserialize(image.type, image.data).data.tobytes()
+                camera = rig.cameras[image.name].camera
+                check_complete(content)
+                check_size(content, camera.width * camera.height)
+                decoded[image.name] = decode_compressed(content)
+            except Exception as error:  # damaged bytes raise anything
+                raise ImageError(f"camera {image.name}: {reason(error)}") from None
+        return decoded
 
 
 def encode_tile(tile: AerialTile) -> bytes:
@@ -143,9 +187,30 @@ def decode_tile(data: bytes, georeference: Mapping[str, Any]) -> AerialTile:
 class PairWriter:
     """Writes a new bag of pairs; any thread may call it. Errors are :class:`BagWriter`'s."""
 
-    def __init__(self, folder: Path, session: Mapping[str, Any], limits: BagLimits | None = None) -> None:
-        """``session``: facts about the recording (vehicle, map, licence ...), JSON values."""
-        self.bag = BagWriter(folder, TOPICS, limits)
+    def __init__(
+        self,
+        folder: Path,
+        session: Mapping[str, Any],
+        limits: BagLimits | None = None,
+        rig: Rig | None = None,
+    ) -> None:
+        """``session``: facts about the recording (vehicle, map, licence ...), JSON values.
+
+        ``rig``: the cameras of pairs with several images. Raises CameraError if it cannot be recorded.
+        """
+        self._types = dict(TOPICS)
+        if rig is not None:
+            check_rig(rig.cameras)
+            self._types = (
+                {t: kind for t, kind in TOPICS.items() if t not in (IMAGE, CAMERA)}
+                | {image_topic(name): TOPICS[IMAGE] for name in rig.cameras}
+                | rig_topics(rig.cameras)
+            )
+            session = {**session, "base_height": rig.height}
+        self._rig = rig
+        # What a pair's last message is written to: a pair that has it is complete.
+        self._last_topic = IMAGE if rig is None else TILE
+        self.bag = BagWriter(folder, self._types, limits)
         # Written at the beginning of each file; may be completed before the first.
         self.session = {
             "format": _FORMAT,
@@ -162,7 +227,7 @@ class PairWriter:
     @property
     def pairs(self) -> int:
         """Number of pairs written; without those of a file that was deleted under the writer."""
-        return self.bag.count(IMAGE) if self.bag.lost else self._pairs
+        return self.bag.count(self._last_topic) if self.bag.lost else self._pairs
 
     def add(self, pair: Pair, tile: AerialTile | None, raw_image: bytes | None = None) -> None:
         """Write a pair and, the first time in each file, its tile.
@@ -187,14 +252,20 @@ class PairWriter:
                 camera = pair.camera
                 size, lens = (camera.width, camera.height), (camera.distortion, camera.distortion_model)
                 self._write(CAMERA, stamp, camera_info(head, *size, camera.k, *lens))
+            if pair.tilt is not None:
+                tilt = message("geometry_msgs/msg/Vector3", x=pair.tilt.roll, y=pair.tilt.pitch, z=0.0)
+                self._write(
+                    TILT, stamp, message(TOPICS[TILT], header=header(stamp, pair.tilt_source), vector=tilt)
+                )
+            for camera_image in pair.images:
+                self.bag.write(image_topic(camera_image.name), stamp, camera_image.data, may_split=False)
             # The tile was written with the stamp of the first pair in the file that uses it.
             self._write(TILE, stamp, header(tile_stamp, tile_id))
-            # Last: a pair is complete if it has an image.
-            if raw_image is None:
-                data = np.frombuffer(pair.image_bytes, np.uint8)
-                image = message(TOPICS[IMAGE], header=head, format=pair.image_format, data=data)
-                raw_image = serialize(TOPICS[IMAGE], image)
-            self.bag.write(IMAGE, stamp, raw_image, may_split=False)
+            if self._rig is None:
+                raw_image = raw_image or serialize(
+                    TOPICS[IMAGE], _image(head, pair.image_format, pair.image_bytes)
+                )
+                self.bag.write(IMAGE, stamp, raw_image, may_split=False)
             self._last_stamp = stamp
             self._pairs += 1
 
@@ -217,13 +288,15 @@ class PairWriter:
     def _begin(self, stamp: int) -> None:
         """Split if it is due, which here tears no pair apart.
 
-        Each file of the bag can be read alone: it has the session and the tiles of its pairs.
+        Each file of the bag can be read alone: it has the session, the rig and the tiles of its pairs.
         """
         self.bag.split_if_due()
         if self.bag.current_file != self._file:
             self._file = self.bag.current_file
             self._tiles = {}
             self._write(SESSION, stamp, message("std_msgs/msg/String", data=json.dumps(self.session)))
+            for topic, value in rig_messages(self._rig, stamp) if self._rig else ():
+                self._write(topic, stamp, value)
 
     def _add_tile(self, tile: AerialTile, stamp: int) -> int:
         georeference = {
@@ -235,15 +308,13 @@ class PairWriter:
             "rotation": tile.rotation,
             "valid_fraction": tile.valid_fraction,
         }
-        data = np.frombuffer(encode_tile(tile), np.uint8)
-        image = message(TOPICS[TILE_IMAGE], header=header(stamp, tile.key), format="png", data=data)
-        self._write(TILE_IMAGE, stamp, image)
+        self._write(TILE_IMAGE, stamp, _image(header(stamp, tile.key), "png", encode_tile(tile)))
         self._write(TILE_GEOREFERENCE, stamp, message("std_msgs/msg/String", data=json.dumps(georeference)))
         self._tiles[tile.key] = stamp
         return stamp
 
     def _write(self, topic: str, stamp: int, value: Any) -> None:
-        self.bag.write(topic, stamp, serialize(TOPICS[topic], value), may_split=False)
+        self.bag.write(topic, stamp, serialize(self._types[topic], value), may_split=False)
 
 
 def _full(pair: Pair) -> NDArray[np.float64] | None:
@@ -253,6 +324,10 @@ def _full(pair: Pair) -> NDArray[np.float64] | None:
     size = pair.fix_covariance.shape[0]
     full[:size, :size] = pair.fix_covariance
     return full
+
+
+def _image(head: Any, image_format: str, data: bytes) -> Any:
+    return message(TOPICS[IMAGE], header=head, format=image_format, data=np.frombuffer(data, np.uint8))
 
 
 def _imu(head: Any, heading: float | None, std: float) -> Any:
@@ -283,6 +358,8 @@ class PairBag:
         self._paths = bag_files(folder)
         self._open: dict[int, tuple[IO[bytes], McapReader]] = {}
         self._process = os.getpid()
+        # Of each file; none in bags of a single camera.
+        self._cameras = [self._camera_names(number) for number in range(len(self._paths))]
         # (stamp, number of its file) of every pair.
         self._index = sorted(
             (stamp, number) for number in range(len(self._paths)) for stamp in self._stamps(number)
@@ -294,12 +371,19 @@ class PairBag:
     def __getitem__(self, index: int) -> Pair:
         """Raises IndexError, and BagError if the pair is damaged."""
         stamp, number = self._index[index]
+        names = {image_topic(name): name for name in self._cameras[number]}
         with _readable(f"pair {index} of {self.folder} is damaged"):
-            found = {
-                topic: deserialize(TOPICS[topic], data)
-                for topic, data in self._messages(number, stamp, (IMAGE, FIX, HEADING, CAMERA, TILE))
-            }
-            return _pair(stamp, found)
+            topics = (FIX, HEADING, TILT, TILE, *(names or (IMAGE, CAMERA)))
+            data = dict(self._messages(number, stamp, topics))
+            found = {topic: deserialize(TOPICS[topic], data[topic]) for topic in data if topic not in names}
+            images = tuple(
+                CameraImage(name, cdr_stamp_ns(data[topic]), TOPICS[IMAGE], data[topic])
+                for topic, name in names.items()
+                if topic in data
+            )
+            if names and not images:
+                raise ValueError("it has no image")
+            return _pair(stamp, found, images)
 
     def tile(self, index: int) -> AerialTile | None:
         """Return the aerial tile of a pair, None if it was stored without one. Raises as ``bag[index]``."""
@@ -330,8 +414,22 @@ class PairBag:
                     return dict(json.loads(deserialize(TOPICS[SESSION], found.data).data))
         raise BagError(f"{self.folder} is not a bag of pairs: it has no {SESSION}")
 
+    def rig(self) -> Rig | None:
+        """Return the rig that took the images, None if it was a single camera. Raises BagError."""
+        for number, names in enumerate(self._cameras):
+            if not names:
+                continue
+            with _readable(f"the rig in {self._paths[number]} cannot be used"):
+                topics = rig_topics(names)
+                found: dict[str, Any] = {}
+                for _, channel, one in self._reader(number).iter_messages(topics=list(topics)):
+                    if channel.topic not in found:
+                        found[channel.topic] = deserialize(topics[channel.topic], one.data)
+                return read_rig(names, found, float(self.session().get("base_height", 0.0)))
+        return None
+
     def raw_image(self, index: int) -> bytes:
-        """Return the CDR bytes of a pair's image message. Raises as ``bag[index]``."""
+        """Return the CDR bytes of a single camera's image message. Raises as ``bag[index]``."""
         stamp, number = self._index[index]
         with _readable(f"pair {index} of {self.folder} is damaged"):
             return self._one(number, stamp, IMAGE)
@@ -390,12 +488,19 @@ class PairBag:
             self._open[number] = (file, reader)
         return self._open[number][1]
 
+    def _camera_names(self, number: int) -> list[str]:
+        summary = self._reader(number).get_summary()
+        assert summary is not None
+        with _readable(f"the rig in {self._paths[number]} cannot be used"):
+            return camera_names(channel.topic for channel in summary.channels.values())
+
     def _stamps(self, number: int) -> Iterator[int]:
-        """Yield the stamps of a file's images, reading only its index."""
+        """Yield the stamps of a file's pairs, reading only its index."""
         reader = self._reader(number)
         summary = reader.get_summary()
         assert summary is not None
-        channels = {c.id for c in summary.channels.values() if c.topic == IMAGE}
+        last = TILE if self._cameras[number] else IMAGE
+        channels = {c.id for c in summary.channels.values() if c.topic == last}
         file = self._open[number][0]
         for chunk in summary.chunk_indexes:
             for channel in channels & chunk.message_index_offsets.keys():
@@ -429,14 +534,19 @@ def _readable(problem: str) -> Iterator[None]:
         raise BagError(f"{problem}: {reason(error)}") from None
 
 
-def _pair(stamp: int, found: Mapping[str, Any]) -> Pair:
-    fix, imu, image = found[FIX], found[HEADING], found[IMAGE]
+def _pair(stamp: int, found: Mapping[str, Any], images: tuple[CameraImage, ...]) -> Pair:
+    fix, imu, tilt = found[FIX], found[HEADING], found.get(TILT)
     known = fix.position_covariance_type == COVARIANCE_KNOWN
     heading = _measured_yaw(imu)
+    sample = None
+    if tilt is not None:
+        sample = TiltSample(stamp, tilt.vector.x, tilt.vector.y)
+        if not max(abs(sample.roll), abs(sample.pitch)) < math.pi / 2:  # NaN as well
+            raise ValueError(f"no vehicle has a roll of {sample.roll} and a pitch of {sample.pitch}")
     return Pair(
         stamp_ns=stamp,
-        image_format=image.format,
-        image_bytes=image.data.tobytes(),
+        image_format="" if images else found[IMAGE].format,
+        image_bytes=b"" if images else found[IMAGE].data.tobytes(),
         lat=fix.latitude,
         lon=fix.longitude,
         altitude=fix.altitude,
@@ -445,6 +555,9 @@ def _pair(stamp: int, found: Mapping[str, Any]) -> Pair:
         heading_std=0.0 if heading is None else math.sqrt(imu.orientation_covariance[8]),
         camera=camera_from_info(found[CAMERA]) if CAMERA in found else None,
         tile_id=found[TILE].frame_id,
+        images=images,
+        tilt=sample,
+        tilt_source="" if tilt is None else tilt.header.frame_id,
     )
 
 

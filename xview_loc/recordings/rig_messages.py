@@ -1,0 +1,140 @@
+"""The cameras of a rig as messages of a bag of pairs: calibration, extrinsics and masks, and back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import cv2
+import numpy as np
+
+from xview_loc.bags.ros_types import camera_info, header, message
+from xview_loc.camera import CameraError, CameraModel
+from xview_loc.errors import shown
+from xview_loc.images import MAX_PIXELS, ImageError, check_complete, check_size, decode_compressed
+from xview_loc.rig import Mask, MountedCamera, Rig
+from xview_loc.vehicle.messages import camera_from_info
+from xview_loc.vehicle.transforms import Transform
+
+BASE_FRAME = "base_link"
+TF_STATIC = "/tf_static"
+_IMAGE, _INFO, _MASK = "sensor_msgs/msg/CompressedImage", "sensor_msgs/msg/CameraInfo", "own_mask"
+_TRANSFORMS = "tf2_msgs/msg/TFMessage"
+_IMAGE_TOPIC = re.compile("/pair/([^/]*)/image")
+# What a rig may have: cameras, characters of a name, pixels of all images together, metres from base_link.
+MOST_CAMERAS = 16
+_NAME = re.compile("[A-Za-z][A-Za-z0-9_]{0,63}")
+_MOST_PIXELS = 2 * MAX_PIXELS
+_FARTHEST_M = 100.0
+
+
+def check_cameras(names: Iterable[str]) -> None:
+    """Raise CameraError unless the names of a rig's cameras, and their number, can be recorded."""
+    names = list(names)
+    if len(names) > MOST_CAMERAS:
+        raise CameraError(f"a rig of {len(names)} cameras: at most {MOST_CAMERAS} are supported")
+    for name in names:
+        if not _NAME.fullmatch(name):
+            raise CameraError(
+                f"'{shown(name, 80)}' is no name of a camera: use up to 64 letters, digits and underscores, "
+                "and begin with a letter"
+            )
+
+
+def check_rig(cameras: Mapping[str, MountedCamera]) -> None:
+    """Raise CameraError unless a rig's cameras can be recorded: names, number, size and places."""
+    check_cameras(cameras)
+    pixels = sum(mounted.camera.width * mounted.camera.height for mounted in cameras.values())
+    if pixels > _MOST_PIXELS:
+        most = f"{_MOST_PIXELS / 1e6:.0f} million"
+        raise CameraError(f"the rig's images have {pixels / 1e6:.0f} million pixels together, at most {most}")
+    for name, mounted in cameras.items():
+        if not isinstance(mounted.camera, CameraModel):
+            raise CameraError(f"camera {name} of the rig takes panoramas: record it alone")
+        if not all(abs(value) <= _FARTHEST_M for value in mounted.position):  # NaN as well
+            raise CameraError(f"camera {name} is not on the vehicle: it is at {mounted.position} m")
+
+
+def image_topic(name: str) -> str:
+    """Return the topic of a camera's images."""
+    return f"/pair/{name}/image"
+
+
+def rig_topics(names: Iterable[str]) -> dict[str, str]:
+    """Return the topics that describe a rig's cameras, and their types."""
+    topics = {TF_STATIC: _TRANSFORMS}
+    for name in names:
+        topics |= {f"/pair/{name}/camera_info": _INFO, f"/pair/{name}/{_MASK}": _IMAGE}
+    return topics
+
+
+def camera_names(topics: Iterable[str]) -> list[str]:
+    """Return the names of the cameras that have images among a bag's topics, sorted. Raises CameraError."""
+    found = sorted({match[1] for topic in topics if (match := _IMAGE_TOPIC.fullmatch(topic))})
+    check_cameras(found)
+    return found
+
+
+def rig_messages(rig: Rig, stamp_ns: int) -> Iterator[tuple[str, Any]]:
+    """Yield topics and messages that describe a rig's cameras."""
+    transforms = []
+    for name, mounted in rig.cameras.items():
+        camera = mounted.camera
+        assert isinstance(camera, CameraModel)  # checked
+        size, lens = (camera.width, camera.height), (camera.distortion, camera.distortion_model)
+        yield f"/pair/{name}/camera_info", camera_info(header(stamp_ns, name), *size, camera.k, *lens)
+        translation, rotation = (
+            message(f"geometry_msgs/msg/{kind}", **dict(zip("xyzw", map(float, values), strict=False)))
+            for kind, values in (("Vector3", mounted.position), ("Quaternion", mounted.rotation))
+        )
+        pose = message("geometry_msgs/msg/Transform", translation=translation, rotation=rotation)
+        head = header(stamp_ns, BASE_FRAME)
+        kind = "geometry_msgs/msg/TransformStamped"
+        transforms.append(message(kind, header=head, child_frame_id=name, transform=pose))
+    yield TF_STATIC, message(_TRANSFORMS, transforms=transforms)
+    for name, mask in rig.own.items():
+        png = cv2.imencode(".png", np.where(mask, 255, 0).astype(np.uint8))[1]
+        image = message(_IMAGE, header=header(stamp_ns, name), format="png", data=png.reshape(-1))
+        yield f"/pair/{name}/{_MASK}", image
+
+
+def read_rig(names: Iterable[str], found: Mapping[str, Any], height: float) -> Rig:
+    """Return the rig that :func:`rig_messages` described: ``found`` are its messages by topic.
+
+    ``height``: metres of ``base_link`` above the ground. Raises CameraError, and any error on damaged ones.
+    """
+    poses = {
+        one.child_frame_id: Transform.of(one.transform)
+        for one in getattr(found.get(TF_STATIC), "transforms", ())[:MOST_CAMERAS]
+        if one.header.frame_id == BASE_FRAME
+    }
+    cameras, own = {}, {}
+    for name in names:
+        if (info := found.get(f"/pair/{name}/camera_info")) is None:
+            raise CameraError(f"camera {name} has no camera_info")
+        if (pose := poses.get(name)) is None:
+            raise CameraError(f"{TF_STATIC} has no transform from {BASE_FRAME} to camera {name}")
+        cameras[name] = mounted(camera_from_info(info), pose)
+        if (mask := found.get(f"/pair/{name}/{_MASK}")) is not None:
+            own[name] = decode_mask(mask.data.tobytes(), cameras[name])
+    check_rig(cameras)
+    if not 0.0 <= height <= _FARTHEST_M:  # NaN as well
+        raise CameraError(f"{BASE_FRAME} cannot be {height} m above the ground")
+    return Rig(cameras, height, own)
+
+
+def mounted(camera: CameraModel, pose: Transform) -> MountedCamera:
+    """Return a camera whose optical frame has this pose in ``base_link``."""
+    (x, y, z), (qx, qy, qz, qw) = pose.translation.tolist(), pose.rotation.tolist()
+    return MountedCamera(camera, (x, y, z), (qx, qy, qz, qw))
+
+
+def decode_mask(content: bytes, mounted: MountedCamera) -> Mask:
+    """Decode an image that is white where a camera sees the vehicle. Raises ImageError."""
+    check_complete(content)
+    check_size(content, mounted.camera.width * mounted.camera.height)
+    mask = np.asarray(decode_compressed(content)[..., 1] > 127)
+    if mask.all():
+        raise ImageError("the mask of the vehicle's own parts hides the whole image")
+    return mask
