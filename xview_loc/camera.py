@@ -120,7 +120,7 @@ class CameraModel:
         if self.distortion_model == "equidistant":
             angle = np.arctan2(across, forward)
             seen = angle <= _widest(self)
-            scale = _fisheye_radius(self, angle) / np.maximum(across, 1e-12)
+            scale = _radius(self, angle) / np.maximum(across, 1e-12)
             x, y = flat[:, 0] * scale, flat[:, 1] * scale
             k = self.k
             pixels = np.stack([k[0] * x + k[1] * y + k[2], k[4] * y + k[5]], 1)
@@ -136,6 +136,31 @@ class CameraModel:
         seen &= ((pixels >= low) & (pixels < high)).all(1)
         shape = points.shape[:-1]
         return pixels.reshape(*shape, 2).astype(np.float32), seen.reshape(shape)
+
+    def rays(self) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """Return the unit rays (height, width, 3) of all pixels in the optical frame, and which see anything.
+
+        The inverse of :meth:`project`. Corners beyond the lens's view see nothing; their rays mean nothing.
+        """
+        pixels = np.stack(np.meshgrid(np.arange(self.width), np.arange(self.height)), -1)
+        focal = self.k[0], self.k[4]
+        angles = np.linspace(0.0, _widest(self), 4000)
+        radii = _radius(self, angles)
+        # Without the terms that are not radial, this would be exact at once.
+        plane = (pixels - (self.k[2], self.k[5])) / focal
+        for _ in range(10):
+            radius = np.hypot(plane[..., 0], plane[..., 1])
+            angle = np.interp(radius, radii, angles)
+            across = plane * (np.sin(angle) / np.maximum(radius, 1e-12))[..., None]
+            rays = np.dstack([across, np.cos(angle)])
+            found, seen = self.project(rays)
+            error = np.where((seen & (radius < radii[-1]))[..., None], pixels - found, 0.0)
+            if np.abs(error).max() < 1e-3:
+                break
+            plane += error / focal
+        # Where no ray leads to the pixel, what was found lies elsewhere.
+        seen &= np.abs(pixels - found).max(-1) < 0.1
+        return rays.astype(np.float32), seen
 
     def scaled_matrix(self, width: int, height: int) -> NDArray[np.float64]:
         """Return the intrinsics (3x3) of undistorted images resized to ``width`` x ``height``."""
@@ -173,6 +198,14 @@ class PanoramaCamera:
         y = (self.top - elevation) / (self.top - self.bottom) * self.height - 0.5
         return np.stack([x, y], -1).astype(np.float32), (y >= -0.5) & (y <= self.height - 0.5)
 
+    def rays(self) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """See :meth:`CameraModel.rays`."""
+        turn = ((np.arange(self.width) + 0.5) / self.width - 0.5) * 2 * math.pi
+        down = (np.arange(self.height) + 0.5) / self.height * (self.top - self.bottom) - self.top
+        down, across = down[:, None], np.cos(down)[:, None]
+        rays = np.stack([across * np.sin(turn), np.sin(down) + 0 * turn, across * np.cos(turn)], -1)
+        return rays.astype(np.float32), np.ones((self.height, self.width), bool)
+
 
 def reduce_width(image: Image, camera: CameraModel | None, width: int) -> tuple[Image, CameraModel | None]:
     """Return an image and its calibration, reduced to ``width`` pixels if wider; width 0: as they are."""
@@ -202,15 +235,15 @@ def _undistortion_maps(camera: CameraModel) -> tuple[Sequence[NDArray[Any]], flo
     return maps, float(((maps[0] >= 0) & (maps[0] < size)).all(-1).mean())
 
 
-def _fisheye_radius(camera: CameraModel, angle: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the radius, in focal lengths, of rays at ``angle`` (radians) from a fisheye camera's axis."""
-    squared = angle * angle
-    total = np.ones_like(angle)
-    power = np.ones_like(angle)
-    for coefficient in camera.distortion:
-        power = power * squared
-        total += coefficient * power
-    return angle * total
+def _radius(camera: CameraModel, angle: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the radius, in focal lengths, of rays ``angle`` radians from the axis; radial terms only."""
+    if camera.distortion_model == "equidistant":
+        r2 = angle * angle
+        return angle * (1 + sum(k * r2 ** (n + 1) for n, k in enumerate(camera.distortion)))
+    r2 = np.tan(angle) ** 2
+    k1, k2, _, _, k3, k4, k5, k6 = (*camera.distortion, *[0.0] * 8)[:8]
+    numerator = 1 + r2 * (k1 + r2 * (k2 + r2 * k3))
+    return np.tan(angle) * numerator / (1 + r2 * (k4 + r2 * (k5 + r2 * k6)))
 
 
 @lru_cache(maxsize=64)
@@ -219,14 +252,8 @@ def _widest(camera: CameraModel) -> float:
 
     Beyond it the lens's polynomial bends back, and would show the surroundings twice.
     """
-    if camera.distortion_model == "equidistant":
-        angle = np.linspace(0.0, math.pi, 2000)
-        radius = _fisheye_radius(camera, angle)
-    else:
-        angle = np.linspace(0.0, math.radians(88.0), 2000)
-        r2 = np.tan(angle) ** 2
-        k1, k2, _, _, k3, k4, k5, k6 = (*camera.distortion, *[0.0] * 8)[:8]
-        radius = np.tan(angle) * (1 + r2 * (k1 + r2 * (k2 + r2 * k3)))
-        radius = radius / (1 + r2 * (k4 + r2 * (k5 + r2 * k6)))
+    fisheye = camera.distortion_model == "equidistant"
+    angle = np.linspace(0.0, math.pi if fisheye else math.radians(88.0), 2000)
+    radius = _radius(camera, angle)
     falls = np.flatnonzero(np.diff(radius) <= 0.0)
     return float(angle[falls[0]] if len(falls) else angle[-1])

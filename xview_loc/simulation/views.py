@@ -1,24 +1,35 @@
-"""Street views of a simulated city: panoramas and pinhole images, as a vehicle's camera takes them."""
+"""Street views of a simulated city, as a vehicle's cameras take them."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from xview_loc.camera import CameraModel, PanoramaCamera
+from xview_loc.rig import MountedCamera, tilt_matrix
 from xview_loc.simulation.city import City
 from xview_loc.simulation.objects import Cars, Image
 from xview_loc.simulation.solids import RayGrid
 from xview_loc.simulation.styles import Style, colour_matrix
 from xview_loc.simulation.tracing import trace
 
+# Larger tilts of panoramas, radians, are rendered exactly. Drives draw tilts of 0.01 (standard deviation),
+# and their images stay as they are, since models were trained on them.
+_SMALL_TILT = 0.06
+# Greatest angle between rays that are resampled, radians: coarser images would become blurred.
+_COARSEST = 2 * math.pi / 1024
+
 
 @dataclass(frozen=True)
 class CameraPose:
-    """Pose of the camera: metres in the city's plane and over the ground; ENU yaw and tilt in radians.
+    """Pose of a camera, or of ``base_link``: metres in the city's plane and over the ground; radians.
+
+    ``heading`` is the ENU yaw.
 
     ``pitch`` is positive with the nose down and ``roll`` with the right side down, as in REP-103.
     """
@@ -44,6 +55,12 @@ class PanoramaView:
     top_deg: float = 30.0
     bottom_deg: float = -60.0
 
+    @property
+    def camera(self) -> PanoramaCamera:
+        """Camera that takes such images."""
+        edges = math.radians(self.top_deg), math.radians(self.bottom_deg)
+        return PanoramaCamera(self.width, self.height, *edges)
+
 
 @dataclass(frozen=True)
 class PinholeView:
@@ -58,6 +75,11 @@ class PinholeView:
         """Camera matrix K (3, 3), in pixel-centre coordinates."""
         focal = self.width / 2 / math.tan(math.radians(self.fov_deg) / 2)
         return np.array([[focal, 0, (self.width - 1) / 2], [0, focal, (self.height - 1) / 2], [0, 0, 1]])
+
+    @property
+    def camera(self) -> CameraModel:
+        """Camera that takes such images."""
+        return CameraModel(self.width, self.height, tuple(self.matrix.flat))
 
 
 def _expose(image: Image, style: Style, rng: np.random.Generator | None) -> Image:
@@ -96,10 +118,12 @@ def render_panorama(
 ) -> Image:
     """Render an RGB panorama (height, width, 3) from ``pose``.
 
-    ``traffic`` are moving cars; ``rng`` draws the camera's noise (None: no noise). A tilt moves each column
-    up or down but does not turn upright edges, which below 0.03 rad is under a pixel.
+    ``traffic`` are moving cars; ``rng`` draws the camera's noise (None: no noise). A tilt below 0.06 rad only
+    moves each column up or down, which is off by about tilt x tan(elevation); a larger one is exact.
     """
     view = view or PanoramaView()
+    if max(abs(pose.roll), abs(pose.pitch)) > _SMALL_TILT:
+        return render_camera(city, pose, MountedCamera(view.camera), traffic=traffic, rng=rng)
     turn = (np.arange(view.width) + 0.5) * (2 * math.pi / view.width) - math.pi  # clockwise from the heading
     step = math.radians(view.top_deg - view.bottom_deg) / view.height
     # With the nose down, each row sees lower ahead.
@@ -120,31 +144,66 @@ def render_pinhole(
 ) -> Image:
     """Render an RGB pinhole image (height, width, 3) along the heading, with the pitch and roll of the pose.
 
-    A sector of a panorama is traced at the resolution of the image, then resampled. ``traffic`` and ``rng``
-    as in :func:`render_panorama`.
+    ``traffic`` and ``rng`` as in :func:`render_panorama`.
     """
-    view = view or PinholeView()
-    k = view.matrix
-    x, y = np.meshgrid(np.arange(view.width), np.arange(view.height))
-    right, down = (x - k[0, 2]) / k[0, 0], (y - k[1, 2]) / k[1, 1]
-    # Camera -> vehicle axes (forward, left, up), then roll about forward and pitch about left.
-    forward, left, up = np.ones_like(right), -right, -down
-    cos, sin = math.cos(pose.roll), math.sin(pose.roll)
-    left, up = cos * left - sin * up, sin * left + cos * up
-    cos, sin = math.cos(pose.pitch), math.sin(pose.pitch)
-    forward, up = cos * forward + sin * up, -sin * forward + cos * up
-    turn, elevation = np.arctan2(-left, forward), np.arctan2(up, np.hypot(forward, left))
-    step = 1.0 / k[0, 0]
-    first, top = float(turn.min()) - step, float(elevation.max()) + step
-    columns = math.ceil((float(turn.max()) - first) / step) + 2
-    rows = math.ceil((top - float(elevation.min())) / step) + 2
-    yaw = pose.heading - (first + (np.arange(columns) + 0.5) * step)
-    offset = np.zeros(columns, np.float32)
-    origin = (pose.east, pose.north, pose.height)
-    sector = trace(city, RayGrid(*origin, yaw.astype(np.float32), top, step, rows, offset, False), traffic)
-    map_x, map_y = (turn - first) / step - 0.5, (top - elevation) / step - 0.5
-    image = cv2.remap(sector, map_x.astype(np.float32), map_y.astype(np.float32), cv2.INTER_LINEAR)
-    return _expose(image, city.style, rng)
+    camera = (view or PinholeView()).camera
+    return render_camera(city, pose, MountedCamera(camera), traffic=traffic, rng=rng)
+
+
+def render_camera(
+    city: City,
+    pose: CameraPose,
+    mounted: MountedCamera,
+    *,
+    traffic: Cars | None = None,
+    rng: np.random.Generator | None = None,
+) -> Image:
+    """Render the RGB image (height, width, 3) of a camera on a vehicle whose ``base_link`` is at ``pose``.
+
+    Exact under any tilt: a level grid of rays around those of the camera is traced at its resolution, then
+    resampled. Pixels beyond the lens's view are black. ``traffic`` and ``rng`` as in :func:`render_panorama`.
+    """
+    level = tilt_matrix(pose.roll, pose.pitch)
+    forward, left, up = (level @ mounted.position).tolist()
+    cos, sin = math.cos(pose.heading), math.sin(pose.heading)
+    east, north = pose.east + cos * forward - sin * left, pose.north + sin * forward + cos * left
+    rays, seen = _rays(mounted.camera)
+    rays = rays @ (level @ mounted.axes).T.astype(np.float32)
+    turn = np.arctan2(-rays[..., 1], rays[..., 0])  # clockwise from the heading
+    elevation = np.arctan2(rays[..., 2], np.hypot(rays[..., 0], rays[..., 1]))
+
+    step = min(1.0 / mounted.camera.pixels_per_radian, _COARSEST)
+    start, width = _arc(turn[seen])
+    columns, full = math.ceil(width / step) + 2, False
+    if columns * step >= 2 * math.pi:
+        columns, full = math.ceil(2 * math.pi / step), True
+    column_step = 2 * math.pi / columns if full else step
+    first = start - column_step
+    top = min(float(elevation[seen].max()) + step, math.pi / 2)
+    rows = min(math.ceil((top - float(elevation[seen].min())) / step) + 1, int((top + math.pi / 2) / step))
+    yaw = (pose.heading - (first + (np.arange(columns) + 0.5) * column_step)).astype(np.float32)
+    origin, offset = (east, north, pose.height + up), np.zeros(columns, np.float32)
+    traced = trace(city, RayGrid(*origin, yaw, top, step, rows, offset, full), traffic)
+    x = (turn - first) % (2 * math.pi) / column_step - 0.5
+    y = np.clip((top - elevation) / step - 0.5, 0, rows - 1)
+    border = cv2.BORDER_WRAP if full else cv2.BORDER_REPLICATE
+    image = cv2.remap(traced, x.astype(np.float32), y.astype(np.float32), cv2.INTER_LINEAR, borderMode=border)
+    image = _expose(image, city.style, rng)
+    image[~seen] = 0
+    return image
+
+
+@lru_cache(maxsize=16)
+def _rays(camera: CameraModel | PanoramaCamera) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    return camera.rays()
+
+
+def _arc(turn: NDArray[np.floating]) -> tuple[float, float]:
+    """Return start and width of the shortest arc, to a degree, that holds all of ``turn``, radians."""
+    degrees = np.unique(np.floor(np.degrees(turn)).astype(int) % 360)
+    gaps = np.diff(degrees, append=degrees[0] + 360)
+    widest = int(gaps.argmax())
+    return math.radians(degrees[(widest + 1) % len(degrees)]), math.radians(361 - gaps[widest])
 
 
 def overhead_view(
