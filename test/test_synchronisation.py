@@ -18,6 +18,7 @@ from xview_loc.vehicle.synchronisation import (
     blend_fix,
     blend_heading,
 )
+from xview_loc.vehicle.tilt import TiltSample
 
 
 def fix(t: float, lat: float, lon: float = 16.0) -> GnssFix:
@@ -153,7 +154,7 @@ class Picture:
 class Driver:
     """Feeds a pairing; times and stamps in seconds."""
 
-    def __init__(self, *, capacity: int = 16, use_heading: bool = False) -> None:
+    def __init__(self, *, capacity: int = 16, use_heading: bool = False, use_tilt: bool = False) -> None:
         self.restarts: list[tuple[str, int]] = []
         self.pairing: Pairing[Picture] = Pairing(
             max_fix_age_s=1.0,
@@ -161,6 +162,7 @@ class Driver:
             fix_max_jump_m=40.0,
             max_wait_s=0.1,
             use_heading=use_heading,
+            use_tilt=use_tilt,
             on_restart=lambda name, dropped: self.restarts.append((name, dropped)),
             capacity=capacity,
         )
@@ -187,6 +189,21 @@ def test_an_image_waits_for_later_samples_or_its_time_limit():
     driver.heading(1.15)
     assert driver.ready(0.05) == [1.1] and driver.pairing.waiting == 1
     assert driver.ready(0.15) == [1.2] and driver.pairing.waiting == 0
+
+
+def test_an_image_gets_the_tilt_at_its_stamp_and_goes_without_if_there_is_none():
+    driver = Driver(use_tilt=True)
+    for t in (1.0, 2.0, 3.0):
+        driver.pairing.add_fix(moved(t, 0.0))
+    driver.pairing.add_tilt(TiltSample(NS, 0.1, 0.0))
+    driver.image(1.25, now=0.0)
+    assert driver.ready(0.0) == []
+    driver.pairing.add_tilt(TiltSample(round(1.5 * NS), 0.2, -0.1))
+    (paired,) = driver.pairing.ready(0)
+    assert paired.tilt == TiltSample(round(1.25 * NS), pytest.approx(0.15), pytest.approx(-0.05))
+    driver.image(2.5, now=0.0)
+    (paired,) = driver.pairing.ready(NS)
+    assert paired.frame == Picture(round(2.5 * NS)) and paired.tilt is None
 
 
 def test_waiting_images_are_bounded():

@@ -88,6 +88,11 @@ def test_chains_of_moving_and_static_frames_are_products_of_matrices() -> None:
     assert_same(buffer.lookup("map", "optical"), expected("optical", 8.0))
     inside = np.linalg.inv(fixed["antenna"]) @ fixed["camera"] @ fixed["optical"]
     assert_same(buffer.lookup("antenna", "optical"), inside)
+    # Both move until 8 s; nothing moves between two static frames.
+    stamp, pose = buffer.latest("map", "optical")
+    assert stamp == 8 * NS
+    assert_same(pose, expected("optical", 8.0))
+    assert buffer.latest("antenna", "optical")[0] == 0
 
 
 def test_directions_in_the_plane() -> None:

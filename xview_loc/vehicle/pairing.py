@@ -1,9 +1,10 @@
-"""Pairs frames with the fixes and headings at their stamps, for nodes and recordings alike. Free of ROS."""
+"""Pairs frames with fixes, headings and tilts at their stamps, for nodes and recordings. Free of ROS."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -20,24 +21,30 @@ from xview_loc.vehicle.synchronisation import (
     blend_fix,
     blend_heading,
 )
+from xview_loc.vehicle.tilt import TiltSample, blend_tilt
 
 F = TypeVar("F", bound=Stamped)
 
 
 @dataclass(frozen=True)
 class Paired(Generic[F]):
-    """A frame with the fix (None only if not required) and heading (None if not used) at its stamp."""
+    """A frame with the fix, heading and tilt at its stamp.
+
+    fix: None only if not required. heading: None if not used. tilt: None if not used, or not known.
+    """
 
     frame: F
     fix: GnssFix | None
     heading: HeadingSample | None
+    tilt: TiltSample | None = None
 
 
 class Pairing(Generic[F]):
-    """Collects stamped fixes, headings and frames, and releases frames with their fix and heading.
+    """Collects stamped fixes, headings, tilts and frames, and releases frames with those at their stamp.
 
-    A frame waits for a fix and a heading later than itself. A stamp more than half a second before the last
-    one of its input means that time started again: everything collected is forgotten. Not thread-safe.
+    A frame waits for a fix, a heading and a tilt later than itself. A stamp more than half a second before
+    the last one of its input means that time started again: everything collected is forgotten. Not
+    thread-safe.
     """
 
     def __init__(
@@ -48,21 +55,23 @@ class Pairing(Generic[F]):
         fix_max_jump_m: float,
         max_wait_s: float,
         use_heading: bool,
+        use_tilt: bool = False,
         on_restart: Callable[[str, int], object],
         capacity: int = 16,
     ) -> None:
         """
-        max_fix_age_s, max_heading_age_s: how far a fix or heading may be from a frame and still be used.
-        fix_max_jump_m: see :class:`JumpGate`. max_wait_s, capacity: how long, and how many, frames may wait;
-        beyond either the oldest is released as it is. on_restart: called with the name of the input whose
-        stamps went back and the number of waiting frames dropped.
+        max_fix_age_s, max_heading_age_s: how far a fix, or a heading and tilt, may be from a frame that uses
+        it. fix_max_jump_m: see :class:`JumpGate`. max_wait_s, capacity: how long, and how many, frames may
+        wait; beyond either the oldest is released as it is. on_restart: called with the name of the input
+        whose stamps went back and the number of waiting frames dropped.
         """
         self._fixes: History[GnssFix] = History("fix", blend_fix, max_fix_age_s)
         self._headings: History[HeadingSample] = History("heading", blend_heading, max_heading_age_s)
+        self._tilts: History[TiltSample] = History("tilt", blend_tilt, max_heading_age_s)
         self._jumps = JumpGate(fix_max_jump_m)
         self._capacity = capacity
         self.set_limits(max_fix_age_s, max_heading_age_s, fix_max_jump_m, max_wait_s)
-        self._use_heading = use_heading
+        self._use_heading, self._use_tilt = use_heading, use_tilt
         self._on_restart = on_restart
         # Frames, and when they arrived.
         self._waiting: deque[tuple[F, int]] = deque()
@@ -73,6 +82,7 @@ class Pairing(Generic[F]):
     ) -> None:
         """Change the limits, from the next input on; as of the constructor."""
         self._fixes.max_age_s, self._headings.max_age_s = max_fix_age_s, max_heading_age_s
+        self._tilts.max_age_s = max_heading_age_s
         self._jumps.max_jump_m = fix_max_jump_m
         self._wait_ns = round(max_wait_s * NS)
 
@@ -102,6 +112,12 @@ class Pairing(Generic[F]):
             self._restart("heading")
         self._headings.add(heading)
 
+    def add_tilt(self, tilt: TiltSample) -> None:
+        """Keep a tilt. Raises StampNotNewerError."""
+        if self._tilts.went_back(tilt.stamp_ns):
+            self._restart("tilt")
+        self._tilts.add(tilt)
+
     def add_frame(self, frame: F, now_ns: int) -> None:
         """Let a frame wait that arrived at ``now_ns`` of the caller's clock. Raises StampNotNewerError."""
         if frame.stamp_ns < self.last_frame_ns - RESTART_NS:
@@ -114,7 +130,8 @@ class Pairing(Generic[F]):
     def ready(self, now_ns: int, *, fix_required: bool = True) -> Iterator[Paired[F] | RejectedInput]:
         """Release frames, oldest first, whose samples are complete or that waited long enough.
 
-        Yields each with its fix and heading, or a RejectedInput with the reason why it has none.
+        Yields each with its fix, heading and tilt, or a RejectedInput with the reason why it has no fix or
+        heading.
         """
         while self._waiting:
             frame, arrived_ns = self._waiting[0]
@@ -125,7 +142,11 @@ class Pairing(Generic[F]):
             yield self._pair(frame, fix_required)
 
     def _complete(self, stamp_ns: int) -> bool:
-        return self._fixes.reaches(stamp_ns) and (not self._use_heading or self._headings.reaches(stamp_ns))
+        return (
+            self._fixes.reaches(stamp_ns)
+            and (not self._use_heading or self._headings.reaches(stamp_ns))
+            and (not self._use_tilt or self._tilts.reaches(stamp_ns))
+        )
 
     def _pair(self, frame: F, fix_required: bool) -> Paired[F] | RejectedInput:
         fix: GnssFix | None = None
@@ -138,13 +159,18 @@ class Pairing(Generic[F]):
             heading = self._headings.at(frame.stamp_ns) if self._use_heading else None
         except RejectedInput as error:
             return error
-        return Paired(frame, fix, heading)
+        tilt: TiltSample | None = None
+        if self._use_tilt:
+            with suppress(RejectedInput):
+                tilt = self._tilts.at(frame.stamp_ns)
+        return Paired(frame, fix, heading, tilt)
 
     def _restart(self, name: str) -> None:
         dropped = len(self._waiting)
         self._fixes.clear()
         self._jumps.clear()
         self._headings.clear()
+        self._tilts.clear()
         self._waiting.clear()
         self.last_frame_ns = 0
         self._on_restart(name, dropped)

@@ -167,18 +167,33 @@ class TransformBuffer:
 
         Poses are interpolated, never extrapolated. Raises TransformError.
         """
-        target, source = target.lstrip("/"), source.lstrip("/")
         with self._lock:
-            from_target, from_source = self._ancestors(target), self._ancestors(source)
-            common = next((frame for frame in from_source if frame in from_target), None)
-            if common is None:
-                raise TransformError(f"frames {target} and {source} are not connected")
-            up = from_source[: from_source.index(common)]
-            down = from_target[: from_target.index(common)]
+            down, up = self._ways(target, source)
             if stamp_ns is None:
-                moving = [edge.stamps[-1] for f in up + down if not (edge := self._edges[f]).static]
-                stamp_ns = min(moving, default=0)
+                stamp_ns = self._last_stamp(up + down)
             return self._chain(down, stamp_ns).inverse() @ self._chain(up, stamp_ns)
+
+    def latest(self, target: str, source: str) -> tuple[int, Transform]:
+        """Return the last stamp known to all frames between two, 0 if all are static, and the pose then.
+
+        As :meth:`lookup` without a stamp. Raises TransformError.
+        """
+        with self._lock:
+            down, up = self._ways(target, source)
+            stamp_ns = self._last_stamp(up + down)
+            return stamp_ns, self._chain(down, stamp_ns).inverse() @ self._chain(up, stamp_ns)
+
+    def _ways(self, target: str, source: str) -> tuple[list[str], list[str]]:
+        """Return the frames from ``target``, and from ``source``, up to their common ancestor."""
+        target, source = target.lstrip("/"), source.lstrip("/")
+        from_target, from_source = self._ancestors(target), self._ancestors(source)
+        common = next((frame for frame in from_source if frame in from_target), None)
+        if common is None:
+            raise TransformError(f"frames {target} and {source} are not connected")
+        return from_target[: from_target.index(common)], from_source[: from_source.index(common)]
+
+    def _last_stamp(self, frames: list[str]) -> int:
+        return min((edge.stamps[-1] for f in frames if not (edge := self._edges[f]).static), default=0)
 
     def _ancestors(self, frame: str) -> list[str]:
         """Return the frame, its parent, and so on up to the root."""
