@@ -24,7 +24,7 @@ __all__ = [
 
 # The benchmark's own test with an unknown heading turns tiles by up to this angle either way.
 _KITTI_ROTATION_DEG = 10.0
-_FORMS = "simulated:STYLE:CITIES:FRAMES, vigor:ROOT:SPLIT, kitti:ROOT:SPLIT"
+_FORMS = "simulated:STYLE:CITIES:FRAMES[:any-camera], vigor:ROOT:SPLIT, kitti:ROOT:SPLIT"
 
 
 def open_dataset(
@@ -40,7 +40,8 @@ def open_dataset(
 
     ``simulated:STYLE:CITIES:FRAMES``: FRAMES frames in each of the cities ``3`` or ``0-23`` of a style, see
     :class:`SimulatedDataset`, which gets ``half_extent_m`` (half the side of the square that the model
-    searches), ``cache_dir`` and ``augment``.
+    searches), ``cache_dir`` and ``augment``; with ``:any-camera`` at the end, random cameras see a part of
+    each panorama.
     ``vigor:ROOT:SPLIT``: a split of :class:`VigorDataset`; ``vigor:ROOT:SPLIT:original`` uses the original
     labels. Without ``heading_known``, panoramas are turned at random.
     ``kitti:ROOT:SPLIT``: a split of :class:`KittiDataset`; ``kitti:ROOT:SPLIT:exact`` uses exact intrinsics.
@@ -48,9 +49,11 @@ def open_dataset(
     """
     kind, _, rest = text.partition(":")
     if kind == "simulated":
-        match = re.fullmatch(r"(\w+):([^:]+):(\d+)", rest)
+        match = re.fullmatch(r"(\w+):([^:]+):(\d+)(:any-camera)?", rest)
         if not match:
-            raise DatasetError(f"a simulated dataset is written STYLE:CITIES:FRAMES, not {rest!r}")
+            raise DatasetError(
+                f"a simulated dataset is written STYLE:CITIES:FRAMES[:any-camera], not {rest!r}"
+            )
         return SimulatedDataset(
             match[1],
             parse_cities(match[2]),
@@ -59,6 +62,7 @@ def open_dataset(
             half_extent_m=half_extent_m,
             cache_dir=cache_dir,
             augment=augment,
+            any_camera=bool(match[4]),
         )
     variant = {"vigor": ":original", "kitti": ":exact"}.get(kind, "")
     root, colon, split = rest.removesuffix(variant).rpartition(":")

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from xview_loc.datasets.base import DatasetError, PoseDataset, Sample
+from xview_loc.datasets.random_cameras import random_view
 from xview_loc.geodesy import wrap_angle
 from xview_loc.maps.base import default_cache_dir
 from xview_loc.models.base import ModelSpec
@@ -31,6 +32,11 @@ _RATE_HZ = 1.0
 # The camera's least distance from the tile's border, so that the tile shows its surroundings.
 _BORDER_M = 6.0
 _HEADING_NOISE = math.radians(2.0)
+# Of cameras of any vehicle, metres.
+_HEIGHT_NOISE_M = 0.3
+# What panoramas show beyond the model's elevations, so that they can be tilted, degrees, and how much finer
+# they are.
+_MARGIN_DEG, _FINER = 11.25, 2
 _FILES = ("panoramas", "aerial", "poses")
 _Rendered = tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.float64]]
 
@@ -50,6 +56,7 @@ class SimulatedDataset(PoseDataset):
     The camera is at a random position of its tile, 6 m or more from the border and within ``half_extent_m``
     of the centre along rows and columns. The panorama is turned north by a heading with an error of 2 degrees
     (standard deviation). ``augment`` draws both anew in every epoch.
+    ``any_camera``: panoramas show what random cameras on tilted vehicles see, see :func:`random_view`.
     Cities are rendered into ``cache_dir`` by :meth:`prepare`, or on first use.
     Raises DatasetError if the model does not take panoramas or the style is unknown.
     """
@@ -64,6 +71,7 @@ class SimulatedDataset(PoseDataset):
         half_extent_m: float = math.inf,
         cache_dir: Path | None = None,
         augment: bool = False,
+        any_camera: bool = False,
     ) -> None:
         if spec.camera != "panorama":
             raise DatasetError(f"the simulated dataset has panoramas, which {spec.name} does not take")
@@ -72,10 +80,12 @@ class SimulatedDataset(PoseDataset):
         if not cities or frames < 1:
             raise DatasetError("a simulated dataset needs at least one city and one frame")
         self.name = f"simulated:{style}:{cities.start}-{cities.stop - 1}:{frames}"
+        self.name += ":any-camera" if any_camera else ""
         self._style, self._cities, self._frames = style, cities, frames
         self._spec = spec
         self.folder = (cache_dir or default_cache_dir().parent / "simulated").expanduser()
-        self._augment = augment
+        self._augment, self._any_camera = augment, any_camera
+        self._view, self._options = _panoramas(spec, any_camera)
         self._reach = min(spec.aerial_size * spec.gsd / 2 - _BORDER_M, half_extent_m)
         self._open: dict[int, _Rendered] = {}
 
@@ -106,7 +116,12 @@ class SimulatedDataset(PoseDataset):
         col, row = (east + offset[0] + half) / gsd - 0.5, (half - north - offset[1]) / gsd - 0.5
         tile = cv2.getRectSubPix(aerial, (side, side), (float(col), float(row))).astype(np.uint8, copy=False)
         measured = heading + _HEADING_NOISE * rng.normal()
-        ground = prepare_ground(panoramas[frame], self._spec, heading=measured, camera=None)
+        panorama = panoramas[frame]
+        if self._any_camera:
+            shown = self._view.top_deg, self._view.bottom_deg
+            wanted = self._spec.ground_size, self._spec.elevation_deg
+            panorama, _ = random_view(panorama, shown, *wanted, rng)
+        ground = prepare_ground(panorama, self._spec, heading=measured, camera=None)
         middle = (side - 1) / 2
         position = (middle + offset[1] / gsd, middle - offset[0] / gsd)
         return {
@@ -122,7 +137,8 @@ class SimulatedDataset(PoseDataset):
         }
 
     def _path(self, seed: int) -> Path:
-        what = (_VERSION, self._style, seed, self._frames, self._spec.ground_size, self._spec.gsd)
+        what: tuple[object, ...] = (_VERSION, self._style, seed, self._frames, self._spec.ground_size)
+        what += (self._spec.gsd, *((self._view, self._options) if self._any_camera else ()))
         return self.folder / hashlib.sha256(repr(what).encode()).hexdigest()[:16]
 
     def _city(self, seed: int) -> _Rendered:
@@ -139,10 +155,8 @@ class SimulatedDataset(PoseDataset):
 
     def _render(self, seed: int) -> None:
         city = build_city(seed, self._style)
-        height, width = self._spec.ground_size
         images, poses = [], []
-        options, view = DriveOptions(rate_hz=_RATE_HZ), PanoramaView(height, width)
-        for frame in drive(city, self._frames, options=options, view=view):
+        for frame in drive(city, self._frames, options=self._options, view=self._view):
             images.append(frame.image)
             poses.append((frame.truth.east, frame.truth.north, frame.truth.heading))
         side = round(city.size_m / self._spec.gsd)
@@ -157,3 +171,16 @@ class SimulatedDataset(PoseDataset):
                 np.save(folder / f"{name}.npy", np.array(values))
             if not path.exists():
                 folder.rename(path)
+
+
+def _panoramas(spec: ModelSpec, any_camera: bool) -> tuple[PanoramaView, DriveOptions]:
+    """Return how panoramas are rendered."""
+    (height, width), (top, bottom) = spec.ground_size, spec.elevation_deg
+    if not any_camera:
+        return PanoramaView(height, width, top, bottom), DriveOptions(rate_hz=_RATE_HZ)
+    margin = round(height * _MARGIN_DEG / (top - bottom))
+    reach = margin * (top - bottom) / height
+    size = _FINER * (height + 2 * margin), _FINER * width
+    # Level, as the tilt is drawn with each sample.
+    options = DriveOptions(rate_hz=_RATE_HZ, height_noise_m=_HEIGHT_NOISE_M, tilt=0.0)
+    return PanoramaView(*size, min(90.0, top + reach), max(-90.0, bottom - reach)), options
