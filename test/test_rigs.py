@@ -1,0 +1,101 @@
+"""Rigs of cameras in the simulated city: the panorama they make is that of one camera in their middle."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import cv2
+import numpy as np
+import pytest
+from checkerboard import corners, found, paved
+
+from xview_loc.camera import PanoramaCamera
+from xview_loc.rig import Rig, tilt_matrix
+from xview_loc.simulation.city import City, build_city
+from xview_loc.simulation.rigs import RIGS, VehiclePose, make_rig, render_rig
+from xview_loc.simulation.views import CameraPose, PanoramaView, render_panorama
+
+ELEVATION = (math.radians(30.0), math.radians(-60.0))
+LEVEL, TILTED = (0.0, 0.0), (math.radians(6.0), math.radians(-6.0))
+PLACE = VehiclePose(20.0, 10.0, 0.3)
+
+
+@pytest.fixture(scope="module")
+def board() -> City:
+    return paved()
+
+
+@pytest.fixture(scope="module")
+def city() -> City:
+    return build_city(5, "source", size_m=420.0)
+
+
+def middle(pose: VehiclePose, rig: Rig) -> CameraPose:
+    """Level pose of the middle of a rig's cameras."""
+    forward, left, up = tilt_matrix(pose.roll, pose.pitch) @ rig.centre
+    cos, sin = math.cos(pose.heading), math.sin(pose.heading)
+    east, north = pose.east + cos * forward - sin * left, pose.north + sin * forward + cos * left
+    return CameraPose(east, north, pose.heading, pose.height + up)
+
+
+@pytest.mark.parametrize("name", RIGS)
+def test_cameras_are_where_vehicles_have_them(name: str) -> None:
+    rig = make_rig(name, 0.5)
+    assert len(rig.cameras) == {"one": 1, "three": 3, "four": 4, "six": 6, "eight": 8}[name]
+    for mounted in rig.cameras.values():
+        assert 0.5 <= math.dist(mounted.position, rig.centre) <= 1.5 or name == "one"
+        assert 1.2 <= mounted.position[2] <= 1.9
+        looks = mounted.axes[:, 2]
+        assert -0.3 < looks[2] < 0.0, "cameras look slightly down"
+        # Away from the vehicle's middle, except where the rig is one camera.
+        assert looks[:2] @ (np.array(mounted.position) - rig.centre)[:2] >= 0.0
+        assert mounted.camera.width == 320
+
+
+@pytest.mark.parametrize("name", RIGS)
+@pytest.mark.parametrize("tilt", [LEVEL, TILTED], ids=["level", "tilted"])
+def test_corners_of_a_checkerboard_are_where_the_middle_sees_them(
+    board: City, name: str, tilt: tuple[float, float]
+) -> None:
+    rig, (roll, pitch) = make_rig(name), tilt
+    pose = VehiclePose(3.0, -7.0, 0.4, roll=roll, pitch=pitch)
+    panorama, mask = rig.panorama(
+        render_rig(board, pose, rig), (512, 2048), ELEVATION, roll=roll, pitch=pitch
+    )
+    points = corners(middle(pose, rig))
+    pixels, _ = PanoramaCamera(2048, 512, *ELEVATION).project(points @ [[0, 0, 1], [-1, 0, 0], [0, -1, 0]])
+    window = cv2.erode(mask.astype(np.uint8), np.ones((25, 25)))
+    at = np.clip(np.rint(pixels).astype(int), 0, (2047, 511))
+    far = np.linalg.norm(points, axis=1)
+    clear = window[at[:, 1], at[:, 0]].astype(bool) & (far > 3.5) & (far < 7.5)
+    assert clear.sum() >= 4
+    direct = render_panorama(board, middle(pose, rig), PanoramaView(512, 2048))
+    seen = found(direct, pixels[clear])
+    assert np.median(np.linalg.norm(seen - pixels[clear], axis=1)) < 0.25
+    error = np.linalg.norm(found(panorama, pixels[clear]) - seen, axis=1)
+    assert np.median(error) < 0.25 and np.percentile(error, 85) < 0.5, error
+
+
+@pytest.mark.parametrize("name", RIGS)
+def test_a_tilted_rig_makes_the_level_panorama_of_its_middle(city: City, name: str) -> None:
+    rig = make_rig(name)
+    pose = replace(PLACE, roll=TILTED[0], pitch=TILTED[1])
+    images = render_rig(city, pose, rig)
+    direct = render_panorama(city, middle(pose, rig), PanoramaView(512, 2048))
+    direct = cv2.resize(direct, (512, 128), interpolation=cv2.INTER_AREA).astype(int)
+
+    def error(roll: float, pitch: float) -> float:
+        panorama, mask = rig.panorama(images, (128, 512), ELEVATION, roll=roll, pitch=pitch)
+        return float(np.abs(panorama - direct)[mask].mean())
+
+    assert error(*TILTED) < 8.0
+    assert error(*TILTED) < 0.6 * error(*LEVEL)
+
+
+def test_exposures_differ_between_cameras(city: City) -> None:
+    rig = make_rig("three", 0.25)
+    plain = render_rig(city, PLACE, rig)
+    exposed = render_rig(city, PLACE, rig, rng=np.random.default_rng(3))
+    gains = [exposed[name].mean() / plain[name].mean() for name in rig.cameras]
+    assert np.ptp(gains) > 0.02 and all(0.7 < gain < 1.4 for gain in gains)
