@@ -300,7 +300,7 @@ def test_lever_arms_are_taken_out(tmp_path: Path) -> None:
             lever = np.array(in_enu(getattr(mounting, name), turn))
             lat, lon = PLANE.inverse(east + lever[0], north + lever[1])
             writer.add_odometry(T0 + k * 10**8, odometry(k, 8.0))
-            writer.add(dataclasses.replace(pair(k), lat=lat, lon=lon, heading=turn), tile(0))
+            writer.add(dataclasses.replace(pair(k), lat=lat, lon=lon, heading=turn, camera=None), tile(0))
     for writer in writers.values():
         writer.close()
     own, plain = (PairDataset([tmp_path / name], spec) for name in writers)

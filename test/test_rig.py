@@ -129,3 +129,22 @@ def test_images_and_masks_of_another_size_are_refused() -> None:
         Rig({"front": MountedCamera(camera)}).panorama(
             {"front": np.zeros((10, 20, 3), np.uint8)}, SIZE, ELEVATION
         )
+
+
+def test_a_camera_that_sees_nothing_of_the_panorama_adds_nothing() -> None:
+    camera = CameraModel(200, 200, (100, 0, 99.5, 0, 100, 99.5, 0, 0, 1))
+    rig = Rig({"up": MountedCamera(camera, rotation=(0.0, 0.0, 0.0, 1.0)), "front": MountedCamera(camera)})
+    image = np.full((200, 200, 3), 200, np.uint8)
+    low = math.radians(-10.0), math.radians(-60.0)
+    both, mask = rig.panorama({"up": image, "front": image}, SIZE, low)
+    assert mask.any() and (both[mask] == 200).all()
+    assert not rig.panorama({"up": image}, SIZE, low)[1].any()
+    assert not rig.panorama({}, SIZE, low)[1].any()
+
+
+def test_panoramas_may_have_any_shape() -> None:
+    for width, height in ((40_000, 4), (4, 40_000), (1, 1)):
+        rig = Rig({"all": MountedCamera(PanoramaCamera(width, height, *ELEVATION))})
+        image = np.full((height, width, 3), 200, np.uint8)
+        upright, mask = rig.panorama({"all": image}, SIZE, ELEVATION, roll=0.05)
+        assert mask.mean() > 0.9 and (upright[mask] == 200).all()

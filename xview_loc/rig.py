@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import cv2
 import numpy as np
@@ -29,6 +30,8 @@ _SEAM = 0.1
 # Tilts are rounded to this, so that look-up tables serve again, radians.
 _TILT_STEP = math.radians(0.1)
 _TABLES = 16
+# OpenCV's remap takes images of at most this width and height.
+_LONGEST_SIDE = 32_000
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,10 @@ class Rig:
                 raise CameraError(f"camera {name} has a mask of {sizes[0]} pixels, but images of {sizes[1]}")
         self._table = lru_cache(maxsize=_TABLES * len(self.cameras))(self._make_table)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies, also in other processes, make their own look-up tables."""
+        return Rig, (self.cameras, self.height, self.own)
+
     def panorama(
         self,
         images: Mapping[str, Image],
@@ -112,9 +119,10 @@ class Rig:
         total = np.zeros(size, np.float32)
         colour = np.zeros((*size, 3), np.float32)
         for name, table in tables.items():
-            camera = self.cameras[name].camera
-            _check_size(name, images[name], camera)
-            image = images[name]
+            camera, image = self.cameras[name].camera, images[name]
+            _check_size(name, image, camera)
+            if not table.x.size:
+                continue
             if image.shape[:2] != table.size:
                 reduced = cv2.resize(image, table.size[::-1], interpolation=cv2.INTER_AREA)
                 image = np.asarray(reduced, np.uint8)
@@ -155,7 +163,8 @@ class Rig:
         depth = np.where(seen, edge / min(camera.width, camera.height) + 1e-6, -1.0)
         # Coarser images are reduced first: sampled pixel by pixel, fine ones would alias.
         factor = max(1, math.floor(camera.pixels_per_radian / (size[1] / (2 * math.pi))))
-        reduced = max(1, round(camera.height / factor)), max(1, round(camera.width / factor))
+        sides = round(camera.height / factor), round(camera.width / factor)
+        reduced = np.clip(sides, 1, _LONGEST_SIDE).tolist()
         x = (x + 0.5) * (reduced[1] / camera.width) - 0.5
         y = np.clip((y + 0.5) * (reduced[0] / camera.height) - 0.5, 0, reduced[0] - 1)
         rows, columns = np.flatnonzero(seen.any(1)), np.flatnonzero(seen.any(0))
@@ -163,7 +172,7 @@ class Rig:
         if len(rows):
             box = (slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1))
         x, y, depth = (np.ascontiguousarray(v[box], np.float32) for v in (x, y, depth))
-        return _Table(box, reduced, x, y, depth)
+        return _Table(box, (reduced[0], reduced[1]), x, y, depth)
 
 
 def directions(size: tuple[int, int], elevation: tuple[float, float]) -> NDArray[np.float64]:
@@ -172,6 +181,12 @@ def directions(size: tuple[int, int], elevation: tuple[float, float]) -> NDArray
     up = elevation[0] + (np.arange(size[0]) + 0.5) / size[0] * (elevation[1] - elevation[0])
     up, turn = up[:, None], turn[None, :]
     return np.stack([np.cos(up) * np.cos(turn), np.cos(up) * np.sin(turn), np.sin(up) + 0 * turn], -1)
+
+
+def facing(yaw: float) -> Quaternion:
+    """Return the rotation of a level camera that looks ``yaw`` radians left of the vehicle's x axis."""
+    c, s = math.cos(yaw / 2.0), math.sin(yaw / 2.0)
+    return (-(c + s) / 2.0, (c - s) / 2.0, (s - c) / 2.0, (c + s) / 2.0)
 
 
 def tilt_matrix(roll: float, pitch: float) -> NDArray[np.float64]:
@@ -197,7 +212,8 @@ def rotation_matrix(quaternion: Quaternion) -> NDArray[np.float64]:
 def _check_size(name: str, image: Image, camera: CameraModel | PanoramaCamera) -> None:
     height, width = image.shape[:2]
     if (width, height) != (camera.width, camera.height):
+        of = f" of camera {name}" if name else ""
         raise ImageError(
-            f"the image of camera {name} has {width} x {height} pixels, but its calibration is for "
+            f"the image{of} has {width} x {height} pixels, but its calibration is for "
             f"{camera.width} x {camera.height}"
         )

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import fields
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any
@@ -20,16 +21,19 @@ from numpy.typing import NDArray
 
 from xview_loc.bags.recovery import BagError
 from xview_loc.bags.ros_types import deserialize
+from xview_loc.camera import CameraError, CameraModel, PanoramaCamera
 from xview_loc.datasets.base import DatasetError, PairSample, PairSource, Track
-from xview_loc.images import ImageError
+from xview_loc.images import Image, ImageError
 from xview_loc.maps.base import AerialTile
 from xview_loc.models.base import ModelSpec
-from xview_loc.models.inputs import ground_image, normalise
-from xview_loc.recordings.pairs import ODOMETRY, TOPICS, PairBag
+from xview_loc.models.inputs import ground_image, normalise, panorama_elevation, upright_panorama
+from xview_loc.recordings.pairs import ODOMETRY, TOPICS, Pair, PairBag
+from xview_loc.rig import MountedCamera, Rig, facing
 from xview_loc.vehicle.keyframes import SPEED_AGE_NS
 from xview_loc.vehicle.messages import VelocityReader
 from xview_loc.vehicle.mounting import Mounting, in_enu
 from xview_loc.vehicle.synchronisation import RejectedInput
+from xview_loc.vehicle.tilt import TiltSample
 
 # Disk space left to others.
 _LEAVE_FREE_BYTES = 1 << 30
@@ -80,9 +84,11 @@ class RecordCache:
 class PairDataset(PairSource):
     """Pairs of one or more bags, prepared for a model of ``spec`` and decoded on first use.
 
-    Decoded images are kept on disk in the model's size (:class:`RecordCache`), so a data loader's worker
-    holds the bags' index and one pair with its tile at a time. Stored tiles must have the spec's ground
-    sample distance and at least its size; larger ones are cropped to their middle.
+    Panoramas are levelled by the pair's tilt and cut to the model's elevations. Those of a rig, or of one
+    calibrated camera for a model of panoramas, are made of its images, with the mean colour where no camera
+    sees. Decoded images are kept on disk in the model's size (:class:`RecordCache`), so a data loader's
+    worker holds the bags' index and one pair with its tile at a time. Stored tiles must have the spec's
+    ground sample distance and at least its size; larger ones are cropped to their middle.
     Raises BagError if a bag cannot be read, DatasetError if its tiles do not fit.
     """
 
@@ -93,7 +99,11 @@ class PairDataset(PairSource):
         self._bags = [PairBag(folder) for folder in folders]
         digest = hashlib.sha256("".join(bag.digest() for bag in self._bags).encode()).hexdigest()
         self.name = f"pairs:{digest[:16]}"
-        self._mountings = [Mounting.of(bag.session()) for bag in self._bags]
+        self._rigs = [bag.rig() for bag in self._bags]
+        for folder, rig in zip(folders, self._rigs, strict=True):
+            if rig is not None and spec.camera == "pinhole":
+                raise DatasetError(f"{folder} has the images of a rig, {spec.name} takes those of one camera")
+        self._mountings = list(map(_mounting, self._bags, self._rigs))
         self._ends = list(accumulate(len(bag) for bag in self._bags))
         side = spec.aerial_size
         content: list[Any] = [("fix", np.float32, (2,)), ("fix_std", np.float32)]
@@ -140,14 +150,8 @@ class PairDataset(PairSource):
         row, col = (x - cut for x in tile.enu_to_pixel(*tile.projection.forward(lat, lon)))
         side = self._spec.aerial_size
         try:
-            ground = ground_image(
-                pair.image(),
-                self._spec,
-                heading=pair.heading if self._spec.camera == "panorama" else None,
-                camera=pair.camera,
-                mount_yaw=mounting.camera_yaw,
-            )
-        except ImageError as error:
+            ground = self._ground(pair, self._rigs[number], mounting)
+        except (CameraError, ImageError) as error:
             raise BagError(f"pair {within} of {bag.folder} is damaged: {error}") from None
         record: np.void = np.zeros(1, self._dtype)[0]
         record["ground"] = ground
@@ -159,6 +163,25 @@ class PairDataset(PairSource):
         record["heading_known"] = pair.heading is not None
         record["meters_per_pixel"] = tile.gsd
         return record
+
+    def _ground(self, pair: Pair, rig: Rig | None, mounting: Mounting) -> Image:
+        """Return the model's ground image, facing north. Raises CameraError, ImageError."""
+        spec, yaw = self._spec, mounting.camera_yaw
+        images = {"": pair.image()} if rig is None else pair.decode(rig)
+        if spec.camera == "pinhole":
+            return ground_image(images[""], spec, heading=None, camera=pair.camera)
+        if rig is None:
+            shows = panorama_elevation(images[""], spec)
+            if pair.camera is None and pair.tilt is None and shows == spec.elevation_deg:
+                return ground_image(images[""], spec, heading=pair.heading, camera=None, mount_yaw=yaw)
+            height, width = images[""].shape[:2]
+            panorama = PanoramaCamera(width, height, *map(math.radians, shows))
+            rig = _rig_of_one(pair.camera or panorama, yaw)
+        tilt = pair.tilt or TiltSample(pair.stamp_ns, 0.0, 0.0)
+        upright, mask = upright_panorama(rig, images, spec, roll=tilt.roll, pitch=tilt.pitch)
+        if not mask.any():
+            raise ImageError("no camera sees anything of the panorama")
+        return ground_image(upright, spec, heading=pair.heading, camera=None)
 
     def track(self) -> Track:
         """See :meth:`PairSource.track`; each bag is a drive. Raises BagError if a pair is damaged."""
@@ -177,6 +200,20 @@ class PairDataset(PairSource):
                 f"xview-loc pairs {folder} --map MAP --size {spec.aerial_size} --gsd {spec.gsd:g} --out NEW"
             )
         return spare // 2
+
+
+def _mounting(bag: PairBag, rig: Rig | None) -> Mounting:
+    """Return where antenna and camera are; a rig's panoramas are seen from the middle of its cameras."""
+    mounting = Mounting.of(bag.session())
+    if rig is None:
+        return mounting
+    return Mounting(mounting.antenna, (float(rig.centre[0]), float(rig.centre[1])))
+
+
+# The last one serves again: its look-up tables are kept with it.
+@lru_cache(maxsize=1)
+def _rig_of_one(camera: CameraModel | PanoramaCamera, yaw: float) -> Rig:
+    return Rig({"": MountedCamera(camera, rotation=facing(yaw))})
 
 
 def _bag_track(number: int, bag: PairBag, mounting: Mounting) -> Track:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import cv2
@@ -14,6 +15,7 @@ from torch import Tensor
 from xview_loc.camera import CameraModel
 from xview_loc.images import Image, ImageError
 from xview_loc.models.base import NORMALISATIONS, ModelSpec
+from xview_loc.rig import Mask, Rig
 
 
 def prepare_ground(
@@ -49,6 +51,24 @@ def ground_image(
     if image.shape[1] > spec.ground_size[1]:
         return _resize(_roll(_average_rows(image, spec.ground_size[0]), shift), spec.ground_size)
     return _roll(_resize(image, spec.ground_size), shift)
+
+
+def panorama_elevation(image: Image, spec: ModelSpec) -> tuple[float, float]:
+    """Return the elevations of a panorama's upper and lower edge, degrees.
+
+    One that is twice as wide as high shows all directions, another one what the model expects.
+    """
+    height, width = image.shape[:2]
+    return (90.0, -90.0) if width == 2 * height else spec.elevation_deg
+
+
+def upright_panorama(
+    rig: Rig, images: Mapping[str, Image], spec: ModelSpec, *, roll: float = 0.0, pitch: float = 0.0
+) -> tuple[Image, Mask]:
+    """Return a panorama in the size and elevations of ``spec``, and its mask; see :meth:`Rig.panorama`."""
+    top, bottom = spec.elevation_deg
+    elevation = math.radians(top), math.radians(bottom)
+    return rig.panorama(images, spec.ground_size, elevation, roll=roll, pitch=pitch)
 
 
 def normalise(image: Image, spec: ModelSpec) -> Tensor:
