@@ -11,8 +11,9 @@ import pytest
 from checkerboard import corners, found, paved
 
 from xview_loc.camera import PanoramaCamera
-from xview_loc.rig import Rig, tilt_matrix
+from xview_loc.rig import MountedCamera, Rig, tilt_matrix
 from xview_loc.simulation.city import City, build_city
+from xview_loc.simulation.drives import DriveOptions, drive
 from xview_loc.simulation.rigs import RIGS, VehiclePose, make_rig, render_rig
 from xview_loc.simulation.views import CameraPose, PanoramaView, render_panorama
 
@@ -100,3 +101,57 @@ def test_exposures_differ_between_cameras(city: City) -> None:
     exposed = render_rig(city, PLACE, rig, rng=np.random.default_rng(3))
     gains = [exposed[name].mean() / plain[name].mean() for name in rig.cameras]
     assert np.ptp(gains) > 0.02 and all(0.7 < gain < 1.4 for gain in gains)
+
+
+def test_vehicles_lean_out_of_curves_and_dip_when_braking(city: City) -> None:
+    options = DriveOptions(rate_hz=10.0, dynamics=True)
+    frames = list(drive(city, 1200, 1, options=options, view=None))
+    truth = [frame.truth for frame in frames]
+    roll, pitch = np.array([(t.roll, t.pitch) for t in truth]).T
+    sideways = np.array([t.speed * t.yaw_rate for t in truth])
+    braking = -np.gradient([t.speed for t in truth], 0.1)
+    assert roll[sideways > 1.0].mean() > roll[sideways < -1.0].mean() + math.radians(1.0)
+    assert pitch[braking > 1.0].mean() > pitch[braking < -1.0].mean() + math.radians(0.5)
+    assert math.radians(0.7) < roll.std() < math.radians(2.5) and np.abs(roll).max() < math.radians(9.0)
+    assert math.radians(0.7) < pitch.std() < math.radians(2.5) and np.abs(pitch).max() < math.radians(9.0)
+    measured = np.array([(frame.roll, frame.pitch) for frame in frames])
+    error = measured - np.stack([roll, pitch], 1)
+    assert 0.0 < np.sqrt((error**2).mean()) < 3 * frames[0].tilt_std
+    # Everything else is as in a drive without.
+    plain = list(drive(city, 1200, 1, options=replace(options, dynamics=False), view=None))
+    for with_dynamics, without in zip(frames, plain, strict=True):
+        assert (with_dynamics.fix.lat, with_dynamics.heading) == (without.fix.lat, without.heading)
+    assert max(abs(frame.truth.roll) for frame in plain) < math.radians(3.0)
+
+
+def test_a_drive_with_a_rig_sees_what_the_rig_would(city: City) -> None:
+    rig = make_rig("three", 0.25)
+    frames = list(drive(city, 12, 1, options=DriveOptions(rate_hz=1.0), view=rig))
+    assert all(frame.image is None and list(frame.images) == ["front", "left", "right"] for frame in frames)
+    assert max(abs(frame.truth.roll) for frame in frames) > math.radians(1.0), "rigs tilt by default"
+    truth = frames[-1].truth
+    pose = VehiclePose(truth.east, truth.north, truth.heading, roll=truth.roll, pitch=truth.pitch)
+    images = render_rig(city, pose, rig)
+    for name, image in frames[-1].images.items():
+        assert image.shape == (90, 160, 3)
+        # Traffic, exposure and noise are the drive's.
+        assert np.corrcoef(image.mean(-1).ravel(), images[name].mean(-1).ravel())[0, 1] > 0.9
+
+
+def test_panoramas_of_a_tilting_vehicle_are_exact(city: City) -> None:
+    """Levelled by the true tilt they are as level ones."""
+    options = DriveOptions(rate_hz=1.0, dynamics=True, height_noise_m=0.0)
+    view = PanoramaView(256, 512, 90.0, -90.0)
+    frames = list(drive(city, 10, 1, options=options, view=view))
+    rig = Rig({"all": MountedCamera(view.camera)}, height=1.7)
+    errors = []
+    for frame in frames:
+        truth, image = frame.truth, frame.image
+        assert image is not None
+        tilt = {"roll": truth.roll, "pitch": truth.pitch}
+        upright, _ = rig.panorama({"all": image}, (128, 512), ELEVATION, **tilt)
+        pose = CameraPose(truth.east, truth.north, truth.heading, city.style.camera_height_m)
+        level = render_panorama(city, pose, PanoramaView(128, 512))
+        blurred = [cv2.GaussianBlur(i, (0, 0), 2.0).mean(-1).ravel() for i in (upright, level)]
+        errors.append(1.0 - np.corrcoef(*blurred)[0, 1])
+    assert np.median(errors) < 0.02, errors

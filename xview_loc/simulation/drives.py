@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,12 @@ from numpy.typing import NDArray
 
 from xview_loc.errors import UserError
 from xview_loc.geodesy import wrap_angle
+from xview_loc.rig import MountedCamera, Rig
 from xview_loc.simulation.city import City
 from xview_loc.simulation.objects import Cars, Image, car_looks
-from xview_loc.simulation.views import CameraPose, PanoramaView, PinholeView, render_panorama, render_pinhole
+from xview_loc.simulation.rigs import VehiclePose, render_rig
+from xview_loc.simulation.suspension import body_tilt
+from xview_loc.simulation.views import CameraPose, PanoramaView, PinholeView, render_camera, render_panorama
 
 Array = NDArray[np.float64]
 
@@ -35,7 +38,8 @@ class DriveOptions:
 
     The error of fixes is a Gauss-Markov bias plus white noise. The bias has a standard deviation per axis of
     ``bias_open_m`` under an open sky, up to ``bias_canyon_m`` between tall buildings, and the correlation
-    time ``bias_time_s``.
+    time ``bias_time_s``. With ``dynamics`` the vehicle tilts in curves, when braking, on slopes and bumps;
+    without, only by noise, ``tilt``. None: with dynamics if the drive's view is a rig.
     """
 
     rate_hz: float = 5.0
@@ -53,11 +57,18 @@ class DriveOptions:
     yaw_rate_noise: float = 0.005
     tilt: float = math.radians(0.6)
     height_noise_m: float = 0.04
+    attitude_bias: float = math.radians(0.3)
+    attitude_noise: float = math.radians(0.2)
+    dynamics: bool | None = None
 
 
 @dataclass(frozen=True)
 class Truth:
-    """True state of the vehicle: metres in the city's plane, degrees, true-north ENU yaw, m/s, rad/s."""
+    """True state of the vehicle: metres in the city's plane, degrees, true-north ENU yaw, m/s, rad/s.
+
+    ``roll`` and ``pitch`` are positive with the right side and the nose down, radians. The place is that of
+    the camera, with a rig that of ``base_link``.
+    """
 
     east: float
     north: float
@@ -66,6 +77,8 @@ class Truth:
     heading: float
     speed: float
     yaw_rate: float
+    roll: float = 0.0
+    pitch: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -82,7 +95,8 @@ class Frame:
     """All measurements of one instant, and the truth.
 
     ``heading`` is the measured true-north ENU yaw with standard deviation ``heading_std``, radians; ``speed``
-    and ``yaw_rate`` come from wheel odometry. ``image`` is None for a drive without a camera.
+    and ``yaw_rate`` come from wheel odometry, ``roll`` and ``pitch`` from an inertial unit, with standard
+    deviation ``tilt_std``. A rig has ``images``, one of each camera, instead of ``image``.
     """
 
     stamp_ns: int
@@ -93,6 +107,10 @@ class Frame:
     heading_std: float
     speed: float
     yaw_rate: float
+    roll: float = 0.0
+    pitch: float = 0.0
+    tilt_std: float = 0.0
+    images: dict[str, Image] = field(default_factory=dict)
 
 
 def sky_blocked(city: City, east: float, north: float) -> float:
@@ -199,17 +217,17 @@ def drive(
     seed: int = 0,
     *,
     options: DriveOptions | None = None,
-    view: PanoramaView | PinholeView | None = PanoramaView(),  # noqa: B008 - frozen
+    view: PanoramaView | PinholeView | Rig | None = PanoramaView(),  # noqa: B008 - frozen
     area: Area | None = None,
 ) -> Iterator[Frame]:
     """Drive along random streets for a number of frames; the same arguments give the same frames.
 
-    ``view`` is the camera, or None for a drive without images. ``area`` keeps the drive to the streets in it.
-    Raises RouteError if there is none.
+    ``view`` is the camera or the rig, or None for a drive without images. ``area`` keeps the drive to the
+    streets in it. Raises RouteError if there is none.
     """
     options = options or DriveOptions()
     rng = np.random.default_rng([seed, city.seed, 4])
-    camera_rng = np.random.default_rng([seed, city.seed, 5])
+    camera_rng, attitude_rng, road_rng = (np.random.default_rng([seed, city.seed, n]) for n in (5, 6, 7))
     period = 1.0 / options.rate_hz
     route = plan_route(city, frames * period * options.top_speed + 10.0, rng, area)
     speeds, yaws = _speed_profile(route, options)
@@ -222,6 +240,12 @@ def drive(
     heading_bias = rng.normal() * options.heading_bias
     speed_scale = 1.0 + rng.normal() * options.speed_scale
     wander, tilt = float(rng.normal()) * 0.2, rng.normal(size=2) * options.tilt
+    dynamics = isinstance(view, Rig) if options.dynamics is None else options.dynamics
+    if dynamics:
+        curvature = np.gradient(_smooth(yaws, 7)) / _STEP_M
+        tilts = body_tilt(speeds, curvature, _STEP_M, np.arange(frames, dtype=np.float64) * period, road_rng)
+    attitude_bias = attitude_rng.normal(size=2) * options.attitude_bias
+    ground = view.height if isinstance(view, Rig) else city.style.camera_height_m
     blocked = sky_blocked(city, *route[0])
     previous_yaw: float | None = None
     for k in range(frames):
@@ -241,7 +265,8 @@ def drive(
         lat, lon = (float(v) for v in city.to_latlon(east, north))
         # `yaw` is in the axes of the plane; true north differs by the meridian convergence.
         heading = wrap_angle(yaw - city.projection.convergence(lat, lon))
-        truth = Truth(east, north, lat, lon, heading, speed, yaw_rate)
+        roll, pitch = map(float, tilts[k] if dynamics else tilt[::-1])
+        truth = Truth(east, north, lat, lon, heading, speed, yaw_rate, roll, pitch)
 
         bias = keep * bias + innovation * rng.normal(size=2)
         blocked = 0.9 * blocked + 0.1 * sky_blocked(city, east, north)
@@ -253,13 +278,18 @@ def drive(
         measured = wrap_angle(heading + heading_bias + options.heading_noise * rng.normal())
         measured_speed = speed * speed_scale + options.speed_noise * rng.normal()
         measured_rate = yaw_rate + options.yaw_rate_noise * rng.normal()
-        height = city.style.camera_height_m + options.height_noise_m * rng.normal()
-        image = None
+        measured_tilt = attitude_bias + (roll, pitch) + options.attitude_noise * attitude_rng.normal(size=2)
+        height = ground + options.height_noise_m * rng.normal()
+        pose = (east, north, yaw, height, pitch, roll)
+        image, images = None, {}
         if view is not None:
-            pose = CameraPose(east, north, yaw, height, float(tilt[0]), float(tilt[1]))
-            traffic = _traffic(city, east, north, time_s, seed)
-            render: Any = render_panorama if isinstance(view, PanoramaView) else render_pinhole
-            image = render(city, pose, view, traffic=traffic, rng=camera_rng)
+            seen: dict[str, Any] = {"traffic": _traffic(city, east, north, time_s, seed), "rng": camera_rng}
+        if isinstance(view, Rig):
+            images = render_rig(city, VehiclePose(*pose), view, **seen)
+        elif isinstance(view, PanoramaView) and not dynamics:
+            image = render_panorama(city, CameraPose(*pose), view, **seen)
+        elif view is not None:
+            image = render_camera(city, CameraPose(*pose), MountedCamera(view.camera), **seen)
         yield Frame(
             stamp_ns=round(time_s * 1e9),
             image=image,
@@ -269,4 +299,8 @@ def drive(
             heading_std=math.hypot(options.heading_bias, options.heading_noise),
             speed=measured_speed,
             yaw_rate=measured_rate,
+            roll=float(measured_tilt[0]),
+            pitch=float(measured_tilt[1]),
+            tilt_std=math.hypot(options.attitude_bias, options.attitude_noise),
+            images=images,
         )
