@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,16 @@ import pytest
 from rosbags.highlevel import AnyReader
 
 from xview_loc.cli.commands import main
+from xview_loc.images import decode_compressed
+from xview_loc.rig import Rig
 from xview_loc.simulation.city import build_city
-from xview_loc.simulation.drives import Frame, drive
-from xview_loc.simulation.messages import START_NS, TOPICS, write_bag
+from xview_loc.simulation.drives import DriveOptions, Frame, drive
+from xview_loc.simulation.messages import START_NS, TOPICS, topics, write_bag
+from xview_loc.simulation.rigs import make_rig
 from xview_loc.simulation.views import PanoramaView
+from xview_loc.vehicle.messages import camera_from_info, yaw_of
+from xview_loc.vehicle.tilt import tilt_from_imu
+from xview_loc.vehicle.transforms import Transform, TransformBuffer
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = "import sys; sys.modules[{!r}] = None; from xview_loc.cli import main; main()"
@@ -50,6 +57,48 @@ def test_bag_holds_the_drive(frames: list[Frame], tmp_path: Path) -> None:
         assert odometry.twist.twist.angular.z == frame.yaw_rate
     with pytest.raises(FileExistsError):
         write_bag(frames, tmp_path / "bag")
+
+
+@pytest.fixture(scope="module")
+def rig_drive() -> tuple[Rig, list[Frame]]:
+    rig = make_rig("four", 0.25)
+    options = DriveOptions(rate_hz=1.0)
+    return rig, list(drive(build_city(5, "source", size_m=300.0), 4, seed=2, options=options, view=rig))
+
+
+def test_bag_of_a_rig_can_be_read_back_whole(rig_drive: tuple[Rig, list[Frame]], tmp_path: Path) -> None:
+    """Calibration, extrinsics, attitude and JPEGs, through what the vehicle reads them with."""
+    rig, frames = rig_drive
+    write_bag(frames, tmp_path / "bag", rig=rig)
+    got: dict[str, list] = {topic: [] for topic in topics(rig)}
+    with AnyReader([tmp_path / "bag"]) as reader:
+        (static,) = [c for c in reader.connections if c.topic == "/tf_static"]
+        (profile,) = static.ext.offered_qos_profiles
+        assert profile.durability.name == "TRANSIENT_LOCAL"
+        for connection, stamp, raw in reader.messages():
+            got[connection.topic].append((stamp, reader.deserialize(raw, connection.msgtype)))
+    buffer = TransformBuffer()
+    ((stamp, tree),) = got.pop("/tf_static")
+    assert stamp == START_NS
+    for one in tree.transforms:
+        buffer.add(stamp, one.header.frame_id, one.child_frame_id, Transform.of(one.transform), True)
+    for name, mounted in rig.cameras.items():
+        infos, images = got[f"/{name}/camera_info"], got[f"/{name}/image/compressed"]
+        for (_, info), (_, jpeg), frame in zip(infos, images, frames, strict=True):
+            assert camera_from_info(info) == mounted.camera
+            assert info.header == jpeg.header and jpeg.format == "jpeg"
+            image = decode_compressed(jpeg.data)
+            assert np.abs(image.astype(int) - frame.images[name]).mean() < 8.0
+        pose = buffer.lookup("base_link", jpeg.header.frame_id)
+        assert pose.translation == pytest.approx(mounted.position)
+        assert pose.matrix == pytest.approx(mounted.axes)
+    for (stamp, imu), frame in zip(got["/imu"], frames, strict=True):
+        assert stamp == START_NS + frame.stamp_ns
+        tilt = tilt_from_imu(imu, np.eye(3))
+        assert (tilt.roll, tilt.pitch) == pytest.approx((frame.roll, frame.pitch))
+        assert math.remainder(yaw_of(imu.orientation) - frame.heading, 2 * math.pi) == pytest.approx(0.0)
+        assert imu.orientation_covariance[0] == pytest.approx(frame.tilt_std**2)
+    assert all(len(messages) == 4 for messages in got.values())
 
 
 def test_command_drives_live(tmp_path: Path) -> None:
@@ -108,6 +157,55 @@ def test_command_writes_a_bag_once(
     with pytest.raises(SystemExit) as again:
         main()
     assert again.value.code == 2 and "exists already" in capsys.readouterr().err
+
+
+def test_command_drives_a_rig_live(tmp_path: Path) -> None:
+    """Also without tf2_msgs, which is said."""
+    pytest.importorskip("rclpy", reason="ROS 2's Python packages are not installed")
+    from ros_harness import bench, environment, pick_domain
+    from sensor_msgs.msg import CameraInfo, CompressedImage, Imu
+
+    domain = pick_domain()
+    words = ["simulate", str(tmp_path), "--ros", "--rig", "three", "--frames", "5", "--rate", "5"]
+    words += ["--height", "90", "--size", "300"]
+    with bench(domain) as here, open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "xview_loc.cli", *words],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            env=environment(domain),
+        )
+        try:
+            imu = here.listen(Imu, "/imu")
+            infos = here.listen(CameraInfo, "/left/camera_info")
+            here.wait(
+                lambda: all(here.node.count_publishers(t) for t in ("/left/image/compressed", "/imu")),
+                120.0,
+                "the drive",
+            )
+            # Any camera's subscriber starts the drive.
+            images = here.listen(CompressedImage, "/left/image/compressed")
+            here.wait(lambda: process.poll() is not None, 120.0, "the end of the drive")
+        finally:
+            process.kill()
+    text = (tmp_path / "log").read_text()
+    assert "published 5 frames" in text
+    assert ("tf2_msgs cannot be imported" in text) == (find_spec("tf2_msgs") is None)
+    assert len(images) == len(infos) == len(imu) == 5
+    assert [m.header.stamp for m in images] == [m.header.stamp for m in imu]
+    assert (infos[0].height, infos[0].width) == (90, 160)
+    assert decode_compressed(bytes(images[0].data)).shape == (90, 160, 3)
+
+
+def test_command_refuses_unknown_rigs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["xview-loc", "simulate", str(tmp_path), "--rig", "two"])
+    with pytest.raises(SystemExit) as refused:
+        main()
+    assert refused.value.code == 2
+    assert "unknown rig 'two'; choose from one, three, four, six, eight" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("module", "advice"), [("cv2", "pip install opencv"), ("rclpy", "xview_loc[ros]")])

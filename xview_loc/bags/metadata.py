@@ -15,6 +15,19 @@ from xview_loc.files import write_whole
 
 FILE = "metadata.yaml"
 _VERSION = 5
+_FOREVER = {"sec": 9223372036, "nsec": 854775807}
+# Reliable and kept for subscribers that come later, so that `ros2 bag play` offers it so. In rmw's numbers.
+_LATCHED = {
+    "history": 1,
+    "depth": 1,
+    "reliability": 1,
+    "durability": 1,
+    "deadline": _FOREVER,
+    "lifespan": _FOREVER,
+    "liveliness": 1,
+    "liveliness_lease_duration": _FOREVER,
+    "avoid_ros_namespace_conventions": False,
+}
 
 
 @dataclass
@@ -33,6 +46,18 @@ class FileSummary:
         self.start_ns = stamp_ns if first else min(self.start_ns, stamp_ns)
         self.end_ns = stamp_ns if first else max(self.end_ns, stamp_ns)
         self.counts[topic] += 1
+
+
+def offered_qos(topic: str) -> str:
+    """Return the quality of service that a topic is played with, as YAML; empty for the usual one."""
+    if topic != "/tf_static":
+        return ""
+    text = io.StringIO()
+    yaml = YAML(typ="safe")
+    yaml.default_flow_style = False
+    yaml.representer.ignore_aliases = lambda _: True
+    yaml.dump([_LATCHED], text)
+    return text.getvalue()
 
 
 def write_metadata(folder: Path, files: Sequence[FileSummary], topics: Mapping[str, str]) -> None:
@@ -56,7 +81,7 @@ def write_metadata(folder: Path, files: Sequence[FileSummary], topics: Mapping[s
                     "name": topic,
                     "type": kind,
                     "serialization_format": "cdr",
-                    "offered_qos_profiles": "",
+                    "offered_qos_profiles": offered_qos(topic),
                 },
                 "message_count": counts[topic],
             }

@@ -13,7 +13,7 @@ from typing import IO, Literal
 
 from mcap.writer import CompressionType, Writer
 
-from xview_loc.bags.metadata import FileSummary, write_metadata
+from xview_loc.bags.metadata import FileSummary, offered_qos, write_metadata
 from xview_loc.bags.ros_types import definition
 
 FLUSH_S = 0.5
@@ -194,7 +194,7 @@ class BagWriter:
         for topic, kind in self._topics.items():
             schema = self._mcap.register_schema(kind, "ros2msg", definition(kind).encode())
             self._channels[topic] = self._mcap.register_channel(
-                topic, "cdr", schema, {"offered_qos_profiles": ""}
+                topic, "cdr", schema, {"offered_qos_profiles": offered_qos(topic)}
             )
         # So that every tool opens the bag during the recording.
         write_metadata(self.folder, self._files, self._topics)

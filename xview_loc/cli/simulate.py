@@ -18,9 +18,15 @@ def simulate(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the drive.")] = 0,
     frames: Annotated[int, typer.Option(min=1, help="Number of frames.")] = 300,
     rate: Annotated[float, typer.Option(min=0.1, help="Frames per second.")] = 5.0,
+    rig: Annotated[
+        str, typer.Option(help="Cameras instead of a panorama: one, three, four (fisheyes), six or eight.")
+    ] = "",
     height: Annotated[
-        int, typer.Option(min=16, help="Height of the panorama, pixels; width: 4 times.")
-    ] = 128,
+        int | None,
+        typer.Option(
+            min=16, help="Height of the images, pixels: a panorama's 128, width 4 times; a rig's 360."
+        ),
+    ] = None,
     size: Annotated[float, typer.Option(min=150.0, help="Side of the city, metres.")] = 1020.0,
     area: Annotated[
         tuple[float, float, float, float] | None,
@@ -34,11 +40,12 @@ def simulate(
 ) -> None:
     """Build a city, write its aerial map, and drive through it.
 
-    With --ros the drive starts when somebody subscribes to the image.
+    With --ros the drive starts when somebody subscribes to an image. With --rig the vehicle tilts.
     """
     from xview_loc.simulation.city import build_city
     from xview_loc.simulation.drives import DriveOptions, drive
-    from xview_loc.simulation.messages import TOPICS, write_bag
+    from xview_loc.simulation.messages import topics, write_bag
+    from xview_loc.simulation.rigs import FULL_HEIGHT, RIGS, make_rig
     from xview_loc.simulation.styles import STYLES
     from xview_loc.simulation.views import PanoramaView
 
@@ -46,6 +53,9 @@ def simulate(
         from xview_loc.nodes.drive_publisher import publish_drive
     if style not in STYLES:
         raise UsageError(f"unknown style {style!r}; choose from {', '.join(STYLES)}")
+    if rig and rig not in RIGS:
+        raise UsageError(f"unknown rig {rig!r}; choose from {', '.join(RIGS)}")
+    cameras = make_rig(rig, (height or FULL_HEIGHT) / FULL_HEIGHT) if rig else None
     bag = out / "drive"
     if not ros and bag.exists():
         raise UsageError(f"{bag} exists already: choose another folder or delete it")
@@ -53,12 +63,15 @@ def simulate(
         built = build_city(city, style, size_m=size)
         out.mkdir(parents=True, exist_ok=True)
         map_path = built.write_geotiff(out / "city.tif")
-    view = PanoramaView(height, 4 * height)
-    seen = drive(built, frames, seed, options=DriveOptions(rate_hz=rate), view=view, area=area)
+    panorama = PanoramaView() if height is None else PanoramaView(height, 4 * height)
+    seen = drive(built, frames, seed, options=DriveOptions(rate_hz=rate), view=cameras or panorama, area=area)
     console.print(f"map: {map_path}", soft_wrap=True)
     if ros:
-        console.print(f"topics: {' '.join(TOPICS)}; waiting for a subscriber to the image", soft_wrap=True)
-        console.print(f"published {publish_drive(seen, rate, speed)} frames")
+        console.print(
+            f"topics: {' '.join(topics(cameras))}; waiting for a subscriber to an image", soft_wrap=True
+        )
+        console.print(f"published {publish_drive(seen, rate, speed, cameras)} frames")
         return
-    write_bag(track(seen, "driving", total=frames, console=console, transient=True), bag)
+    driven = track(seen, "driving", total=frames, console=console, transient=True)
+    write_bag(driven, bag, rig=cameras)
     console.print(f"bag: {bag}", soft_wrap=True)

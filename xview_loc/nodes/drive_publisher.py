@@ -10,9 +10,11 @@ from importlib import import_module
 import rclpy
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.node import Node
+from rclpy.qos import DurabilityPolicy, QoSProfile
 
+from xview_loc.rig import Rig
 from xview_loc.simulation.drives import Frame
-from xview_loc.simulation.messages import TOPICS, frame_messages
+from xview_loc.simulation.messages import frame_messages, static_message, topics
 
 _POLL_S = 0.05
 # Discovery matches subscriptions one after the other: wait this long after the last one.
@@ -20,12 +22,13 @@ _SETTLE_S = 1.0
 _LAST_MESSAGES_S = 0.5
 
 
-def publish_drive(frames: Iterable[Frame], rate_hz: float, speed: float = 1.0) -> int:
+def publish_drive(frames: Iterable[Frame], rate_hz: float, speed: float = 1.0, rig: Rig | None = None) -> int:
     """Publish frames at ``rate_hz`` times ``speed``; return how many were published.
 
-    Wait for a subscriber to the image, and until no further one has come for a second. Stamps are the times
+    Wait for a subscriber to an image, and until no further one has come for a second. Stamps are the times
     of publishing if ``speed`` is 1, else the vehicle's time, counted from the first frame. A frame rendered
-    late delays those after it, and its odometry is as much slower. Ends early when ROS shuts down.
+    late delays those after it, and its odometry is as much slower. ``rig`` is that of the drive; /tf_static
+    needs tf2_msgs. Ends early when ROS shuts down.
     """
     rclpy.init()
     node = Node("drive")
@@ -34,14 +37,29 @@ def publish_drive(frames: Iterable[Frame], rate_hz: float, speed: float = 1.0) -
     count = first_ns = last_ns = 0
     try:
         outputs = {}
-        for topic, kind in TOPICS.items():
+        for topic, kind in topics(rig).items():
             package, _, name = kind.split("/")
-            message_type = getattr(import_module(f"{package}.msg"), name)
-            # Relative names, so that namespaces apply.
-            outputs[topic] = node.create_publisher(message_type, topic[1:], 10)
+            try:
+                message_type = getattr(import_module(f"{package}.msg"), name)
+            except ImportError:
+                if topic != "/tf_static":
+                    raise
+                node.get_logger().warning(
+                    "tf2_msgs cannot be imported: the cameras' extrinsics are not published on /tf_static"
+                )
+                continue
+            # Relative names, so that namespaces apply; tf has one tree for all.
+            latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+            if topic == "/tf_static":
+                outputs[topic] = node.create_publisher(message_type, topic, latched)
+            else:
+                outputs[topic] = node.create_publisher(message_type, topic[1:], 10)
+        if rig is not None and "/tf_static" in outputs:
+            outputs["/tf_static"].publish(static_message(rig, node.get_clock().now().nanoseconds))
+        images = [output for topic, output in outputs.items() if "/image" in topic]
         listeners: list[int] = []
         due = 0.0
-        while not outputs["/image"].get_subscription_count() or time.monotonic() < due:
+        while not any(i.get_subscription_count() for i in images) or time.monotonic() < due:
             executor.spin_once(_POLL_S)
             now = [output.get_subscription_count() for output in outputs.values()]
             if now != listeners:
@@ -59,7 +77,7 @@ def publish_drive(frames: Iterable[Frame], rate_hz: float, speed: float = 1.0) -
                 share = min(1.0, 1e9 / rate_hz / (stamp_ns - last_ns))
                 frame = replace(frame, speed=share * frame.speed, yaw_rate=share * frame.yaw_rate)
             last_ns = stamp_ns
-            for topic, data in frame_messages(frame, stamp_ns):
+            for topic, data in frame_messages(frame, stamp_ns, rig):
                 outputs[topic].publish(data)
             count += 1
         # Messages just published are lost if the process ends at once.

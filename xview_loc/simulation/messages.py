@@ -9,9 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from xview_loc.bags.ros_types import header, message, nav_sat_fix, quaternion, serialize
+from xview_loc.bags.ros_types import camera_info, header, message, nav_sat_fix, quaternion, serialize
 from xview_loc.bags.writer import BagWriter
+from xview_loc.camera import CameraModel
 from xview_loc.files import whole_folder
+from xview_loc.images import encode_jpeg
+from xview_loc.rig import Rig
 from xview_loc.simulation.drives import Frame
 
 # Start of bags, 14 November 2023: fixed, so that equal drives give equal bags. In ROS, zero means no time.
@@ -25,12 +28,30 @@ TOPICS = {
     "/truth/fix": "sensor_msgs/msg/NavSatFix",
     "/truth/heading": "geometry_msgs/msg/QuaternionStamped",
 }
+_JPEG_QUALITY = 90
 
 
-def frame_messages(frame: Frame, stamp_ns: int) -> list[tuple[str, bytes]]:
-    """Return (topic, CDR bytes) of the messages of a frame, stamped ``stamp_ns``; the image comes last.
+def image_topic(camera: str) -> str:
+    """Return the topic of the images of a rig's camera."""
+    return f"/{camera}/image/compressed"
+
+
+def topics(rig: Rig | None = None) -> dict[str, str]:
+    """Return the topics of a drive and their types; with a rig, its cameras' instead of ``/image``."""
+    if rig is None:
+        return dict(TOPICS)
+    images = {image_topic(name): "sensor_msgs/msg/CompressedImage" for name in rig.cameras}
+    infos = {f"/{name}/camera_info": "sensor_msgs/msg/CameraInfo" for name in rig.cameras}
+    rest = {topic: kind for topic, kind in TOPICS.items() if topic != "/image"}
+    tilt = {"/imu": "sensor_msgs/msg/Imu", "/tf_static": "tf2_msgs/msg/TFMessage"}
+    return images | infos | rest | tilt
+
+
+def frame_messages(frame: Frame, stamp_ns: int, rig: Rig | None = None) -> list[tuple[str, bytes]]:
+    """Return (topic, CDR bytes) of the messages of a frame, stamped ``stamp_ns``; images come last.
 
     Headings are true-north ENU yaws. ``/odom`` holds the twist of the wheels; its pose is marked as unknown.
+    ``rig`` is that of the drive: its images are JPEGs, and ``/imu`` has heading, roll and pitch.
     """
     fix, truth = frame.fix, frame.truth
     messages = [
@@ -42,18 +63,59 @@ def frame_messages(frame: Frame, stamp_ns: int) -> list[tuple[str, bytes]]:
     ]
     if frame.image is not None:
         messages.append(("/image", _image(stamp_ns, frame.image)))
-    return [(topic, serialize(TOPICS[topic], value)) for topic, value in messages]
+    if rig is not None:
+        messages.append(("/imu", _imu(frame, stamp_ns)))
+        for name, image in frame.images.items():
+            head, camera = header(stamp_ns, _optical_frame(name)), rig.cameras[name].camera
+            if isinstance(camera, CameraModel):
+                lens = camera.width, camera.height, camera.k, camera.distortion, camera.distortion_model
+                messages.append((f"/{name}/camera_info", camera_info(head, *lens)))
+            data = np.frombuffer(encode_jpeg(image, _JPEG_QUALITY), np.uint8)
+            jpeg = message("sensor_msgs/msg/CompressedImage", header=head, format="jpeg", data=data)
+            messages.append((image_topic(name), jpeg))
+    kinds = topics(rig)
+    return [(topic, serialize(kinds[topic], value)) for topic, value in messages]
 
 
-def write_bag(frames: Iterable[Frame], folder: Path, start_ns: int = START_NS) -> None:
-    """Write a drive to a new rosbag2 (MCAP); stamps count from ``start_ns``.
+def static_message(rig: Rig, stamp_ns: int) -> bytes:
+    """Return the CDR bytes of ``/tf_static``: where the optical frame of each camera is in ``base_link``."""
+    transforms = []
+    for name, mounted in rig.cameras.items():
+        x, y, z, w = mounted.rotation
+        place = dict(zip("xyz", map(float, mounted.position), strict=True))
+        transforms.append(
+            message(
+                "geometry_msgs/msg/TransformStamped",
+                header=header(stamp_ns, BASE_FRAME),
+                child_frame_id=_optical_frame(name),
+                transform=message(
+                    "geometry_msgs/msg/Transform",
+                    translation=message("geometry_msgs/msg/Vector3", **place),
+                    rotation=message("geometry_msgs/msg/Quaternion", x=x, y=y, z=z, w=w),
+                ),
+            )
+        )
+    return serialize("tf2_msgs/msg/TFMessage", message("tf2_msgs/msg/TFMessage", transforms=transforms))
 
-    ``folder`` appears when it is complete. Raises OSError if it exists or cannot be written.
+
+def _optical_frame(camera: str) -> str:
+    return f"{camera}_optical_frame"
+
+
+def write_bag(
+    frames: Iterable[Frame], folder: Path, start_ns: int = START_NS, rig: Rig | None = None
+) -> None:
+    """Write a drive, with the rig that it was driven with, to a new rosbag2 (MCAP).
+
+    Stamps count from ``start_ns``. ``folder`` appears when it is complete. Raises OSError if it exists or
+    cannot be written.
     """
-    with whole_folder(folder) as partial, closing(BagWriter(partial, TOPICS)) as writer:
+    with whole_folder(folder) as partial, closing(BagWriter(partial, topics(rig))) as writer:
+        if rig is not None:
+            writer.write("/tf_static", start_ns, static_message(rig, start_ns))
         for frame in frames:
             stamp = start_ns + frame.stamp_ns
-            for topic, data in frame_messages(frame, stamp):
+            for topic, data in frame_messages(frame, stamp, rig):
                 writer.write(topic, stamp, data)
 
 
@@ -69,6 +131,22 @@ def _fix(stamp_ns: int, lat: float, lon: float, covariance: Any, frame_id: str) 
     # Heights of receivers are about twice as uncertain as positions.
     full[2, 2] = 4.0 * max(covariance[0, 0], covariance[1, 1])
     return nav_sat_fix(header(stamp_ns, frame_id), lat, lon, 0.0, full)
+
+
+def _imu(frame: Frame, stamp_ns: int) -> Any:
+    zero = message("geometry_msgs/msg/Vector3", x=0.0, y=0.0, z=0.0)
+    unmeasured = np.array([-1.0, *[0.0] * 8])
+    variances = np.square([frame.tilt_std, frame.tilt_std, frame.heading_std])
+    return message(
+        "sensor_msgs/msg/Imu",
+        header=header(stamp_ns, BASE_FRAME),
+        orientation=quaternion(frame.heading, frame.pitch, frame.roll),
+        orientation_covariance=np.diag(variances).reshape(9),
+        angular_velocity=zero,
+        angular_velocity_covariance=unmeasured,
+        linear_acceleration=zero,
+        linear_acceleration_covariance=unmeasured,
+    )
 
 
 def _odometry(frame: Frame, stamp_ns: int) -> Any:

@@ -17,6 +17,8 @@ from xview_loc.simulation.city import City
 from xview_loc.simulation.objects import Cars, Image
 from xview_loc.simulation.views import CameraPose, render_camera
 
+# Of the images of all cameras but fisheyes, pixels.
+FULL_HEIGHT = 360
 _Lens = tuple[str, tuple[float, ...]]
 _NORMAL: _Lens = "plumb_bob", (-0.12, 0.03, 3e-4, -2e-4, 0.0)
 _WIDE: _Lens = "rational_polynomial", (0.35, 0.02, 1e-4, -1e-4, 0.0, 0.6, 0.08, 0.0)
@@ -30,7 +32,7 @@ class VehiclePose(CameraPose):
     height: float = 0.0
 
 
-def camera(fov_deg: float, size: tuple[int, int] = (640, 360), lens: _Lens = _NORMAL) -> CameraModel:
+def camera(fov_deg: float, size: tuple[int, int] = (640, FULL_HEIGHT), lens: _Lens = _NORMAL) -> CameraModel:
     """Return a camera with a horizontal field of view; ``lens`` is a distortion model and coefficients."""
     width, height = size
     middle = (width - 1) / 2, (height - 1) / 2
