@@ -46,6 +46,7 @@ from swap import perturbed
 from vehicle import ROOT, Vehicle, cpu_seconds, isolate, localizer, memory_mb
 
 from xview_loc.geodesy import LocalProjection
+from xview_loc.maps.store import RETRY_AFTER_S
 from xview_loc.models.checkpoint import shipped_checkpoint
 from xview_loc.simulation.city import build_city
 from xview_loc.simulation.drives import DriveOptions, Frame, drive
@@ -368,6 +369,11 @@ class Fault:
     resume_s: float = RESUME_S
 
 
+def map_fault(kind: str) -> Fault:
+    named, resume_s = "frames_rejected/map_unavailable", RETRY_AFTER_S + RESUME_S
+    return Fault(tile_server(kind), named, patience_s=60.0, resume_s=resume_s)
+
+
 FAULTS = {
     "camera gap": Fault(camera_gap, "no_image", (5.0, 8.0)),
     "no heading": Fault(heading_loss, "frames_rejected/heading_stale"),
@@ -383,10 +389,10 @@ FAULTS = {
     "images cut off": Fault(damaged_images(data=bytes(1000)), "frames_rejected/image_invalid"),
     "images' step wrong": Fault(damaged_images(step=7), "frames_rejected/image_invalid"),
     "images' encoding": Fault(damaged_images(encoding="yuv9"), "frames_rejected/image_invalid"),
-    "tile server down": Fault(tile_server("down"), "frames_rejected/map_unavailable", patience_s=60.0),
-    "tile server 500": Fault(tile_server("500"), "frames_rejected/map_unavailable", patience_s=60.0),
-    "tile server slow": Fault(tile_server("slow"), "frames_rejected/map_unavailable", patience_s=60.0),
-    "tiles truncated": Fault(tile_server("truncated"), "frames_rejected/map_unavailable", patience_s=60.0),
+    "tile server down": map_fault("down"),
+    "tile server 500": map_fault("500"),
+    "tile server slow": map_fault("slow"),
+    "tiles truncated": map_fault("truncated"),
     "good checkpoint": Fault(good_checkpoint, "checkpoint", patience_s=10.0),
     "bad checkpoint": Fault(bad_checkpoint, "checkpoint_refused", patience_s=10.0),
     "candidate in the shadow": Fault(shadowed, "shadow_verdict", patience_s=300.0),
