@@ -188,7 +188,7 @@ def _speed_profile(route: Array, options: DriveOptions) -> tuple[Array, Array]:
     return speed, yaw
 
 
-def _traffic(city: City, east: float, north: float, time_s: float, seed: int) -> Cars:
+def traffic_near(city: City, east: float, north: float, time_s: float, seed: int) -> Cars:
     """Return the cars that move along the streets around a place; the seed fixes the flow of each street."""
     centres, axes, picks = [], [], []
     for index, street in enumerate(city.streets.streets):
@@ -283,7 +283,8 @@ def drive(
         pose = (east, north, yaw, height, pitch, roll)
         image, images = None, {}
         if view is not None:
-            seen: dict[str, Any] = {"traffic": _traffic(city, east, north, time_s, seed), "rng": camera_rng}
+            traffic = traffic_near(city, east, north, time_s, seed)
+            seen: dict[str, Any] = {"traffic": traffic, "rng": camera_rng}
         if isinstance(view, Rig):
             images = render_rig(city, VehiclePose(*pose), view, **seen)
         elif isinstance(view, PanoramaView) and not dynamics:
