@@ -21,6 +21,7 @@ from xview_loc.bags.writer import BagLimits
 from xview_loc.camera import CameraModel
 from xview_loc.datasets.base import DatasetError
 from xview_loc.datasets.pairs import PairDataset
+from xview_loc.images import decode_compressed
 from xview_loc.maps.base import AerialTile
 from xview_loc.models.base import ModelSpec
 from xview_loc.models.inputs import denormalise, ground_image
@@ -149,10 +150,44 @@ def test_a_tilted_panorama_is_levelled_and_cut(world: np.ndarray, tmp_path: Path
 
 
 def test_panoramas_in_the_model_s_elevations_stay_as_they_are(world: np.ndarray, tmp_path: Path) -> None:
-    strip = cv2.imdecode(np.frombuffer(jpeg(world[171:427]), np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+    strip = decode_compressed(jpeg(world[171:427]))
     folder = write(tmp_path / "a", pair(image_format="jpeg", image_bytes=jpeg(world[171:427])))
-    as_it_is = ground_image(np.ascontiguousarray(strip), SPEC, heading=HEADING, camera=None)
+    as_it_is = ground_image(strip, SPEC, heading=HEADING, camera=None)
     assert difference(ground(folder), as_it_is) < 0.01
+
+
+def test_what_panoramas_show_may_be_said(world: np.ndarray, tmp_path: Path) -> None:
+    """A strip from 45 to -45 degrees, of which the model takes the part from 30 degrees down."""
+    strip = pair(image_format="jpeg", image_bytes=jpeg(world[128:384]))
+    folder = write(tmp_path / "a", strip, facts={"panorama_elevation_deg": [45, -45]})
+    assert difference(ground(folder)[:52], wanted(world)[:52]) < 4.0
+    assert difference(ground(folder)[56:], np.array([124, 116, 104])) < 1.0
+    for given in ([10], "x", [0, 10], [math.nan, 0], {"a": 1}):
+        with pytest.raises(BagError, match="has no usable panorama_elevation_deg"):
+            PairDataset([write(tmp_path / str(given), strip, facts={"panorama_elevation_deg": given})], SPEC)
+
+
+def test_a_single_camera_has_a_mask(world: np.ndarray, tmp_path: Path) -> None:
+    """Where the roof and the rider are, the model sees nothing."""
+    own = np.zeros((256, 1024), bool)
+    own[200:] = True
+    writer = PairWriter(tmp_path / "a", {}, BagLimits(min_free_bytes=0), own_mask=own)
+    for k, height in enumerate((256, 300)):
+        image = jpeg(world[171 : 171 + height])
+        one = pair(stamp_ns=T0 + k, image_format="jpeg", image_bytes=image)
+        writer.add(one, AerialTile(texture(64, 64), LAT, LON, 0.5, 1.0))
+    writer.close()
+    seen = ground(tmp_path / "a")
+    assert difference(seen[:48], wanted(world)[:48]) < 4.0
+    assert difference(seen[52:], np.array([124, 116, 104])) < 1.0
+    with pytest.raises(BagError, match=r"pair 1 .*: the camera has a mask of 1024 x 256 pixels, but images"):
+        ground(tmp_path / "a", 1)
+    own[:] = True
+    writer = PairWriter(tmp_path / "all", {}, BagLimits(min_free_bytes=0), own_mask=own)
+    writer.add(pair(image_format="jpeg", image_bytes=jpeg(world)), None)
+    writer.close()
+    with pytest.raises(BagError, match=r"the mask in .* cannot be used: .* hides the whole image"):
+        PairDataset([tmp_path / "all"], SPEC)
 
 
 def test_one_pinhole_camera_is_a_rig_of_one(world: np.ndarray, tmp_path: Path) -> None:

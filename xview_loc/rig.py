@@ -88,7 +88,8 @@ class Rig:
             camera = self.cameras[name].camera
             if mask.shape != (camera.height, camera.width):
                 sizes = f"{mask.shape[1]} x {mask.shape[0]}", f"{camera.width} x {camera.height}"
-                raise CameraError(f"camera {name} has a mask of {sizes[0]} pixels, but images of {sizes[1]}")
+                who = f"camera {name}" if name else "the camera"
+                raise CameraError(f"{who} has a mask of {sizes[0]} pixels, but images of {sizes[1]}")
         self._table = lru_cache(maxsize=_TABLES * len(self.cameras))(self._make_table)
 
     def __reduce__(self) -> tuple[Any, ...]:

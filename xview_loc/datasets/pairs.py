@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import fields
-from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any
@@ -23,6 +22,7 @@ from xview_loc.bags.recovery import BagError
 from xview_loc.bags.ros_types import deserialize
 from xview_loc.camera import CameraError, CameraModel, PanoramaCamera
 from xview_loc.datasets.base import DatasetError, PairSample, PairSource, Track
+from xview_loc.errors import shown
 from xview_loc.images import Image, ImageError
 from xview_loc.maps.base import AerialTile
 from xview_loc.models.base import ModelSpec
@@ -104,6 +104,9 @@ class PairDataset(PairSource):
             if rig is not None and spec.camera == "pinhole":
                 raise DatasetError(f"{folder} has the images of a rig, {spec.name} takes those of one camera")
         self._mountings = list(map(_mounting, self._bags, self._rigs))
+        self._elevations = list(map(_elevation, self._bags))
+        self._masks = [bag.own_mask() for bag in self._bags]
+        self._last_rig: tuple[int, CameraModel | PanoramaCamera, Rig] | None = None
         self._ends = list(accumulate(len(bag) for bag in self._bags))
         side = spec.aerial_size
         content: list[Any] = [("fix", np.float32, (2,)), ("fix_std", np.float32)]
@@ -150,7 +153,7 @@ class PairDataset(PairSource):
         row, col = (x - cut for x in tile.enu_to_pixel(*tile.projection.forward(lat, lon)))
         side = self._spec.aerial_size
         try:
-            ground = self._ground(pair, self._rigs[number], mounting)
+            ground = self._ground(number, pair)
         except (CameraError, ImageError) as error:
             raise BagError(f"pair {within} of {bag.folder} is damaged: {error}") from None
         record: np.void = np.zeros(1, self._dtype)[0]
@@ -164,24 +167,34 @@ class PairDataset(PairSource):
         record["meters_per_pixel"] = tile.gsd
         return record
 
-    def _ground(self, pair: Pair, rig: Rig | None, mounting: Mounting) -> Image:
+    def _ground(self, number: int, pair: Pair) -> Image:
         """Return the model's ground image, facing north. Raises CameraError, ImageError."""
-        spec, yaw = self._spec, mounting.camera_yaw
+        spec, rig, yaw = self._spec, self._rigs[number], self._mountings[number].camera_yaw
         images = {"": pair.image()} if rig is None else pair.decode(rig)
         if spec.camera == "pinhole":
             return ground_image(images[""], spec, heading=None, camera=pair.camera)
         if rig is None:
-            shows = panorama_elevation(images[""], spec)
-            if pair.camera is None and pair.tilt is None and shows == spec.elevation_deg:
+            shows = self._elevations[number] or panorama_elevation(images[""], spec)
+            as_it_is = pair.camera is None and self._masks[number] is None and shows == spec.elevation_deg
+            if as_it_is and (pair.tilt is None or not (pair.tilt.roll or pair.tilt.pitch)):
                 return ground_image(images[""], spec, heading=pair.heading, camera=None, mount_yaw=yaw)
             height, width = images[""].shape[:2]
             panorama = PanoramaCamera(width, height, *map(math.radians, shows))
-            rig = _rig_of_one(pair.camera or panorama, yaw)
+            rig = self._rig_of_one(number, pair.camera or panorama, yaw)
         tilt = pair.tilt or TiltSample(pair.stamp_ns, 0.0, 0.0)
         upright, mask = upright_panorama(rig, images, spec, roll=tilt.roll, pitch=tilt.pitch)
         if not mask.any():
             raise ImageError("no camera sees anything of the panorama")
         return ground_image(upright, spec, heading=pair.heading, camera=None)
+
+    def _rig_of_one(self, number: int, camera: CameraModel | PanoramaCamera, yaw: float) -> Rig:
+        """Return the rig of a bag's only camera; the last one serves again, with its look-up tables."""
+        if self._last_rig is None or self._last_rig[:2] != (number, camera):
+            mask = self._masks[number]
+            own = {} if mask is None else {"": mask}
+            rig = Rig({"": MountedCamera(camera, rotation=facing(yaw))}, own=own)
+            self._last_rig = number, camera, rig
+        return self._last_rig[2]
 
     def track(self) -> Track:
         """See :meth:`PairSource.track`; each bag is a drive. Raises BagError if a pair is damaged."""
@@ -210,10 +223,19 @@ def _mounting(bag: PairBag, rig: Rig | None) -> Mounting:
     return Mounting(mounting.antenna, (float(rig.centre[0]), float(rig.centre[1])))
 
 
-# The last one serves again: its look-up tables are kept with it.
-@lru_cache(maxsize=1)
-def _rig_of_one(camera: CameraModel | PanoramaCamera, yaw: float) -> Rig:
-    return Rig({"": MountedCamera(camera, rotation=facing(yaw))})
+def _elevation(bag: PairBag) -> tuple[float, float] | None:
+    """Return the elevations of the edges of a single camera's panoramas, degrees; None if it is not said."""
+    given = bag.session().get("panorama_elevation_deg")
+    if given is None:
+        return None
+    try:
+        top, bottom = map(float, given)
+    except (TypeError, ValueError):
+        top = bottom = math.nan
+    if not -90.0 <= bottom < top <= 90.0:  # NaN as well
+        text = f"{bag.folder} has no usable panorama_elevation_deg, such as [90, -90]: {shown(given, 80)}"
+        raise BagError(text)
+    return top, bottom
 
 
 def _bag_track(number: int, bag: PairBag, mounting: Mounting) -> Track:

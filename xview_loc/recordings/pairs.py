@@ -53,19 +53,21 @@ from xview_loc.maps.base import AerialTile
 from xview_loc.recordings.rig_messages import (
     camera_names,
     check_rig,
+    decode_mask,
     image_topic,
+    mask_message,
     read_rig,
     rig_messages,
     rig_topics,
 )
-from xview_loc.rig import Rig
+from xview_loc.rig import Mask, Rig
 from xview_loc.vehicle.messages import camera_from_info, cdr_stamp_ns, yaw_of
 from xview_loc.vehicle.rig_assembly import CameraImage
 from xview_loc.vehicle.synchronisation import GnssFix, HeadingSample
 from xview_loc.vehicle.tilt import TiltSample
 
-IMAGE, FIX, HEADING, TILT, CAMERA, TILE = (
-    f"/pair/{name}" for name in ("image", "fix", "heading", "tilt", "camera_info", "tile")
+IMAGE, FIX, HEADING, TILT, CAMERA, TILE, OWN_MASK = (
+    f"/pair/{name}" for name in ("image", "fix", "heading", "tilt", "camera_info", "tile", "own_mask")
 )
 TILE_IMAGE, TILE_GEOREFERENCE = "/tile/image", "/tile/georeference"
 ODOMETRY, SESSION = "/odom", "/session"
@@ -75,12 +77,15 @@ TOPICS = {
     HEADING: "sensor_msgs/msg/Imu",
     TILT: "geometry_msgs/msg/Vector3Stamped",
     CAMERA: "sensor_msgs/msg/CameraInfo",
+    OWN_MASK: "sensor_msgs/msg/CompressedImage",
     TILE: "std_msgs/msg/Header",
     TILE_IMAGE: "sensor_msgs/msg/CompressedImage",
     TILE_GEOREFERENCE: "std_msgs/msg/String",
     ODOMETRY: "nav_msgs/msg/Odometry",
     SESSION: "std_msgs/msg/String",
 }
+# Topics of a single camera.
+_SINGLE = (IMAGE, CAMERA, OWN_MASK)
 CONVENTIONS = {
     "pixel_origin": "pixel (row, col) names the pixel's centre; (0, 0) is the upper left one",
     "tile": "north-up square in the transverse Mercator plane (k = 1, WGS-84) about its lat and lon, which "
@@ -193,21 +198,23 @@ class PairWriter:
         session: Mapping[str, Any],
         limits: BagLimits | None = None,
         rig: Rig | None = None,
+        own_mask: Mask | None = None,
     ) -> None:
         """``session``: facts about the recording (vehicle, map, licence ...), JSON values.
 
-        ``rig``: the cameras of pairs with several images. Raises CameraError if it cannot be recorded.
+        ``rig``: the cameras of pairs with several images. ``own_mask``: where a single camera sees the
+        vehicle itself. Raises CameraError if the rig cannot be recorded.
         """
         self._types = dict(TOPICS)
         if rig is not None:
             check_rig(rig.cameras)
             self._types = (
-                {t: kind for t, kind in TOPICS.items() if t not in (IMAGE, CAMERA)}
+                {t: kind for t, kind in TOPICS.items() if t not in _SINGLE}
                 | {image_topic(name): TOPICS[IMAGE] for name in rig.cameras}
                 | rig_topics(rig.cameras)
             )
             session = {**session, "base_height": rig.height}
-        self._rig = rig
+        self._rig, self._own_mask = rig, own_mask
         # What a pair's last message is written to: a pair that has it is complete.
         self._last_topic = IMAGE if rig is None else TILE
         self.bag = BagWriter(folder, self._types, limits)
@@ -297,6 +304,8 @@ class PairWriter:
             self._write(SESSION, stamp, message("std_msgs/msg/String", data=json.dumps(self.session)))
             for topic, value in rig_messages(self._rig, stamp) if self._rig else ():
                 self._write(topic, stamp, value)
+            if self._own_mask is not None:
+                self._write(OWN_MASK, stamp, mask_message(self._own_mask, stamp))
 
     def _add_tile(self, tile: AerialTile, stamp: int) -> int:
         georeference = {
@@ -426,6 +435,14 @@ class PairBag:
                     if channel.topic not in found:
                         found[channel.topic] = deserialize(topics[channel.topic], one.data)
                 return read_rig(names, found, float(self.session().get("base_height", 0.0)))
+        return None
+
+    def own_mask(self) -> Mask | None:
+        """Return where a single camera sees the vehicle itself; None if it is not said. Raises BagError."""
+        for number, path in enumerate(self._paths):
+            with _readable(f"the mask in {path} cannot be used"):
+                for _, _, found in self._reader(number).iter_messages(topics=[OWN_MASK]):
+                    return decode_mask(deserialize(TOPICS[OWN_MASK], found.data).data.tobytes())
         return None
 
     def raw_image(self, index: int) -> bytes:

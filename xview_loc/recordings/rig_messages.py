@@ -94,9 +94,7 @@ def rig_messages(rig: Rig, stamp_ns: int) -> Iterator[tuple[str, Any]]:
         transforms.append(message(kind, header=head, child_frame_id=name, transform=pose))
     yield TF_STATIC, message(_TRANSFORMS, transforms=transforms)
     for name, mask in rig.own.items():
-        png = cv2.imencode(".png", np.where(mask, 255, 0).astype(np.uint8))[1]
-        image = message(_IMAGE, header=header(stamp_ns, name), format="png", data=png.reshape(-1))
-        yield f"/pair/{name}/{_MASK}", image
+        yield f"/pair/{name}/{_MASK}", mask_message(mask, stamp_ns, name)
 
 
 def read_rig(names: Iterable[str], found: Mapping[str, Any], height: float) -> Rig:
@@ -117,7 +115,8 @@ def read_rig(names: Iterable[str], found: Mapping[str, Any], height: float) -> R
             raise CameraError(f"{TF_STATIC} has no transform from {BASE_FRAME} to camera {name}")
         cameras[name] = mounted(camera_from_info(info), pose)
         if (mask := found.get(f"/pair/{name}/{_MASK}")) is not None:
-            own[name] = decode_mask(mask.data.tobytes(), cameras[name])
+            camera = cameras[name].camera
+            own[name] = decode_mask(mask.data.tobytes(), camera.width * camera.height)
     check_rig(cameras)
     if not 0.0 <= height <= _FARTHEST_M:  # NaN as well
         raise CameraError(f"{BASE_FRAME} cannot be {height} m above the ground")
@@ -130,10 +129,16 @@ def mounted(camera: CameraModel, pose: Transform) -> MountedCamera:
     return MountedCamera(camera, (x, y, z), (qx, qy, qz, qw))
 
 
-def decode_mask(content: bytes, mounted: MountedCamera) -> Mask:
+def mask_message(mask: Mask, stamp_ns: int, camera: str = "") -> Any:
+    """Return a mask as a CompressedImage: white where it is set."""
+    png = cv2.imencode(".png", np.where(mask, 255, 0).astype(np.uint8))[1]
+    return message(_IMAGE, header=header(stamp_ns, camera), format="png", data=png.reshape(-1))
+
+
+def decode_mask(content: bytes, most_pixels: int = MAX_PIXELS) -> Mask:
     """Decode an image that is white where a camera sees the vehicle. Raises ImageError."""
     check_complete(content)
-    check_size(content, mounted.camera.width * mounted.camera.height)
+    check_size(content, most_pixels)
     mask = np.asarray(decode_compressed(content)[..., 1] > 127)
     if mask.all():
         raise ImageError("the mask of the vehicle's own parts hides the whole image")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,11 @@ from matplotlib.figure import Figure
 from xview_loc.bags.recovery import BagError
 from xview_loc.geodesy import LocalProjection
 from xview_loc.recordings.pairs import PairBag
+from xview_loc.vehicle.tilt import TiltSample
+
+_Range = tuple[float, float]
+# Sources of tilts that are told apart.
+_SOURCES, _OTHERS = 8, "others"
 
 
 @dataclass(frozen=True)
@@ -18,7 +24,8 @@ class PairStatistics:
     """Figures of a bag of pairs; metres, seconds, degrees.
 
     bounds: south, west, north, east. fix_sigma_m: median of the fixes' standard deviation along the larger
-    axis, NaN without one.
+    axis, NaN without one. images: pairs with an image, by camera of a rig. tilts: by their source, the number
+    of pairs with a tilt, and its least and greatest roll and pitch, radians.
     """
 
     pairs: int
@@ -30,6 +37,8 @@ class PairStatistics:
     bounds: tuple[float, float, float, float]
     fix_sigma_m: float
     places: list[tuple[float, float]]
+    images: Counter[str]
+    tilts: dict[str, tuple[int, _Range, _Range]]
 
 
 def pair_statistics(bag: PairBag) -> PairStatistics:
@@ -38,6 +47,8 @@ def pair_statistics(bag: PairBag) -> PairStatistics:
     stamps: list[int] = []
     sigmas: list[float] = []
     tiles: set[str] = set()
+    images: Counter[str] = Counter()
+    tilts: dict[str, list[TiltSample]] = {}
     without_tile = damaged = 0
     length = 0.0
     for index in range(len(bag)):
@@ -52,6 +63,11 @@ def pair_statistics(bag: PairBag) -> PairStatistics:
         stamps.append(pair.stamp_ns)
         without_tile += not pair.tile_id
         tiles |= {pair.tile_id} - {""}
+        images.update(image.name for image in pair.images)
+        if pair.tilt is not None:
+            # Sources come from the bag: a stranger's may have any number.
+            source = pair.tilt_source if len(tilts) < _SOURCES else _OTHERS
+            tilts.setdefault(source, []).append(pair.tilt)
         if pair.fix_covariance is not None:
             sigmas.append(math.sqrt(max(pair.fix_covariance[0, 0], pair.fix_covariance[1, 1])))
     if not places:
@@ -67,7 +83,14 @@ def pair_statistics(bag: PairBag) -> PairStatistics:
         bounds=(min(lats), min(lons), max(lats), max(lons)),
         fix_sigma_m=sorted(sigmas)[len(sigmas) // 2] if sigmas else math.nan,
         places=places,
+        images=images,
+        tilts={source: _tilt_range(samples) for source, samples in tilts.items()},
     )
+
+
+def _tilt_range(samples: list[TiltSample]) -> tuple[int, _Range, _Range]:
+    rolls, pitches = [sample.roll for sample in samples], [sample.pitch for sample in samples]
+    return len(samples), (min(rolls), max(rolls)), (min(pitches), max(pitches))
 
 
 def draw_places(bag: PairBag, statistics: PairStatistics) -> Figure:
