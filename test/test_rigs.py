@@ -155,3 +155,28 @@ def test_panoramas_of_a_tilting_vehicle_are_exact(city: City) -> None:
         blurred = [cv2.GaussianBlur(i, (0, 0), 2.0).mean(-1).ravel() for i in (upright, level)]
         errors.append(1.0 - np.corrcoef(*blurred)[0, 1])
     assert np.median(errors) < 0.02, errors
+
+
+def test_all_cameras_see_the_same_cars(city: City) -> None:
+    """Also a car beside the vehicle, nearer to one camera than to another."""
+    pose = VehiclePose(0.0, 0.0, 0.0)
+    rig = make_rig("four", 0.5)
+    red = np.array([[230.0, 10.0, 10.0]], np.float32)
+    no_cars = replace(city.cars, centre=city.cars.centre + 1e4)
+    empty = replace(city, cars=no_cars, height=np.zeros_like(city.height))
+
+    def reddish(forward: float, left: float) -> dict[str, int]:
+        car = replace(
+            no_cars,
+            centre=np.array([[forward, left]]),
+            axis=np.array([[1.0, 0.0]]),
+            colour=red,
+            scale=np.ones(1, np.float32),
+        )
+        images = render_rig(empty, pose, rig, traffic=car)
+        return {n: int((i[..., 0].astype(int) - i[..., 1] > 60).sum()) for n, i in images.items()}
+
+    beside = reddish(0.2, -2.8)  # 1.85 m from the right camera
+    assert beside["right"] > beside["front"] > 100 and beside["rear"] > 100
+    # Where the vehicle is itself no car can be.
+    assert max(reddish(1.0, 0.0).values()) < 20  # roofs far away

@@ -56,7 +56,7 @@ class RayGrid:
 
     The origin is in metres in the city's plane and over the ground. ``top`` is the elevation of the upper
     edge of the first row without offset, ``step`` the angle between rows. The columns of a ``full`` grid go
-    once round.
+    once round. ``vehicle`` is the place of the vehicle, where no other car can be; None: the origin.
     """
 
     east: float
@@ -68,6 +68,7 @@ class RayGrid:
     rows: int
     offset: Floats
     full: bool
+    vehicle: tuple[float, float] | None = None
 
     @property
     def bottom(self) -> float:
@@ -215,7 +216,8 @@ def draw_cars(image: StreetImage, cars: Cars, style: Style) -> None:
     """Draw cars: a body and a cabin, each a box."""
     rays = image.rays
     near, dx, dy = image.near(cars.centre, _CAR_RANGE_M)
-    clear = dx * dx + dy * dy > 2.6**2
+    own_x, own_y = np.subtract(rays.vehicle or (rays.east, rays.north), (rays.east, rays.north))
+    clear = (dx - own_x) ** 2 + (dy - own_y) ** 2 > 2.6**2
     near, dx, dy = near[clear], dx[clear], dy[clear]
     ax, ay = cars.axis[near].astype(np.float32).T
     scale = cars.scale[near]

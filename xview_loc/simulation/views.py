@@ -183,7 +183,8 @@ def render_camera(
     rows = min(math.ceil((top - float(elevation[seen].min())) / step) + 1, int((top + math.pi / 2) / step))
     yaw = (pose.heading - (first + (np.arange(columns) + 0.5) * column_step)).astype(np.float32)
     origin, offset = (east, north, pose.height + up), np.zeros(columns, np.float32)
-    traced = trace(city, RayGrid(*origin, yaw, top, step, rows, offset, full), traffic)
+    vehicle = (pose.east, pose.north)
+    traced = trace(city, RayGrid(*origin, yaw, top, step, rows, offset, full, vehicle), traffic)
     x = (turn - first) % (2 * math.pi) / column_step - 0.5
     y = np.clip((top - elevation) / step - 0.5, 0, rows - 1)
     border = cv2.BORDER_WRAP if full else cv2.BORDER_REPLICATE
