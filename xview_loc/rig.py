@@ -23,10 +23,11 @@ Quaternion = tuple[float, float, float, float]
 UNSEEN = (124, 116, 104)
 # Rotates a camera that looks along x with z up (REP-103's optical frame in the body's), as (x, y, z, w).
 FORWARD: Quaternion = (-0.5, 0.5, -0.5, 0.5)
-# Walls, trees and the sky are taken to be this far from the rig's centre, the ground at most, metres.
-_RANGE_M = 15.0
+# Walls, trees and the sky are taken to be this far from the rig's centre, the ground at most, metres. Both
+# figures are the best in simulated cities (docs/cameras.md).
+_RANGE_M = 25.0
 # Neighbouring images are blended where their distances from the border differ by less, in shorter sides.
-_SEAM = 0.1
+_SEAM = 0.3
 # Tilts are rounded to this, so that look-up tables serve again, radians.
 _TILT_STEP = math.radians(0.1)
 _TABLES = 16
@@ -70,7 +71,7 @@ class Rig:
     """Cameras that together make one upright panorama, seen from the middle of their positions.
 
     Below the horizon pixels are taken to be on level ground, ``height`` metres below ``base_link``, at most
-    15 m away; all others 15 m away. ``own`` are images that hide the vehicle's own parts, by camera: True
+    25 m away; all others 25 m away. ``own`` are images that hide the vehicle's own parts, by camera: True
     where the camera sees them, in the size of its images. Raises CameraError if a mask has another size.
     """
 
