@@ -11,7 +11,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,15 +52,17 @@ from xview_loc.images import (
 from xview_loc.maps.base import AerialTile
 from xview_loc.recordings.rig_messages import (
     camera_names,
+    check_cameras,
     check_rig,
     decode_mask,
     image_topic,
+    make_rig,
     mask_message,
-    read_rig,
+    read_cameras,
     rig_messages,
     rig_topics,
 )
-from xview_loc.rig import Mask, Rig
+from xview_loc.rig import Mask, MountedCamera, Rig
 from xview_loc.vehicle.messages import camera_from_info, cdr_stamp_ns, yaw_of
 from xview_loc.vehicle.rig_assembly import CameraImage
 from xview_loc.vehicle.synchronisation import GnssFix, HeadingSample
@@ -155,7 +157,7 @@ class Pair:
         for image in self.images:
             try:
                 if image.name not in rig.cameras:
-                    raise ImageError("it is not one of the rig's")
+                    raise ImageError("it has no calibration")
                 content = deserialize(image.type, image.data).data.tobytes()
                 camera = rig.cameras[image.name].camera
                 check_complete(content)
@@ -199,24 +201,27 @@ class PairWriter:
         limits: BagLimits | None = None,
         rig: Rig | None = None,
         own_mask: Mask | None = None,
+        cameras: Iterable[str] = (),
     ) -> None:
         """``session``: facts about the recording (vehicle, map, licence ...), JSON values.
 
-        ``rig``: the cameras of pairs with several images. ``own_mask``: where a single camera sees the
-        vehicle itself. Raises CameraError if the rig cannot be recorded.
+        ``rig``: what takes the images of pairs with several; ``cameras``: the names of its cameras, if the
+        rig is not known yet, see :meth:`set_rig`. ``own_mask``: where a single camera sees the vehicle
+        itself. Raises CameraError if the cameras cannot be recorded.
         """
-        self._types = dict(TOPICS)
         if rig is not None:
             check_rig(rig.cameras)
-            self._types = (
-                {t: kind for t, kind in TOPICS.items() if t not in _SINGLE}
-                | {image_topic(name): TOPICS[IMAGE] for name in rig.cameras}
-                | rig_topics(rig.cameras)
-            )
-            session = {**session, "base_height": rig.height}
+            cameras = rig.cameras
+        self._cameras = list(cameras)
+        check_cameras(self._cameras)
+        self._types = dict(TOPICS)
+        if self._cameras:
+            images = {image_topic(name): TOPICS[IMAGE] for name in self._cameras}
+            several = {topic: kind for topic, kind in TOPICS.items() if topic not in _SINGLE}
+            self._types = several | images | rig_topics(self._cameras)
         self._rig, self._own_mask = rig, own_mask
         # What a pair's last message is written to: a pair that has it is complete.
-        self._last_topic = IMAGE if rig is None else TILE
+        self._last_topic = TILE if self._cameras else IMAGE
         self.bag = BagWriter(folder, self._types, limits)
         # Written at the beginning of each file; may be completed before the first.
         self.session = {
@@ -235,6 +240,17 @@ class PairWriter:
     def pairs(self) -> int:
         """Number of pairs written; without those of a file that was deleted under the writer."""
         return self.bag.count(self._last_topic) if self.bag.lost else self._pairs
+
+    def set_rig(self, rig: Rig) -> None:
+        """Say what takes the images, before the first pair; it may lack cameras that are not known yet.
+
+        Set again, pairs begin a new file. Raises CameraError if it cannot be recorded.
+        """
+        check_rig(rig.cameras)
+        with self._lock:
+            if self._file:
+                self.bag.split()
+            self._rig = rig
 
     def add(self, pair: Pair, tile: AerialTile | None, raw_image: bytes | None = None) -> None:
         """Write a pair and, the first time in each file, its tile.
@@ -268,7 +284,7 @@ class PairWriter:
                 self.bag.write(image_topic(camera_image.name), stamp, camera_image.data, may_split=False)
             # The tile was written with the stamp of the first pair in the file that uses it.
             self._write(TILE, stamp, header(tile_stamp, tile_id))
-            if self._rig is None:
+            if not self._cameras:
                 raw_image = raw_image or serialize(
                     TOPICS[IMAGE], _image(head, pair.image_format, pair.image_bytes)
                 )
@@ -301,7 +317,8 @@ class PairWriter:
         if self.bag.current_file != self._file:
             self._file = self.bag.current_file
             self._tiles = {}
-            self._write(SESSION, stamp, message("std_msgs/msg/String", data=json.dumps(self.session)))
+            facts = self.session if self._rig is None else {**self.session, "base_height": self._rig.height}
+            self._write(SESSION, stamp, message("std_msgs/msg/String", data=json.dumps(facts)))
             for topic, value in rig_messages(self._rig, stamp) if self._rig else ():
                 self._write(topic, stamp, value)
             if self._own_mask is not None:
@@ -425,6 +442,8 @@ class PairBag:
 
     def rig(self) -> Rig | None:
         """Return the rig that took the images, None if it was a single camera. Raises BagError."""
+        cameras: dict[str, MountedCamera] = {}
+        own: dict[str, Mask] = {}
         for number, names in enumerate(self._cameras):
             if not names:
                 continue
@@ -434,8 +453,14 @@ class PairBag:
                 for _, channel, one in self._reader(number).iter_messages(topics=list(topics)):
                     if channel.topic not in found:
                         found[channel.topic] = deserialize(topics[channel.topic], one.data)
-                return read_rig(names, found, float(self.session().get("base_height", 0.0)))
-        return None
+                described, masks = read_cameras(names, found)
+                # A camera may be described in later files only.
+                cameras, own = {**described, **cameras}, {**masks, **own}
+        if not any(self._cameras):
+            return None
+        with _readable(f"the rig in {self.folder} cannot be used"):
+            height = float(self.session().get("base_height", 0.0))
+            return make_rig(dict(sorted(cameras.items())), own, height)
 
     def own_mask(self) -> Mask | None:
         """Return where a single camera sees the vehicle itself; None if it is not said. Raises BagError."""

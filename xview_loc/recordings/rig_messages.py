@@ -42,6 +42,19 @@ def check_cameras(names: Iterable[str]) -> None:
             )
 
 
+def make_rig(cameras: Mapping[str, MountedCamera], own: Mapping[str, Mask], height: float) -> Rig:
+    """Return the rig of recorded cameras; ``height``: of ``base_link`` above the ground, metres.
+
+    Raises CameraError if there are none, or they cannot be a vehicle's.
+    """
+    if not cameras:
+        raise CameraError("no camera has a camera_info")
+    check_rig(cameras)
+    if not 0.0 <= height <= _FARTHEST_M:  # NaN as well
+        raise CameraError(f"{BASE_FRAME} cannot be {height} m above the ground")
+    return Rig(cameras, height, own)
+
+
 def check_rig(cameras: Mapping[str, MountedCamera]) -> None:
     """Raise CameraError unless a rig's cameras can be recorded: names, number, size and places."""
     check_cameras(cameras)
@@ -97,10 +110,12 @@ def rig_messages(rig: Rig, stamp_ns: int) -> Iterator[tuple[str, Any]]:
         yield f"/pair/{name}/{_MASK}", mask_message(mask, stamp_ns, name)
 
 
-def read_rig(names: Iterable[str], found: Mapping[str, Any], height: float) -> Rig:
-    """Return the rig that :func:`rig_messages` described: ``found`` are its messages by topic.
+def read_cameras(
+    names: Iterable[str], found: Mapping[str, Any]
+) -> tuple[dict[str, MountedCamera], dict[str, Mask]]:
+    """Return the cameras that :func:`rig_messages` described, and their masks; those without are left out.
 
-    ``height``: metres of ``base_link`` above the ground. Raises CameraError, and any error on damaged ones.
+    ``found`` are the messages by topic. Raises CameraError, and any error on damaged ones.
     """
     poses = {
         one.child_frame_id: Transform.of(one.transform)
@@ -110,17 +125,14 @@ def read_rig(names: Iterable[str], found: Mapping[str, Any], height: float) -> R
     cameras, own = {}, {}
     for name in names:
         if (info := found.get(f"/pair/{name}/camera_info")) is None:
-            raise CameraError(f"camera {name} has no camera_info")
+            continue
         if (pose := poses.get(name)) is None:
             raise CameraError(f"{TF_STATIC} has no transform from {BASE_FRAME} to camera {name}")
         cameras[name] = mounted(camera_from_info(info), pose)
         if (mask := found.get(f"/pair/{name}/{_MASK}")) is not None:
             camera = cameras[name].camera
             own[name] = decode_mask(mask.data.tobytes(), camera.width * camera.height)
-    check_rig(cameras)
-    if not 0.0 <= height <= _FARTHEST_M:  # NaN as well
-        raise CameraError(f"{BASE_FRAME} cannot be {height} m above the ground")
-    return Rig(cameras, height, own)
+    return cameras, own
 
 
 def mounted(camera: CameraModel, pose: Transform) -> MountedCamera:
