@@ -174,13 +174,16 @@ class PairDataset(PairSource):
         if spec.camera == "pinhole":
             return ground_image(images[""], spec, heading=None, camera=pair.camera)
         if rig is None:
-            shows = self._elevations[number] or panorama_elevation(images[""], spec)
-            as_it_is = pair.camera is None and self._masks[number] is None and shows == spec.elevation_deg
+            given = self._elevations[number]
+            shows = given or panorama_elevation(images[""], spec)
+            # Whatever the calibration says, a camera whose elevations are given takes panoramas.
+            camera = None if given else pair.camera
+            as_it_is = camera is None and self._masks[number] is None and shows == spec.elevation_deg
             if as_it_is and (pair.tilt is None or not (pair.tilt.roll or pair.tilt.pitch)):
                 return ground_image(images[""], spec, heading=pair.heading, camera=None, mount_yaw=yaw)
             height, width = images[""].shape[:2]
             panorama = PanoramaCamera(width, height, *map(math.radians, shows))
-            rig = self._rig_of_one(number, pair.camera or panorama, yaw)
+            rig = self._rig_of_one(number, camera or panorama, yaw)
         tilt = pair.tilt or TiltSample(pair.stamp_ns, 0.0, 0.0)
         upright, mask = upright_panorama(rig, images, spec, roll=tilt.roll, pitch=tilt.pitch)
         if not mask.any():
@@ -226,7 +229,8 @@ def _mounting(bag: PairBag, rig: Rig | None) -> Mounting:
 def _elevation(bag: PairBag) -> tuple[float, float] | None:
     """Return the elevations of the edges of a single camera's panoramas, degrees; None if it is not said."""
     given = bag.session().get("panorama_elevation_deg")
-    if given is None:
+    # As parameters say what they do not know.
+    if given is None or given == [0.0, 0.0]:
         return None
     try:
         top, bottom = map(float, given)
