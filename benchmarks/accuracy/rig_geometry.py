@@ -1,7 +1,7 @@
 """Compare the panoramas that rigs of cameras make with panoramas rendered directly from the rigs' middles.
 
 benchmarks/accuracy/rig_geometry.py [--cities 952 953 954 955] [--places 6] [--assumptions] [--skew]
-    [--json FILE]
+    [--json FILE] [--picture FILE]
 
 Cities are in the source and the target style in turn; the panorama has 128 x 512 pixels from +30 to -60
 degrees. Errors are absolute differences in grey levels (0 to 255) of the pixels that a camera sees. "Tilted"
@@ -11,6 +11,7 @@ is by 6 degrees of roll and -6 of pitch, levelled or not.
 (``rig._SEAM``). The figures in rig.py were chosen with it in cities 950 and 951, other ones than those of the
 table.
 --skew: every second camera takes its image 50 ms later, at 30 km/h.
+--picture: what the rigs show of the first place, tilted and levelled; above, the panorama rendered directly.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from rich.table import Table
 
 from xview_loc import rig as rig_module
 from xview_loc.camera import PanoramaCamera
-from xview_loc.images import Image
+from xview_loc.images import Image, encode_jpeg
 from xview_loc.rig import MountedCamera, Rig, tilt_matrix
 from xview_loc.simulation.city import City, build_city
 from xview_loc.simulation.drives import drive
@@ -42,6 +43,7 @@ from xview_loc.simulation.views import render_camera
 SIZE, ELEVATION = (128, 512), (math.radians(30.0), math.radians(-60.0))
 # Rendered directly at four times the resolution, then reduced.
 FINE = 4
+PICTURE = (192, 768)
 TILT = math.radians(6.0)
 SPEED, LATE_S = 30 / 3.6, 0.05
 
@@ -92,7 +94,11 @@ def places(city: City, count: int) -> list[VehiclePose]:
 
 
 def views(
-    cities: list[int], count: int, tilts: tuple[tuple[float, float], ...], late_s: float = 0.0
+    cities: list[int],
+    count: int,
+    tilts: tuple[tuple[float, float], ...],
+    late_s: float = 0.0,
+    size: tuple[int, int] = SIZE,
 ) -> Iterator[View]:
     """Render every rig, without the camera's blur and noise; every second camera ``late_s`` later."""
     fine = PanoramaCamera(SIZE[1] * FINE, SIZE[0] * FINE, *ELEVATION)
@@ -104,7 +110,7 @@ def views(
                 rig, pose = make_rig(name), replace(place, roll=roll, pitch=pitch)
                 forward, left, up = (tilt_matrix(roll, pitch) @ rig.centre).tolist()
                 direct = render_camera(city, place, MountedCamera(fine, (forward, left, up)))
-                direct = np.asarray(cv2.resize(direct, SIZE[::-1], interpolation=cv2.INTER_AREA))
+                direct = np.asarray(cv2.resize(direct, size[::-1], interpolation=cv2.INTER_AREA))
                 images = render_rig(city, pose, rig)
                 for key in list(rig.cameras)[1::2] if late_s else []:
                     mounted = rig.cameras[key]
@@ -144,6 +150,17 @@ def assumptions(seen: list[View]) -> Results:
     return rows
 
 
+def draw(seen: Iterator[View], path: Path) -> None:
+    rows = []
+    for view in seen:
+        roll, pitch = view.tilt
+        panorama, _ = make_rig(view.rig).panorama(view.images, PICTURE, ELEVATION, roll=roll, pitch=pitch)
+        rows.append(panorama)
+        if len(rows) == 1:
+            rows.insert(0, view.direct)
+    path.write_bytes(encode_jpeg(np.vstack(rows), 85))
+
+
 def table(results: Results, title: str) -> Table:
     made = Table(title=title)
     made.add_column("")
@@ -170,7 +187,11 @@ def main() -> None:
     parser.add_argument("--assumptions", action="store_true")
     parser.add_argument("--skew", action="store_true")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--picture", type=Path)
     arguments = parser.parse_args()
+    if arguments.picture:
+        draw(views(arguments.cities[:1], 1, (TILTED,), size=PICTURE), arguments.picture)
+        return
     where = arguments.cities, arguments.places
     if arguments.assumptions:
         results = assumptions(list(views(*where, (LEVEL,))))
