@@ -110,6 +110,11 @@ class CameraModel:
         """Resolution in the middle of the image: the shorter focal length."""
         return min(self.k[0], self.k[4])
 
+    @property
+    def half_angle(self) -> float:
+        """Angle from the axis, radians, beyond which the camera sees nothing."""
+        return _half_angle(self)
+
     def project(self, points: NDArray[np.floating]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """Return the pixels (..., 2), (x, y), of points (..., 3) in the optical frame, and which it sees.
 
@@ -189,6 +194,11 @@ class PanoramaCamera:
         """The coarser resolution of rows and columns."""
         return min(self.width / (2 * math.pi), self.height / (self.top - self.bottom))
 
+    @property
+    def half_angle(self) -> float:
+        """See :attr:`CameraModel.half_angle`."""
+        return math.pi
+
     def project(self, points: NDArray[np.floating]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """See :meth:`CameraModel.project`."""
         right, down, forward = np.moveaxis(np.asarray(points, np.float64), -1, 0)
@@ -244,6 +254,18 @@ def _radius(camera: CameraModel, angle: NDArray[np.float64]) -> NDArray[np.float
     k1, k2, _, _, k3, k4, k5, k6 = (*camera.distortion, *[0.0] * 8)[:8]
     numerator = 1 + r2 * (k1 + r2 * (k2 + r2 * k3))
     return np.tan(angle) * numerator / (1 + r2 * (k4 + r2 * (k5 + r2 * k6)))
+
+
+@lru_cache(maxsize=64)
+def _half_angle(camera: CameraModel) -> float:
+    angles = np.linspace(0.0, _widest(camera), 4000)
+    x, y = (
+        max(middle + 0.5, side - 0.5 - middle)
+        for middle, side in ((camera.k[2], camera.width), (camera.k[5], camera.height))
+    )
+    # Terms that are not radial, and skew, move corners a little.
+    corner = 1.1 * math.hypot(x / camera.k[0], y / camera.k[4])
+    return float(np.interp(corner, _radius(camera, angles), angles))
 
 
 @lru_cache(maxsize=64)

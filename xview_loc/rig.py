@@ -92,6 +92,7 @@ class Rig:
                 who = f"camera {name}" if name else "the camera"
                 raise CameraError(f"{who} has a mask of {sizes[0]} pixels, but images of {sizes[1]}")
         self._table = lru_cache(maxsize=_TABLES * len(self.cameras))(self._make_table)
+        self._points = lru_cache(maxsize=1)(self._make_points)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies, also in other processes, make their own look-up tables."""
@@ -139,11 +140,10 @@ class Rig:
         result[mask] = np.rint(colour[mask] / total[mask][:, None])
         return result, mask
 
-    def _make_table(
-        self, name: str, size: tuple[int, int], elevation: tuple[float, float], tilt: tuple[int, int]
-    ) -> _Table:
-        mounted = self.cameras[name]
-        camera = mounted.camera
+    def _make_points(
+        self, size: tuple[int, int], elevation: tuple[float, float], tilt: tuple[int, int]
+    ) -> Floats:
+        """Return the points (height, width, 3), in ``base_link``, that pixels are taken to show."""
         level = tilt_matrix(tilt[0] * _TILT_STEP, tilt[1] * _TILT_STEP)
         rays = directions(size, elevation)
         across = np.hypot(rays[..., 0], rays[..., 1])
@@ -151,10 +151,19 @@ class Rig:
         above = float((level @ self.centre)[2]) + self.height
         down = rays[..., 2] < -1e-6
         distance[down] = np.minimum(distance[down], max(above, 0.1) / -rays[..., 2][down])
-        points = rays * distance[..., None]
-        # From level axes about the centre to the optical frame.
-        seen_from = points @ level + (self.centre - np.asarray(mounted.position))
-        pixels, seen = camera.project(seen_from @ mounted.axes)
+        # From level axes about the centre to those of base_link.
+        return np.asarray(rays * distance[..., None] @ level + self.centre, np.float32)
+
+    def _make_table(
+        self, name: str, size: tuple[int, int], elevation: tuple[float, float], tilt: tuple[int, int]
+    ) -> _Table:
+        mounted = self.cameras[name]
+        camera = mounted.camera
+        points = self._points(size, elevation, tilt) - np.asarray(mounted.position, np.float32)
+        ahead = points @ mounted.axes[:, 2].astype(np.float32)
+        near = ahead >= math.cos(camera.half_angle) * np.sqrt(np.einsum("...i,...i", points, points))
+        box = _box(near)
+        pixels, seen = camera.project(points[box] @ mounted.axes)
         if name in self.own:
             inside = np.clip(np.rint(pixels), 0, (camera.width - 1, camera.height - 1)).astype(int)
             seen &= ~self.own[name][inside[..., 1], inside[..., 0]]
@@ -169,12 +178,16 @@ class Rig:
         reduced = np.clip(sides, 1, _LONGEST_SIDE).tolist()
         x = (x + 0.5) * (reduced[1] / camera.width) - 0.5
         y = np.clip((y + 0.5) * (reduced[0] / camera.height) - 0.5, 0, reduced[0] - 1)
-        rows, columns = np.flatnonzero(seen.any(1)), np.flatnonzero(seen.any(0))
-        box = (slice(0, 0), slice(0, 0))
-        if len(rows):
-            box = (slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1))
-        x, y, depth = (np.ascontiguousarray(v[box], np.float32) for v in (x, y, depth))
+        x, y, depth = (np.ascontiguousarray(v, np.float32) for v in (x, y, depth))
         return _Table(box, (reduced[0], reduced[1]), x, y, depth)
+
+
+def _box(mask: Mask) -> tuple[slice, slice]:
+    """Return the rows and columns in which a mask is set."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):
+        return slice(0, 0), slice(0, 0)
+    return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
 
 
 def directions(size: tuple[int, int], elevation: tuple[float, float]) -> NDArray[np.float64]:
