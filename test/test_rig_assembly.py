@@ -20,7 +20,7 @@ class Cameras:
         self.now = 0
 
     def send(self, name: str, ms: int) -> None:
-        self._take(self.assembly.add(CameraImage(name, T0 + ms * MS, "", b""), self.now))
+        self._take(self.assembly.add(CameraImage(name, T0 + ms * MS, "", b"", self.now)))
 
     def wait(self, ms: int) -> None:
         self.now += ms * MS

@@ -6,9 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from xview_loc.rig import Rig
 from xview_loc.vehicle.synchronisation import NS, RESTART_NS, RejectedInput, StampNotNewerError
-from xview_loc.vehicle.tilt import TiltSample
 
 # Sets remembered, and needed to judge; a camera that is missing from this share of them is faulty.
 _WINDOW, _ENOUGH, _LIMIT = 20, 10, 0.5
@@ -23,27 +21,14 @@ class CameraImage:
     """A camera's image as it came: an Image or CompressedImage.
 
     name: the camera's; "" for the only camera of a vehicle. type, data: the message's type, such as
-    sensor_msgs/msg/CompressedImage, and its CDR bytes.
+    sensor_msgs/msg/CompressedImage, and its CDR bytes. arrived_ns: when, by the receiver's clock.
     """
 
     name: str
     stamp_ns: int
     type: str
     data: bytes
-
-
-@dataclass(frozen=True, eq=False)
-class RigFrame:
-    """The images of one observation, as they came, and how the cameras looked at that instant.
-
-    stamp_ns: of the observation. images: of all cameras, or of those that had one. rig: calibration and place
-    of the cameras, and what hides the vehicle's own parts. tilt: base_link's, None if it is not known.
-    """
-
-    stamp_ns: int
-    images: tuple[CameraImage, ...]
-    rig: Rig
-    tilt: TiltSample | None
+    arrived_ns: int = 0
 
 
 class RigAssembly:
@@ -63,8 +48,8 @@ class RigAssembly:
         self._last_ns: dict[str, int] = {}
         self._missing: deque[frozenset[str]] = deque(maxlen=_WINDOW)
 
-    def add(self, image: CameraImage, now_ns: int) -> list[tuple[CameraImage, ...]]:
-        """Take an image that arrived at ``now_ns`` of the caller's clock; return the sets that it releases.
+    def add(self, image: CameraImage) -> list[tuple[CameraImage, ...]]:
+        """Take an image; return the sets that it releases.
 
         Raises StampNotNewerError; RejectedInput ("image_late") if the image's set was released without it.
         """
@@ -81,7 +66,7 @@ class RigAssembly:
         if self._set and (name in self._set or not self._belongs(stamp)):
             sets.append(self._release())
         if not self._set:
-            self._since_ns = now_ns
+            self._since_ns = image.arrived_ns
         self._set[name] = image
         if len(self._set) == len(self._names):
             sets.append(self._release())
@@ -93,7 +78,7 @@ class RigAssembly:
         return bool(self._set)
 
     def overdue(self, now_ns: int) -> list[tuple[CameraImage, ...]]:
-        """Return the set that has waited long enough, if there is one."""
+        """Return the set that has waited long enough by the clock of arrivals, if there is one."""
         if self._set and now_ns - self._since_ns >= max(self.tolerance_s * NS, _LEAST_WAIT_NS):
             return [self._release()]
         return []
