@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -87,7 +87,7 @@ class Rig:
         self.image = b.publisher(Image, self.image_topic)
         self.fix = b.publisher(NavSatFix, "/fix")
         self.heading = b.publisher(Imu, "/heading")
-        self.info = b.publisher(CameraInfo, "/camera_info")
+        self._info: Any = None
         self.odom = b.publisher(Odometry, "/odom")
         self.poses = b.listen(PoseWithCovarianceStamped, "/localizer/pose")
         self.filtered = b.listen(PoseWithCovarianceStamped, "/localizer/odometry_filtered_pose")
@@ -96,6 +96,12 @@ class Rig:
         self.grids = b.listen(OccupancyGrid, "/localizer/heat_map", latched)
         self.latency = b.listen(Float64, "/localizer/status/latency_ms")
         self.ns = time.time_ns()
+
+    @property
+    def info(self) -> Any:
+        """The calibration's publisher; with it, images are those of a pinhole camera."""
+        self._info = self._info or self.bench.publisher(CameraInfo, "/camera_info")
+        return self._info
 
     @contextmanager
     def configured(self, **parameters: Any) -> Iterator[None]:
@@ -110,6 +116,9 @@ class Rig:
     def restart(self, **parameters: Any) -> None:
         """Configure and activate the node again, with the common parameters and these."""
         self.change_state(*STOP)
+        if self._info is not None:
+            self.bench.node.destroy_publisher(self._info)
+            self._info = None
         self.set_parameters(**parameters)
         kind = CompressedImage if parameters.get("image_transport") == "compressed" else Image
         if self.compressed != (kind is CompressedImage):
@@ -218,17 +227,22 @@ class Rig:
         self.good_frame()
 
 
+R = TypeVar("R", bound=Rig)
+
+
 @contextmanager
-def running(domain: int, folder: Path, image_topic: str = "/image") -> Iterator[Rig]:
-    """A rig with a node that gives poses; ``folder`` takes its map and its log."""
+def running(
+    domain: int, folder: Path, image_topic: str = "/image", vehicle: type[R] = Rig, **more: Any
+) -> Iterator[R]:
+    """A rig with a node that gives poses; ``folder`` takes its map and its log. more: parameters."""
     aerial = write_geotiff(folder / "map.tif", texture(1200, 1200), LAT, LON, 0.5, "EPSG:32633")
     # The tests' own folders lie beside this one.
     reach = {"checkpoint_dirs": [str(folder.parent)], "map_cache_dir": str(folder.parent)}
-    parameters = {**PARAMETERS, "map": str(aerial), "allow_remote_maps": True, **reach}
+    parameters = {**PARAMETERS, "map": str(aerial), "allow_remote_maps": True, **reach, **more}
     node = NodeProcess(domain, folder / "node.txt", parameters, "-r", f"image:={image_topic}")
     try:
         with bench(domain) as b:
-            r = Rig(b, node, parameters, image_topic)
+            r = vehicle(b, node, parameters, image_topic)
             r.ready()
             r.good_frame()
             yield r

@@ -13,6 +13,8 @@ from xview_loc.models.checkpoint import save_checkpoint
 SIZE, GSD = 128, 0.5
 # Sub-pixel, and not symmetric, so that a swap of rows and columns or a flip shows.
 PEAK = (58.3, 71.8)
+# Where the upper left pixel of a panorama is on the tile of a model that points.
+POINTED = (48, 32)
 
 
 class StubModel(CrossViewModel):
@@ -68,6 +70,32 @@ class SeeingModel(StubModel):
         return HeatMaps([logits[:, None]], logits, field if orientation else None)
 
 
+class PointingModel(StubModel):
+    """Its peak shows where the reddest pixel of the panorama is: ``POINTED`` further down and to the right.
+
+    Without a red pixel it is at the tile's centre.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("panorama")
+        self.spec = replace(self.spec, name="stub-pointing", elevation_deg=(30.0, -60.0))
+
+    def match(self, ground, features, heading_prior_deg=None, *, orientation=False) -> HeatMaps:
+        red = ground[0, 0] - ground[0, 1]
+        # Of a spot, the middle.
+        weight = (red - 1.0).clamp(min=0.0)
+        rows, cols = torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing="ij")
+        row = col = (SIZE - 1) / 2.0
+        if weight.sum() > 0.0:
+            height, width = red.shape
+            row = float((weight.sum(1) * torch.arange(height)).sum() / weight.sum()) + POINTED[0]
+            col = float((weight.sum(0) * torch.arange(width)).sum() / weight.sum()) + POINTED[1]
+        logits = -((rows - row) ** 2 + (cols - col) ** 2).float()[None] / 8.0
+        field = torch.zeros(1, 2, SIZE, SIZE)
+        field[:, 0] = 1.0
+        return HeatMaps([logits[:, None]], logits, field if orientation else None)
+
+
 def write_stub(path: Path, rows: float, shaken: float = 0.0, model: StubModel | None = None) -> Path:
     """A checkpoint that moves the stub's peak down by some rows, and up and down by some."""
     model = model or StubModel("panorama")
@@ -81,6 +109,7 @@ def write_stub(path: Path, rows: float, shaken: float = 0.0, model: StubModel | 
 models._CONSTRUCTORS["stub"] = lambda: StubModel("panorama")
 models._CONSTRUCTORS["stub-pinhole"] = lambda: StubModel("pinhole")
 models._CONSTRUCTORS["stub-seeing"] = SeeingModel
+models._CONSTRUCTORS["stub-pointing"] = PointingModel
 
 if __name__ == "__main__":
     from xview_loc.nodes.localizer_node import main

@@ -30,11 +30,12 @@ from sensor_msgs.msg import CompressedImage, Image, NavSatFix
 from xview_loc.bags.recovery import recover_bag
 from xview_loc.bags.ros_types import deserialize
 from xview_loc.geodesy import LocalProjection
+from xview_loc.nodes.cameras import Frame
 from xview_loc.nodes.recorder import IMAGE_BYTES_WAITING, Keyframe, OdometryMessage, Recorder
-from xview_loc.nodes.vehicle_node import Frame
 from xview_loc.recordings.pairs import PairBag
 from xview_loc.vehicle.mounting import Mounting
 from xview_loc.vehicle.pairing import Paired
+from xview_loc.vehicle.rig_assembly import CameraImage
 
 ROOT = Path(__file__).parent.parent
 LAT, LON = 48.2, 16.37
@@ -467,7 +468,7 @@ def test_images_that_wait_for_the_disk_have_a_limit_in_bytes() -> None:
 
     recorder = Recorder(process)
     image = bytes(IMAGE_BYTES_WAITING // 4)
-    frame = Frame(image, "sensor_msgs/msg/Image", 1, 1, None)
+    frame = Frame(1, 1, (CameraImage("", 1, "sensor_msgs/msg/Image", image),), {})
     keyframe = Keyframe(cast(Any, None), Paired(frame, None, None))
     assert not recorder.put(keyframe)
     begun.wait()

@@ -18,7 +18,7 @@ from sensor_msgs.msg import CameraInfo, Image, Imu
 POLICY = Path(__file__).resolve().parents[2] / "config" / "sros2_policy.xml"
 DOMAIN = pick_domain()
 # With some parameters, packages and distributions only.
-OPTIONAL = {"/tf", "/tf_static", "/clock", "/localizer/hypotheses", "/camera_info"}
+OPTIONAL = {"/tf", "/tf_static", "/clock", "/localizer/hypotheses", "/camera_info", "/imu"}
 OPTIONAL |= {f"/{name}/get_type_description" for name in ("localizer", "pair_logger")}
 
 

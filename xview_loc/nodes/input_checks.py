@@ -26,10 +26,9 @@ class InputChecks:
         """What is wrong with the headings; "" for nothing."""
         return str(self._heading.fault or "")
 
-    @property
-    def image_fault(self) -> str:
-        """What is wrong with the images; "" for nothing."""
-        return self._still.fault
+    def image_fault(self, camera: str) -> str:
+        """Return what is wrong with the images of a camera, "" of a single one; "" for nothing."""
+        return self._still[camera].fault if camera in self._still else ""
 
     @property
     def odometry_fault(self) -> str:
@@ -39,7 +38,9 @@ class InputChecks:
     def restart(self) -> None:
         """Forget everything, and clear the conditions."""
         self._heading, self._motion = HeadingCheck(self._odometry), MotionCheck(self._odometry)
-        self._images, self._still = LostImages(), StillImage(self._odometry)
+        # By camera.
+        self._images: dict[str, LostImages] = {}
+        self._still: dict[str, StillImage] = {}
         self._show()
 
     def add_heading(self, heading: HeadingSample) -> None:
@@ -49,21 +50,22 @@ class InputChecks:
     def add_fix(self, fix: GnssFix) -> None:
         """Take a fix, and set or clear the conditions."""
         self._motion.add(fix)
-        self._still.add_fix(fix)
+        for still in self._still.values():
+            still.add_fix(fix)
         self._heading.add_fix(fix)
         self._show()
 
-    def add_image(self, stamp_ns: int, message: bytes) -> None:
+    def add_image(self, stamp_ns: int, message: bytes, camera: str = "") -> None:
         """Take an image message's CDR bytes, and set or clear the conditions; count those missing before."""
-        self._still.add_image(stamp_ns, message)
-        if missing := self._images.add(stamp_ns):
+        self._still.setdefault(camera, StillImage(self._odometry)).add_image(stamp_ns, message)
+        if missing := self._images.setdefault(camera, LostImages()).add(stamp_ns):
             self._health.count("images_lost", missing)
         self._show()
 
-    def lose_images(self, count: int) -> None:
+    def lose_images(self, count: int, camera: str = "") -> None:
         """Take a number of images that DDS lost, count them, and set or clear the condition."""
         self._health.count("images_lost_by_dds", count)
-        self._images.lose(count)
+        self._images.setdefault(camera, LostImages()).lose(count)
         self._show()
 
     def _show(self) -> None:
@@ -72,8 +74,10 @@ class InputChecks:
             "fix_still": self._motion.fix_still,
             "odom_disagrees": self.odometry_fault,
             "heading_disagrees": self.heading_fault,
-            "images_lost": self._images.lost_by_dds or self._images.fault,
-            "image_still": self.image_fault,
+            "images_lost": _named(
+                {n: images.lost_by_dds or images.fault for n, images in self._images.items()}
+            ),
+            "image_still": _named({n: still.fault for n, still in self._still.items()}),
         }
         for key, text in problems.items():
             if not text:
@@ -85,3 +89,8 @@ class InputChecks:
             if key not in self._shown:
                 self._shown.add(key)
                 self._log.warning(text)
+
+
+def _named(faults: dict[str, str]) -> str:
+    """Return the first camera's fault, with the camera's name if it has one; "" if there is none."""
+    return next((f"camera {name}: {text}" if name else text for name, text in faults.items() if text), "")

@@ -19,10 +19,11 @@ from xview_loc.vehicle.synchronisation import RejectedInput
 
 # How often publishers are looked for until every input has its type.
 SEARCH_S = 0.2
+_TYPES = {**INPUT_TYPES, "imu": {"imu": "sensor_msgs/msg/Imu"}}
 
 
 class Input(NamedTuple):
-    """An input of :data:`INPUT_TYPES`, its topic's name.
+    """An input: its topic's name, whose last part is one of :data:`INPUT_TYPES`, or imu.
 
     choice: the name of its type, or AUTO: as published. raw: the callback takes CDR bytes. optional: it need
     not be published. lost: called with a number of messages that DDS lost.
@@ -38,7 +39,7 @@ class Input(NamedTuple):
     @property
     def types(self) -> list[str]:
         """The types that it may have, preferred first."""
-        types = INPUT_TYPES[self.name]
+        types = _TYPES[self.name.rpartition("/")[2]]
         return list(types.values()) if self.choice == AUTO else [types[self.choice]]
 
 

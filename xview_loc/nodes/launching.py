@@ -17,7 +17,7 @@ from xview_loc.nodes import parameters
 from xview_loc.nodes.parameters import Parameter
 
 TABLES = {"localizer": parameters.LOCALIZER, "pair_logger": parameters.PAIR_LOGGER}
-INPUTS = ("image", "camera_info", "fix", "heading", "odom")
+INPUTS = ("image", "camera_info", "fix", "heading", "odom", "imu")
 # The shared memory of config/fastdds.xml holds this many images of 1920 x 1080 pixels, 3 bytes each.
 SHIPPED_MB, IMAGES_HELD = 32, 5
 OTHERS = {

@@ -6,30 +6,35 @@ publishes.
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import rclpy
 import torch
+from sensor_msgs.msg import CameraInfo
 
-from xview_loc.camera import CameraError
+from xview_loc.camera import CameraError, PanoramaCamera
 from xview_loc.errors import shown
 from xview_loc.estimation.fix_check import FixCheck
 from xview_loc.estimation.localizer import Limits, Localizer, required_tile_px
 from xview_loc.estimation.match_check import MatchCheck
 from xview_loc.estimation.observation import LocalizationError, Observation, PoseEstimate
 from xview_loc.estimation.position_filter import FilterOptions, PositionFilter
-from xview_loc.images import ImageError
+from xview_loc.images import Image, ImageError
 from xview_loc.maps.base import MapError, NoImageryError
 from xview_loc.models.base import CrossViewModel
 from xview_loc.models.graph import RuntimeUnavailableError
+from xview_loc.models.inputs import panorama_elevation, upright_panorama
 from xview_loc.models.runtimes import choose_backend
 from xview_loc.nodes import parameters
+from xview_loc.nodes.cameras import Frame
 from xview_loc.nodes.checkpoints import Checkpoints
 from xview_loc.nodes.diagnostics import LOG_INTERVAL_S, WARN
 from xview_loc.nodes.inputs import Input
@@ -37,15 +42,19 @@ from xview_loc.nodes.outputs import FARTHEST_M, Outputs
 from xview_loc.nodes.process import run
 from xview_loc.nodes.requests import Requests
 from xview_loc.nodes.vehicle_node import PairedFrame, VehicleNode
+from xview_loc.rig import Rig, tilt_matrix
 from xview_loc.vehicle import messages as input_messages
 from xview_loc.vehicle.mounting import Mounting
 from xview_loc.vehicle.synchronisation import GnssFix, RejectedInput
+from xview_loc.vehicle.tilt import TiltSample
 
 # Longest wait for an aerial tile, which goes on loading for later images. Shorter with the filter, whose pose
 # waits for the heat map.
 TILE_WAIT_S, TILE_WAIT_WITH_FILTER_S = 1.0, 0.2
 # How long fixes agree with each other before one is the datum.
 DATUM_AFTER_S = 3.0
+# Images that lean by less are level, radians.
+LEVEL = math.radians(0.05)
 # Why a frame is rejected after an error: the first that fits.
 _REASONS: dict[type[Exception], str] = {
     ImageError: "image_invalid",
@@ -122,11 +131,13 @@ class LocalizerNode(VehicleNode):
         self._open_map(required_tile_px(model.spec), model.spec.gsd, snap_m=model.half_extent_m / 2)
         localizer = self._first_localizer(model)
         self._limits = self._new_limits()
-        self._needs_camera_info = model.spec.camera == "pinhole"
+        self._spec, self._uncalibrated = model.spec, False
+        self._check_cameras()
+        self._health.forget("seen")
         self._match, self._fix_check = MatchCheck(), FixCheck()
         self._filter = PositionFilter(self._odometry, self._filter_options()) if p["filter"] else None
         if p["publish_tf"] != "none":
-            self.listen_to_tf("publish_tf")
+            self.listen_to_tf("publish_tf is set")
         self._outputs = Outputs(self, p, self._health, self._transforms)
         self._checkpoints.open(
             localizer,
@@ -136,6 +147,17 @@ class LocalizerNode(VehicleNode):
             model.half_extent_m / 2,
             self._outputs.publish_comparison,
         )
+
+    def _check_cameras(self) -> None:
+        """Raise ParameterError if the model cannot use the cameras, or does not level their images."""
+        p, spec = self._params, self._spec
+        if spec.camera == "pinhole":
+            given = {"cameras": self._cameras.names, "own_mask": p["own_mask"]}
+            given["tilt_source"] = p["tilt_source"] != "none"
+            if named := [name for name, value in given.items() if value]:
+                raise parameters.ParameterError(
+                    f"{named[0]} is of models for panoramas, and {spec.name} takes a pinhole camera's image"
+                )
 
     def check_parameters(self, values: dict[str, Any]) -> None:
         """Refuse a missing checkpoint, too."""
@@ -179,8 +201,25 @@ class LocalizerNode(VehicleNode):
     def extra_inputs(self) -> list[Input]:
         """Add odometry for the filter or a shadow trial."""
         inputs = super().extra_inputs()
+        if self._cameras.elevation_deg is not None:
+            # A panorama, whatever is published for it.
+            inputs = [wanted for wanted in inputs if wanted.name != "camera_info"]
+        elif self._spec.camera == "pinhole":
+            inputs = [one._replace(optional=False) for one in inputs]
         wanted = self._params["filter"] or self.get_parameter("shadow_checkpoint").value
         return [*inputs, self._odometry_input()] if wanted else inputs
+
+    def calibration_missing(self, frame: Frame) -> str:
+        """A pinhole model needs one; for others the image is a panorama, unless one is published."""
+        given = self._cameras.elevation_deg is not None
+        if self._cameras.names or frame.camera is not None:
+            return ""
+        if self._spec.camera == "pinhole":
+            return "no usable camera_info received"
+        if given or self._uncalibrated or not self.count_publishers(self.resolve_topic_name("camera_info")):
+            return ""
+        text = "camera_info has a publisher, but no usable message came"
+        return f"{text}; if the camera takes panoramas, set panorama_elevation_deg"
 
     def _odometry_input(self) -> Input:
         return Input("odom", self._on_odom, self._params["odom_source"])
@@ -242,9 +281,18 @@ class LocalizerNode(VehicleNode):
         else:
             self._health.clear("odom_frame")
 
-    def _on_image(self, message: bytes) -> None:
+    def _on_camera_info(self, name: str, message: CameraInfo) -> None:
+        # Zeros say that a camera is not calibrated: drivers of panorama cameras send them.
+        self._uncalibrated = not name and self._spec.camera == "panorama" and not any(message.k)
+        if self._uncalibrated:
+            self._calibrations = {}
+            self._health.clear("camera_info")
+        else:
+            super()._on_camera_info(name, message)
+
+    def _on_image(self, name: str, message: bytes) -> None:
         if self._requests.enabled:
-            super()._on_image(message)
+            super()._on_image(name, message)
         else:
             self._health.count("images_ignored")
             self._last_image_at = time.monotonic()
@@ -271,8 +319,7 @@ class LocalizerNode(VehicleNode):
     def _localize(self, paired: PairedFrame) -> None:
         outputs, swap, shadow = self._outputs, self._checkpoints.swap, self._checkpoints.shadow
         assert outputs is not None and swap is not None and shadow is not None
-        image = input_messages.rgb_from_cdr(paired.frame.type, paired.frame.image, self._decode_other)
-        mounting = self._mounting()
+        image, mounting = self._look(paired)
         fix, heading = paired.fix, paired.heading
         moving = self._filter
         if moving is not None and self._checks.odometry_fault:
@@ -316,6 +363,38 @@ class LocalizerNode(VehicleNode):
             # After the pose, which must not wait for it, and also if the pose is withheld.
             shadow.saw(observation, paired.fix, heading, mounting)
 
+    def _look(self, paired: PairedFrame) -> tuple[Image, Mounting]:
+        """Return the image that the model takes, and where it was taken, looking which way.
+
+        A rig's panorama is that of its centre, and looks along the vehicle's x axis.
+        """
+        frame, spec, mounting = paired.frame, self._spec, self._mounting()
+        if spec.camera == "pinhole":
+            (one,) = frame.images
+            return input_messages.rgb_from_cdr(one.type, one.data, self._decode_other), mounting
+        shows = partial(panorama_elevation, spec=spec)
+        images, rig = self._cameras.see(frame, self._transforms, self._decode_other, shows)
+        tilt = self._tilt.of(paired)
+        if self._is_upright(rig, tilt):
+            return images[""], mounting
+        image, mask = upright_panorama(rig, images, spec, roll=tilt.roll, pitch=tilt.pitch)
+        if not mask.any():
+            text = "no camera sees anything that the model looks at: check the cameras' places and own_mask"
+            raise RejectedInput("nothing_seen", text)
+        self._health.value("seen", f"{mask.mean():.2f}")
+        x, y, _ = rig.centre.tolist()
+        return image, replace(mounting, camera=(x, y), camera_yaw=0.0)
+
+    def _is_upright(self, rig: Rig, tilt: TiltSample) -> bool:
+        """Return True if a single camera's panoramas are what the model takes, and nothing hides a part."""
+        mounted = rig.cameras.get("")
+        if mounted is None or not isinstance(mounted.camera, PanoramaCamera) or rig.own:
+            return False
+        shown = mounted.camera.top, mounted.camera.bottom
+        # The optical frame's y axis points down.
+        down = (tilt_matrix(tilt.roll, tilt.pitch) @ mounted.axes)[2, 1]
+        return shown == tuple(map(math.radians, self._spec.elevation_deg)) and down < -math.cos(LEVEL)
+
     def _observation(self, paired: PairedFrame, fix: GnssFix, image: Any, mounting: Mounting) -> Observation:
         heading, frame = paired.heading, paired.frame
         lat, lon = fix.lat, fix.lon
@@ -325,7 +404,8 @@ class LocalizerNode(VehicleNode):
             lat, lon = mounting.camera_from_antenna(lat, lon, heading.yaw)
             looking, std = mounting.looking(heading.yaw), heading.std
         covariance = None if fix.covariance is None else fix.covariance[:2, :2]
-        return Observation(image, lat, lon, covariance, looking, std, frame.camera, frame.stamp_ns)
+        camera = frame.camera if self._spec.camera == "pinhole" else None
+        return Observation(image, lat, lon, covariance, looking, std, camera, frame.stamp_ns)
 
     def _doubtful(self) -> Limits:
         """Return the limits for a fix whose covariance is not believed."""

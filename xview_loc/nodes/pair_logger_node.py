@@ -10,10 +10,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import numpy as np
 import rclpy
 import rclpy.task
 from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
@@ -22,7 +24,7 @@ from std_srvs.srv import Trigger
 from xview_loc.bags import ros_types
 from xview_loc.bags.writer import BagFullError, BagLimits, BagLostError
 from xview_loc.camera import CameraError, reduce_width
-from xview_loc.images import ImageError, encode_jpeg
+from xview_loc.images import Image, ImageError, encode_jpeg
 from xview_loc.maps.base import AerialTile, redact
 from xview_loc.nodes import parameters
 from xview_loc.nodes.diagnostics import ERROR, WARN
@@ -33,6 +35,7 @@ from xview_loc.nodes.vehicle_node import PairedFrame, VehicleNode
 from xview_loc.recordings.pairs import IMAGE, ODOMETRY, TOPICS, Pair, PairWriter
 from xview_loc.vehicle.keyframes import KeyframeRule, Keyframes, WheelSpeed
 from xview_loc.vehicle.messages import cdr_stamp_ns, odometry_cdr, rgb_from_cdr
+from xview_loc.vehicle.rig_assembly import CameraImage
 from xview_loc.vehicle.synchronisation import GnssFix, RejectedInput
 
 # How long a pair waits for its tile; without one it can be filled in later.
@@ -55,6 +58,8 @@ class PairLoggerNode(VehicleNode):
         self._failing = threading.Lock()
         # Whether the bag's session says where antenna and camera are.
         self._mounted = False
+        # The bag that knows a rig's cameras, and their calibrations.
+        self._recorded: tuple[PairWriter | None, dict[str, Any]] = (None, {})
         super().__init__("pair_logger")
         self.create_service(Trigger, "~/start", self._on_start)
         self.create_service(Trigger, "~/split", self._on_split)
@@ -103,7 +108,7 @@ class PairLoggerNode(VehicleNode):
 
     def extra_inputs(self) -> list[Input]:
         """camera_info, which need not be published, and odometry if it is to be recorded."""
-        inputs = [Input("camera_info", self._on_camera_info, optional=True)]
+        inputs = super().extra_inputs()
         if self._params["use_odometry"]:
             source = self._params["odom_source"]
             inputs.append(Input("odom", self._on_odom, source, raw=True, optional=True))
@@ -162,6 +167,8 @@ class PairLoggerNode(VehicleNode):
                 "turn": math.radians(p["keyframe_turn_deg"]),
             },
         }
+        if self._cameras.elevation_deg is not None:
+            session["panorama_elevation_deg"] = list(self._cameras.elevation_deg)
         split = p["split_mb"] * 1_000_000
         if p["when_full"] == "delete_oldest" and p["quota_mb"]:
             # Only whole files can be deleted.
@@ -177,7 +184,9 @@ class PairLoggerNode(VehicleNode):
         for number in range(1000):  # other recordings in the same second, of other loggers too
             folder = first.with_name(f"{first.name}_{number}") if number else first
             try:
-                writer = PairWriter(folder, session, limits)
+                cameras = self._cameras
+                own, names = cameras.own_mask, cameras.names
+                writer = PairWriter(folder, session, limits, own_mask=own, cameras=names)
                 break
             except OSError as error:
                 problem = f"cannot record into {folder}: {error.strerror or error}"
@@ -275,6 +284,8 @@ class PairLoggerNode(VehicleNode):
                 self._write(item, lambda: item.writer.add_odometry(item.stamp_ns, item.data))
             else:
                 self._record(item)
+        except RejectedInput as error:
+            self._reject(error.reason, str(error))
         except ImageError as error:
             self._reject("image_invalid", str(error))
         except CameraError as error:
@@ -283,21 +294,57 @@ class PairLoggerNode(VehicleNode):
             self._reject("internal_error", f"{type(error).__name__}: {error}")
 
     def _record(self, item: Keyframe) -> None:
-        paired, data = item.paired, item.paired.frame.image
-        # A CompressedImage is written byte for byte, and decoded only to refuse what is damaged.
-        raw = data if paired.frame.type == TOPICS[IMAGE] else None
-        pixels = rgb_from_cdr(paired.frame.type, data, self._decode_other)
-        jpeg, camera = b"", paired.frame.camera
-        if raw is None:
-            pixels, camera = reduce_width(pixels, camera, self._params["max_width"])
-            jpeg = encode_jpeg(pixels, self._params["jpeg_quality"])
+        paired, raw = item.paired, None
         assert paired.fix is not None  # this node needs fixes
-        pair = Pair.of(paired.frame.stamp_ns, "jpeg", jpeg, paired.fix, paired.heading, camera)
+        if self._cameras.names:
+            shots = self._record_rig(item)
+            pair = Pair.of(paired.frame.stamp_ns, "", b"", paired.fix, paired.heading, None)
+            pair = replace(pair, images=shots)
+        else:
+            (image,) = paired.frame.images
+            # A CompressedImage is written byte for byte, and decoded only to refuse what is damaged.
+            raw = image.data if image.type == TOPICS[IMAGE] else None
+            pixels = rgb_from_cdr(image.type, image.data, self._decode_other)
+            jpeg, camera = b"", paired.frame.camera
+            if raw is None:
+                pixels, camera = reduce_width(pixels, camera, self._params["max_width"])
+                jpeg = encode_jpeg(pixels, self._params["jpeg_quality"])
+            pair = Pair.of(paired.frame.stamp_ns, "jpeg", jpeg, paired.fix, paired.heading, camera)
+        pair = self._with_tilt(pair, paired)
         tile = self._tile(paired.fix)
         if self._write(item, lambda: item.writer.add(pair, tile, raw)):
             self._health.accepted()
             if tile is None:
                 self._health.count("pairs_without_tile")
+
+    def _record_rig(self, item: Keyframe) -> tuple[CameraImage, ...]:
+        """Return a rig's images as they are written, and see to it that the bag knows their cameras."""
+        frame = item.paired.frame
+        pixels, rig = self._cameras.see(frame, self._transforms, self._decode_other)
+        calibrations = {name: mounted.camera for name, mounted in rig.cameras.items()}
+        # Cameras that tf moves stay where they were: each change begins a new file.
+        if self._recorded != (item.writer, calibrations):
+            item.writer.set_rig(rig)
+            self._recorded = item.writer, calibrations
+        return tuple(
+            image if image.type == TOPICS[IMAGE] else self._compressed(image, pixels[image.name])
+            for image in frame.images
+            if image.name in pixels
+        )
+
+    def _compressed(self, image: CameraImage, pixels: Image) -> CameraImage:
+        data = np.frombuffer(encode_jpeg(pixels, self._params["jpeg_quality"]), np.uint8)
+        head = ros_types.header(image.stamp_ns, "")
+        message = ros_types.message(TOPICS[IMAGE], header=head, format="jpeg", data=data)
+        return replace(image, type=TOPICS[IMAGE], data=ros_types.serialize(TOPICS[IMAGE], message))
+
+    def _with_tilt(self, pair: Pair, paired: PairedFrame) -> Pair:
+        """Return the pair with the tilt that is measured, or else fixed; none if it is not known."""
+        tilt, source = paired.tilt, self._tilt.source
+        if tilt is None:
+            tilt, source = self._tilt.of(paired), "fixed"
+        known = paired.tilt is not None or bool(tilt.roll or tilt.pitch)
+        return replace(pair, tilt=tilt, tilt_source=source) if known else pair
 
     def _tile(self, fix: GnssFix) -> AerialTile | None:
         if self._tiles is None:

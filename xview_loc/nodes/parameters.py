@@ -79,11 +79,55 @@ _INPUTS: tuple[Parameter, ...] = (
     L("fix_max_sigma_m", 0.0, "Largest horizontal sigma of a fix, metres; 0: no limit.", (0.0, 10000.0)),
     L("fix_max_jump_m", 40.0, "Largest jump beyond driving at 50 m/s, metres; 0: no limit.", (0.0, 10000.0)),
     L("max_fix_age_s", 2.0, "Largest time between an image and the fix used for it, seconds.", (0.0, 60.0)),
-    L("max_heading_age_s", 0.5, "Largest time between an image and its heading, seconds.", (0.0, 60.0)),
-    L("max_wait_s", 0.1, "Longest time an image waits for a later fix and heading, seconds.", (0.0, 5.0)),
+    L("max_heading_age_s", 0.5, "Largest time between an image and its heading, or tilt, s.", (0.0, 60.0)),
+    L(
+        "max_wait_s",
+        0.1,
+        "Longest time an image waits for a later fix, heading and tilt, seconds.",
+        (0.0, 5.0),
+    ),
     L("max_image_delay_s", 2.0, "Image age, by the node's clock, that raises a warning, s.", (0.0, 3600.0)),
     P("qos_reliability", "best_effort", "Reliability of subscriptions.", choices=("best_effort", "reliable")),
     P("qos_depth", 5, "Queue length of the subscriptions.", (1, 1000)),
+)
+_CAMERAS: tuple[Parameter, ...] = (
+    P(
+        "cameras",
+        [""],
+        "Cameras of a rig, each with topics NAME/image and NAME/camera_info; empty: a single one.",
+    ),
+    S("rig_file", "", "YAML file with places and masks of a rig's cameras; what it lacks is read from tf."),
+    L("rig_tolerance_s", 0.05, "Largest time between images that are used together, seconds.", (0.0, 1.0)),
+    P("base_height_m", 0.0, "Height of base_frame above the ground, metres; for rigs.", (0.0, 10.0)),
+    S("own_mask", "", "Image, white where a single camera sees the vehicle itself; empty: none."),
+    P(
+        "panorama_elevation_deg",
+        [0.0, 0.0],
+        "Elevations of upper and lower edge of a single camera's panoramas, degrees; 0, 0: the model's.",
+    ),
+    P(
+        "tilt_source",
+        "none",
+        "Roll and pitch of the vehicle; none: as roll_deg, pitch_deg; imu: topic imu; tf: from tilt_frame.",
+        choices=("none", "imu", "tf"),
+    ),
+    P(
+        "tilt_frame",
+        "odom",
+        "Frame whose z axis points up, in which tf moves base_frame, for tilt_source tf.",
+    ),
+    L(
+        "roll_deg",
+        0.0,
+        "Roll where tilt_source says none, degrees, positive with the right side down.",
+        (-30.0, 30.0),
+    ),
+    L(
+        "pitch_deg",
+        0.0,
+        "Pitch where tilt_source says none, degrees, positive with the nose down.",
+        (-30.0, 30.0),
+    ),
 )
 _MOUNTING: tuple[Parameter, ...] = (
     P("base_frame", "base_link", "Frame of the vehicle."),
@@ -146,6 +190,7 @@ LOCALIZER: tuple[Parameter, ...] = (
     P("datum_lat", math.nan, "Latitude of the map frame's origin, degrees; nan: the first pose's fix."),
     P("datum_lon", math.nan, "Longitude of the map frame's origin, degrees; nan: the first pose's fix."),
     *_MOUNTING,
+    *_CAMERAS,
     P(
         "filter",
         False,
@@ -193,10 +238,16 @@ PAIR_LOGGER: tuple[Parameter, ...] = (
     P("use_odometry", True, "Log odom as it comes, and take the distance and standing from its speed."),
     # Written when a recording begins.
     *(replace(p, live=False) for p in _MOUNTING),
+    *_CAMERAS,
     L("keyframe_distance_m", 2.0, "Distance between keyframes in metres; 0: not used.", (0.0, 1000.0)),
     L("keyframe_interval_s", 0.0, "Driving time between keyframes in seconds; 0: not used.", (0.0, 3600.0)),
     L("keyframe_turn_deg", 15.0, "Turn between keyframes in degrees; 0: not used.", (0.0, 180.0)),
-    L("max_width", 2048, "Raw images that are wider are reduced to it, pixels; 0: never.", (0, 100000)),
+    L(
+        "max_width",
+        2048,
+        "Raw images of a single camera that are wider are reduced to it, pixels; 0: never.",
+        (0, 100000),
+    ),
     L("jpeg_quality", 95, "Quality at which raw images are compressed.", (1, 100)),
     P("split_mb", 1024, "Size at which a new file begins, in MB; 0: never.", (0, 1000000)),
     P("split_s", 0.0, "Time after which a new file begins, in seconds; 0: never.", (0.0, 86400.0)),

@@ -54,7 +54,7 @@ class Recorder:
     def put(self, item: Keyframe | OdometryMessage) -> bool:
         """Queue an item; return True if it was dropped because too much waits."""
         if isinstance(item, Keyframe):
-            size = len(item.paired.frame.image)
+            size = _size(item)
             with self._lock:
                 # One image always fits.
                 full = self._bytes > 0 and self._bytes + size > IMAGE_BYTES_WAITING
@@ -79,4 +79,8 @@ class Recorder:
             self._process(item)
             if isinstance(item, Keyframe):
                 with self._lock:
-                    self._bytes -= len(item.paired.frame.image)
+                    self._bytes -= _size(item)
+
+
+def _size(keyframe: Keyframe) -> int:
+    return sum(len(image.data) for image in keyframe.paired.frame.images)

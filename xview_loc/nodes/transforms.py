@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
@@ -17,6 +18,7 @@ from xview_loc.errors import shown
 from xview_loc.nodes.diagnostics import LOG_INTERVAL_S, WARN, Health
 from xview_loc.nodes.parameters import ParameterError
 from xview_loc.vehicle.messages import yaw_of
+from xview_loc.vehicle.rig_file import optical
 from xview_loc.vehicle.synchronisation import NS, RejectedInput
 from xview_loc.vehicle.transforms import Transform, TransformBuffer, TransformError
 
@@ -26,16 +28,16 @@ SHOWN_S = 10.0
 class Transforms:
     """Listens to /tf and /tf_static until it is closed.
 
-    Raises ParameterError if tf2_msgs is missing; ``wanted_by`` names the parameter that needs it.
+    Raises ParameterError if tf2_msgs is missing; ``why`` says what needs it.
     """
 
-    def __init__(self, node: LifecycleNode, base_frame: str, health: Health, wanted_by: str) -> None:
+    def __init__(self, node: LifecycleNode, base_frame: str, health: Health, why: str) -> None:
         self.buffer = TransformBuffer()
         self._node, self._base, self._health = node, base_frame, health
         # Called after every message of /tf.
-        self.on_new: Callable[[], None] | None = None
+        self.on_new: list[Callable[[], None]] = []
         latched = QoSProfile(depth=100, durability=DurabilityPolicy.TRANSIENT_LOCAL)
-        kind = tf_message_type(wanted_by)
+        kind = tf_message_type(why)
         self._subscriptions = [
             node.create_subscription(kind, "/tf", lambda message: self._add(message, False), 100),
             node.create_subscription(kind, "/tf_static", lambda message: self._add(message, True), latched),
@@ -53,12 +55,27 @@ class Transforms:
         An optical frame (REP-103) looks along its z axis, any other along x. Raises RejectedInput
         ("extrinsics_missing").
         """
-        try:
-            pose = self.buffer.lookup(self._base, frame)
-        except TransformError as error:
-            raise RejectedInput("extrinsics_missing", f"tf from {self._base} to {frame}: {error}") from None
+        pose = self._pose(frame)
         forward, left, _ = pose.translation.tolist()
         return (forward, left), pose.direction(2) if "optical" in frame else pose.yaw
+
+    def optical_pose(self, *frames: str) -> Transform:
+        """Return the pose in base_link of a camera's optical frame: the first of ``frames`` that tf knows.
+
+        A frame that is not named optical looks along its x axis. Raises RejectedInput ("extrinsics_missing").
+        """
+        for frame in frames:
+            with suppress(RejectedInput):
+                pose = self._pose(frame)
+                return pose if "optical" in frame else optical(pose)
+        text = f"tf knows no transform from {self._base} to {' or '.join(frames)}"
+        raise RejectedInput("extrinsics_missing", text)
+
+    def _pose(self, frame: str) -> Transform:
+        try:
+            return self.buffer.lookup(self._base, frame)
+        except TransformError as error:
+            raise RejectedInput("extrinsics_missing", f"tf from {self._base} to {frame}: {error}") from None
 
     def _add(self, message: Any, static: bool) -> None:
         for one in message.transforms:
@@ -75,8 +92,8 @@ class Transforms:
                 text = f"{frames[1]} has two parents, {other} and {frames[0]}: the tree of frames is broken"
                 if self._health.condition("tf_parents", WARN, text, SHOWN_S):
                     self._node.get_logger().warning(shown(text), throttle_duration_sec=LOG_INTERVAL_S)
-        if self.on_new is not None:
-            self.on_new()
+        for call in self.on_new:
+            call()
 
 
 class MapTransform:
@@ -94,10 +111,10 @@ class MapTransform:
         # The pose that waits until tf reaches its stamp, and what is missing.
         self._waiting: PoseWithCovarianceStamped | None = None
         self._missing = ""
-        self._type = tf_message_type("publish_tf")
+        self._type = tf_message_type("publish_tf is set")
         self._node = node
         self._publisher: Any = node.create_lifecycle_publisher(self._type, "/tf", 100)
-        transforms.on_new = self._release
+        transforms.on_new.append(self._release)
 
     def close(self) -> None:
         """Stop publishing."""
@@ -142,12 +159,12 @@ class MapTransform:
         self._publisher.publish(self._type(transforms=[message]))
 
 
-def tf_message_type(wanted_by: str) -> Any:
-    """Return tf2_msgs' TFMessage, which parameter ``wanted_by`` needs. Raises ParameterError without it."""
+def tf_message_type(why: str) -> Any:
+    """Return tf2_msgs' TFMessage; ``why`` says what needs it. Raises ParameterError without it."""
     try:
         return import_module("tf2_msgs.msg").TFMessage
     except ImportError:
-        raise ParameterError(f"{wanted_by} is set, but tf2_msgs cannot be imported") from None
+        raise ParameterError(f"{why}, and tf2_msgs cannot be imported") from None
 
 
 def _planar(message: PoseWithCovarianceStamped) -> Transform:

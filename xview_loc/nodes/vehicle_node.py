@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from diagnostic_msgs.msg import DiagnosticArray
@@ -25,11 +25,13 @@ from xview_loc.maps import open_map
 from xview_loc.maps.base import AerialMap
 from xview_loc.maps.store import TileStore
 from xview_loc.nodes import parameters
+from xview_loc.nodes.cameras import Cameras, Frame
 from xview_loc.nodes.diagnostics import LOG_INTERVAL_S, WARN, Health
 from xview_loc.nodes.input_checks import InputChecks
 from xview_loc.nodes.inputs import Input, Inputs
 from xview_loc.nodes.optional import cv_bridge_decoder
 from xview_loc.nodes.permissions import Permissions
+from xview_loc.nodes.tilt_input import TiltInput
 from xview_loc.nodes.transforms import Transforms
 from xview_loc.nodes.transitions import transition
 from xview_loc.vehicle import messages as input_messages
@@ -37,6 +39,7 @@ from xview_loc.vehicle.fix_gate import AgreeingFixes
 from xview_loc.vehicle.mounting import Mounting
 from xview_loc.vehicle.odometry import Odometry, VelocitySample
 from xview_loc.vehicle.pairing import Paired, Pairing
+from xview_loc.vehicle.rig_assembly import CameraImage, RigAssembly, middle_ns
 from xview_loc.vehicle.synchronisation import NS, GnssFix, RejectedInput, StampNotNewerError
 
 # States in which parameters are in use.
@@ -50,20 +53,6 @@ SILENT_AFTER_S = 3.0
 MOTION_M, MOTION_S = 10.0, 10.0
 # Longer gaps in odometry leave the motion unknown.
 MAX_ODOMETRY_GAP_S = 1.0
-
-
-@dataclass(frozen=True)
-class Frame:
-    """An image message's CDR bytes and type, and what was known when it arrived.
-
-    Not rclpy's message, which costs several copies in the executor's thread even if it is never used.
-    """
-
-    image: bytes
-    type: str
-    stamp_ns: int
-    arrived_ns: int
-    camera: CameraModel | None
 
 
 PairedFrame = Paired[Frame]
@@ -101,9 +90,10 @@ class VehicleNode(LifecycleNode):
         self._inputs: Inputs | None = None
         self._worker: Worker | None = None
         self._wait_timer: Any = None
+        # Cameras of a rig that are not used.
+        self._faulty: set[str] = set()
         self._map: AerialMap | None = None
         self._tiles: TileStore | None = None
-        self._needs_camera_info = False
         self._transforms: Transforms | None = None
         self._decode_other = cv_bridge_decoder(self.get_logger())
         self.add_on_set_parameters_callback(self._on_parameters)
@@ -194,7 +184,15 @@ class VehicleNode(LifecycleNode):
 
     def extra_inputs(self) -> list[Input]:
         """Return inputs besides image, fix and heading."""
-        return [Input("camera_info", self._on_camera_info)] if self._needs_camera_info else []
+        calibrations = [
+            Input(_topic(name, "camera_info"), partial(self._on_camera_info, name), optional=not name)
+            for name in self._cameras.names or ("",)
+        ]
+        return [*calibrations, *self._tilt.inputs()]
+
+    def calibration_missing(self, frame: Frame) -> str:
+        """Return why a frame of a single camera cannot be used without a calibration; "" if it can."""
+        return ""
 
     def hand_over(self, paired: PairedFrame) -> bool:
         """Give a paired frame to the worker; return True if one was dropped for it."""
@@ -219,6 +217,7 @@ class VehicleNode(LifecycleNode):
     def apply_parameters(self, values: dict[str, Any]) -> None:
         """Put changed parameters of a configured node, in ``_params`` already, to use."""
         self._pairing.set_limits(**{name: self._params[name] for name in PAIRING_LIMITS})
+        self._assembly.tolerance_s = self._params["rig_tolerance_s"]
         if any(name in values for name in HEADING_CONVENTION):
             # Headings so far were read otherwise.
             self._checks.restart()
@@ -246,27 +245,45 @@ class VehicleNode(LifecycleNode):
         self._pairing: Pairing[Frame] = Pairing(
             **{name: p[name] for name in PAIRING_LIMITS},
             use_heading=self.wants_heading(),
+            use_tilt=p["tilt_source"] != "none",
             on_restart=self._on_restart,
         )
         self._odometry = Odometry(MAX_ODOMETRY_GAP_S)
         self._velocities = input_messages.VelocityReader()
         self._agreeing = AgreeingFixes()
         self._checks = InputChecks(self._odometry, self._health, self.get_logger())
-        self._camera: CameraModel | None = None
+        self._cameras = self._named_cameras()
+        self._assembly = RigAssembly(self._cameras.names, p["rig_tolerance_s"])
+        # By camera, "" for a single one. Replaced when one changes: frames keep those of their time.
+        self._calibrations: dict[str, CameraModel] = {}
         self._motion_start: GnssFix | None = None
         self._last_image_at: float | None = None
         for name in ("antenna_frame", "camera_frame", "heading_frame"):
             if p[name]:
-                self.listen_to_tf(name)
+                self.listen_to_tf(f"{name} is set")
+        for name in self._cameras.unplaced:
+            self.listen_to_tf(f"rig_file does not say where camera {name} is")
+        self._tilt = TiltInput(p, self._pairing, self._health, self.listen_to_tf, self._refuse)
         self.configure()
 
-    def listen_to_tf(self, wanted_by: str) -> Transforms:
+    def _named_cameras(self) -> Cameras:
+        """Return the cameras of the parameters. Raises ParameterError, UserError."""
+        cameras = Cameras(self._params)
+        topics: dict[str, str] = {}
+        for name in cameras.names:
+            topic = self.resolve_topic_name(_topic(name, "image"))
+            if topic in topics:
+                raise parameters.ParameterError(f"cameras {topics[topic]} and {name} have one topic: {topic}")
+            topics[topic] = name
+        return cameras
+
+    def listen_to_tf(self, why: str) -> Transforms:
         """Return tf, listened to from now on; for the executor's thread. Raises ParameterError.
 
-        wanted_by: the parameter that needs it.
+        why: what needs it.
         """
         if self._transforms is None:
-            self._transforms = Transforms(self, self._params["base_frame"], self._health, wanted_by)
+            self._transforms = Transforms(self, self._params["base_frame"], self._health, why)
         return self._transforms
 
     def _mounting(self) -> Mounting:
@@ -303,8 +320,10 @@ class VehicleNode(LifecycleNode):
         # fix completes finds them.
         for wanted in self.extra_inputs():
             self._inputs.listen(wanted)
-        image = Input("image", self._on_image, p["image_transport"], raw=True, lost=self._checks.lose_images)
-        self._inputs.listen(image)
+        self._assembly = RigAssembly(self._cameras.names, p["rig_tolerance_s"])
+        for name in self._cameras.names or ("",):
+            take, lose = partial(self._on_image, name), partial(self._checks.lose_images, camera=name)
+            self._inputs.listen(Input(_topic(name, "image"), take, p["image_transport"], raw=True, lost=lose))
         self._inputs.listen(Input("fix", self._on_fix))
         if self.wants_heading():
             self._inputs.listen(Input("heading", self._on_heading, p["heading_source"]))
@@ -382,40 +401,64 @@ class VehicleNode(LifecycleNode):
         self._health.clear("odom")
         return velocity
 
-    def _on_camera_info(self, message: CameraInfo) -> None:
+    def _on_camera_info(self, name: str, message: CameraInfo) -> None:
+        others = {other: camera for other, camera in self._calibrations.items() if other != name}
         try:
-            self._camera = input_messages.camera_from_info(message, self._params["rectified"])
+            camera = input_messages.camera_from_info(message, self._params["rectified"])
         except RejectedInput:
-            self._camera = None
+            self._calibrations = others
             raise
-        self._health.clear("camera_info")
-        topic = self.resolve_topic_name("image")
-        if self._camera.distorts and "image_rect" in topic:
+        self._calibrations = {**others, name: camera}
+        self._cameras.frames[name] = message.header.frame_id
+        self._health.clear(_topic(name, "camera_info"))
+        topic, key = self.resolve_topic_name(_topic(name, "image")), _topic(name, "rectified")
+        if camera.distorts and "image_rect" in topic:
             text = f"{topic} is undistorted, as camera_info says; if it is rectified already, set rectified"
-            if self._health.condition("rectified", WARN, text):
+            if self._health.condition(key, WARN, text):
                 self.get_logger().warning(shown(text), throttle_duration_sec=LOG_INTERVAL_S)
         else:
-            self._health.clear("rectified")
+            self._health.clear(key)
 
-    def _on_image(self, message: bytes) -> None:
+    def _on_image(self, name: str, message: bytes) -> None:
         self._last_image_at = time.monotonic()
         now = time.monotonic_ns()
         assert self._inputs is not None  # they call this
+        topic = _topic(name, "image")
         try:
             stamp = input_messages.cdr_stamp_ns(message)
-            self._pairing.add_frame(
-                Frame(message, self._inputs.type_of("image"), stamp, now, self._camera), now
-            )
+            image = CameraImage(name, stamp, self._inputs.type_of(topic), message, now)
+            if name:
+                for images in self._assembly.add(image):
+                    self._add_set(images)
+            else:
+                self._pairing.add_frame(Frame(stamp, now, (image,), self._calibrations), now)
         except RejectedInput as error:
+            if name:
+                raise
             self._reject(error.reason, str(error))
             return
-        self._checks.add_image(stamp, message)
+        self._health.clear(topic)
+        self._checks.add_image(stamp, message, name)
         delay = (self.get_clock().now().nanoseconds - stamp) / NS
         if abs(delay) > self._params["max_image_delay_s"]:
             text = f"image stamps differ {delay:.1f} s from the node's clock (clocks, or use_sim_time)"
             self._health.condition("image_delay", WARN, text, for_s=3.0)
         self._wait_timer.reset()
         self._release()
+
+    def _add_set(self, images: tuple[CameraImage, ...]) -> None:
+        """Make a frame of images of a rig, without those of cameras that hang."""
+        for name in self._assembly.missing(images):
+            self._health.count(f"images_missing/{name}")
+        good = tuple(image for image in images if not self._checks.image_fault(image.name))
+        arrived_ns = max(image.arrived_ns for image in images)
+        try:
+            if not good:
+                raise RejectedInput("image_still", self._checks.image_fault(images[0].name))
+            frame = Frame(middle_ns(good), arrived_ns, good, self._calibrations)
+            self._pairing.add_frame(frame, arrived_ns)
+        except RejectedInput as error:
+            self._reject(error.reason, str(error))
 
     def _refuse(self, topic: str, error: RejectedInput) -> None:
         if isinstance(error, StampNotNewerError):
@@ -445,18 +488,22 @@ class VehicleNode(LifecycleNode):
         self._health.condition("time_restart", WARN, text, for_s=RESTART_SHOWN_S)
 
     def _release(self) -> None:
+        for images in self._assembly.overdue(time.monotonic_ns()):
+            self._add_set(images)
         for result in self._pairing.ready(time.monotonic_ns(), fix_required=self.needs_fix()):
             if isinstance(result, RejectedInput):
                 self._reject(result.reason, str(result))
-            elif self._needs_camera_info and result.frame.camera is None:
-                self._reject("camera_info_missing", "no usable camera_info received")
-            elif self._checks.image_fault:
-                self._reject("image_still", self._checks.image_fault)
+                continue
+            self._tilt.show_missing(result)
+            if problem := self.calibration_missing(result.frame):
+                self._reject("camera_info_missing", problem)
+            elif fault := self._checks.image_fault(""):
+                self._reject("image_still", fault)
             elif result.heading and self._params["heading_reject"] and self._checks.heading_fault:
                 self._reject("heading_disagrees", self._checks.heading_fault)
             elif self.hand_over(result):
                 self._health.count("frames_dropped")
-        if not self._pairing.waiting:
+        if not (self._pairing.waiting or self._assembly.waiting):
             self._wait_timer.cancel()
 
     def _prefetch(self, fix: GnssFix) -> None:
@@ -473,10 +520,26 @@ class VehicleNode(LifecycleNode):
 
     # Diagnostics: once a second
 
+    def _show_cameras(self) -> None:
+        """Show which cameras of a rig are not used, and why."""
+        faults: dict[str, str] = {}
+        if self._state == "active":
+            faults = {**self._cameras.problems, **self._assembly.faults()}
+        for name in self._faulty - faults.keys():
+            self._health.clear(f"camera/{name}")
+        for name, fault in faults.items():
+            text = f"{fault}; what it would show is hidden"
+            self._health.condition(f"camera/{name}", WARN, text)
+            # Figures change all the time.
+            if name not in self._faulty:
+                self.get_logger().warning(shown(f"camera {name}: {text}"))
+        self._faulty = set(faults)
+
     def _report(self) -> None:
         if self._inputs is not None:
             self._inputs.check_publishers()
         self.before_report()
+        self._show_cameras()
         if self.get_clock().now().nanoseconds == 0:
             self._health.condition("no_clock", WARN, "use_sim_time is set, but /clock is silent")
         else:
@@ -496,6 +559,11 @@ class VehicleNode(LifecycleNode):
         array = DiagnosticArray(status=[status])
         array.header.stamp = self.get_clock().now().to_msg()
         self._diagnostics.publish(array)
+
+
+def _topic(camera: str, name: str) -> str:
+    """Return the topic of a camera's input; ``camera``: "" for a single one."""
+    return f"{camera}/{name}" if camera else name
 
 
 def _freeze_objects() -> None:

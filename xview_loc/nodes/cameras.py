@@ -1,0 +1,204 @@
+"""A node's cameras: what they are called, where they are, and the rig that they make."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xview_loc.camera import CameraModel, PanoramaCamera
+from xview_loc.errors import shown
+from xview_loc.images import Image, ImageError
+from xview_loc.nodes.parameters import ParameterError
+from xview_loc.nodes.transforms import Transforms
+from xview_loc.rig import Mask, MountedCamera, Rig
+from xview_loc.vehicle.messages import rgb_from_cdr
+from xview_loc.vehicle.rig_assembly import CameraImage
+from xview_loc.vehicle.rig_file import CameraEntry, optical, read_mask, read_rig_file
+from xview_loc.vehicle.synchronisation import RejectedInput
+from xview_loc.vehicle.transforms import Transform
+
+MOST_CAMERAS = 16
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
+Decoder = Callable[[Any], NDArray[np.uint8]] | None
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The images of one instant, as they came, and what was known when they arrived.
+
+    images: one of each camera of a rig, or of some of them; one without a name of a single camera, also in
+    ``cameras``, the calibrations received by then. Not rclpy's messages, which cost several copies in the
+    executor's thread even if they are never used.
+    """
+
+    stamp_ns: int
+    arrived_ns: int
+    images: tuple[CameraImage, ...]
+    cameras: Mapping[str, CameraModel]
+
+    @property
+    def camera(self) -> CameraModel | None:
+        """Calibration of a single camera, None if none was received."""
+        return self.cameras.get("")
+
+
+class Cameras:
+    """What the parameters and tf say of a node's cameras. Raises ParameterError, UserError.
+
+    names: those of a rig; none of a single camera. elevation_deg: of the edges of a single camera's
+    panoramas; None if the parameters do not say. ``problems`` says, by camera, why images of a rig could not
+    be used the last time.
+    """
+
+    def __init__(self, params: Mapping[str, Any]) -> None:
+        self._params = params
+        self.names = _names(params["cameras"])
+        self.elevation_deg = _elevation(params["panorama_elevation_deg"])
+        self.problems: dict[str, str] = {}
+        # The frames that the cameras' calibrations are in.
+        self.frames: dict[str, str] = {}
+        self._entries: dict[str, CameraEntry] = {}
+        self._rig: Rig | None = None
+        if self.names:
+            for name in ("own_mask", "camera_frame"):
+                if params[name]:
+                    raise ParameterError(
+                        f"{name} is of a single camera; what it says of a rig's is in rig_file"
+                    )
+            if params["rig_file"]:
+                self._entries = read_rig_file(params["rig_file"])
+        elif params["rig_file"]:
+            raise ParameterError("rig_file is set, but cameras is empty: name those to use")
+        elif params["own_mask"]:
+            self._entries = {"": CameraEntry(None, read_mask(Path(params["own_mask"]).expanduser()))}
+
+    @property
+    def unplaced(self) -> list[str]:
+        """The cameras of a rig whose places tf must say."""
+        return [name for name in self.names if self._entry(name).pose is None]
+
+    @property
+    def own_mask(self) -> Mask | None:
+        """Where a single camera sees the vehicle itself."""
+        return self._entry("").own
+
+    def see(
+        self,
+        frame: Frame,
+        transforms: Transforms | None,
+        decode_other: Decoder,
+        elevation_deg: Callable[[Image], tuple[float, float]] = lambda image: (90.0, -90.0),
+    ) -> tuple[dict[str, Image], Rig]:
+        """Decode a frame's images to RGB, and return them, by camera, with the rig of all cameras.
+
+        A single camera without a calibration takes panoramas; ``elevation_deg`` says what they show if the
+        parameters do not. Cameras of a rig that cannot be used are left out. Raises RejectedInput if none is
+        left.
+        """
+        problems: dict[str, RejectedInput] = {}
+        mounted: dict[str, MountedCamera] = {}
+        pixels: dict[str, Image] = {}
+        images = {image.name: image for image in frame.images}
+        for name in self.names or ("",):
+            try:
+                if name in images and (name in frame.cameras or not self.names):
+                    pixels[name] = _decode(images[name], decode_other)
+                mounted[name] = self._mounted(name, frame, pixels.get(name), transforms, elevation_deg)
+            except RejectedInput as error:
+                problems[name] = error
+                pixels.pop(name, None)
+        self.problems = {name: str(error) for name, error in problems.items()}
+        if not pixels:
+            name, first = next((name, error) for name, error in problems.items() if name in images)
+            raise RejectedInput(first.reason, f"camera {name}: {first}" if name else str(first))
+        return pixels, self._rig_of(mounted)
+
+    def pose(self, name: str, transforms: Transforms | None) -> Transform:
+        """Return where a camera's optical frame is in base_link. Raises RejectedInput if tf does not know."""
+        entry, p = self._entry(name), self._params
+        if entry.pose is not None:
+            return entry.pose
+        frames = [p["camera_frame"]]
+        if name:
+            frames = [f"{name}_optical_frame", self.frames.get(name, "")]
+        if transforms is not None and any(frames):
+            return transforms.optical_pose(*filter(None, frames))
+        return optical(Transform.planar(p["camera_x"], p["camera_y"], math.radians(p["camera_yaw_deg"])))
+
+    def _mounted(
+        self,
+        name: str,
+        frame: Frame,
+        image: Image | None,
+        transforms: Transforms | None,
+        elevation_deg: Callable[[Image], tuple[float, float]],
+    ) -> MountedCamera:
+        camera: CameraModel | PanoramaCamera | None = frame.cameras.get(name)
+        if camera is None:
+            if name or image is None:
+                raise RejectedInput("camera_info_missing", "no usable camera_info received")
+            edges = self.elevation_deg or elevation_deg(image)
+            camera = PanoramaCamera(image.shape[1], image.shape[0], *map(math.radians, edges))
+        size = f"{camera.width} x {camera.height}"
+        if image is not None and _size(image) != size:
+            text = f"the image has {_size(image)} pixels, but its calibration is for {size}"
+            raise RejectedInput("image_invalid", text)
+        own = self._entry(name).own
+        if own is not None and _size(own) != size:
+            text = f"its own_mask has {_size(own)} pixels, but its images have {size}"
+            raise RejectedInput("own_mask_invalid", text)
+        pose = self.pose(name, transforms)
+        (x, y, z), (qx, qy, qz, qw) = pose.translation.tolist(), pose.rotation.tolist()
+        return MountedCamera(camera, (x, y, z), (qx, qy, qz, qw))
+
+    def _rig_of(self, mounted: dict[str, MountedCamera]) -> Rig:
+        """Return the rig of these cameras: the last one if they are the same, as it keeps tables."""
+        if self._rig is None or self._rig.cameras != mounted:
+            own = {name: mask for name in mounted if (mask := self._entry(name).own) is not None}
+            self._rig = Rig(mounted, self._params["base_height_m"], own)
+        return self._rig
+
+    def _entry(self, name: str) -> CameraEntry:
+        return self._entries.get(name, CameraEntry())
+
+
+def _decode(image: CameraImage, decode_other: Decoder) -> Image:
+    try:
+        return rgb_from_cdr(image.type, image.data, decode_other)
+    except ImageError as error:
+        raise RejectedInput("image_invalid", str(error)) from None
+
+
+def _size(image: NDArray[Any]) -> str:
+    return f"{image.shape[1]} x {image.shape[0]}"
+
+
+def _names(given: list[str]) -> tuple[str, ...]:
+    """Return the names of a rig's cameras. Raises ParameterError."""
+    names = tuple(filter(None, given))
+    for name in names:
+        if not _NAME.fullmatch(name):
+            raise ParameterError(
+                f"cameras: {shown(repr(name), 80)} is no name of a camera: letters, digits and _ only"
+            )
+        if names.count(name) > 1:
+            raise ParameterError(f"cameras names {name} twice")
+    if len(names) > MOST_CAMERAS:
+        raise ParameterError(f"cameras names {len(names)} cameras, at most {MOST_CAMERAS}")
+    return names
+
+
+def _elevation(given: Sequence[float]) -> tuple[float, float] | None:
+    """Return a panorama's elevations, degrees; None if they are not given. Raises ParameterError."""
+    if len(given) != 2 or not all(-90.0 <= angle <= 90.0 for angle in given) or given[0] < given[1]:
+        wanted = "the elevations of the upper and the lower edge, such as [90.0, -90.0]"
+        raise ParameterError(f"panorama_elevation_deg must be {wanted}, not {shown(list(given), 80)}")
+    top, bottom = given
+    return (top, bottom) if top > bottom else None
