@@ -324,6 +324,8 @@ class PairLoggerNode(VehicleNode):
         calibrations = {name: mounted.camera for name, mounted in rig.cameras.items()}
         # Cameras that tf moves stay where they were: each change begins a new file.
         if self._recorded != (item.writer, calibrations):
+            x, y, _ = rig.centre.tolist()
+            item.writer.session.update(camera=(x, y), camera_yaw=0.0)
             item.writer.set_rig(rig)
             self._recorded = item.writer, calibrations
         return tuple(
