@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from xview_loc.cli.console import UsageError, console
 from xview_loc.cli.maps import Headers, KeyEnv, map_options
+from xview_loc.errors import shown
 
 bag_app = typer.Typer(no_args_is_help=True, help="Recover recordings.")
 
@@ -50,6 +51,11 @@ def _beside(bag: Path, ending: str) -> Path:
     """Return the bag's path with an ending; ``.`` is resolved, as it has no name."""
     whole = bag.resolve()
     return whole.with_name(whole.name + ending)
+
+
+def _range(angles: tuple[float, float]) -> str:
+    """Return the least and the greatest angle, degrees."""
+    return " to ".join(f"{math.degrees(angle):.1f}" for angle in angles)
 
 
 @bag_app.command()
@@ -99,6 +105,34 @@ def import_(
     rectified: Annotated[
         bool, typer.Option("--rectified", help="Images are free of distortion: P of camera_info is used.")
     ] = False,
+    cameras: Annotated[
+        str,
+        typer.Option(
+            help="Cameras of a rig, with commas: NAME, the namespace of its images and camera_info, or "
+            "NAME=TOPIC of its images; or all."
+        ),
+    ] = "",
+    rig_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML file with places and masks of a rig's cameras; what it lacks is read from /tf_static."
+        ),
+    ] = None,
+    base_height: Annotated[
+        float, typer.Option(min=0.0, max=10.0, help="Height of base_link above the ground, metres; for rigs.")
+    ] = 0.0,
+    own_mask: Annotated[
+        Path | None, typer.Option(help="Image, white where a single camera sees the vehicle itself.")
+    ] = None,
+    imu: Annotated[str, typer.Option(help="Topic of an Imu that gives roll and pitch.")] = "",
+    tilt: Annotated[
+        tuple[float, float] | None,
+        typer.Option(
+            metavar="ROLL PITCH",
+            help="Roll and pitch where no Imu gives them, degrees, positive with the right side and the nose "
+            "down; default: unknown.",
+        ),
+    ] = None,
     header: Headers = None,
     api_key_env: KeyEnv = "",
 ) -> None:
@@ -109,7 +143,17 @@ def import_(
     from xview_loc.vehicle.keyframes import KeyframeRule
     from xview_loc.vehicle.messages import HeadingConvention
     from xview_loc.vehicle.mounting import Mounting
+    from xview_loc.vehicle.rig_file import read_mask, read_rig_file
+    from xview_loc.vehicle.tilt import MOST_TILT
 
+    if cameras and (image or camera_info or camera != (0.0, 0.0) or camera_yaw or own_mask):
+        single = "--image, --camera-info, --camera, --camera-yaw and --own-mask"
+        raise UsageError(f"{single} are of a single camera, --cameras of a rig")
+    if not cameras and (rig_file or base_height):
+        raise UsageError("--rig-file and --base-height are of a rig: name its --cameras")
+    roll_pitch = (math.radians(tilt[0]), math.radians(tilt[1])) if tilt else None
+    if roll_pitch is not None and not max(map(abs, roll_pitch)) <= MOST_TILT:
+        raise UsageError(f"--tilt takes at most {math.degrees(MOST_TILT):.0f} degrees either way, not {tilt}")
     mounting = Mounting(antenna, camera, math.radians(camera_yaw))
     named = {"image": image, "fix": fix, "camera_info": camera_info, "odom": odom, "heading": heading}
     options = ImportOptions(
@@ -118,6 +162,12 @@ def import_(
         heading=HeadingConvention(heading_clockwise, math.radians(heading_offset), math.radians(declination)),
         # A bag of pairs keeps its own if none is given.
         mounting=None if mounting == Mounting() else mounting,
+        cameras=tuple(word.strip() for word in cameras.split(",")) if cameras else (),
+        rig_file=read_rig_file(rig_file) if rig_file else {},
+        base_height_m=base_height,
+        own_mask=read_mask(own_mask) if own_mask else None,
+        imu=imu,
+        tilt=roll_pitch,
         rectified=rectified,
         keyframes=KeyframeRule(distance_m=distance),
         tile_px=size,
@@ -154,6 +204,14 @@ def import_(
                 if result.failed_tiles:
                     without += f" ({result.failed_tiles} could not be read: {result.tile_failure})"
                 bars.console.print(f"{out / name}: {result.pairs} pairs{without}", soft_wrap=True)
+                if result.unplaced_imu:
+                    frame = shown(result.unplaced_imu, 80)
+                    text = f"the Imu's frame {frame} is not in /tf_static: its axes are taken as base_link's"
+                    bars.console.print(f"  {text}", soft_wrap=True)
+                for name, count in sorted(result.without_camera.items()):
+                    bars.console.print(f"  without an image of camera {name}: {count}", soft_wrap=True)
+                if result.without_tilt:
+                    bars.console.print(f"  without a tilt from {imu}: {result.without_tilt}", soft_wrap=True)
                 for reason, count in sorted(result.dropped.items()):
                     bars.console.print(f"  dropped: {count} {reason}", soft_wrap=True)
     finally:
@@ -177,13 +235,21 @@ def info(
     from xview_loc.report import png
 
     pairs = PairBag(bag)
-    facts, session = pair_statistics(pairs), pairs.session()
+    facts, session, rig = pair_statistics(pairs), pairs.session(), pairs.rig()
     console.print(f"pairs        {facts.pairs}, {facts.without_tile} without a tile, {facts.damaged} damaged")
     console.print(f"tiles        {facts.tiles}")
     console.print(f"track        {facts.length_m:.0f} m in {facts.seconds:.0f} s")
     box = ",".join(f"{degrees:.6f}" for degrees in facts.bounds)
     console.print(f"area         {box} (south,west,north,east)")
     console.print(f"fix sigma    {facts.fix_sigma_m:.1f} m (median of the receiver's claims)")
+    for name, mounted in rig.cameras.items() if rig else ():
+        lens = mounted.camera
+        size = f"{lens.width} x {lens.height}, {getattr(lens, 'distortion_model', 'panorama')}"
+        count = facts.images.get(name, 0)
+        console.print(f"camera       {name}: {count} images, {size}", soft_wrap=True)
+    for source, (count, roll, pitch) in facts.tilts.items():
+        angles = f"roll {_range(roll)}, pitch {_range(pitch)} degrees"
+        console.print(f"tilt         {count} from {shown(source, 80)}: {angles}", soft_wrap=True)
     console.print(f"vehicle      {session.get('vehicle') or 'not named'}")
     console.print(f"licence      {session.get('licence') or 'none given'}", soft_wrap=True)
     path = picture or _beside(bag, "_pairs.png")

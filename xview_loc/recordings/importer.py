@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from rosbags.highlevel import AnyReader
 from rosbags.interfaces import Connection
 
 from xview_loc.bags.recovery import BagError, check_files
-from xview_loc.bags.ros_types import STORE
+from xview_loc.bags.ros_types import STORE, deserialize, header, serialize
+from xview_loc.bags.ros_types import message as ros_message
 from xview_loc.bags.writer import BagLimits
 from xview_loc.camera import CameraError, CameraModel
-from xview_loc.errors import reason
+from xview_loc.errors import reason, shown
 from xview_loc.files import whole_folder
-from xview_loc.images import ImageError, encode_jpeg
+from xview_loc.images import Image, ImageError, encode_jpeg
 from xview_loc.maps.base import AerialMap, AerialTile, MapError, NoImageryError
 from xview_loc.maps.store import TileStore
 from xview_loc.recordings.pairs import ODOMETRY, TILE, TOPICS, Pair, PairBag, PairWriter
+from xview_loc.recordings.recorded_rig import StaticTransforms, find_cameras, read_rig
+from xview_loc.recordings.rig_messages import BASE_FRAME
+from xview_loc.rig import Mask, Rig
 from xview_loc.vehicle.input_types import INPUT_TYPES
 from xview_loc.vehicle.keyframes import KeyframeRule, Keyframes, WheelSpeed
 from xview_loc.vehicle.messages import (
@@ -37,7 +43,11 @@ from xview_loc.vehicle.messages import (
 )
 from xview_loc.vehicle.mounting import Mounting
 from xview_loc.vehicle.pairing import Paired, Pairing
+from xview_loc.vehicle.rig_assembly import CameraImage, RigAssembly, middle_ns
+from xview_loc.vehicle.rig_file import CameraEntry
 from xview_loc.vehicle.synchronisation import RejectedInput
+from xview_loc.vehicle.tilt import TiltSample, tilt_from_imu
+from xview_loc.vehicle.transforms import TransformError
 
 # Types that an input has only on the topic named after it, or on a topic chosen: elsewhere they are often
 # something else, such as a commanded twist or a pose without true north.
@@ -45,6 +55,7 @@ _CHOSEN_ONLY = {
     "heading": ("pose_with_covariance", "odometry", "degrees"),
     "odom": ("twist", "twist_with_covariance"),
 }
+_COMPRESSED, _IMU = "sensor_msgs/msg/CompressedImage", "sensor_msgs/msg/Imu"
 # How long an image waits for a later fix and heading, in the recording's time, and how many may wait.
 _WAIT_S = 1.5
 _WAITING = 256
@@ -59,14 +70,23 @@ class ImportOptions:
 
     topics: topics of the inputs in :data:`INPUT_TYPES`; default: the topic named after the input (``/fix``),
     else the only one of its type. use_heading: pair headings. heading: how they are counted. mounting: where
-    antenna and camera are; None: at the vehicle's origin, or as a bag of pairs says. The others are the
-    pair_logger's parameters.
+    antenna and camera are; None: at the vehicle's origin, or as a bag of pairs says. cameras: those of a rig,
+    see :func:`find_cameras`; none: a single camera. rig_file: what a rig file says of them. own_mask: where a
+    single camera sees the vehicle itself. imu: topic of an Imu that gives roll and pitch; "": they are
+    ``tilt``, None if unknown. The others are the pair_logger's parameters.
     """
 
     topics: Mapping[str, str] = field(default_factory=dict)
     use_heading: bool = True
     heading: HeadingConvention = field(default_factory=HeadingConvention)
     mounting: Mounting | None = None
+    cameras: Sequence[str] = ()
+    rig_file: Mapping[str, CameraEntry] = field(default_factory=dict)
+    rig_tolerance_s: float = 0.05
+    base_height_m: float = 0.0
+    own_mask: Mask | None = None
+    imu: str = ""
+    tilt: tuple[float, float] | None = None
     rectified: bool = False
     fix_min_status: int = 0
     fix_max_jump_m: float = 40.0
@@ -83,6 +103,8 @@ class ImportResult:
 
     pairs: number of pairs made. without_tile: those without a tile, because there is no map, no imagery, or
     a failure. failed_tiles: tiles that could not be read from the map. tile_failure: the last reason.
+    without_camera: pairs without the image of a rig's camera. without_tilt: pairs without the tilt asked for.
+    unplaced_imu: frame of an Imu that is taken as base_link's, as no transform says where it is; "" for none.
     read: messages by input. dropped: messages and frames by reason.
     """
 
@@ -90,6 +112,9 @@ class ImportResult:
     without_tile: int = 0
     failed_tiles: int = 0
     tile_failure: str = ""
+    without_camera: Counter[str] = field(default_factory=Counter)
+    without_tilt: int = 0
+    unplaced_imu: str = ""
     read: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
 
@@ -198,7 +223,8 @@ def _complete(
         session.update(options.mounting.facts())
     odometry = _readable(bag.odometry(), result)
     waiting = next(odometry, None)
-    with closing(PairWriter(partial, session, BagLimits(min_free_bytes=0), rig)) as writer:
+    writer = PairWriter(partial, session, BagLimits(min_free_bytes=0), rig, bag.own_mask())
+    with closing(writer):
         for index in range(len(bag)):
             on_progress(index / len(bag))
             try:
@@ -236,6 +262,8 @@ def _choose(source: Path, reader: AnyReader, options: ImportOptions) -> dict[str
     for name, types in INPUT_TYPES.items():
         if name == "heading" and not options.use_heading:
             continue
+        if name in ("image", "camera_info") and options.cameras:
+            continue
         wanted = options.topics.get(name)
         # What the nodes subscribe to by default.
         named = wanted or f"/{name}"
@@ -246,13 +274,14 @@ def _choose(source: Path, reader: AnyReader, options: ImportOptions) -> dict[str
         if wanted and not topics:
             raise BagError(f"{source} has no {name} topic {wanted} of a type that fits")
         if len(topics) > 1:
-            raise BagError(f"{source} has several topics for {name}, choose one: {', '.join(topics)}")
+            hint = ", or all with --cameras all" if name == "image" else ""
+            raise BagError(f"{source} has several topics for {name}, choose one{hint}: {', '.join(topics)}")
         if topics:
             (chosen[name],) = topics.values()
         elif name in ("fix", "heading"):
             hint = " (or do without it)" if name == "heading" else ""
             raise BagError(f"{source} has no topic for {name}{hint}")
-    if "image" not in chosen:
+    if "image" not in chosen and not options.cameras:
         counts = ", ".join(f"{sum(c.msgcount for c in found)} of {name}" for name, found in chosen.items())
         raise BagError(f"{source} has no images to pair (messages: {counts})")
     return chosen
@@ -275,21 +304,48 @@ def _import_recording(
     on_progress: Callable[[float], object],
 ) -> None:
     inputs = _choose(source, reader, options)
-    names = {connections[0].topic: name for name, connections in inputs.items()}
-    chosen = [connection for connections in inputs.values() for connection in connections]
+    mounting = options.mounting or Mounting()
+    try:
+        rig, transforms = None, StaticTransforms()
+        if options.cameras or options.imu:
+            transforms.read(reader)
+        if options.cameras:
+            cameras = find_cameras(reader.connections, options.cameras)
+            lens = options.rectified, options.base_height_m
+            rig = read_rig(reader, cameras, transforms, options.rig_file, *lens)
+            inputs |= {_image_of(name): camera.images for name, camera in cameras.items()}
+            mounting = Mounting(mounting.antenna, (float(rig.centre[0]), float(rig.centre[1])))
+    except BagError as error:
+        raise BagError(f"{source}: {error}") from None
+    if options.imu:
+        inputs["imu"] = [c for c in reader.connections if c.topic == options.imu and c.msgtype == _IMU]
+        if not inputs["imu"]:
+            raise BagError(f"{source} has no Imu on {shown(options.imu)}")
+    # An Imu may give both heading and tilt.
+    names: dict[str, list[str]] = {}
+    for name, connections in inputs.items():
+        names.setdefault(connections[0].topic, []).append(name)
+    by_topic = {connections[0].topic: connections for connections in inputs.values()}
+    chosen = [connection for connections in by_topic.values() for connection in connections]
     session = {
         "recording": source.name,
         "licence": tiles.licence,
         "tile": {"size": tiles.size, "gsd": tiles.gsd},
-        **(options.mounting or Mounting()).facts(),
+        **mounting.facts(),
     }
     span = max(1, reader.end_time - reader.start_time)
-    with closing(PairWriter(partial, session, BagLimits(min_free_bytes=0))) as writer:
-        importer = _Importer(reader, writer, tiles, options, result)
+    with closing(PairWriter(partial, session, BagLimits(min_free_bytes=0), rig, options.own_mask)) as writer:
+        importer = _Importer(reader, writer, tiles, rig, transforms, options, result)
         for connection, now, data in _messages(reader, chosen, result):
-            importer.take(names[connection.topic], connection, data, now)
+            for name in names[connection.topic]:
+                importer.take(name, connection, data, now)
             on_progress((now - reader.start_time) / span)
         importer.finish()
+
+
+def _image_of(camera: str) -> str:
+    """Return the name of the input that a rig's camera is."""
+    return f"{camera}/image"
 
 
 def _messages(
@@ -304,9 +360,10 @@ def _messages(
 
 @dataclass(frozen=True)
 class _Frame:
-    connection: Connection
-    data: bytes
+    """Images of one instant, as recorded: of a single camera, or of a rig's."""
+
     stamp_ns: int
+    images: tuple[CameraImage, ...]
     camera: CameraModel | None
 
 
@@ -318,19 +375,24 @@ class _Importer:
         reader: AnyReader,
         writer: PairWriter,
         tiles: _TileCutter,
+        rig: Rig | None,
+        transforms: StaticTransforms,
         options: ImportOptions,
         result: ImportResult,
     ) -> None:
         self._reader, self._writer, self._tiles = reader, writer, tiles
+        self._rig, self._transforms = rig, transforms
         self._options, self._result = options, result
+        self._assembly = RigAssembly(tuple(rig.cameras), options.rig_tolerance_s) if rig else None
         self._pairing: Pairing[_Frame] = Pairing(
             max_fix_age_s=options.max_fix_age_s,
             max_heading_age_s=options.max_heading_age_s,
             fix_max_jump_m=options.fix_max_jump_m,
             max_wait_s=_WAIT_S,
             use_heading=options.use_heading,
+            use_tilt=bool(options.imu),
             on_restart=self._on_restart,
-            capacity=_WAITING,
+            capacity=_WAITING // (len(rig.cameras) if rig else 1),
         )
         self._keyframes = Keyframes(options.keyframes)
         self._camera: CameraModel | None = None
@@ -369,22 +431,44 @@ class _Importer:
                 self._wheels.add(velocity)
             unchanged = self._reader.is2 and connection.msgtype == TOPICS[ODOMETRY]
             self._writer.add_odometry(stamp, data if unchanged else odometry_cdr(message))
+        elif name == "imu":
+            self._pairing.add_tilt(tilt_from_imu(message, self._imu_mounting(message.header.frame_id)))
         else:
-            frame = _Frame(connection, data, valid_stamp_ns(message), self._camera)
-            self._pairing.add_frame(frame, now_ns)
+            camera = name.removesuffix("image").rstrip("/")
+            image = CameraImage(camera, valid_stamp_ns(message), connection.msgtype, data, now_ns)
+            if self._assembly is None:
+                self._pairing.add_frame(_Frame(image.stamp_ns, (image,), self._camera), now_ns)
+            else:
+                self._add_sets(self._assembly.add(image))
+
+    def _add_sets(self, sets: Iterable[tuple[CameraImage, ...]]) -> None:
+        for images in sets:
+            try:
+                arrived_ns = max(image.arrived_ns for image in images)
+                self._pairing.add_frame(_Frame(middle_ns(images), images, None), arrived_ns)
+            except RejectedInput as error:
+                self._result.dropped[error.reason] += 1
+
+    def _imu_mounting(self, frame: str) -> NDArray[np.float64]:
+        """Return the rotation from an Imu's frame to base_link; without transforms they are the same."""
+        try:
+            return self._transforms.pose(frame).matrix
+        except TransformError:
+            if frame.lstrip("/") not in ("", BASE_FRAME):
+                self._result.unplaced_imu = frame
+            return np.eye(3)
 
     def _on_restart(self, name: str, dropped: int) -> None:
         self._result.dropped["time_restarted"] += dropped
 
     def _write_ready(self, now_ns: int) -> None:
+        if self._assembly is not None:
+            self._add_sets(self._assembly.overdue(now_ns))
         for result in self._pairing.ready(now_ns):
             if isinstance(result, RejectedInput):
                 self._result.dropped[result.reason] += 1
                 continue
-            try:
-                self._write(result)
-            except (ImageError, CameraError):
-                self._result.dropped["image_invalid"] += 1
+            self._write(result)
 
     def _write(self, paired: Paired[_Frame]) -> None:
         frame, fix, heading = paired.frame, paired.fix, paired.heading
@@ -393,15 +477,54 @@ class _Importer:
         speed = self._wheels.at(frame.stamp_ns)
         if not self._keyframes.wants(frame.stamp_ns, fix.lat, fix.lon, yaw, speed):
             return
-        message: Any = self._reader.deserialize(frame.data, frame.connection.msgtype)
-        compressed = hasattr(message, "format")
-        rgb = rgb_from_image(message)  # if compressed, only to refuse damaged images
-        if compressed:
-            image_format, data = message.format, message.data.tobytes()
-        else:
-            image_format, data = "jpeg", encode_jpeg(rgb, _JPEG_QUALITY)
+        encoded = tuple(filter(None, map(self._encoded, frame.images)))
+        if not encoded:
+            return
         tile = self._tiles.around(fix.lat, fix.lon)
-        pair = Pair.of(frame.stamp_ns, image_format, data, fix, heading, frame.camera)
-        self._writer.add(pair, tile, frame.data if compressed and self._reader.is2 else None)
+        if self._rig is None:
+            message, raw = deserialize(_COMPRESSED, encoded[0].data), encoded[0].data
+            pair = Pair.of(frame.stamp_ns, message.format, message.data.tobytes(), fix, heading, frame.camera)
+        else:
+            raw = None
+            pair = replace(Pair.of(frame.stamp_ns, "", b"", fix, heading, None), images=encoded)
+            there = {image.name for image in encoded}
+            self._result.without_camera.update(name for name in self._rig.cameras if name not in there)
+        self._writer.add(self._tilted(pair, paired.tilt), tile, raw)
         self._result.pairs += 1
         self._result.without_tile += tile is None
+
+    def _tilted(self, pair: Pair, measured: TiltSample | None) -> Pair:
+        if measured is not None:
+            return replace(pair, tilt=measured, tilt_source="imu")
+        self._result.without_tilt += bool(self._options.imu)
+        if self._options.tilt is None:
+            return pair
+        return replace(pair, tilt=TiltSample(pair.stamp_ns, *self._options.tilt), tilt_source="fixed")
+
+    def _encoded(self, image: CameraImage) -> CameraImage | None:
+        """Return an image as a CompressedImage: unchanged if it is one; None, and counted, if damaged."""
+        try:
+            message: Any = self._reader.deserialize(image.data, image.type)
+            pixels = rgb_from_image(message)
+            self._check_size(image.name, pixels)
+        except (ImageError, CameraError):
+            self._result.dropped[f"{image.name}/image_invalid".lstrip("/")] += 1
+            return None
+        if image.type == _COMPRESSED and self._reader.is2:
+            return image
+        is_compressed = hasattr(message, "format")
+        image_format = message.format if is_compressed else "jpeg"
+        data = message.data if is_compressed else np.frombuffer(encode_jpeg(pixels, _JPEG_QUALITY), np.uint8)
+        head = header(image.stamp_ns, message.header.frame_id)
+        made = ros_message(_COMPRESSED, header=head, format=image_format, data=data)
+        return replace(image, type=_COMPRESSED, data=serialize(_COMPRESSED, made))
+
+    def _check_size(self, name: str, pixels: Image) -> None:
+        mask = self._options.own_mask
+        if self._rig is not None:
+            camera = self._rig.cameras[name].camera
+            if pixels.shape[:2] != (camera.height, camera.width):
+                raise ImageError(f"the image of camera {name} does not have the size of its calibration")
+        elif mask is not None and mask.shape != pixels.shape[:2]:
+            sizes = (f"{width} x {height}" for height, width in (mask.shape, pixels.shape[:2]))
+            raise BagError("the mask of the vehicle has {} pixels, but the images have {}".format(*sizes))
