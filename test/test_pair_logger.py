@@ -33,6 +33,7 @@ from xview_loc.geodesy import LocalProjection
 from xview_loc.nodes.cameras import Frame
 from xview_loc.nodes.recorder import IMAGE_BYTES_WAITING, Keyframe, OdometryMessage, Recorder
 from xview_loc.recordings.pairs import PairBag
+from xview_loc.rig import facing, rotation_matrix
 from xview_loc.vehicle.mounting import Mounting
 from xview_loc.vehicle.pairing import Paired
 from xview_loc.vehicle.rig_assembly import CameraImage
@@ -224,6 +225,8 @@ def test_every_keyframe_is_in_the_bag(logger: tuple[Rig, Path]) -> None:
     here.wait(lambda: here.value("pairs_without_tile") == (str(missing) if missing else ""), what="the count")
     session = pairs.session()
     assert Mounting.of(session) == Mounting((-1.0, 0.5), (2.0, 0.0), math.radians(10.0))
+    looking = rotation_matrix(tuple(session["camera_rotation"]))
+    np.testing.assert_allclose(looking, rotation_matrix(facing(math.radians(10.0))), atol=1e-9)
     assert session["vehicle"] == "cart 7" and session["tile"] == {"size": 64, "gsd": 0.5}
     # All from the first image on; what came with it may have been received before it.
     odometry = [stamp for stamp, _ in pairs.odometry()]

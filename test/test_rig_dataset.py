@@ -31,6 +31,7 @@ from xview_loc.training.turned_panoramas import turn_back, turn_panoramas
 from xview_loc.vehicle.mounting import Mounting
 from xview_loc.vehicle.rig_assembly import CameraImage
 from xview_loc.vehicle.tilt import TiltSample
+from xview_loc.vehicle.transforms import Transform
 
 LAT, LON = 48.2, 16.37
 T0 = 1_700_000_000 * 10**9
@@ -83,6 +84,12 @@ def taken(name: str, image: np.ndarray) -> CameraImage:
     data = np.frombuffer(jpeg(image), np.uint8)
     value = message(KIND, header=header(T0, name), format="jpeg", data=data)
     return CameraImage(name, T0, KIND, serialize(KIND, value))
+
+
+def about(axis: int, angle: float) -> list[float]:
+    turn = [0.0, 0.0, 0.0, math.cos(angle / 2)]
+    turn[axis] = math.sin(angle / 2)
+    return turn
 
 
 def rig(names: Mapping[str, float] = YAWS) -> Rig:
@@ -169,6 +176,20 @@ def test_what_panoramas_show_may_be_said(world: np.ndarray, tmp_path: Path) -> N
     for given in ([10], "x", [0, 10], [math.nan, 0], {"a": 1}):
         with pytest.raises(BagError, match="has no usable panorama_elevation_deg"):
             PairDataset([write(tmp_path / str(given), strip, facts={"panorama_elevation_deg": given})], SPEC)
+
+
+def test_a_panorama_may_be_mounted_askew(world: np.ndarray, tmp_path: Path) -> None:
+    """The pair logger stores what tf says; it acts as a tilt of the vehicle would."""
+    turns = [
+        Transform(np.zeros(3), np.array(q)) for q in (about(1, TILT.pitch), about(0, TILT.roll), facing(0.0))
+    ]
+    quaternion = (turns[0] @ turns[1] @ turns[2]).rotation.tolist()
+    askew = pair(image_format="jpeg", image_bytes=jpeg(panorama(world, TILT)))
+    folder = write(tmp_path / "a", askew, facts={"camera_rotation": quaternion})
+    assert difference(ground(folder), wanted(world)) < 4.0
+    for given in ([0, 0, 0, 0], [1, 0, 0], "abcd", [math.nan, 0, 0, 1]):
+        with pytest.raises(BagError, match="has no usable camera_rotation, a quaternion"):
+            PairDataset([write(tmp_path / str(given), askew, facts={"camera_rotation": given})], SPEC)
 
 
 def test_a_single_camera_has_a_mask(world: np.ndarray, tmp_path: Path) -> None:

@@ -26,9 +26,9 @@ from xview_loc.errors import shown
 from xview_loc.images import Image, ImageError
 from xview_loc.maps.base import AerialTile
 from xview_loc.models.base import ModelSpec
-from xview_loc.models.inputs import ground_image, normalise, panorama_elevation, upright_panorama
+from xview_loc.models.inputs import ground_image, is_upright, normalise, panorama_elevation, upright_panorama
 from xview_loc.recordings.pairs import ODOMETRY, TOPICS, Pair, PairBag
-from xview_loc.rig import MountedCamera, Rig, facing
+from xview_loc.rig import MountedCamera, Quaternion, Rig, facing
 from xview_loc.vehicle.keyframes import SPEED_AGE_NS
 from xview_loc.vehicle.messages import VelocityReader
 from xview_loc.vehicle.mounting import Mounting, in_enu
@@ -105,6 +105,7 @@ class PairDataset(PairSource):
                 raise DatasetError(f"{folder} has the images of a rig, {spec.name} takes those of one camera")
         self._mountings = list(map(_mounting, self._bags, self._rigs))
         self._elevations = list(map(_elevation, self._bags))
+        self._rotations = list(map(_rotation, self._bags))
         self._masks = [bag.own_mask() for bag in self._bags]
         self._last_rig: tuple[int, CameraModel | PanoramaCamera, Rig] | None = None
         self._ends = list(accumulate(len(bag) for bag in self._bags))
@@ -173,30 +174,29 @@ class PairDataset(PairSource):
         images = {"": pair.image()} if rig is None else pair.decode(rig)
         if spec.camera == "pinhole":
             return ground_image(images[""], spec, heading=None, camera=pair.camera)
-        if rig is None:
-            given = self._elevations[number]
-            shows = given or panorama_elevation(images[""], spec)
-            # Whatever the calibration says, a camera whose elevations are given takes panoramas.
-            camera = None if given else pair.camera
-            as_it_is = camera is None and self._masks[number] is None and shows == spec.elevation_deg
-            if as_it_is and (pair.tilt is None or not (pair.tilt.roll or pair.tilt.pitch)):
-                return ground_image(images[""], spec, heading=pair.heading, camera=None, mount_yaw=yaw)
-            height, width = images[""].shape[:2]
-            panorama = PanoramaCamera(width, height, *map(math.radians, shows))
-            rig = self._rig_of_one(number, camera or panorama, yaw)
         tilt = pair.tilt or TiltSample(pair.stamp_ns, 0.0, 0.0)
-        upright, mask = upright_panorama(rig, images, spec, roll=tilt.roll, pitch=tilt.pitch)
+        angles = {"roll": tilt.roll, "pitch": tilt.pitch}
+        if rig is None:
+            rig = self._rig_of_one(number, pair.camera, images[""])
+            if is_upright(rig, spec, **angles):
+                return ground_image(images[""], spec, heading=pair.heading, camera=None, mount_yaw=yaw)
+        upright, mask = upright_panorama(rig, images, spec, **angles)
         if not mask.any():
             raise ImageError("no camera sees anything of the panorama")
         return ground_image(upright, spec, heading=pair.heading, camera=None)
 
-    def _rig_of_one(self, number: int, camera: CameraModel | PanoramaCamera, yaw: float) -> Rig:
+    def _rig_of_one(self, number: int, camera: CameraModel | None, image: Image) -> Rig:
         """Return the rig of a bag's only camera; the last one serves again, with its look-up tables."""
-        if self._last_rig is None or self._last_rig[:2] != (number, camera):
+        given = self._elevations[number]
+        # Whatever the calibration says, a camera whose elevations are given takes panoramas.
+        lens: CameraModel | PanoramaCamera | None = None if given else camera
+        if lens is None:
+            edges = map(math.radians, given or panorama_elevation(image, self._spec))
+            lens = PanoramaCamera(image.shape[1], image.shape[0], *edges)
+        if self._last_rig is None or self._last_rig[:2] != (number, lens):
             mask = self._masks[number]
-            own = {} if mask is None else {"": mask}
-            rig = Rig({"": MountedCamera(camera, rotation=facing(yaw))}, own=own)
-            self._last_rig = number, camera, rig
+            mounted = MountedCamera(lens, rotation=self._rotations[number])
+            self._last_rig = number, lens, Rig({"": mounted}, own={} if mask is None else {"": mask})
         return self._last_rig[2]
 
     def track(self) -> Track:
@@ -224,6 +224,21 @@ def _mounting(bag: PairBag, rig: Rig | None) -> Mounting:
     if rig is None:
         return mounting
     return Mounting(mounting.antenna, (float(rig.centre[0]), float(rig.centre[1])))
+
+
+def _rotation(bag: PairBag) -> Quaternion:
+    """Return the rotation of a single camera's optical frame; it is level if the bag does not say it."""
+    session = bag.session()
+    given = session.get("camera_rotation")
+    if given is None:
+        return facing(Mounting.of(session).camera_yaw)
+    try:
+        x, y, z, w = map(float, given)
+    except (TypeError, ValueError):
+        x = y = z = w = math.nan
+    if not abs(math.hypot(x, y, z, w) - 1.0) < 0.1:  # NaN as well
+        raise BagError(f"{bag.folder} has no usable camera_rotation, a quaternion: {shown(given, 80)}")
+    return x, y, z, w
 
 
 def _elevation(bag: PairBag) -> tuple[float, float] | None:

@@ -12,10 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from xview_loc.camera import CameraModel
+from xview_loc.camera import CameraModel, PanoramaCamera
 from xview_loc.images import Image, ImageError
 from xview_loc.models.base import NORMALISATIONS, ModelSpec
-from xview_loc.rig import Mask, Rig
+from xview_loc.rig import Mask, Rig, tilt_matrix
+
+# Panoramas that lean by less are level, radians.
+_LEVEL = math.radians(0.05)
 
 
 def prepare_ground(
@@ -60,6 +63,19 @@ def panorama_elevation(image: Image, spec: ModelSpec) -> tuple[float, float]:
     """
     height, width = image.shape[:2]
     return (90.0, -90.0) if width == 2 * height else spec.elevation_deg
+
+
+def is_upright(rig: Rig, spec: ModelSpec, *, roll: float = 0.0, pitch: float = 0.0) -> bool:
+    """Return True if images are panoramas that a model takes as they are: nothing to level, cut or hide."""
+    if len(rig.cameras) > 1 or rig.own:
+        return False
+    (mounted,) = rig.cameras.values()
+    if not isinstance(mounted.camera, PanoramaCamera):
+        return False
+    edges = mounted.camera.top, mounted.camera.bottom
+    # The optical frame's y axis points down.
+    down = (tilt_matrix(roll, pitch) @ mounted.axes)[2, 1]
+    return edges == tuple(map(math.radians, spec.elevation_deg)) and bool(down < -math.cos(_LEVEL))
 
 
 def upright_panorama(

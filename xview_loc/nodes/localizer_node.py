@@ -6,7 +6,6 @@ publishes.
 
 from __future__ import annotations
 
-import math
 import re
 import sys
 import threading
@@ -20,7 +19,7 @@ import rclpy
 import torch
 from sensor_msgs.msg import CameraInfo
 
-from xview_loc.camera import CameraError, PanoramaCamera
+from xview_loc.camera import CameraError
 from xview_loc.errors import shown
 from xview_loc.estimation.fix_check import FixCheck
 from xview_loc.estimation.localizer import Limits, Localizer, required_tile_px
@@ -31,7 +30,7 @@ from xview_loc.images import Image, ImageError
 from xview_loc.maps.base import MapError, NoImageryError
 from xview_loc.models.base import CrossViewModel
 from xview_loc.models.graph import RuntimeUnavailableError
-from xview_loc.models.inputs import panorama_elevation, upright_panorama
+from xview_loc.models.inputs import is_upright, panorama_elevation, upright_panorama
 from xview_loc.models.runtimes import choose_backend
 from xview_loc.nodes import parameters
 from xview_loc.nodes.cameras import Frame
@@ -42,19 +41,15 @@ from xview_loc.nodes.outputs import FARTHEST_M, Outputs
 from xview_loc.nodes.process import run
 from xview_loc.nodes.requests import Requests
 from xview_loc.nodes.vehicle_node import PairedFrame, VehicleNode
-from xview_loc.rig import Rig, tilt_matrix
 from xview_loc.vehicle import messages as input_messages
 from xview_loc.vehicle.mounting import Mounting
 from xview_loc.vehicle.synchronisation import GnssFix, RejectedInput
-from xview_loc.vehicle.tilt import TiltSample
 
 # Longest wait for an aerial tile, which goes on loading for later images. Shorter with the filter, whose pose
 # waits for the heat map.
 TILE_WAIT_S, TILE_WAIT_WITH_FILTER_S = 1.0, 0.2
 # How long fixes agree with each other before one is the datum.
 DATUM_AFTER_S = 3.0
-# Images that lean by less are level, radians.
-LEVEL = math.radians(0.05)
 # Why a frame is rejected after an error: the first that fits.
 _REASONS: dict[type[Exception], str] = {
     ImageError: "image_invalid",
@@ -375,25 +370,16 @@ class LocalizerNode(VehicleNode):
         shows = partial(panorama_elevation, spec=spec)
         images, rig = self._cameras.see(frame, self._transforms, self._decode_other, shows)
         tilt = self._tilt.of(paired)
-        if self._is_upright(rig, tilt):
+        angles = {"roll": tilt.roll, "pitch": tilt.pitch}
+        if is_upright(rig, spec, **angles):
             return images[""], mounting
-        image, mask = upright_panorama(rig, images, spec, roll=tilt.roll, pitch=tilt.pitch)
+        image, mask = upright_panorama(rig, images, spec, **angles)
         if not mask.any():
             text = "no camera sees anything that the model looks at: check the cameras' places and own_mask"
             raise RejectedInput("nothing_seen", text)
         self._health.value("seen", f"{mask.mean():.2f}")
         x, y, _ = rig.centre.tolist()
         return image, replace(mounting, camera=(x, y), camera_yaw=0.0)
-
-    def _is_upright(self, rig: Rig, tilt: TiltSample) -> bool:
-        """Return True if a single camera's panoramas are what the model takes, and nothing hides a part."""
-        mounted = rig.cameras.get("")
-        if mounted is None or not isinstance(mounted.camera, PanoramaCamera) or rig.own:
-            return False
-        shown = mounted.camera.top, mounted.camera.bottom
-        # The optical frame's y axis points down.
-        down = (tilt_matrix(tilt.roll, tilt.pitch) @ mounted.axes)[2, 1]
-        return shown == tuple(map(math.radians, self._spec.elevation_deg)) and down < -math.cos(LEVEL)
 
     def _observation(self, paired: PairedFrame, fix: GnssFix, image: Any, mounting: Mounting) -> Observation:
         heading, frame = paired.heading, paired.frame

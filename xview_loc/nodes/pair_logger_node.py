@@ -263,6 +263,9 @@ class PairLoggerNode(VehicleNode):
         if not self._mounted:
             try:
                 writer.session.update(self._mounting().facts())
+                if not self._cameras.names:
+                    rotation = self._cameras.pose("", self._transforms).rotation
+                    writer.session["camera_rotation"] = rotation.tolist()
             except RejectedInput as error:
                 self._reject(error.reason, str(error))
                 return False
