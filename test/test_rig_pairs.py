@@ -155,6 +155,8 @@ def test_a_rig_that_is_known_later(tmp_path: Path) -> None:
     rig = bag.rig()
     assert rig is not None and list(rig.cameras) == ["front", "left", "right"]
     assert [len(bag[k].decode(rig)) for k in range(2)] == [2, 3]
+    with pytest.raises(CameraError, match="camera rear is not one that the bag was begun with"):
+        writer.set_rig(Rig({"rear": whole.cameras["left"]}))
     unknown = PairWriter(tmp_path / "unknown", {}, NO_FLOOR, cameras=whole.cameras)
     unknown.add(pair(0, "left"), tile())
     unknown.close()

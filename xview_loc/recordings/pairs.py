@@ -38,7 +38,7 @@ from xview_loc.bags.ros_types import (
     stamp_ns,
 )
 from xview_loc.bags.writer import BagLimits, BagWriter
-from xview_loc.camera import CameraModel
+from xview_loc.camera import CameraError, CameraModel
 from xview_loc.errors import reason
 from xview_loc.files import open_regular
 from xview_loc.images import (
@@ -247,6 +247,8 @@ class PairWriter:
         Set again, pairs begin a new file. Raises CameraError if it cannot be recorded.
         """
         check_rig(rig.cameras)
+        if strangers := [name for name in rig.cameras if name not in self._cameras]:
+            raise CameraError(f"camera {strangers[0]} is not one that the bag was begun with")
         with self._lock:
             if self._file:
                 self.bag.split()
