@@ -26,7 +26,8 @@ class Input(NamedTuple):
     """An input: its topic's name, whose last part is one of :data:`INPUT_TYPES`, or imu.
 
     choice: the name of its type, or AUTO: as published. raw: the callback takes CDR bytes. optional: it need
-    not be published. lost: called with a number of messages that DDS lost.
+    not be published. lost: called with a number of messages that DDS lost. or_topic: listened to instead
+    while it is published and the input's own is not.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Input(NamedTuple):
     raw: bool = False
     optional: bool = False
     lost: Callable[[int], None] | None = None
+    or_topic: str = ""
 
     @property
     def types(self) -> list[str]:
@@ -62,6 +64,7 @@ class Inputs:
         self._inputs: dict[str, Input] = {}
         self._subscriptions: dict[str, Any] = {}
         self._types: dict[str, str] = {}
+        self._topics: dict[str, str] = {}
         self._search = node.create_timer(SEARCH_S, self._subscribe, clock=clock)
 
     def __contains__(self, name: str) -> bool:
@@ -82,7 +85,7 @@ class Inputs:
         del self._inputs[name]
         if name in self._subscriptions:
             self._node.destroy_subscription(self._subscriptions.pop(name))
-            del self._types[name]
+            del self._types[name], self._topics[name]
         self._health.clear(name)
         self._health.clear(f"{name}_topic")
 
@@ -105,27 +108,32 @@ class Inputs:
     def _subscribe(self) -> None:
         """Subscribe to inputs without a subscription, and again to those that are published otherwise now."""
         for name, wanted in self._inputs.items():
-            types = wanted.types
+            types, topic = wanted.types, self._topic(wanted)
+            same = topic == self._topics.get(name)
             if len(types) > 1:
-                published = {info.topic_type for info in self._publishers(name)}
-                if self._types.get(name) in published:
+                published = {info.topic_type for info in self._publishers(topic)}
+                if same and self._types.get(name) in published:
                     continue
                 types = [kind for kind in types if kind in published]
-            if types and types[0] != self._types.get(name):
+            if types and not (same and types[0] == self._types.get(name)):
                 if name in self._subscriptions:
                     self._node.destroy_subscription(self._subscriptions[name])
                 kind = message_class(types[0])
                 call = self._guarded(wanted, kind)
                 # Raw: what rclpy cannot deserialize, it drops without a word.
                 self._subscriptions[name] = create_subscription(
-                    self._node, wanted.lost, kind, name, call, self._qos, raw=True
+                    self._node, wanted.lost, kind, topic, call, self._qos, raw=True
                 )
-                self._types[name] = types[0]
+                self._types[name], self._topics[name] = types[0], topic
         if self._types.keys() == self._inputs.keys():
             self._search.cancel()
 
-    def _publishers(self, name: str) -> list[Any]:
-        return list(self._node.get_publishers_info_by_topic(name))
+    def _topic(self, wanted: Input) -> str:
+        other = wanted.or_topic and not self._publishers(wanted.name) and self._publishers(wanted.or_topic)
+        return wanted.or_topic if other else wanted.name
+
+    def _publishers(self, topic: str) -> list[Any]:
+        return list(self._node.get_publishers_info_by_topic(topic))
 
     def _guarded(self, wanted: Input, kind: Any) -> Callable[[bytes], None]:
         """Wrap a callback so that every message counts, and none can end the node."""
@@ -144,7 +152,8 @@ class Inputs:
 
     def _problem(self, wanted: Input) -> str | None:
         """Return what keeps an input from hearing its publishers."""
-        topic, publishers = self._node.resolve_topic_name(wanted.name), self._publishers(wanted.name)
+        topic = self._topic(wanted)
+        topic, publishers = self._node.resolve_topic_name(topic), self._publishers(topic)
         if not publishers:
             return None if wanted.optional else f"{topic} has no publisher"
         expected = self._types.get(wanted.name) or " or ".join(wanted.types)

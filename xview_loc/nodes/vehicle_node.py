@@ -322,8 +322,12 @@ class VehicleNode(LifecycleNode):
             self._inputs.listen(wanted)
         self._assembly = RigAssembly(self._cameras.names, p["rig_tolerance_s"])
         for name in self._cameras.names or ("",):
+            topic = _topic(name, "image")
             take, lose = partial(self._on_image, name), partial(self._checks.lose_images, camera=name)
-            self._inputs.listen(Input(_topic(name, "image"), take, p["image_transport"], raw=True, lost=lose))
+            # Remapping the topics of all cameras would be tedious.
+            compressed = f"{topic}/compressed" if name else ""
+            image = Input(topic, take, p["image_transport"], raw=True, lost=lose, or_topic=compressed)
+            self._inputs.listen(image)
         self._inputs.listen(Input("fix", self._on_fix))
         if self.wants_heading():
             self._inputs.listen(Input("heading", self._on_heading, p["heading_source"]))
