@@ -89,6 +89,13 @@ def test_a_mask_that_does_not_fit_hides_its_camera(tmp_path: Path) -> None:
     assert both.problems == {"front": "its own_mask has 48 x 36 pixels, but its images have 96 x 72"}
 
 
+def test_images_of_a_rig_have_a_limit_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xview_loc.nodes.cameras._MOST_PIXELS", 96 * 72)
+    both, tf = cameras(cameras=["front", "left"]), Tf(front_optical_frame=HERE, left_optical_frame=HERE)
+    assert both.see(frame("front", "left"), tf, None)[0].keys() == {"front"}
+    assert "million pixels together" in both.problems["left"]
+
+
 def test_a_single_camera_looks_where_the_parameters_say() -> None:
     one = cameras(camera_x=1.0, camera_y=-0.5, camera_yaw_deg=90.0)
     pixels, rig = one.see(frame("", calibrated=()), None, None)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from xview_loc.camera import CameraModel, PanoramaCamera
 from xview_loc.errors import shown
-from xview_loc.images import Image, ImageError
+from xview_loc.images import MAX_PIXELS, Image, ImageError
 from xview_loc.nodes.parameters import ParameterError
 from xview_loc.nodes.transforms import Transforms
 from xview_loc.rig import Mask, MountedCamera, Rig
@@ -25,6 +25,8 @@ from xview_loc.vehicle.synchronisation import RejectedInput
 from xview_loc.vehicle.transforms import Transform
 
 MOST_CAMERAS = 16
+# Of all images of a rig, which are decoded at the same time.
+_MOST_PIXELS = 2 * MAX_PIXELS
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
 Decoder = Callable[[Any], NDArray[np.uint8]] | None
 
@@ -106,8 +108,14 @@ class Cameras:
         mounted: dict[str, MountedCamera] = {}
         pixels: dict[str, Image] = {}
         images = {image.name: image for image in frame.images}
+        most = _MOST_PIXELS
         for name in self.names or ("",):
             try:
+                if (camera := frame.cameras.get(name)) is not None:
+                    most -= camera.width * camera.height
+                    if most < 0:
+                        text = f"the cameras have more than {_MOST_PIXELS / 1e6:.0f} million pixels together"
+                        raise RejectedInput("camera_info_invalid", text)
                 if name in images and (name in frame.cameras or not self.names):
                     pixels[name] = _decode(images[name], decode_other)
                 mounted[name] = self._mounted(name, frame, pixels.get(name), transforms, elevation_deg)
