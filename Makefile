@@ -1,5 +1,6 @@
 # All targets install into .venv first.
-# make demo: localise a simulated drive.   make demo-adapt: record, adapt, and swap the weights on the running node.
+# make demo: localise a simulated drive; make demo RIG=six: with six cameras.
+# make demo-adapt: record, adapt, and swap the weights on the running node.
 # make test: the tests, in minutes.   make test-slow: those that take longer.   make lint: ruff and mypy.
 PYTHON ?= python3
 VENV := .venv
@@ -13,7 +14,7 @@ WORKERS := $(shell echo $$(($$(nproc) + 1)))
 PYTEST := $(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --dist loadfile
 
 demo: $(STAMP)
-	$(VENV)/bin/python -m xview_loc.demo.localize
+	$(VENV)/bin/python -m xview_loc.demo.localize $(if $(RIG),--rig $(RIG))
 
 demo-adapt: $(STAMP)
 	$(VENV)/bin/python -m xview_loc.demo.adapt

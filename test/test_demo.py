@@ -84,11 +84,13 @@ def width_of(colour: str, png: str) -> float:
     return np.ptp(columns) / picture.shape[1] if len(columns) else 0.0
 
 
-def test_a_drive_is_localised_live(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("words", "cameras"), [((), "a panorama camera"), (("--rig", "six"), "'six'")])
+def test_a_drive_is_localised_live(tmp_path: Path, words: tuple[str, ...], cameras: str) -> None:
     """The filtered pose is beside the single frames in table, curve, map and output."""
-    log = finish(start(tmp_path, "-c", DRIVE), timeout_s=800)
+    log = finish(start(tmp_path, "-c", DRIVE, *words), timeout_s=800)
     page = (tmp_path / "demo_output" / "demo.html").read_text()
     text = text_of(page)
+    assert cameras in text
     localised = re.search(r"localised (\d+) of 10 frames", text)
     assert localised and int(localised[1]) >= 5
     medians = {}

@@ -11,7 +11,8 @@ import pytest
 
 from xview_loc.errors import UserError
 from xview_loc.rig import rotation_matrix
-from xview_loc.vehicle.rig_file import CameraEntry, read_rig_file
+from xview_loc.simulation.rigs import RIGS
+from xview_loc.vehicle.rig_file import CameraEntry, read_rig_file, write_rig_file
 
 PLACE = "{x: 0.1, y: 0.2, z: 1.5}"
 
@@ -52,6 +53,17 @@ def test_a_quaternion_is_the_optical_frames_as_tf_says_it(tmp_path: Path) -> Non
     rig = read(tmp_path, "cameras: {front: {quaternion: [-0.5, 0.5, -0.5, 0.5]}}")
     forward, right = looks(rig["front"])
     assert forward == pytest.approx([1, 0, 0]) and right == pytest.approx([0, -1, 0])
+
+
+def test_simulated_rigs_are_read_as_they_were_written(tmp_path: Path) -> None:
+    cameras = RIGS["eight"]
+    write_rig_file(tmp_path / "rig.yaml", cameras)
+    entries = read_rig_file(tmp_path / "rig.yaml")
+    assert list(entries) == list(cameras)
+    for name, entry in entries.items():
+        assert entry.pose is not None and entry.own is None
+        assert entry.pose.translation == pytest.approx(cameras[name].position)
+        assert rotation_matrix(tuple(entry.pose.rotation)) == pytest.approx(cameras[name].axes)
 
 
 def test_masks_lie_beside_the_file_and_places_may_be_left_to_tf(tmp_path: Path) -> None:

@@ -40,7 +40,8 @@ def simulate(
 ) -> None:
     """Build a city, write its aerial map, and drive through it.
 
-    With --ros the drive starts when somebody subscribes to an image. With --rig the vehicle tilts.
+    With --ros the drive starts when somebody subscribes to an image. With --rig the vehicle tilts, and
+    rig.yaml says where its cameras are (the nodes' rig_file).
     """
     from xview_loc.simulation.city import build_city
     from xview_loc.simulation.drives import DriveOptions, drive
@@ -48,6 +49,7 @@ def simulate(
     from xview_loc.simulation.rigs import FULL_HEIGHT, RIGS, make_rig
     from xview_loc.simulation.styles import STYLES
     from xview_loc.simulation.views import PanoramaView
+    from xview_loc.vehicle.rig_file import write_rig_file
 
     if ros:
         from xview_loc.nodes.drive_publisher import publish_drive
@@ -62,6 +64,8 @@ def simulate(
     with console.status("building the city"):
         built = build_city(city, style, size_m=size)
         out.mkdir(parents=True, exist_ok=True)
+        if cameras:
+            write_rig_file(out / "rig.yaml", cameras.cameras)
         map_path = built.write_geotiff(out / "city.tif")
     panorama = PanoramaView() if height is None else PanoramaView(height, 4 * height)
     seen = drive(built, frames, seed, options=DriveOptions(rate_hz=rate), view=cameras or panorama, area=area)

@@ -199,15 +199,15 @@ class Demo:
         _send(process, signal.SIGTERM)
         self.finish(process, START_TIMEOUT_S, problem)
 
-    def start_drive(self, folder: Path, *words: Any) -> subprocess.Popen:
+    def start_drive(self, folder: Path, *words: Any, image: str = "/image") -> subprocess.Popen:
         """Start ``xview-loc simulate --ros`` and wait until its map, ``folder / "city.tif"``, is written.
 
-        The drive starts when somebody subscribes to the image.
+        The drive starts when somebody subscribes to the topic ``image``, of its camera or one of them.
         """
-        self.wait(lambda: not self.listener.count_publishers("/image"), START_TIMEOUT_S)
+        self.wait(lambda: not self.listener.count_publishers(image), START_TIMEOUT_S)
         drive = self.start("xview_loc.cli", "simulate", folder, "--ros", *words)
         # Its topics appear once the map is written.
-        publishers = partial(self.listener.count_publishers, "/image")
+        publishers = partial(self.listener.count_publishers, image)
         self.need(publishers, START_TIMEOUT_S, "the simulated drive did not start")
         return drive
 

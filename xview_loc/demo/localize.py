@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,23 +14,45 @@ from xview_loc.demo.pictures import draw_errors, draw_heat_map, draw_maps, sprea
 from xview_loc.evaluation import Errors
 from xview_loc.geodesy import LocalProjection
 from xview_loc.report import Page
+from xview_loc.simulation.messages import image_topic
+from xview_loc.simulation.rigs import RIGS
 
 # The shipped weights were trained on the source style's cities 0 to 23.
 STYLE, CITY, SIZE_M = "source", 4321, 1020.0
 FRAMES, RATE_HZ = 160, 4.0
+# Of a rig's images, pixels: rendered live.
+RIG_HEIGHT = 180
 MODELS = ("ccvpe-small", "ggcvt-small")
 # Every heat map, so that the page can show the widest.
 PARAMETERS = {"filter": True, "heat_map_rate": 100.0}
 FIGURES = ("median", "mean", "95 %", "worst", "frames")
 
 
-def run_drive(map_path: Path, model: str) -> DriveLog:
-    """Drive and localise over DDS. Raises SystemExit on failure."""
+def run_drive(map_path: Path, model: str, rig: str) -> DriveLog:
+    """Drive, with a panorama camera or a rig, and localise over DDS. Raises SystemExit on failure."""
     map_path.unlink(missing_ok=True)
     with Demo("demo") as demo:
-        words = ("--style", STYLE, "--city", CITY, "--size", SIZE_M, "--frames", FRAMES, "--rate", RATE_HZ)
-        drive = demo.start_drive(map_path.parent, *words)
-        demo.start_localizer(map_path, model, PARAMETERS)
+        words: tuple[Any, ...] = (
+            "--style",
+            STYLE,
+            "--city",
+            CITY,
+            "--size",
+            SIZE_M,
+            "--frames",
+            FRAMES,
+            "--rate",
+            RATE_HZ,
+        )
+        parameters: dict[str, Any] = {**PARAMETERS}
+        image = "/image"
+        if rig:
+            names = list(RIGS[rig])
+            image = image_topic(names[0])
+            words += ("--rig", rig, "--height", RIG_HEIGHT)
+            parameters |= {"cameras": names, "rig_file": map_path.with_name("rig.yaml"), "tilt_source": "imu"}
+        drive = demo.start_drive(map_path.parent, *words, image=image)
+        demo.start_localizer(map_path, model, parameters)
         return demo.follow(drive, FRAMES, FRAMES / RATE_HZ)
 
 
@@ -40,16 +63,17 @@ def figures(errors: dict[int, float]) -> list[str]:
     return [*(f"{v:.2f} m" for v in (e.median, e.mean, e.p95, worst)), str(e.frames)]
 
 
-def make_page(log: DriveLog, model: str, map_path: Path) -> Page:
+def make_page(log: DriveLog, model: str, rig: str, map_path: Path) -> Page:
     """Make the page."""
     errors = {name: log.errors(places) for name, places in log.named.items()}
     own = errors[SINGLE]
     page = Page("xview_loc: a drive through a city it has never seen")
+    cameras = f"the rig of cameras {rig!r}" if rig else "a panorama camera"
     page.text(
-        f"The localizer node with {model} localised {len(own)} of {FRAMES} frames of a simulated drive, live "
-        f"over DDS. The city (style {STYLE}, seed {CITY}) was not used in training. The {FIX} says where to "
-        f"search, a {SINGLE} is matched to the aerial image there, and the {FILTERED} pose fuses all frames "
-        "and fixes so far with wheel odometry."
+        f"The localizer node with {model} localised {len(own)} of {FRAMES} frames of a simulated drive with "
+        f"{cameras}, live over DDS. The city (style {STYLE}, seed {CITY}) was not used in training. The "
+        f"{FIX} says where to search, a {SINGLE} is matched to the aerial image there, and the {FILTERED} "
+        "pose fuses all frames and fixes so far with wheel odometry."
     )
     page.table(["distance from the truth", *FIGURES], [[n, *figures(e)] for n, e in errors.items()])
     page.heading("Route")
@@ -75,13 +99,15 @@ def main() -> None:
     """Run the demo and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=MODELS, default=MODELS[0])
-    model = parser.parse_args().model
+    parser.add_argument("--rig", choices=list(RIGS), default="", help="cameras; default: a panorama camera")
+    arguments = parser.parse_args()
+    model, rig = arguments.model, arguments.rig
     folder = Path("demo_output").resolve()
     folder.mkdir(exist_ok=True)
     print(f"building a simulated city the model has never seen ({STYLE} style, seed {CITY}) ...", flush=True)
     map_path, page = folder / "city.tif", folder / "demo.html"
-    log = run_drive(map_path, model)
-    make_page(log, model, map_path).write(page)
+    log = run_drive(map_path, model, rig)
+    make_page(log, model, rig, map_path).write(page)
     print("distance from the truth:")
     for name, places in log.named.items():
         texts = zip(FIGURES, figures(log.errors(places)), strict=True)

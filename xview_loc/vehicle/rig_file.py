@@ -1,7 +1,8 @@
-"""Reads where a rig's cameras are, and what hides the vehicle's own parts, from a YAML file."""
+"""Where a rig's cameras are, and what hides the vehicle's own parts, in a YAML file."""
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,9 +13,9 @@ import numpy as np
 from ruamel.yaml import YAML
 
 from xview_loc.errors import UserError, reason, shown
-from xview_loc.files import read_regular
+from xview_loc.files import read_regular, write_whole
 from xview_loc.images import ImageError, decode_with_alpha
-from xview_loc.rig import FORWARD, Mask
+from xview_loc.rig import FORWARD, Mask, MountedCamera
 from xview_loc.vehicle.transforms import Transform
 
 # Largest files that are read, bytes.
@@ -57,6 +58,23 @@ def read_rig_file(path: str | Path) -> dict[str, CameraEntry]:
         except (ValueError, UserError) as error:
             raise UserError(f"rig_file {place}: camera {shown(name, 80)}: {error}") from None
     return entries
+
+
+def write_rig_file(path: Path, cameras: Mapping[str, MountedCamera]) -> None:
+    """Write the places of cameras, without masks, as :func:`read_rig_file` reads them."""
+    entries = {
+        name: {
+            **dict(zip(_PLACE, map(float, one.position), strict=True)),
+            "quaternion": [*map(float, one.rotation)],
+        }
+        for name, one in cameras.items()
+    }
+    text = io.StringIO()
+    yaml = YAML(typ="safe", pure=True)
+    # In the order of the rig.
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    yaml.dump({"cameras": entries}, text)
+    write_whole(path, text.getvalue().encode())
 
 
 def read_mask(path: Path) -> Mask:
