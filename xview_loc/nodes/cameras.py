@@ -69,11 +69,10 @@ class Cameras:
         self._entries: dict[str, CameraEntry] = {}
         self._rig: Rig | None = None
         if self.names:
-            for name in ("own_mask", "camera_frame"):
-                if params[name]:
-                    raise ParameterError(
-                        f"{name} is of a single camera; what it says of a rig's is in rig_file"
-                    )
+            given = {"own_mask": params["own_mask"], "camera_frame": params["camera_frame"]}
+            for name, value in (given | {"panorama_elevation_deg": self.elevation_deg}).items():
+                if value:
+                    raise ParameterError(f"{name} is of a single camera: leave it out, or empty cameras")
             if params["rig_file"]:
                 self._entries = read_rig_file(params["rig_file"])
         elif params["rig_file"]:

@@ -121,14 +121,14 @@ class LocalizerNode(VehicleNode):
         if p["torch_threads"]:
             torch.set_num_threads(p["torch_threads"])
         model = self._checkpoints.load()
+        self._spec, self._uncalibrated = model.spec, False
+        self._check_cameras()
+        self._health.forget("seen")
         if not p["map"]:
             raise parameters.ParameterError("parameter map is empty: name an aerial map")
         self._open_map(required_tile_px(model.spec), model.spec.gsd, snap_m=model.half_extent_m / 2)
         localizer = self._first_localizer(model)
         self._limits = self._new_limits()
-        self._spec, self._uncalibrated = model.spec, False
-        self._check_cameras()
-        self._health.forget("seen")
         self._match, self._fix_check = MatchCheck(), FixCheck()
         self._filter = PositionFilter(self._odometry, self._filter_options()) if p["filter"] else None
         if p["publish_tf"] != "none":
@@ -144,15 +144,20 @@ class LocalizerNode(VehicleNode):
         )
 
     def _check_cameras(self) -> None:
-        """Raise ParameterError if the model cannot use the cameras, or does not level their images."""
-        p, spec = self._params, self._spec
-        if spec.camera == "pinhole":
-            given = {"cameras": self._cameras.names, "own_mask": p["own_mask"]}
-            given["tilt_source"] = p["tilt_source"] != "none"
-            if named := [name for name, value in given.items() if value]:
-                raise parameters.ParameterError(
-                    f"{named[0]} is of models for panoramas, and {spec.name} takes a pinhole camera's image"
-                )
+        """Raise ParameterError if panoramas are set up, and the model takes a pinhole camera's image."""
+        if self._spec.camera == "pinhole":
+            given = {
+                "cameras": self._cameras.names,
+                "own_mask": self._cameras.own_mask is not None,
+                "panorama_elevation_deg": self._cameras.elevation_deg,
+                "tilt_source": self._tilt.source != "none",
+            }
+            for name, value in given.items():
+                if value:
+                    text = f"{name} is of models for panoramas"
+                    raise parameters.ParameterError(
+                        f"{text}, and {self._spec.name} takes a pinhole camera's image"
+                    )
 
     def check_parameters(self, values: dict[str, Any]) -> None:
         """Refuse a missing checkpoint, too."""
@@ -196,10 +201,7 @@ class LocalizerNode(VehicleNode):
     def extra_inputs(self) -> list[Input]:
         """Add odometry for the filter or a shadow trial."""
         inputs = super().extra_inputs()
-        if self._cameras.elevation_deg is not None:
-            # A panorama, whatever is published for it.
-            inputs = [wanted for wanted in inputs if wanted.name != "camera_info"]
-        elif self._spec.camera == "pinhole":
+        if self._spec.camera == "pinhole":
             inputs = [one._replace(optional=False) for one in inputs]
         wanted = self._params["filter"] or self.get_parameter("shadow_checkpoint").value
         return [*inputs, self._odometry_input()] if wanted else inputs

@@ -103,7 +103,7 @@ _CAMERAS: tuple[Parameter, ...] = (
     P(
         "panorama_elevation_deg",
         [0.0, 0.0],
-        "Elevations of upper and lower edge of a single camera's panoramas, degrees; 0, 0: the model's.",
+        "Elevations of a panorama's edges, degrees; 0, 0: 90, -90 if it is 2:1, else the model's.",
     ),
     P(
         "tilt_source",

@@ -184,9 +184,11 @@ class VehicleNode(LifecycleNode):
 
     def extra_inputs(self) -> list[Input]:
         """Return inputs besides image, fix and heading."""
+        # Elevations are of a panorama, whatever is published for it.
+        names = () if self._cameras.elevation_deg else self._cameras.names or ("",)
         calibrations = [
             Input(_topic(name, "camera_info"), partial(self._on_camera_info, name), optional=not name)
-            for name in self._cameras.names or ("",)
+            for name in names
         ]
         return [*calibrations, *self._tilt.inputs()]
 
