@@ -1,7 +1,7 @@
 """Measure the latency of the node, image in to pose out, at several rates, and its memory over time.
 
 benchmarks/speed/node.py [--rates 2 5 20] [--frames 100] [--image 1920x960] [--compressed]
-    [--backend auto] [--soak MINUTES] [--model ccvpe-small] [--json FILE]
+    [--rig six] [--height 720] [--backend auto] [--soak MINUTES] [--model ccvpe-small] [--json FILE]
 """
 
 from __future__ import annotations
@@ -21,11 +21,15 @@ import numpy as np
 import rclpy
 from rich.console import Console
 from rich.table import Table
-from vehicle import Vehicle, cpu_seconds, isolate, localizer, memory_mb
+from vehicle import RigVehicle, Vehicle, cpu_seconds, isolate, localizer, memory_mb
 
 from xview_loc.models.runtimes import BACKENDS
+from xview_loc.rig import Rig
 from xview_loc.simulation.city import City, build_city
 from xview_loc.simulation.drives import DriveOptions, Frame, drive
+from xview_loc.simulation.rigs import FULL_HEIGHT, RIGS, make_rig
+from xview_loc.simulation.views import PanoramaView
+from xview_loc.vehicle.rig_file import write_rig_file
 
 SOAK_TIMEOUT_S = 0.5
 
@@ -35,6 +39,7 @@ def at_rate(vehicle: Vehicle, frames: list[Frame], rate: float, pid: int) -> dic
     before = vehicle.counts()
     for record in (vehicle.latencies, vehicle.sent, vehicle.inference_ms):
         record.clear()
+    vehicle.prepare(frames)
     begin, cpu = time.monotonic(), cpu_seconds(pid)
     for number, frame in enumerate(frames, 1):
         vehicle.publish(frame)
@@ -61,10 +66,13 @@ def at_rate(vehicle: Vehicle, frames: list[Frame], rate: float, pid: int) -> dic
     }
 
 
-def driven(city: City, count: int, rate: float, size: tuple[int, int] | None) -> list[Frame]:
-    """Return ``count`` frames of a drive, with images resized to (width, height) if given."""
-    frames = list(drive(city, count, seed=1, options=DriveOptions(rate_hz=rate)))
-    if size is None:
+def driven(
+    city: City, count: int, rate: float, size: tuple[int, int] | None, rig: Rig | None = None
+) -> list[Frame]:
+    """Return ``count`` frames of a drive, with a panorama resized to (width, height) if given, or a rig."""
+    options = DriveOptions(rate_hz=rate)
+    frames = list(drive(city, count, seed=1, options=options, view=rig or PanoramaView()))
+    if size is None or rig is not None:
         return frames
     return [replace(f, image=np.asarray(cv2.resize(np.asarray(f.image), size), np.uint8)) for f in frames]
 
@@ -72,6 +80,7 @@ def driven(city: City, count: int, rate: float, size: tuple[int, int] | None) ->
 def soak(vehicle: Vehicle, frames: list[Frame], minutes: float, pid: int) -> dict[str, Any]:
     """Publish each frame as soon as the previous pose arrives; return the memory by minute, MB."""
     vehicle.latencies.clear()
+    vehicle.prepare(frames)
     begin, published, missed = time.monotonic(), 0, 0
     samples: list[tuple[float, float]] = []
     while (now := time.monotonic() - begin) < minutes * 60:
@@ -107,6 +116,10 @@ def main() -> int:
     parser.add_argument("--frames", type=int, default=100)
     parser.add_argument("--image", help="WIDTHxHEIGHT of the images; default: the input size of the model")
     parser.add_argument("--compressed", action="store_true", help="send images as JPEG")
+    parser.add_argument(
+        "--rig", choices=list(RIGS), help="cameras, whose JPEGs are sent instead of a panorama"
+    )
+    parser.add_argument("--height", type=int, default=FULL_HEIGHT, help="of the rig's images, pixels")
     parser.add_argument("--backend", default="auto", choices=BACKENDS)
     parser.add_argument("--soak", type=float, default=0.0, help="duration of the memory test, minutes")
     parser.add_argument("--model", default="ccvpe-small")
@@ -124,27 +137,34 @@ def main() -> int:
         results: dict[str, Any] = {}
         log_path = Path(folder) / "node.log"
         rclpy.init()
-        vehicle = Vehicle(arguments.compressed)
+        rig = make_rig(arguments.rig, arguments.height / FULL_HEIGHT) if arguments.rig else None
+        vehicle = RigVehicle(rig) if rig else Vehicle(arguments.compressed)
         parameters = {
             "map": map_path,
             "model": arguments.model,
             "allow_untrained": "true",  # speed does not depend on the weights
             "backend": arguments.backend,
-            "image_transport": "compressed" if arguments.compressed else "raw",
+            "image_transport": "compressed" if arguments.compressed or rig else "raw",
         }
+        if rig:
+            rig_file = Path(folder) / "rig.yaml"
+            write_rig_file(rig_file, rig.cameras)
+            parameters |= {"cameras": list(rig.cameras), "rig_file": rig_file, "tilt_source": "imu"}
         with localizer(vehicle, log_path, parameters) as node:
-            at_rate(vehicle, driven(city, 5, 2.0, size), 2.0, node.pid)  # warm-up
+            at_rate(vehicle, driven(city, 5, 2.0, size, rig), 2.0, node.pid)  # warm-up
             results["backend"] = vehicle.diagnostics.get("backend", "?")
             for rate in arguments.rates:
-                frames = driven(city, arguments.frames, rate, size)
+                frames = driven(city, arguments.frames, rate, size, rig)
                 results[f"{rate:g} Hz"] = at_rate(vehicle, frames, rate, node.pid)
             if arguments.soak:
-                frames = driven(city, 200, 5.0, size)
+                frames = driven(city, 200, 5.0, size, rig)
                 results["soak"] = soak(vehicle, frames, arguments.soak, node.pid)
             results["peak RSS, MB"] = memory_mb(node.pid, "VmHWM")
         text = log_path.read_text()
         results["exceptions logged"] = text.count("Traceback") + text.count("internal_error")
     kind = f"{arguments.image or 'own size'} {'JPEG' if arguments.compressed else 'raw'}"
+    if arguments.rig:
+        kind = f"of rig {arguments.rig}, {arguments.height} pixels high, JPEG"
     title = f"{arguments.model}, {results['backend']}, images {kind}, {os.cpu_count()} cores"
     table = Table("what", "figure", title=title)
     for name, value in results.items():

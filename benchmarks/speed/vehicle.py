@@ -5,11 +5,13 @@ from __future__ import annotations
 import array
 import math
 import os
+import struct
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,9 @@ from std_srvs.srv import Trigger
 
 from xview_loc.demo.live import map_middle
 from xview_loc.images import encode_jpeg
+from xview_loc.rig import Rig
 from xview_loc.simulation.drives import Frame
+from xview_loc.simulation.messages import frame_messages, image_topic, topics
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -78,6 +82,9 @@ class Vehicle(Node):
         for message in (heading, fix, image):
             message.header.stamp = Time(nanoseconds=stamp_ns).to_msg()
         return heading, fix, image
+
+    def prepare(self, frames: list[Frame]) -> None:
+        """Do beforehand what publishing these frames would take long for."""
 
     def publish(self, frame: Frame) -> int:
         """Send a frame, stamped now; return its stamp."""
@@ -137,6 +144,38 @@ class Vehicle(Node):
         for status in report.status:
             self.diagnostics = {value.key: value.value for value in status.values}
         self.reports += 1
+
+
+class RigVehicle(Vehicle):
+    """A vehicle with several cameras; frames must be prepared, since encoding their images takes long."""
+
+    def __init__(self, rig: Rig) -> None:
+        super().__init__()
+        self._rig = rig
+        self._messages: dict[int, list[tuple[str, bytes]]] = {}
+        self._outputs: dict[str, Any] = {}
+        for topic, kind in topics(rig).items():
+            package, _, name = kind.split("/")
+            if package != "tf2_msgs" and not topic.startswith("/truth"):
+                kind_class = getattr(import_module(f"{package}.msg"), name)
+                self._outputs[topic] = self.create_publisher(kind_class, topic[1:], 5)
+        # The localizer is ready once it listens to these.
+        self.images = self._outputs[image_topic(next(iter(rig.cameras)))]
+
+    def prepare(self, frames: list[Frame]) -> None:
+        """See :meth:`Vehicle.prepare`."""
+        self._messages = {f.stamp_ns: frame_messages(f, 0, self._rig) for f in frames}
+
+    def publish(self, frame: Frame) -> int:
+        """See :meth:`Vehicle.publish`."""
+        stamp_ns = time.time_ns()
+        self.sent[stamp_ns] = time.monotonic()
+        # All begin with the encoding, four bytes, and a header's stamp.
+        stamp = struct.pack("<iI", *divmod(stamp_ns, 1_000_000_000))
+        for topic, data in self._messages[frame.stamp_ns]:
+            if topic in self._outputs:
+                self._outputs[topic].publish(data[:4] + stamp + data[12:])
+        return stamp_ns
 
 
 def memory_mb(pid: int, field: str) -> float:
