@@ -192,4 +192,6 @@ def another_value(p: Any, value: Any) -> Any:
     if isinstance(value, (int, float)):
         low, high = p.range or (1, 2)
         return type(value)(low + (high - low) / 4)
+    if p.name == "panorama_elevation_deg":
+        return [60.0, -60.0]
     return ["X: y"] if isinstance(value, list) else f"{value}x"

@@ -5,6 +5,7 @@ Node and publisher are separate processes.
 
 from __future__ import annotations
 
+import array
 import math
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import rasterio
 from geometry_msgs.msg import PoseWithCovarianceStamped, QuaternionStamped
 from map_fixtures import TileServer, reproject_geotiff, write_mbtiles, write_pmtiles
 from ros_harness import NodeProcess, bench, pick_domain
-from sensor_msgs.msg import CompressedImage, NavSatFix
+from sensor_msgs.msg import CameraInfo, CompressedImage, NavSatFix
 from stub_node import GSD, PEAK, SIZE
 
 from xview_loc.geodesy import snap_to_grid
@@ -186,11 +187,68 @@ def test_the_real_architecture_answers_every_frame(maps, tmp_path, model, backen
     assert code == 0 and "Traceback" not in node.log, node.log
 
 
-def run_drive(node: NodeProcess) -> float:
-    """Publish the drive, waiting for each frame's pose. Return the stub's largest error in metres."""
-    photographs = [p.read_bytes() for p in sorted((DATA / "ground").glob("lund_*.jpg"))]
+@pytest.mark.parametrize(
+    ("pictures", "seen"),
+    [
+        pytest.param("panoramas/gopro_max_*.jpg", (0.5, 0.95), id="panoramas with a cyclist"),
+        pytest.param("panoramas/pinhole_*.jpg", (0.02, 0.2), id="photographs of a road"),
+        pytest.param("ground/lund_*.jpg", (0.02, 0.2), id="photographs of streets"),
+    ],
+)
+def test_real_cameras_are_levelled_and_cut(maps, tmp_path, pictures, seen):
+    files = sorted(DATA.glob(pictures))
+    height, width, _ = cv2.imread(str(files[0])).shape
+    parameters = {
+        "map": maps["geotiff", "EPSG:31256"],
+        "model": "ccvpe-small",
+        # The images are of another place.
+        "min_confidence": 0.0,
+        **dict(zip(("datum_lat", "datum_lon"), drive()[0], strict=True)),
+        "qos_reliability": "reliable",
+        "max_wait_s": 5.0,
+        "roll_deg": 4.0,
+        "pitch_deg": -2.0,
+    }
+    camera = None
+    if "gopro" in pictures:
+        # The cyclist fills the lower part.
+        mask = np.zeros((height, width), np.uint8)
+        mask[height * 3 // 4 :] = 255
+        cv2.imwrite(str(tmp_path / "cyclist.png"), mask)
+        parameters["own_mask"] = str(tmp_path / "cyclist.png")
+    else:
+        # As their tags say: 35 mm, for an image 36 mm wide.
+        focal = width * 35.0 / 36.0
+        k = [focal, 0.0, (width - 1) / 2, 0.0, focal, (height - 1) / 2, 0.0, 0.0, 1.0]
+        camera = CameraInfo(width=width, height=height, k=k, distortion_model="plumb_bob")
+    node = NodeProcess(DOMAIN, tmp_path / "node.txt", parameters)
+    try:
+        run_drive(node, files, camera, seen)
+    finally:
+        code = node.stop()
+    assert code == 0 and "Traceback" not in node.log and "rejected" not in node.log, node.log
+
+
+def run_drive(
+    node: NodeProcess,
+    files: list[Path] | None = None,
+    camera: CameraInfo | None = None,
+    seen: tuple[float, float] | None = None,
+) -> float:
+    """Publish the drive, waiting for each frame's pose. Return the stub's largest error in metres.
+
+    files, camera: other images, and their calibration. seen: least and greatest share of the panorama that
+    they show.
+    """
+    files = files or sorted((DATA / "ground").glob("lund_*.jpg"))
+    photographs = [array.array("B", file.read_bytes()) for file in files]
     worst = 0.0
     with bench(DOMAIN) as b:
+        if camera is not None:
+            calibration = b.publisher(CameraInfo, "camera_info")
+            while not b.value("camera_info_received"):
+                calibration.publish(camera)
+                b.wait_diagnosis()
         images = b.publisher(CompressedImage, "image")
         fixes = b.publisher(NavSatFix, "fix")
         headings = b.publisher(QuaternionStamped, "heading")
@@ -226,4 +284,7 @@ def run_drive(node: NodeProcess) -> float:
             off = east - (PEAK[1] - middle) * GSD, north - (middle - PEAK[0]) * GSD
             worst = max(worst, math.hypot(*off))
         assert node.alive()
+        if seen is not None:
+            b.wait_diagnosis()
+            assert seen[0] < float(b.value("seen")) < seen[1]
     return worst
