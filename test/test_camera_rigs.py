@@ -21,11 +21,12 @@ from lifecycle_msgs.msg import Transition
 from localizer_rig import LAT, LON, PATIENCE_S, START, STOP, YAW, Rig, running
 from ros_harness import NodeProcess, bench, pick_domain
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image, Imu, NavSatFix
-from stub_node import GSD, POINTED, SIZE
+from stub_node import GSD, POINTED, SIZE, PointingModel, write_stub
 
 from xview_loc.bags.ros_types import deserialize
 from xview_loc.geodesy import snap_to_grid
 from xview_loc.maps.base import AerialTile
+from xview_loc.models.base import Calibration
 from xview_loc.recordings.pairs import PairBag
 from xview_loc.rig import tilt_matrix
 from xview_loc.vehicle.mounting import moved
@@ -203,6 +204,18 @@ def test_own_parts_are_hidden(vehicle: Vehicle) -> None:
     assert vehicle.found() == pytest.approx(
         ((SIZE - 1) / 2 - POINTED[0], (SIZE - 1) / 2 - POINTED[1]), abs=0.2
     )
+
+
+def test_a_part_of_a_panorama_may_be_less_sure_than_all_of_it(vehicle: Vehicle, tmp_path: Path) -> None:
+    """A checkpoint's least confidence is that of whole panoramas, the parameter's holds for all images."""
+    model = PointingModel()
+    model.calibration = Calibration(min_confidence=1.0)
+    checkpoint = write_stub(tmp_path / "sure.safetensors", 0.0, model=model)
+    with vehicle.configured(checkpoint=str(checkpoint)):
+        assert off(vehicle.found(), vehicle.spot) < 1.0
+    with vehicle.configured(checkpoint=str(checkpoint), min_confidence=1.0):
+        vehicle.send_frame()
+        vehicle.bench.wait_diagnosis("low_confidence")
 
 
 @pytest.mark.parametrize("tilt", [(9.0, 0.0), (-4.0, 7.0)])

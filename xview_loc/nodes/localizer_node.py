@@ -50,6 +50,8 @@ from xview_loc.vehicle.synchronisation import GnssFix, RejectedInput
 TILE_WAIT_S, TILE_WAIT_WITH_FILTER_S = 1.0, 0.2
 # How long fixes agree with each other before one is the datum.
 DATUM_AFTER_S = 3.0
+# Share of a panorama that counts as all of it: the vehicle itself hides a little.
+WHOLE = 0.9
 # Why a frame is rejected after an error: the first that fits.
 _REASONS: dict[type[Exception], str] = {
     ImageError: "image_invalid",
@@ -316,7 +318,7 @@ class LocalizerNode(VehicleNode):
     def _localize(self, paired: PairedFrame) -> None:
         outputs, swap, shadow = self._outputs, self._checkpoints.swap, self._checkpoints.shadow
         assert outputs is not None and swap is not None and shadow is not None
-        image, mounting = self._look(paired)
+        image, seen, mounting = self._look(paired)
         fix, heading = paired.fix, paired.heading
         moving = self._filter
         if moving is not None and self._checks.odometry_fault:
@@ -354,34 +356,35 @@ class LocalizerNode(VehicleNode):
                 outputs.publish_filtered(filtered)
         try:
             self._compare_with_chance(estimate, observation)
-            self._check_confidence(estimate, localizer)
+            self._check_confidence(estimate, localizer, seen)
             self._publish(outputs, paired, fix, mounting, estimate)
         finally:
             # After the pose, which must not wait for it, and also if the pose is withheld.
             shadow.saw(observation, paired.fix, heading, mounting)
 
-    def _look(self, paired: PairedFrame) -> tuple[Image, Mounting]:
-        """Return the image that the model takes, and where it was taken, looking which way.
+    def _look(self, paired: PairedFrame) -> tuple[Image, float, Mounting]:
+        """Return the image that the model takes, the share of it that is seen, and where it was taken.
 
         A rig's panorama is that of its centre, and looks along the vehicle's x axis.
         """
         frame, spec, mounting = paired.frame, self._spec, self._mounting()
         if spec.camera == "pinhole":
             (one,) = frame.images
-            return input_messages.rgb_from_cdr(one.type, one.data, self._decode_other), mounting
+            return input_messages.rgb_from_cdr(one.type, one.data, self._decode_other), 1.0, mounting
         shows = partial(panorama_elevation, spec=spec)
         images, rig = self._cameras.see(frame, self._transforms, self._decode_other, shows)
         tilt = self._tilt.of(paired)
         angles = {"roll": tilt.roll, "pitch": tilt.pitch}
         if is_upright(rig, spec, **angles):
-            return images[""], mounting
+            return images[""], 1.0, mounting
         image, mask = upright_panorama(rig, images, spec, **angles)
         if not mask.any():
             text = "no camera sees anything that the model looks at: check the cameras' places and own_mask"
             raise RejectedInput("nothing_seen", text)
-        self._health.value("seen", f"{mask.mean():.2f}")
+        seen = float(mask.mean())
+        self._health.value("seen", f"{seen:.2f}")
         x, y, _ = rig.centre.tolist()
-        return image, replace(mounting, camera=(x, y), camera_yaw=0.0)
+        return image, seen, replace(mounting, camera=(x, y), camera_yaw=0.0)
 
     def _observation(self, paired: PairedFrame, fix: GnssFix, image: Any, mounting: Mounting) -> Observation:
         heading, frame = paired.heading, paired.frame
@@ -421,10 +424,12 @@ class LocalizerNode(VehicleNode):
         else:
             self._health.clear(key)
 
-    def _check_confidence(self, estimate: PoseEstimate, localizer: Localizer) -> None:
+    def _check_confidence(self, estimate: PoseEstimate, localizer: Localizer, seen: float) -> None:
+        """Raise RejectedInput if an estimate is not confident enough; ``seen``: share of the panorama."""
         least = self._params["min_confidence"]
         if least < 0.0:
-            least = localizer.calibration.min_confidence
+            # The checkpoint's is that of whole panoramas: a part is less sure, and its covariance says so.
+            least = localizer.calibration.min_confidence if seen >= WHOLE else 0.0
         if estimate.confidence < least:
             text = f"confidence {estimate.confidence:.3f} is below {least:.3g}"
             raise RejectedInput("low_confidence", text)
