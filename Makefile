@@ -1,6 +1,6 @@
 # All targets install into .venv first.
 # make demo: localise a simulated drive; make demo RIG=six: with six cameras.
-# make demo-adapt: record, adapt, and swap the weights on the running node.
+# make demo-adapt: record, adapt, and swap the weights on the running node; RIG as for make demo.
 # make test: the tests, in minutes.   make test-slow: those that take longer.   make lint: ruff and mypy.
 PYTHON ?= python3
 VENV := .venv
@@ -17,7 +17,7 @@ demo: $(STAMP)
 	$(VENV)/bin/python -m xview_loc.demo.localize $(if $(RIG),--rig $(RIG))
 
 demo-adapt: $(STAMP)
-	$(VENV)/bin/python -m xview_loc.demo.adapt
+	$(VENV)/bin/python -m xview_loc.demo.adapt $(if $(RIG),--rig $(RIG))
 
 test: $(STAMP)
 	$(PYTEST) -m "not slow"

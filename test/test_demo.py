@@ -110,20 +110,24 @@ def test_a_drive_is_localised_live(tmp_path: Path, words: tuple[str, ...], camer
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_the_whole_loop(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("words", "cameras"), [((), "a panorama camera"), (("--rig", "six"), "'six'")])
+def test_the_whole_loop(tmp_path: Path, words: tuple[str, ...], cameras: str) -> None:
     """So few pairs make no student worth deploying; --deploy-anyway deploys it."""
-    finish(start_adapt(tmp_path, "--deploy-anyway"), timeout_s=1700)
+    finish(start_adapt(tmp_path, "--deploy-anyway", *words), timeout_s=1700)
     adapted = tmp_path / "adapt" / "adapted"
     metrics = json.loads((adapted / "metrics.json").read_text())
     assert RECORDED / 4 <= metrics["pairs"] <= RECORDED
     page = (tmp_path / "demo-adapt.html").read_text()
     text = text_of(page)
+    assert cameras in text
     hashes = dict(re.findall(rf"({BEFORE}|{AFTER}) \S+\.safetensors sha256:(\w{{12}})", text))
     files = (Path(str(shipped_checkpoint(MODEL))), adapted / "student.safetensors")
     digests = [hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in files]
     assert hashes == dict(zip((BEFORE, AFTER), digests, strict=True))
     answered = re.search(r"(\d+) were localised in the first drive and (\d+) in the second", text)
     assert answered and all(int(count) >= FRAMES / 2 for count in answered.groups())
+    for name in (BEFORE, AFTER):
+        assert re.search(rf"{name}, filtered [\d.]+ m [\d.]+ m [\d.]+ m \d\d", text), text
     assert "The verdict was not to deploy the student. It was deployed anyway" in text
     assert page.count("data:image/png;base64,") == 3
     (link,) = re.findall('<a href="([^"]+)"', page)
@@ -158,6 +162,7 @@ def test_the_page_of_a_student_that_is_not_deployed(tmp_path: Path) -> None:
             log.fix[first_stamp + k] = plane.inverse(5.0 * k, 20.0)
             if k != missing:
                 log.estimate[first_stamp + k] = plane.inverse(5.0 * k, off_m)
+                log.filtered[first_stamp + k] = plane.inverse(5.0 * k, off_m / 2)
     results = Results(
         Plan(600.0, 6, 60, 1, deploy_anyway=False),
         aerial,
@@ -174,4 +179,5 @@ def test_the_page_of_a_student_that_is_not_deployed(tmp_path: Path) -> None:
     assert "worse than <before>" in text and "Answer of the node" not in text
     assert f"{BEFORE} 4.00 m 4.00 m 4.00 m 4 teacher" in text
     assert f"{AFTER} 3.00 m 3.00 m 3.00 m 4 teacher" in text
+    assert f"{BEFORE}, filtered 2.00 m 2.00 m 2.00 m 4 {AFTER}, filtered 1.50 m 1.50 m 1.50 m 4" in text
     assert "5 were localised in the first drive and 5 in the second" in text

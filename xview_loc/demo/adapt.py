@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xview_loc.adaptation.report import METRICS_FILE, REPORT_FILE, STUDENT_FILE
-from xview_loc.demo.live import FIX, START_TIMEOUT_S, Demo, DriveLog
+from xview_loc.demo.live import FILTERED, FIX, SINGLE, START_TIMEOUT_S, Demo, DriveLog, cameras_text
 from xview_loc.demo.pictures import COLOURS, draw_change, draw_distribution, draw_maps
 from xview_loc.evaluation import Errors
 from xview_loc.models import create_model
 from xview_loc.recordings.pairs import PairBag
 from xview_loc.report import Page
+from xview_loc.simulation.rigs import RIGS
 
 # The shipped weights were trained on the source style; no benchmark uses this city.
 STYLE, CITY, MODEL = "target", 4322, "ccvpe-small"
@@ -50,7 +50,8 @@ Array = NDArray[np.float64]
 class Plan:
     """Settings of the demo: side of the city in metres, frames of the held-out route and of the recording.
 
-    ``epochs`` are passes over the pairs for each student; ``deploy_anyway`` ignores the verdict.
+    ``epochs`` are passes over the pairs for each student; ``deploy_anyway`` ignores the verdict; ``rig`` is
+    one of RIGS, "" a panorama camera.
     """
 
     size_m: float
@@ -58,6 +59,7 @@ class Plan:
     recorded: int
     epochs: int
     deploy_anyway: bool
+    rig: str = ""
 
     def drive(self, recording: bool) -> list[Any]:
         """Return the options of ``xview-loc simulate`` for the recording or the held-out route."""
@@ -67,7 +69,8 @@ class Plan:
         else:
             west, east, frames, seed = line, half, self.frames, HELD_OUT_SEED
         speed = RECORDING_SPEED if recording else LIVE_SPEED
-        words: list[Any] = ["--style", STYLE, "--city", CITY, "--size", self.size_m, "--height", 64]
+        words: list[Any] = ["--style", STYLE, "--city", CITY, "--size", self.size_m]
+        words += [] if self.rig else ["--height", 64]
         words += ["--rate", RATE_HZ, "--frames", frames, "--seed", seed, "--speed", speed]
         return [*words, "--area", west, -half, east, half]
 
@@ -104,16 +107,21 @@ class Results:
         A frame is identified by its true position, which is equal in both drives to the last bit.
         """
         first, second = self.drives[BEFORE], self.drives[AFTER]
-        again = {second.truth[stamp]: error for stamp, error in second.errors(second.estimate).items()}
-        coarse, own = first.errors(first.fix), first.errors(first.estimate)
-        rows = [(coarse[s], own[s], again[first.truth[s]]) for s in own if first.truth[s] in again]
-        return dict(zip((FIX, BEFORE, AFTER), np.array(rows).T, strict=True))
+
+        def both(name: str) -> Array:
+            again = {second.truth[s]: error for s, error in second.errors(second.named[name]).items()}
+            own = first.errors(first.named[name]).items()
+            rows = [(error, again[first.truth[s]]) for s, error in own if first.truth[s] in again]
+            return np.array(rows).reshape(-1, 2).T
+
+        names = (BEFORE, AFTER, f"{BEFORE}, {FILTERED}", f"{AFTER}, {FILTERED}")
+        return {FIX: both(FIX)[0], **dict(zip(names, [*both(SINGLE), *both(FILTERED)], strict=True))}
 
 
 def run(plan: Plan, folder: Path) -> Results:
     """Run all steps; maps, pairs, student and report stay in ``folder``."""
     results = Results(plan)
-    with Demo("demo-adapt") as demo:
+    with Demo("demo-adapt", plan.rig) as demo:
         listener = demo.listener
 
         def drive(name: str, first: bool) -> None:
@@ -122,9 +130,8 @@ def run(plan: Plan, folder: Path) -> Results:
             moving = demo.start_drive(out, *plan.drive(recording=False))
             if first:
                 results.map_path = out / "city.tif"
-                demo.start_localizer(
-                    results.map_path, MODEL, {**PARAMETERS, "checkpoint_dirs": [str(folder.resolve())]}
-                )
+                own = {"filter": True, "checkpoint_dirs": [str(folder.resolve())]}
+                demo.start_localizer(results.map_path, MODEL, {**PARAMETERS, **own})
             log = demo.follow(moving, plan.frames, plan.frames / RATE_HZ / LIVE_SPEED)
             # The node reports its weights once per second.
             demo.need(lambda: listener.checkpoint, START_TIMEOUT_S, "the localizer does not report")
@@ -155,19 +162,22 @@ def record(demo: Demo, plan: Plan, folder: Path, map_path: Path) -> Path:
     demo.listener.drive, demo.listener.print_every = DriveLog(), sys.maxsize
     parameters = {
         **PARAMETERS,
-        "map": map_path,
+        **demo.inputs(map_path),
         "directory": folder / "pairs",
         "tile_px": spec.aerial_size,
         "tile_gsd": spec.gsd,
         # A named type, so that it subscribes before the drive publishes.
         "odom_source": "odometry",
-        "qos_reliability": "reliable",
         "qos_depth": 100,
         "min_free_mb": 100,
     }
     logger = demo.start_node("pair_logger_node", parameters)
-    # No other node subscribes to the odometry.
-    listening = partial(demo.listener.count_subscribers, "/odom")
+
+    def listening() -> bool:
+        return any(
+            s.node_name == "pair_logger" for s in demo.listener.get_subscriptions_info_by_topic("/odom")
+        )
+
     demo.need(listening, START_TIMEOUT_S, "the pair logger did not start")
     drive = demo.start_drive(folder / "recording", *plan.drive(recording=True))
     demo.finish(drive, START_TIMEOUT_S + plan.recorded / RATE_HZ, "the recording did not end")
@@ -177,7 +187,7 @@ def record(demo: Demo, plan: Plan, folder: Path, map_path: Path) -> Path:
 
 
 def adapt(demo: Demo, plan: Plan, bag: Path, out: Path) -> dict[str, Any]:
-    """Run ``xview-loc adapt`` on the bag; return its metrics."""
+    """Run ``xview-loc adapt --smooth`` on the bag; return its metrics."""
     processes = min(2, os.cpu_count() or 1)
     options = {
         "--out": out,
@@ -189,7 +199,7 @@ def adapt(demo: Demo, plan: Plan, bag: Path, out: Path) -> dict[str, Any]:
         "--accelerator": "cpu",
     }
     words = [word for option in options.items() for word in option]
-    process = demo.start("xview_loc.cli", "adapt", bag, *words)
+    process = demo.start("xview_loc.cli", "adapt", bag, "--smooth", *words)
     demo.finish(process, ADAPT_TIMEOUT_S, "the adaptation did not end")
     if not (out / METRICS_FILE).exists():
         raise SystemExit("demo-adapt: the adaptation failed; see its messages above")
@@ -228,11 +238,13 @@ def make_page(results: Results, report: str) -> Page:
     page = Page("xview_loc: adaptation to a new city while driving")
     page.text(
         f"A simulated city (style {STYLE}, seed {CITY}) looks unlike those that {MODEL} was trained on. A "
-        f"localizer node localised a drive in its east. The pair logger recorded {results.pairs} pairs on "
-        "streets in its west, and a student learnt from them without ground truth. The node, still running, "
-        "then localised the same drive again. Everything went over DDS; each frame was localised on its own, "
-        f"with known heading. Frames are {1 / RATE_HZ:.0f} s apart and were published at {LIVE_SPEED:.0f} "
-        f"times real time, those of the recording at {RECORDING_SPEED:.0f} times."
+        f"localizer node localised a drive in its east with {cameras_text(plan.rig)}. The pair logger "
+        f"recorded {results.pairs} pairs on streets in its west, and a student learnt from them without "
+        "ground truth; whole drives corrected the labels. The node, still running, then localised the same "
+        "drive again. Everything went over DDS, with known heading. Each frame was localised on its own; "
+        f"{FILTERED} poses fuse all frames and fixes so far with wheel odometry. Frames are "
+        f"{1 / RATE_HZ:.0f} s apart and were published at up to {LIVE_SPEED:.0f} times real time, those of "
+        f"the recording at up to {RECORDING_SPEED:.0f} times."
     )
     page.text(verdict_text(results))
     weights = {name: Path(results.checkpoints[name].rsplit(" ", 1)[0]).stem for name in results.drives}
@@ -252,9 +264,9 @@ def make_page(results: Results, report: str) -> Page:
     page.heading("Both drives")
     titled = {f"{name}: {weights[name]}": log for name, log in results.drives.items()}
     maps = draw_maps(titled, results.map_path)
-    page.figure(maps, "Truth, GNSS fixes, and single-frame estimates with lines to the truth")
+    page.figure(maps, "Truth, GNSS fixes, single-frame estimates with lines to the truth, filtered poses")
     page.heading("Errors")
-    shares = draw_distribution(errors, LINES, max(20.0, rows[FIX].p95))
+    shares = draw_distribution({name: errors[name] for name in LINES}, LINES, max(20.0, rows[FIX].p95))
     page.figure(shares, "Share of frames with at most this error")
     own = {name: errors[name] for name in (BEFORE, AFTER)}
     page.figure(draw_change(own, LINES), "Error of each frame in both drives, and the change")
@@ -283,18 +295,19 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3, help="passes over the pairs for each student")
     anyway = "deploy the student whatever the verdict"
     parser.add_argument("--deploy-anyway", action="store_true", help=anyway)
+    parser.add_argument("--rig", choices=list(RIGS), default="", help="cameras; default: a panorama camera")
     a = parser.parse_args()
     out = a.out.resolve()
     folder = out / "adapt"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    results = run(Plan(a.size, a.frames, a.recorded, a.epochs, a.deploy_anyway), folder)
+    results = run(Plan(a.size, a.frames, a.recorded, a.epochs, a.deploy_anyway, a.rig), folder)
     page = out / "demo-adapt.html"
     make_page(results, f"{folder.name}/adapted/{REPORT_FILE}").write(page)
     print()
     for name, errors in results.errors().items():
         e = Errors.of(errors)
-        print(f"{name:12s}: mean {e.mean:5.2f} m, median {e.median:5.2f} m, 95 % {e.p95:5.2f} m")
+        print(f"{name:22s}: mean {e.mean:5.2f} m, median {e.median:5.2f} m, 95 % {e.p95:5.2f} m")
     print(verdict_text(results))
     print(f"page: {page}")
 

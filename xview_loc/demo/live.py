@@ -27,11 +27,15 @@ from sensor_msgs.msg import NavSatFix
 from xview_loc.evaluation import distance_m
 from xview_loc.geodesy import LocalProjection
 from xview_loc.maps import open_map
+from xview_loc.simulation.messages import image_topic
+from xview_loc.simulation.rigs import RIGS
 from xview_loc.vehicle.messages import valid_stamp_ns
 
 # Generous: a busy machine takes a minute to build a city. A process that fails ends the wait at once.
 START_TIMEOUT_S = 600.0
 LAST_FRAME_TIMEOUT_S = 1.5
+# Of a rig's images, pixels: rendered live.
+RIG_HEIGHT = 180
 FASTDDS_PROFILE = Path(__file__).resolve().parents[2] / "config" / "fastdds.xml"
 
 FIX, SINGLE, FILTERED = "GNSS fix", "single frame", "filtered"
@@ -119,14 +123,14 @@ class Listener(Node):
 class Demo:
     """The processes of a demo and the node that listens to them; leaving the context ends all of them."""
 
-    def __init__(self, name: str) -> None:
-        """``name`` begins the error message."""
+    def __init__(self, name: str, rig: str = "") -> None:
+        """``name`` begins the error message; ``rig`` is one of RIGS, "" a panorama camera."""
         os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
         if FASTDDS_PROFILE.exists():
             os.environ.setdefault("FASTDDS_DEFAULT_PROFILES_FILE", str(FASTDDS_PROFILE))
         rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
         self.listener = Listener()
-        self._name = name
+        self._name, self._rig = name, rig
         self._processes: list[subprocess.Popen] = []
         self._executor = SingleThreadedExecutor()
         self._executor.add_node(self.listener)
@@ -199,11 +203,15 @@ class Demo:
         _send(process, signal.SIGTERM)
         self.finish(process, START_TIMEOUT_S, problem)
 
-    def start_drive(self, folder: Path, *words: Any, image: str = "/image") -> subprocess.Popen:
+    def start_drive(self, folder: Path, *words: Any) -> subprocess.Popen:
         """Start ``xview-loc simulate --ros`` and wait until its map, ``folder / "city.tif"``, is written.
 
-        The drive starts when somebody subscribes to the topic ``image``, of its camera or one of them.
+        The drive starts when somebody subscribes to the images of one of its cameras.
         """
+        image = "/image"
+        if self._rig:
+            image = image_topic(next(iter(RIGS[self._rig])))
+            words += ("--rig", self._rig, "--height", RIG_HEIGHT)
         self.wait(lambda: not self.listener.count_publishers(image), START_TIMEOUT_S)
         drive = self.start("xview_loc.cli", "simulate", folder, "--ros", *words)
         # Its topics appear once the map is written.
@@ -211,13 +219,19 @@ class Demo:
         self.need(publishers, START_TIMEOUT_S, "the simulated drive did not start")
         return drive
 
-    def start_localizer(self, map_path: Path, model: str, parameters: dict[str, Any] | None = None) -> None:
+    def inputs(self, map_path: Path) -> dict[str, Any]:
+        """Return a node's parameters for a drive's map and cameras; a rig's file lies beside the map."""
+        cameras: dict[str, Any] = {}
+        if self._rig:
+            rig_file = map_path.with_name("rig.yaml")
+            cameras = {"cameras": list(RIGS[self._rig]), "rig_file": rig_file, "tilt_source": "imu"}
+        return {"map": map_path, "qos_reliability": "reliable", **cameras}
+
+    def start_localizer(self, map_path: Path, model: str, parameters: dict[str, Any]) -> None:
         """Start the localizer node and wait until it is active."""
         datum = self.listener.datum = LocalProjection(*map_middle(map_path))
-        common = {"map": map_path, "model": model, "datum_lat": datum.lat, "datum_lon": datum.lon}
-        common.update(qos_reliability="reliable", checkpoint_persist=False)
-        common.update(parameters or {})
-        self.start_node("localizer_node", common)
+        own = {"model": model, "datum_lat": datum.lat, "datum_lon": datum.lon, "checkpoint_persist": False}
+        self.start_node("localizer_node", {**self.inputs(map_path), **own, **parameters})
         self.need(lambda: self.listener.state == "active", START_TIMEOUT_S, "the localizer did not start")
 
     def follow(self, drive: subprocess.Popen, frames: int, seconds: float) -> DriveLog:
@@ -236,6 +250,11 @@ class Demo:
 def _send(process: subprocess.Popen, number: int) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, number)
+
+
+def cameras_text(rig: str) -> str:
+    """Name the cameras of a rig of RIGS; "" is a panorama camera."""
+    return f"the rig {rig!r} ({', '.join(RIGS[rig])})" if rig else "a panorama camera"
 
 
 def map_middle(map_path: Path) -> Place:

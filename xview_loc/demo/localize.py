@@ -9,19 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from xview_loc.demo.live import FILTERED, FIX, SINGLE, Demo, DriveLog, map_middle
+from xview_loc.demo.live import FILTERED, FIX, SINGLE, Demo, DriveLog, cameras_text, map_middle
 from xview_loc.demo.pictures import draw_errors, draw_heat_map, draw_maps, spread_m
 from xview_loc.evaluation import Errors
 from xview_loc.geodesy import LocalProjection
 from xview_loc.report import Page
-from xview_loc.simulation.messages import image_topic
 from xview_loc.simulation.rigs import RIGS
 
 # The shipped weights were trained on the source style's cities 0 to 23.
 STYLE, CITY, SIZE_M = "source", 4321, 1020.0
 FRAMES, RATE_HZ = 160, 4.0
-# Of a rig's images, pixels: rendered live.
-RIG_HEIGHT = 180
 MODELS = ("ccvpe-small", "ggcvt-small")
 # Every heat map, so that the page can show the widest.
 PARAMETERS = {"filter": True, "heat_map_rate": 100.0}
@@ -31,28 +28,11 @@ FIGURES = ("median", "mean", "95 %", "worst", "frames")
 def run_drive(map_path: Path, model: str, rig: str) -> DriveLog:
     """Drive, with a panorama camera or a rig, and localise over DDS. Raises SystemExit on failure."""
     map_path.unlink(missing_ok=True)
-    with Demo("demo") as demo:
-        words: tuple[Any, ...] = (
-            "--style",
-            STYLE,
-            "--city",
-            CITY,
-            "--size",
-            SIZE_M,
-            "--frames",
-            FRAMES,
-            "--rate",
-            RATE_HZ,
-        )
-        parameters: dict[str, Any] = {**PARAMETERS}
-        image = "/image"
-        if rig:
-            names = list(RIGS[rig])
-            image = image_topic(names[0])
-            words += ("--rig", rig, "--height", RIG_HEIGHT)
-            parameters |= {"cameras": names, "rig_file": map_path.with_name("rig.yaml"), "tilt_source": "imu"}
-        drive = demo.start_drive(map_path.parent, *words, image=image)
-        demo.start_localizer(map_path, model, parameters)
+    words: list[Any] = ["--style", STYLE, "--city", CITY, "--size", SIZE_M]
+    words += ["--frames", FRAMES, "--rate", RATE_HZ]
+    with Demo("demo", rig) as demo:
+        drive = demo.start_drive(map_path.parent, *words)
+        demo.start_localizer(map_path, model, PARAMETERS)
         return demo.follow(drive, FRAMES, FRAMES / RATE_HZ)
 
 
@@ -68,12 +48,11 @@ def make_page(log: DriveLog, model: str, rig: str, map_path: Path) -> Page:
     errors = {name: log.errors(places) for name, places in log.named.items()}
     own = errors[SINGLE]
     page = Page("xview_loc: a drive through a city it has never seen")
-    cameras = f"the rig of cameras {rig!r}" if rig else "a panorama camera"
     page.text(
         f"The localizer node with {model} localised {len(own)} of {FRAMES} frames of a simulated drive with "
-        f"{cameras}, live over DDS. The city (style {STYLE}, seed {CITY}) was not used in training. The "
-        f"{FIX} says where to search, a {SINGLE} is matched to the aerial image there, and the {FILTERED} "
-        "pose fuses all frames and fixes so far with wheel odometry."
+        f"{cameras_text(rig)}, live over DDS. The city (style {STYLE}, seed {CITY}) was not used in "
+        f"training. The {FIX} says where to search, a {SINGLE} is matched to the aerial image there, and the "
+        f"{FILTERED} pose fuses all frames and fixes so far with wheel odometry."
     )
     page.table(["distance from the truth", *FIGURES], [[n, *figures(e)] for n, e in errors.items()])
     page.heading("Route")
