@@ -442,7 +442,9 @@ def test_a_slow_disk_loses_nothing_that_was_accepted_and_a_full_one_counts_it(
             before = rig.received()
             for k in range(30):
                 rig.frame(image=jpeg[:2] + comment + comment[:4] + noise[k:] + noise[:k] + jpeg[2:])
-            rig.wait_received(before, image=30, fix=30, heading=30, odom=30)
+                if k % 5 == 4:
+                    # On a busy machine the headings of a few seconds arrive before the first large image.
+                    rig.wait_received(before, image=k + 1, fix=k + 1, heading=k + 1, odom=k + 1)
             busy.unlink()
             here.wait_diagnosis("recording ended", "quota of 2 MB")
             here.wait(
