@@ -18,7 +18,7 @@ pytest.importorskip("rclpy", reason="ROS 2's Python packages are not installed")
 
 from geometry_msgs.msg import Quaternion
 from lifecycle_msgs.msg import Transition
-from localizer_rig import LAT, LON, PATIENCE_S, START, STOP, YAW, Rig, running
+from localizer_rig import LAT, LON, PATIENCE_S, START, STOP, YAW, Rig, running, stamp
 from ros_harness import NodeProcess, bench, pick_domain
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image, Imu, NavSatFix
 from stub_node import GSD, POINTED, SIZE, PointingModel, write_stub
@@ -127,8 +127,9 @@ class Vehicle(Rig):
 
     def found(self, lever: tuple[float, float] = (0.0, 0.0)) -> tuple[float, float]:
         """Row and column of the panorama at which the model saw the spot, in a new frame."""
-        # Another frame may be on its way.
-        for _ in range(2):
+        pose = self.good_frame()
+        # Poses of earlier frames may have been on their way.
+        while stamp(pose) != self.ns:
             pose = self.good_frame()
         self.bench.wait(lambda: self.fixes[-1].header.stamp == pose.header.stamp, what="the fix")
         place = moved(self.fixes[-1].latitude, self.fixes[-1].longitude, lever, YAW)

@@ -86,14 +86,16 @@ def test_the_running_localizer_refuses_them_and_goes_on(tmp_path: Path) -> None:
             rig.send_info(rig.step())
             rig.good_frame()
             poses, lines = len(rig.poses), rig.node.log.count("\n")
-            for bad in BAD:
+            key = "camera_info_rejected/camera_info_invalid"
+            for count, bad in enumerate(BAD, 1):
                 ns = rig.step()
                 rig.info.publish(rig.header(info(**bad), ns))
                 rig.send_fix(ns)
                 rig.send_heading(ns)
                 rig.send_image(ns)
-            key = "camera_info_rejected/camera_info_invalid"
-            b.wait(lambda: b.value(key) == str(len(BAD)), what="the refusals")
+                if count % 4 == 0 or count == len(BAD):
+                    # A busy node would be left behind by the stamps, which go on by seconds.
+                    b.wait(lambda count=count: b.value(key) == str(count), what="the refusals")
             b.wait(lambda: int(b.value("frames_rejected/camera_info_missing") or 0) >= len(BAD) - 1)
             assert len(rig.poses) == poses
             assert rig.node.log.count("\n") < lines + len(BAD)
