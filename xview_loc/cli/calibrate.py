@@ -35,6 +35,9 @@ def calibrate(
     cities: Annotated[str, typer.Option(help="Seeds of cities that were not trained on.")] = "950-957",
     frames: Frames = 150,
     heading: KnownHeading = Heading.known,
+    any_camera: Annotated[
+        bool, typer.Option("--any-camera", help="Random cameras see a part of each simulated panorama.")
+    ] = False,
     dataset: Dataset = None,
     root: Root = None,
     split: Split = "test",
@@ -73,11 +76,11 @@ def calibrate(
         frames_from = f"{dataset.value}:{split}:{len(kept)}"
     else:
         for seed in track(parse_cities(cities), "cities", console=console, transient=True):
-            with simulated_drive(net, style, seed, frames, known) as (localizer, seen):
+            with simulated_drive(net, style, seed, frames, known, any_camera) as (localizer, seen):
                 kept += [
                     CalibrationFrame.of(p.heat_map, truth) for p, truth in localize_each(localizer, seen)
                 ]
-        frames_from = f"simulated:{style}:{cities}:{frames}"
+        frames_from = f"simulated:{style}:{cities}:{frames}{':any-camera' if any_camera else ''}"
     net.calibration = fit_calibration(kept)
     metadata = {**loaded.metadata, "calibrated_on": {"frames": frames_from, "heading": heading.value}}
     sha256 = save_checkpoint(net, out, metadata)

@@ -219,32 +219,42 @@ def print_unreadable(errors: list[UserError]) -> None:
 
 @contextmanager
 def simulated_drive(
-    net: CrossViewModel, style: str, seed: int, frames: int, heading_known: bool
+    net: CrossViewModel,
+    style: str,
+    seed: int,
+    frames: int,
+    heading_known: bool,
+    any_camera: bool = False,
 ) -> Iterator[tuple[Localizer, Iterator[tuple[Observation, tuple[float, float]]]]]:
     """Open a localizer on the map of city ``seed`` and drive through the city.
 
     Yields the localizer and the drive's observations, one a second, each with its true (lat, lon).
-    Raises UsageError on an unknown style.
+    ``any_camera``: random cameras see a part of each panorama. Raises UsageError on an unknown style.
     """
+    import numpy as np
+
+    from xview_loc.datasets.random_cameras import random_view
+    from xview_loc.datasets.simulated import panorama_camera
     from xview_loc.estimation.localizer import Localizer
     from xview_loc.estimation.observation import Observation
     from xview_loc.simulation.city import build_city
-    from xview_loc.simulation.drives import DriveOptions, drive
+    from xview_loc.simulation.drives import drive
     from xview_loc.simulation.styles import STYLES
-    from xview_loc.simulation.views import PanoramaView
 
     if style not in STYLES:
         raise UsageError(f"unknown style {style!r}; choose from {', '.join(STYLES)}")
     city = build_city(seed, style)
-    view = PanoramaView(*net.spec.ground_size)
+    view, options = panorama_camera(net.spec, any_camera)
+    shown = view.top_deg, view.bottom_deg
+    rng = np.random.default_rng(seed)
 
     def observations() -> Iterator[tuple[Observation, tuple[float, float]]]:
-        for frame in drive(city, frames, options=DriveOptions(rate_hz=1.0), view=view):
-            if frame.image is not None:
+        for frame in drive(city, frames, options=options, view=view):
+            if (image := frame.image) is not None:
+                if any_camera:
+                    image, _ = random_view(image, shown, net.spec.ground_size, net.spec.elevation_deg, rng)
                 fix, heading = frame.fix, frame.heading if heading_known else None
-                observation = Observation(
-                    frame.image, fix.lat, fix.lon, fix.covariance, heading, frame.heading_std
-                )
+                observation = Observation(image, fix.lat, fix.lon, fix.covariance, heading, frame.heading_std)
                 yield observation, (frame.truth.lat, frame.truth.lon)
 
     prior = 0.0 if heading_known else None

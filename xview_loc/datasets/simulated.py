@@ -85,7 +85,7 @@ class SimulatedDataset(PoseDataset):
         self._spec = spec
         self.folder = (cache_dir or default_cache_dir().parent / "simulated").expanduser()
         self._augment, self._any_camera = augment, any_camera
-        self._view, self._options = _panoramas(spec, any_camera)
+        self._view, self._options = panorama_camera(spec, any_camera)
         self._reach = min(spec.aerial_size * spec.gsd / 2 - _BORDER_M, half_extent_m)
         self._open: dict[int, _Rendered] = {}
 
@@ -173,8 +173,11 @@ class SimulatedDataset(PoseDataset):
                 folder.rename(path)
 
 
-def _panoramas(spec: ModelSpec, any_camera: bool) -> tuple[PanoramaView, DriveOptions]:
-    """Return how panoramas are rendered."""
+def panorama_camera(spec: ModelSpec, any_camera: bool) -> tuple[PanoramaView, DriveOptions]:
+    """Return how a model's panoramas are rendered, and how the vehicle drives.
+
+    For ``any_camera`` they show more than the model's, see :func:`random_view`.
+    """
     (height, width), (top, bottom) = spec.ground_size, spec.elevation_deg
     if not any_camera:
         return PanoramaView(height, width, top, bottom), DriveOptions(rate_hz=_RATE_HZ)
