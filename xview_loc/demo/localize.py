@@ -19,7 +19,7 @@ from xview_loc.simulation.rigs import RIGS
 # The shipped weights were trained on the source style's cities 0 to 23.
 STYLE, CITY, SIZE_M = "source", 4321, 1020.0
 FRAMES, RATE_HZ = 160, 4.0
-MODELS = ("ccvpe-small", "ggcvt-small")
+MODELS = ("ccvpe-small", "ggcvt-small", "ccvpe-rig-small")
 # Every heat map, so that the page can show the widest.
 PARAMETERS = {"filter": True, "heat_map_rate": 100.0}
 FIGURES = ("median", "mean", "95 %", "worst", "frames")

@@ -97,6 +97,8 @@ CONFIGS = {
         replace(_VIGOR, spec=replace(_VIGOR.spec, name="ccvpe-vigor-reflect"), padding="reflect"),
         _KITTI,
         _SMALL,
+        # The same model, trained on panoramas that cameras see in part.
+        replace(_SMALL, spec=replace(_SMALL.spec, name="ccvpe-rig-small")),
     )
 }
 

@@ -144,7 +144,7 @@ LOCALIZER: tuple[Parameter, ...] = (
     *_MAP,
     *_INPUTS,
     P("model", "ccvpe-small", "Name of the model."),
-    L("checkpoint", "", "File of weights; empty: the shipped ones (models ccvpe-small and ggcvt-small)."),
+    L("checkpoint", "", "File of weights; empty: the shipped ones (models named -small)."),
     L("checkpoint_persist", True, "Start with the checkpoint deployed last, unless this file says another."),
     S(
         "checkpoint_dirs",
