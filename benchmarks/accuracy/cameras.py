@@ -1,7 +1,8 @@
-"""Measure the errors of cameras that see a part of the surroundings, level and tilted, by checkpoint.
+"""Measure the errors of cameras that see a part of the surroundings, level and tilted, by model.
 
-benchmarks/accuracy/cameras.py [--checkpoints shipped OTHER.safetensors] [--styles source target]
-    [--cities 900-903] [--frames 150] [--headings known unknown] [--cameras ...] [--json FILE]
+benchmarks/accuracy/cameras.py [--models ccvpe-small ccvpe-rig-small NAME=OTHER.safetensors]
+    [--styles source target] [--cities 900-903] [--frames 150] [--headings known unknown] [--cameras ...]
+    [--json FILE]
 
 Every frame is localised by itself, as `xview-loc evaluate` does. A tilt of 6 degrees is 6 of roll and 6 of
 pitch, of random signs. Errors are those of the middle of the cameras.
@@ -114,8 +115,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="ccvpe-small")
-    parser.add_argument("--checkpoints", nargs="+", default=["shipped"], help="files, or 'shipped'")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=["ccvpe-small", "ccvpe-rig-small"],
+        help="names, with their shipped weights, or NAME=CHECKPOINT; of one size of panorama",
+    )
     parser.add_argument("--styles", nargs="+", default=("source", "target"))
     parser.add_argument("--cities", default="900-903")
     parser.add_argument("--frames", type=int, default=150, help="length of each drive, frames at 1 Hz")
@@ -123,11 +128,13 @@ def main() -> None:
     parser.add_argument("--cameras", nargs="+", default=list(CAMERAS), choices=list(CAMERAS))
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    nets = {
-        Path(name).stem: load_model(arguments.model, None if name == "shipped" else Path(name)).model
-        for name in arguments.checkpoints
-    }
-    spec = next(iter(nets.values())).spec
+    nets = {}
+    for model in arguments.models:
+        name, _, checkpoint = model.partition("=")
+        nets[Path(checkpoint or name).stem] = load_model(name, checkpoint or None).model
+    spec, *others = (net.spec for net in nets.values())
+    if any((s.ground_size, s.elevation_deg) != (spec.ground_size, spec.elevation_deg) for s in others):
+        parser.error("the models' panoramas differ: measure them one by one")
     console, results = Console(width=150), []
     for style in arguments.styles:
         errors: dict[tuple[str, str, Condition], list[DriveErrors]] = {}
@@ -148,14 +155,14 @@ def main() -> None:
             print(f"{style} city {seed} done", flush=True)
         for heading in arguments.headings:
             table = Table(title=f"{style} style, heading {heading}: mean / median, m (in the 95 % ellipse)")
-            table.add_column("cameras")
+            for title in ("cameras", "weights"):
+                table.add_column(title)
             for how in CONDITIONS:
-                for weights in nets:
-                    table.add_column(f"{Condition('', *how)}\n{weights}", justify="right")
+                table.add_column(str(Condition("", *how)), justify="right")
             for name in arguments.cameras:
-                row = []
-                for how in CONDITIONS:
-                    for weights in nets:
+                for weights in nets:
+                    row = []
+                    for how in CONDITIONS:
                         joined = DriveErrors.joined(errors[weights, heading, Condition(name, *how)])
                         figures = Errors.of(joined.estimate)
                         inside = joined.coverage(0.95)
@@ -163,7 +170,7 @@ def main() -> None:
                         cell = {"style": style, "heading": heading, "weights": weights, "cameras": name}
                         cell |= {"tilt_deg": how[0], "levelled": how[1], "coverage_95": inside}
                         results.append({**cell, **asdict(figures)})
-                table.add_row(name, *row)
+                    table.add_row(name, weights, *row)
             console.print(table)
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1))
