@@ -93,13 +93,15 @@ def observe(city: City, spec: ModelSpec, frames: int, cameras: list[str]) -> See
                 north = math.sin(yaw) * ahead + math.cos(yaw) * left
                 fix_east, fix_north = city.to_enu(frame.fix.lat, frame.fix.lon)
                 lat, lon = (float(v) for v in city.to_latlon(fix_east + east, fix_north + north))
-                true = tuple(float(v) for v in city.to_latlon(truth.east + east, truth.north + north))
+                true_lat, true_lon = (
+                    float(v) for v in city.to_latlon(truth.east + east, truth.north + north)
+                )
                 for levelled in (True, False) if tilt_deg else (True,):
                     level = {"roll": roll, "pitch": pitch} if levelled else {}
                     panorama, _ = rig.panorama(images, spec.ground_size, elevation, **level)
                     known = frame.heading, frame.heading_std
                     observation = Observation(panorama, lat, lon, frame.fix.covariance, *known)
-                    seen[Condition(name, tilt_deg, levelled)].append((observation, true))
+                    seen[Condition(name, tilt_deg, levelled)].append((observation, (true_lat, true_lon)))
     return seen
 
 
