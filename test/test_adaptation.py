@@ -61,7 +61,8 @@ from xview_loc.models import create_model
 from xview_loc.models.base import CrossViewModel
 from xview_loc.models.ccvpe import CCVPE, CONFIGS
 from xview_loc.models.checkpoint import Checkpoint, load_checkpoint, load_model, save_checkpoint
-from xview_loc.recordings.pairs import Pair, PairWriter
+from xview_loc.recordings.pair import Pair
+from xview_loc.recordings.pair_writer import PairWriter
 from xview_loc.recordings.tracks import TrackError, read_timed_track
 from xview_loc.simulation.city import City, build_city
 from xview_loc.training.losses import DistillationLoss, pool_label

@@ -27,7 +27,7 @@ from xview_loc.bags.ros_types import deserialize
 from xview_loc.geodesy import snap_to_grid
 from xview_loc.maps.base import AerialTile
 from xview_loc.models.base import Calibration
-from xview_loc.recordings.pairs import PairBag
+from xview_loc.recordings.pair_reader import PairBag
 from xview_loc.rig import tilt_matrix
 from xview_loc.vehicle.mounting import moved
 from xview_loc.vehicle.rig_file import optical

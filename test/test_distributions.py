@@ -22,7 +22,7 @@ from sensor_msgs.msg import Image, Imu, NavSatFix
 
 from xview_loc.nodes.parameters import PAIR_LOGGER
 from xview_loc.nodes.vehicle_node import VehicleNode
-from xview_loc.recordings.pairs import PairBag
+from xview_loc.recordings.pair_reader import PairBag
 
 LAT, LON = 48.2, 16.37
 DOMAIN = pick_domain()

@@ -26,7 +26,8 @@ from xview_loc.models import create_model, graph, runtimes
 from xview_loc.models.base import CrossViewModel, Normalisation
 from xview_loc.models.checkpoint import save_checkpoint
 from xview_loc.models.inputs import denormalise, normalise
-from xview_loc.recordings.pairs import Pair, PairWriter
+from xview_loc.recordings.pair import Pair
+from xview_loc.recordings.pair_writer import PairWriter
 
 MODELS: list[tuple[str, Normalisation]] = [("ggcvt-tiny", "unit"), ("ccvpe-tiny", "imagenet")]
 # Black and white by ImageNet's statistics, of the channels where they are largest.

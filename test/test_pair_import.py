@@ -33,7 +33,7 @@ from xview_loc.maps.base import AerialTile, MapUnavailableError
 from xview_loc.maps.store import TileStore
 from xview_loc.models import create_model
 from xview_loc.recordings.importer import ImportOptions, import_bag
-from xview_loc.recordings.pairs import PairBag
+from xview_loc.recordings.pair_reader import PairBag
 from xview_loc.recordings.tracks import read_timed_track
 from xview_loc.simulation.city import build_city
 from xview_loc.simulation.drives import drive

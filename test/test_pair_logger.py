@@ -32,7 +32,7 @@ from xview_loc.bags.ros_types import deserialize
 from xview_loc.geodesy import LocalProjection
 from xview_loc.nodes.cameras import Frame
 from xview_loc.nodes.recorder import IMAGE_BYTES_WAITING, Keyframe, OdometryMessage, Recorder
-from xview_loc.recordings.pairs import PairBag
+from xview_loc.recordings.pair_reader import PairBag
 from xview_loc.rig import facing, rotation_matrix
 from xview_loc.vehicle.mounting import Mounting
 from xview_loc.vehicle.pairing import Paired

@@ -23,15 +23,10 @@ from xview_loc.datasets.pairs import PairDataset
 from xview_loc.geodesy import LocalProjection
 from xview_loc.maps.base import AerialTile
 from xview_loc.models.base import ModelSpec
-from xview_loc.recordings.pairs import (
-    CONVENTIONS,
-    TOPICS,
-    Pair,
-    PairBag,
-    PairWriter,
-    decode_tile,
-    encode_tile,
-)
+from xview_loc.recordings.pair import Pair
+from xview_loc.recordings.pair_messages import CONVENTIONS, TOPICS, decode_tile, encode_tile
+from xview_loc.recordings.pair_reader import PairBag
+from xview_loc.recordings.pair_writer import PairWriter
 from xview_loc.vehicle.keyframes import KeyframeRule, Keyframes
 from xview_loc.vehicle.mounting import Mounting, in_enu
 

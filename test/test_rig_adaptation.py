@@ -22,7 +22,7 @@ from xview_loc.datasets.base import true_from_fix
 from xview_loc.datasets.pairs import PairDataset
 from xview_loc.models import create_model
 from xview_loc.models.checkpoint import load_checkpoint, load_model, save_checkpoint
-from xview_loc.recordings.pairs import PairBag
+from xview_loc.recordings.pair_reader import PairBag
 from xview_loc.recordings.tracks import read_timed_track
 from xview_loc.training.trainer import make_fabric
 

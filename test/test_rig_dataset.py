@@ -25,7 +25,8 @@ from xview_loc.images import decode_compressed
 from xview_loc.maps.base import AerialTile
 from xview_loc.models.base import ModelSpec
 from xview_loc.models.inputs import denormalise, ground_image
-from xview_loc.recordings.pairs import Pair, PairWriter
+from xview_loc.recordings.pair import Pair
+from xview_loc.recordings.pair_writer import PairWriter
 from xview_loc.rig import MountedCamera, Rig, facing, rotation_matrix, tilt_matrix
 from xview_loc.training.turned_panoramas import turn_back, turn_panoramas
 from xview_loc.vehicle.mounting import Mounting

@@ -26,7 +26,7 @@ from xview_loc.cli.console import UsageError
 from xview_loc.images import decode_compressed, encode_jpeg
 from xview_loc.maps import open_map
 from xview_loc.recordings.importer import ImportOptions, ImportResult, import_bag
-from xview_loc.recordings.pairs import PairBag
+from xview_loc.recordings.pair_reader import PairBag
 from xview_loc.rig import Rig
 from xview_loc.simulation.city import City, build_city
 from xview_loc.simulation.drives import DriveOptions, Frame, drive

@@ -21,7 +21,10 @@ from xview_loc.camera import CameraError, CameraModel, PanoramaCamera
 from xview_loc.geodesy import LocalProjection
 from xview_loc.images import ImageError
 from xview_loc.maps.base import AerialTile
-from xview_loc.recordings.pairs import TOPICS, Pair, PairBag, PairWriter
+from xview_loc.recordings.pair import Pair
+from xview_loc.recordings.pair_messages import TOPICS
+from xview_loc.recordings.pair_reader import PairBag
+from xview_loc.recordings.pair_writer import PairWriter
 from xview_loc.rig import FORWARD, MountedCamera, Rig
 from xview_loc.vehicle.rig_assembly import CameraImage
 from xview_loc.vehicle.tilt import TiltSample

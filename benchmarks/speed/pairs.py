@@ -27,7 +27,9 @@ from xview_loc.datasets.pairs import PairDataset
 from xview_loc.geodesy import LocalProjection
 from xview_loc.maps.base import AerialTile
 from xview_loc.models import create_model
-from xview_loc.recordings.pairs import Pair, PairBag, PairWriter
+from xview_loc.recordings.pair import Pair
+from xview_loc.recordings.pair_reader import PairBag
+from xview_loc.recordings.pair_writer import PairWriter
 
 PLANE = LocalProjection(48.2, 16.37)
 RATE_HZ = 10.0

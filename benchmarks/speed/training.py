@@ -38,7 +38,8 @@ from xview_loc.maps import open_map
 from xview_loc.models.base import CrossViewModel
 from xview_loc.models.checkpoint import load_model
 from xview_loc.recordings.importer import ImportOptions, import_bag
-from xview_loc.recordings.pairs import PairBag, PairWriter
+from xview_loc.recordings.pair_reader import PairBag
+from xview_loc.recordings.pair_writer import PairWriter
 from xview_loc.simulation.city import build_city
 from xview_loc.simulation.drives import DriveOptions, drive
 from xview_loc.simulation.messages import write_bag

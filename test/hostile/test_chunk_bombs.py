@@ -35,7 +35,7 @@ from pathlib import Path
 from xview_loc.bags.recovery import recover_bag
 from xview_loc.errors import UserError
 from xview_loc.recordings.importer import import_bag
-from xview_loc.recordings.pairs import PairBag
+from xview_loc.recordings.pair_reader import PairBag
 from xview_loc.recordings.statistics import pair_statistics
 from xview_loc.recordings.tracks import read_track
 bag = Path(sys.argv[1])

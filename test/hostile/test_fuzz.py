@@ -23,7 +23,7 @@ from ros_harness import Bench, bench, pick_domain
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image, Imu, NavSatFix
 
 from xview_loc.nodes.inputs import message_class
-from xview_loc.recordings.pairs import PairBag
+from xview_loc.recordings.pair_reader import PairBag
 from xview_loc.vehicle.input_types import INPUT_TYPES
 
 DOMAIN = pick_domain()

@@ -64,7 +64,7 @@ def test_the_logger_goes_on_in_a_new_bag(tmp_path: Path) -> None:
     from ros_harness import bench, pick_domain
     from test_pair_logger import Rig, newest, start
 
-    from xview_loc.recordings.pairs import PairBag
+    from xview_loc.recordings.pair_reader import PairBag
 
     domain = pick_domain()
     with bench(domain) as here:
@@ -96,7 +96,7 @@ def test_two_loggers_record_into_one_folder_at_the_same_time(tmp_path: Path) -> 
     from ros_harness import bench, pick_domain
     from test_pair_logger import Rig, start
 
-    from xview_loc.recordings.pairs import PairBag
+    from xview_loc.recordings.pair_reader import PairBag
 
     domain, shared = pick_domain(), tmp_path / "shared"
     with ExitStack() as stack:
@@ -134,7 +134,7 @@ def test_clocks_that_jump_cost_no_pair(tmp_path: Path) -> None:
     from rosgraph_msgs.msg import Clock
     from test_pair_logger import NS, Rig, newest, start
 
-    from xview_loc.recordings.pairs import PairBag
+    from xview_loc.recordings.pair_reader import PairBag
 
     domain, hour = pick_domain(), 3600 * NS
     with bench(domain) as here:

@@ -15,7 +15,7 @@ from xview_loc.bags.writer import BagLimits, BagWriter
 from xview_loc.datasets.benchmark import read_image, read_lines, read_numbers
 from xview_loc.errors import UserError
 from xview_loc.recordings import tracks
-from xview_loc.recordings.pairs import PairBag
+from xview_loc.recordings.pair_reader import PairBag
 from xview_loc.recordings.tracks import TrackError, read_timed_track, read_track
 
 READERS: dict[str, Callable[[Path], object]] = {

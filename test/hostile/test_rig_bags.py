@@ -16,7 +16,8 @@ from xview_loc.datasets.pairs import PairDataset
 from xview_loc.errors import UserError
 from xview_loc.maps.base import AerialTile
 from xview_loc.models.base import ModelSpec
-from xview_loc.recordings.pairs import PairBag, PairWriter
+from xview_loc.recordings.pair_reader import PairBag
+from xview_loc.recordings.pair_writer import PairWriter
 from xview_loc.recordings.statistics import pair_statistics
 
 SPEC = ModelSpec("stub", "panorama", (64, 256), 64, 0.5, bins=8, elevation_deg=(30.0, -60.0))

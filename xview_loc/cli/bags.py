@@ -230,7 +230,7 @@ def info(
 ) -> None:
     """Print a summary of a bag of pairs, and draw the pairs' positions."""
     from xview_loc.files import write_whole
-    from xview_loc.recordings.pairs import PairBag
+    from xview_loc.recordings.pair_reader import PairBag
     from xview_loc.recordings.statistics import draw_places, pair_statistics
     from xview_loc.report import png
 

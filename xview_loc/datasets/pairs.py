@@ -27,7 +27,9 @@ from xview_loc.images import Image, ImageError
 from xview_loc.maps.base import AerialTile
 from xview_loc.models.base import ModelSpec
 from xview_loc.models.inputs import ground_image, is_upright, normalise, panorama_elevation, upright_panorama
-from xview_loc.recordings.pairs import ODOMETRY, TOPICS, Pair, PairBag
+from xview_loc.recordings.pair import Pair
+from xview_loc.recordings.pair_messages import ODOMETRY, TOPICS
+from xview_loc.recordings.pair_reader import PairBag
 from xview_loc.rig import MountedCamera, Quaternion, Rig, facing
 from xview_loc.vehicle.keyframes import SPEED_AGE_NS
 from xview_loc.vehicle.messages import VelocityReader

@@ -23,7 +23,7 @@ from xview_loc.demo.live import FILTERED, FIX, SINGLE, START_TIMEOUT_S, Demo, Dr
 from xview_loc.demo.pictures import COLOURS, draw_change, draw_distribution, draw_maps
 from xview_loc.evaluation import Errors
 from xview_loc.models import create_model
-from xview_loc.recordings.pairs import PairBag
+from xview_loc.recordings.pair_reader import PairBag
 from xview_loc.report import Page
 from xview_loc.simulation.rigs import RIGS
 

@@ -32,7 +32,9 @@ from xview_loc.nodes.inputs import Input
 from xview_loc.nodes.process import run
 from xview_loc.nodes.recorder import Keyframe, OdometryMessage, Recorder, Stop
 from xview_loc.nodes.vehicle_node import PairedFrame, VehicleNode
-from xview_loc.recordings.pairs import IMAGE, ODOMETRY, TOPICS, Pair, PairWriter
+from xview_loc.recordings.pair import Pair
+from xview_loc.recordings.pair_messages import IMAGE, ODOMETRY, TOPICS
+from xview_loc.recordings.pair_writer import PairWriter
 from xview_loc.vehicle.keyframes import KeyframeRule, Keyframes, WheelSpeed
 from xview_loc.vehicle.messages import cdr_stamp_ns, odometry_cdr, rgb_from_cdr
 from xview_loc.vehicle.rig_assembly import CameraImage

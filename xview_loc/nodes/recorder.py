@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from xview_loc.nodes.vehicle_node import PairedFrame
-from xview_loc.recordings.pairs import PairWriter
+from xview_loc.recordings.pair_writer import PairWriter
 
 # What may wait for a slow disk: half a minute of odometry at 100 Hz, ten raw images of 4096 x 2048 pixels.
 ODOMETRY_WAITING = 4096

@@ -25,7 +25,10 @@ from xview_loc.files import whole_folder
 from xview_loc.images import Image, ImageError, encode_jpeg
 from xview_loc.maps.base import AerialMap, AerialTile, MapError, NoImageryError
 from xview_loc.maps.store import TileStore
-from xview_loc.recordings.pairs import ODOMETRY, TILE, TOPICS, Pair, PairBag, PairWriter
+from xview_loc.recordings.pair import Pair
+from xview_loc.recordings.pair_messages import ODOMETRY, TILE, TOPICS
+from xview_loc.recordings.pair_reader import PairBag
+from xview_loc.recordings.pair_writer import PairWriter
 from xview_loc.recordings.recorded_rig import StaticTransforms, find_cameras, read_rig
 from xview_loc.recordings.rig_messages import BASE_FRAME
 from xview_loc.rig import Mask, Rig

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from xview_loc.bags.recovery import BagError
 from xview_loc.geodesy import LocalProjection
-from xview_loc.recordings.pairs import PairBag
+from xview_loc.recordings.pair_reader import PairBag
 from xview_loc.vehicle.tilt import TiltSample
 
 _Range = tuple[float, float]
