@@ -23,7 +23,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 from ros_harness import environment, pick_domain
 
-from xview_loc.demo.adapt import AFTER, BEFORE, MODEL, Plan, Results, make_page
+from xview_loc.demo.adapt import AFTER, BEFORE, Plan, Results, make_page
 from xview_loc.demo.live import FILTERED, DriveLog
 from xview_loc.demo.pictures import COLOURS
 from xview_loc.geodesy import LocalProjection
@@ -110,8 +110,11 @@ def test_a_drive_is_localised_live(tmp_path: Path, words: tuple[str, ...], camer
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("words", "cameras"), [((), "a panorama camera"), (("--rig", "six"), "'six'")])
-def test_the_whole_loop(tmp_path: Path, words: tuple[str, ...], cameras: str) -> None:
+@pytest.mark.parametrize(
+    ("words", "cameras", "model"),
+    [((), "a panorama camera", "ccvpe-small"), (("--rig", "six"), "'six'", "ccvpe-rig-small")],
+)
+def test_the_whole_loop(tmp_path: Path, words: tuple[str, ...], cameras: str, model: str) -> None:
     """So few pairs make no student worth deploying; --deploy-anyway deploys it."""
     finish(start_adapt(tmp_path, "--deploy-anyway", *words), timeout_s=1700)
     adapted = tmp_path / "adapt" / "adapted"
@@ -121,7 +124,7 @@ def test_the_whole_loop(tmp_path: Path, words: tuple[str, ...], cameras: str) ->
     text = text_of(page)
     assert cameras in text
     hashes = dict(re.findall(rf"({BEFORE}|{AFTER}) \S+\.safetensors sha256:(\w{{12}})", text))
-    files = (Path(str(shipped_checkpoint(MODEL))), adapted / "student.safetensors")
+    files = (Path(str(shipped_checkpoint(model))), adapted / "student.safetensors")
     digests = [hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in files]
     assert hashes == dict(zip((BEFORE, AFTER), digests, strict=True))
     answered = re.search(r"(\d+) were localised in the first drive and (\d+) in the second", text)

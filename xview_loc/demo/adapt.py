@@ -19,7 +19,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xview_loc.adaptation.report import METRICS_FILE, REPORT_FILE, STUDENT_FILE
-from xview_loc.demo.live import FILTERED, FIX, SINGLE, START_TIMEOUT_S, Demo, DriveLog, cameras_text
+from xview_loc.demo.live import (
+    FILTERED,
+    FIX,
+    SINGLE,
+    START_TIMEOUT_S,
+    Demo,
+    DriveLog,
+    cameras_text,
+    model_for,
+)
 from xview_loc.demo.pictures import COLOURS, draw_change, draw_distribution, draw_maps
 from xview_loc.evaluation import Errors
 from xview_loc.models import create_model
@@ -28,7 +37,7 @@ from xview_loc.report import Page
 from xview_loc.simulation.rigs import RIGS
 
 # The shipped weights were trained on the source style; no benchmark uses this city.
-STYLE, CITY, MODEL = "target", 4322, "ccvpe-small"
+STYLE, CITY = "target", 4322
 # The held-out route lies east of a line, the recording west of it, with a gap of more than half a tile.
 LINE_SHARE, GAP_M = 0.08, 60.0
 HELD_OUT_SEED, RECORDING_SEED = 1, 2
@@ -60,6 +69,11 @@ class Plan:
     epochs: int
     deploy_anyway: bool
     rig: str = ""
+
+    @property
+    def model(self) -> str:
+        """Name of the model."""
+        return model_for(self.rig)
 
     def drive(self, recording: bool) -> list[Any]:
         """Return the options of ``xview-loc simulate`` for the recording or the held-out route."""
@@ -131,7 +145,7 @@ def run(plan: Plan, folder: Path) -> Results:
             if first:
                 results.map_path = out / "city.tif"
                 own = {"filter": True, "checkpoint_dirs": [str(folder.resolve())]}
-                demo.start_localizer(results.map_path, MODEL, {**PARAMETERS, **own})
+                demo.start_localizer(results.map_path, plan.model, {**PARAMETERS, **own})
             log = demo.follow(moving, plan.frames, plan.frames / RATE_HZ / LIVE_SPEED)
             # The node reports its weights once per second.
             demo.need(lambda: listener.checkpoint, START_TIMEOUT_S, "the localizer does not report")
@@ -158,7 +172,7 @@ def run(plan: Plan, folder: Path) -> Results:
 
 def record(demo: Demo, plan: Plan, folder: Path, map_path: Path) -> Path:
     """Drive on other streets while the pair logger records; return the bag."""
-    spec = create_model(MODEL).spec
+    spec = create_model(plan.model).spec
     demo.listener.drive, demo.listener.print_every = DriveLog(), sys.maxsize
     parameters = {
         **PARAMETERS,
@@ -191,7 +205,7 @@ def adapt(demo: Demo, plan: Plan, bag: Path, out: Path) -> dict[str, Any]:
     processes = min(2, os.cpu_count() or 1)
     options = {
         "--out": out,
-        "--model": MODEL,
+        "--model": plan.model,
         "--sigma": SIGMA,
         "--epochs": plan.epochs,
         "--batch-size": BATCH_SIZE // processes,
@@ -237,8 +251,8 @@ def make_page(results: Results, report: str) -> Page:
     better, worse = int((change < -1.0).sum()), int((change > 1.0).sum())
     page = Page("xview_loc: adaptation to a new city while driving")
     page.text(
-        f"A simulated city (style {STYLE}, seed {CITY}) looks unlike those that {MODEL} was trained on. A "
-        f"localizer node localised a drive in its east with {cameras_text(plan.rig)}. The pair logger "
+        f"A simulated city (style {STYLE}, seed {CITY}) looks unlike those that {plan.model} was trained on. "
+        f"A localizer node localised a drive in its east with {cameras_text(plan.rig)}. The pair logger "
         f"recorded {results.pairs} pairs on streets in its west, and a student learnt from them without "
         "ground truth; whole drives corrected the labels. The node, still running, then localised the same "
         "drive again. Everything went over DDS, with known heading. Each frame was localised on its own; "

@@ -257,6 +257,11 @@ def cameras_text(rig: str) -> str:
     return f"the rig {rig!r} ({', '.join(RIGS[rig])})" if rig else "a panorama camera"
 
 
+def model_for(rig: str) -> str:
+    """Return the name of the shipped model for a rig of RIGS; "" is a panorama camera."""
+    return "ccvpe-rig-small" if rig else "ccvpe-small"
+
+
 def map_middle(map_path: Path) -> Place:
     """Return latitude and longitude of the middle of a map, degrees."""
     with open_map(str(map_path)) as aerial:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from xview_loc.demo.live import FILTERED, FIX, SINGLE, Demo, DriveLog, cameras_text, map_middle
+from xview_loc.demo.live import FILTERED, FIX, SINGLE, Demo, DriveLog, cameras_text, map_middle, model_for
 from xview_loc.demo.pictures import draw_errors, draw_heat_map, draw_maps, spread_m
 from xview_loc.evaluation import Errors
 from xview_loc.geodesy import LocalProjection
@@ -77,10 +77,13 @@ def make_page(log: DriveLog, model: str, rig: str, map_path: Path) -> Page:
 def main() -> None:
     """Run the demo and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", choices=MODELS, default=MODELS[0])
+    parser.add_argument(
+        "--model", choices=MODELS, help="default: ccvpe-rig-small with --rig, else ccvpe-small"
+    )
     parser.add_argument("--rig", choices=list(RIGS), default="", help="cameras; default: a panorama camera")
     arguments = parser.parse_args()
-    model, rig = arguments.model, arguments.rig
+    rig = arguments.rig
+    model = arguments.model or model_for(rig)
     folder = Path("demo_output").resolve()
     folder.mkdir(exist_ok=True)
     print(f"building a simulated city the model has never seen ({STYLE} style, seed {CITY}) ...", flush=True)
