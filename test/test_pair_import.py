@@ -300,7 +300,9 @@ def test_unusable_recordings_say_why(tmp_path: Path) -> None:
     with pytest.raises(BagError, match="no image topic /camera"):
         import_bag(no_heading, tmp_path / "out" / "c", None, replace(OPTIONS, topics={"image": "/camera"}))
     (tmp_path / "x.bag").write_bytes(b"no bag")
-    for path in (tmp_path / "x.bag", tmp_path / "nowhere"):
+    (tmp_path / "x.tif").write_bytes(b"no bag")
+    (tmp_path / "empty").mkdir()
+    for path in (tmp_path / "x.bag", tmp_path / "x.tif", tmp_path / "empty", tmp_path / "nowhere"):
         with pytest.raises(BagError, match="cannot read"):
             import_bag(path, tmp_path / "out" / "d", None, OPTIONS)
 

@@ -198,9 +198,9 @@ def _reading(source: Path) -> Iterator[AnyReader]:
     if not source.exists():
         raise BagError(f"cannot read {source}: no such file")
     check_files(source)
-    # Bags of ROS 2 Humble and earlier hold no message definitions.
-    reader = AnyReader([source], default_typestore=STORE)
     try:
+        # Bags of ROS 2 Humble and earlier hold no message definitions.
+        reader = AnyReader([source], default_typestore=STORE)
         reader.open()
     except Exception as error:  # damaged files raise anything
         raise BagError(f"cannot read {source}: {reason(error)}") from None
