@@ -350,14 +350,30 @@ def test_frames_of_cameras_that_look_along_x(recording: Path, rig: Rig, tmp_path
 def test_pairs_of_a_rig_get_their_tiles_later(recording: Path, city: City, tmp_path: Path) -> None:
     _, bare = imported(recording, tmp_path / "bare")
     with open_map(str(city.write_geotiff(tmp_path / "city.tif"))) as aerial:
-        result = import_bag(tmp_path / "bare", tmp_path / "full", aerial, OPTIONS)
+        moved = ImportOptions(mounting=Mounting(antenna=(-1.0, 0.5)))
+        result = import_bag(tmp_path / "bare", tmp_path / "full", aerial, moved)
     full = PairBag(tmp_path / "full")
+    # The antenna is elsewhere, the cameras are where they were.
+    assert Mounting.of(full.session()) == Mounting((-1.0, 0.5), Mounting.of(bare.session()).camera)
     assert result is not None and (result.pairs, result.without_tile) == (COUNT, 0)
     stored = full.rig()
     assert stored is not None and stored.cameras.keys() == {"front", "left", "right"}
     for k in range(COUNT):
         assert full[k].images == bare[k].images and full[k].tilt == bare[k].tilt
         assert bare.tile(k) is None and full.tile(k) is not None
+
+
+@pytest.mark.parametrize(
+    "words", [["--cameras", "all"], ["--tilt", 1, 2], ["--imu", "/imu"], ["--fix", "/fix"]]
+)
+def test_pairs_are_not_made_anew(recording: Path, tmp_path: Path, words: list[Any]) -> None:
+    """What they were made with holds; an option that would do nothing is refused."""
+    imported(recording, tmp_path / "bare")
+    with pytest.raises(BagError, match="1 of 1 recordings"):
+        command("pairs", tmp_path / "bare", "--out", tmp_path / "full", *words)
+    with pytest.raises(BagError, match="bare is a bag of pairs: only --map"):
+        import_bag(tmp_path / "bare", tmp_path / "other", None, OPTIONS)
+    assert not (tmp_path / "full" / "bare").exists()
 
 
 def without(prefix: str) -> Change:

@@ -21,6 +21,7 @@ from xview_loc.camera import CameraError, CameraModel, PanoramaCamera
 from xview_loc.geodesy import LocalProjection
 from xview_loc.images import ImageError
 from xview_loc.maps.base import AerialTile
+from xview_loc.recordings.importer import import_bag
 from xview_loc.recordings.pair import Pair
 from xview_loc.recordings.pair_messages import TOPICS
 from xview_loc.recordings.pair_reader import PairBag
@@ -165,6 +166,21 @@ def test_a_rig_that_is_known_later(tmp_path: Path) -> None:
     unknown.close()
     with pytest.raises(BagError, match=r"the rig in .* cannot be used: no camera has a camera_info"):
         PairBag(tmp_path / "unknown").rig()
+
+
+def test_images_without_a_calibration_are_copied(tmp_path: Path) -> None:
+    """As when the calibration was in a chunk that a recovery had to skip."""
+    whole = three()
+    known = Rig({name: whole.cameras[name] for name in ("front", "right")}, 0.3)
+    writer = PairWriter(tmp_path / "bag", {}, NO_FLOOR, known, cameras=whole.cameras)
+    writer.add(pair(0, "front", "left", "right"), None)
+    writer.close()
+    result = import_bag(tmp_path / "bag", tmp_path / "copy", None)
+    copy = PairBag(tmp_path / "copy")
+    rig = copy.rig()
+    assert result is not None and result.pairs == 1 and rig is not None
+    assert list(rig.cameras) == ["front", "right"] and copy.cameras == ["front", "left", "right"]
+    assert copy[0].images == PairBag(tmp_path / "bag")[0].images
 
 
 def test_a_pair_torn_apart_is_no_pair(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from xview_loc.models.inputs import ground_image, is_upright, normalise, panoram
 from xview_loc.recordings.pair import Pair
 from xview_loc.recordings.pair_messages import ODOMETRY, TOPICS
 from xview_loc.recordings.pair_reader import PairBag
+from xview_loc.recordings.rig_messages import rig_mounting
 from xview_loc.rig import MountedCamera, Quaternion, Rig, facing
 from xview_loc.vehicle.keyframes import SPEED_AGE_NS
 from xview_loc.vehicle.messages import VelocityReader
@@ -221,11 +222,8 @@ class PairDataset(PairSource):
 
 
 def _mounting(bag: PairBag, rig: Rig | None) -> Mounting:
-    """Return where antenna and camera are; a rig's panoramas are seen from the middle of its cameras."""
     mounting = Mounting.of(bag.session())
-    if rig is None:
-        return mounting
-    return Mounting(mounting.antenna, (float(rig.centre[0]), float(rig.centre[1])))
+    return mounting if rig is None else rig_mounting(rig, mounting.antenna)
 
 
 def _rotation(bag: PairBag) -> Quaternion:

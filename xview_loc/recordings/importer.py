@@ -30,7 +30,7 @@ from xview_loc.recordings.pair_messages import ODOMETRY, TILE, TOPICS
 from xview_loc.recordings.pair_reader import PairBag
 from xview_loc.recordings.pair_writer import PairWriter
 from xview_loc.recordings.recorded_rig import StaticTransforms, find_cameras, read_rig
-from xview_loc.recordings.rig_messages import BASE_FRAME
+from xview_loc.recordings.rig_messages import BASE_FRAME, rig_mounting
 from xview_loc.rig import Mask, Rig
 from xview_loc.vehicle.input_types import INPUT_TYPES
 from xview_loc.vehicle.keyframes import KeyframeRule, Keyframes, WheelSpeed
@@ -98,6 +98,12 @@ class ImportOptions:
     keyframes: KeyframeRule = field(default_factory=KeyframeRule)
     tile_px: int = 512
     tile_gsd: float = 0.14
+
+    @property
+    def fit_pairs(self) -> bool:
+        """Whether they fit a bag of pairs: they say nothing but the tiles and the mounting."""
+        tiles = ImportOptions(mounting=self.mounting, tile_px=self.tile_px, tile_gsd=self.tile_gsd)
+        return self.own_mask is None and self == tiles
 
 
 @dataclass
@@ -217,16 +223,22 @@ def _complete(
     on_progress: Callable[[float], object],
 ) -> None:
     """Copy a bag of pairs, cutting the tiles that are missing, damaged, or of another size."""
+    if not options.fit_pairs:
+        raise BagError(
+            f"{source} is a bag of pairs: only --map, --size, --gsd, --camera, --camera-yaw and --antenna "
+            "can be given anew, the other options are for recordings"
+        )
     bag = PairBag(source)
     before, rig = bag.session(), bag.rig()
     session = {**before, "licence": tiles.licence or before.get("licence", "")}
     if tiles.has_map:
         session["tile"] = {"size": tiles.size, "gsd": tiles.gsd}
     if options.mounting is not None:
-        session.update(options.mounting.facts())
+        mounting = options.mounting if rig is None else rig_mounting(rig, options.mounting.antenna)
+        session.update(mounting.facts())
     odometry = _readable(bag.odometry(), result)
     waiting = next(odometry, None)
-    writer = PairWriter(partial, session, BagLimits(min_free_bytes=0), rig, bag.own_mask())
+    writer = PairWriter(partial, session, BagLimits(min_free_bytes=0), rig, bag.own_mask(), bag.cameras)
     with closing(writer):
         for index in range(len(bag)):
             on_progress(index / len(bag))
@@ -317,7 +329,7 @@ def _import_recording(
             lens = options.rectified, options.base_height_m
             rig = read_rig(reader, cameras, transforms, options.rig_file, *lens)
             inputs |= {_image_of(name): camera.images for name, camera in cameras.items()}
-            mounting = Mounting(mounting.antenna, (float(rig.centre[0]), float(rig.centre[1])))
+            mounting = rig_mounting(rig, mounting.antenna)
     except BagError as error:
         raise BagError(f"{source}: {error}") from None
     if options.imu:

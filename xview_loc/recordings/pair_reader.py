@@ -69,6 +69,11 @@ class PairBag:
             (stamp, number) for number in range(len(self._paths)) for stamp in self._stamps(number)
         )
 
+    @property
+    def cameras(self) -> list[str]:
+        """Names of the cameras of a rig, also those without a calibration; none: a single camera."""
+        return sorted({name for names in self._cameras for name in names})
+
     def __len__(self) -> int:
         return len(self._index)
 
@@ -134,7 +139,7 @@ class PairBag:
                 described, masks = read_cameras(names, found)
                 # A camera may be described in later files only.
                 cameras, own = {**described, **cameras}, {**masks, **own}
-        if not any(self._cameras):
+        if not self.cameras:
             return None
         with _readable(f"the rig in {self.folder} cannot be used"):
             height = float(self.session().get("base_height", 0.0))

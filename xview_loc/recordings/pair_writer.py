@@ -56,14 +56,13 @@ class PairWriter:
     ) -> None:
         """``session``: facts about the recording (vehicle, map, licence ...), JSON values.
 
-        ``rig``: what takes the images of pairs with several; ``cameras``: the names of its cameras, if the
-        rig is not known yet, see :meth:`set_rig`. ``own_mask``: where a single camera sees the vehicle
-        itself. Raises CameraError if the cameras cannot be recorded.
+        ``rig``: what takes the images of pairs with several; ``cameras``: the names of all its cameras, if
+        not all of them are known yet, see :meth:`set_rig`. ``own_mask``: where a single camera sees the
+        vehicle itself. Raises CameraError if the cameras cannot be recorded.
         """
         if rig is not None:
             check_rig(rig.cameras)
-            cameras = rig.cameras
-        self._cameras = list(cameras)
+        self._cameras = list(cameras) or list(rig.cameras if rig else ())
         check_cameras(self._cameras)
         self._types = dict(TOPICS)
         if self._cameras:

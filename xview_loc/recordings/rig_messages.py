@@ -15,6 +15,7 @@ from xview_loc.errors import shown
 from xview_loc.images import MAX_PIXELS, ImageError, check_complete, check_size, decode_compressed
 from xview_loc.rig import Mask, MountedCamera, Rig
 from xview_loc.vehicle.messages import camera_from_info
+from xview_loc.vehicle.mounting import Mounting
 from xview_loc.vehicle.transforms import Transform
 
 BASE_FRAME = "base_link"
@@ -67,6 +68,11 @@ def check_rig(cameras: Mapping[str, MountedCamera]) -> None:
             raise CameraError(f"camera {name} of the rig takes panoramas: record it alone")
         if not all(abs(value) <= _FARTHEST_M for value in mounted.position):  # NaN as well
             raise CameraError(f"camera {name} is not on the vehicle: it is at {mounted.position} m")
+
+
+def rig_mounting(rig: Rig, antenna: tuple[float, float]) -> Mounting:
+    """Return where antenna and camera are: a rig's panoramas are seen from the middle of its cameras."""
+    return Mounting(antenna, (float(rig.centre[0]), float(rig.centre[1])))
 
 
 def image_topic(name: str) -> str:
