@@ -413,14 +413,14 @@ NAN = {"x": math.nan, "y": 0.0, "z": 0.0, "w": 1.0}
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        (same, {"cameras": ("front", "rear")}, "no camera rear; cameras .*: front, left, right"),
+        (same, {"cameras": ("front", "rear")}, "there is no camera rear; cameras .*: front, left, right$"),
         (same, {"cameras": ("front", "front")}, "camera front is named twice"),
         (same, {"cameras": ("a=/front/image/compressed", "front")}, "two cameras have the topic /front/im"),
-        (same, {"cameras": ("a=/nowhere",)}, "no images on /nowhere"),
+        (same, {"cameras": ("a=/nowhere",)}, "are no images on /nowhere"),
         (same, {"cameras": ("../x=/front/image/compressed",)}, r"'\.\./x' is no name of a camera"),
         (same, {"cameras": ("\x1b[2J\n",)}, r"no camera \\x1b\[2J\\n"),
-        (same, {"imu": "/imu/data"}, "no Imu on /imu/data"),
-        (without("/left/camera_info"), {"cameras": ("left",)}, "no camera left"),
+        (same, {"imu": "/imu/data"}, "no Imu on /imu/data; its Imus: /imu$"),
+        (without("/left/camera_info"), {"cameras": ("left",)}, "no camera left; .* beside them: /left/image"),
         (without("/left/camera_info"), {"cameras": ("a=/left/image/compressed",)}, "a has no /left/camera_"),
         (without("/tf_static"), {}, "camera front: .* where its frame 'front_optical_frame' is in base_link"),
         (transforms(lambda t: vars(t.rotation).update(NAN)), {}, "camera left: .*nan.* is unusable"),
@@ -463,10 +463,23 @@ def test_several_cameras_lead_to_the_option(recording: Path, tmp_path: Path) -> 
         import_bag(recording, tmp_path / "pairs", None, replace(OPTIONS, cameras=()))
 
 
+def test_cameras_that_are_no_part_of_the_rig_are_said(recording: Path, tmp_path: Path) -> None:
+    """Nobody who asks for all cameras shall miss one without a word."""
+    source = altered(recording, tmp_path / "a", without("/left/camera_info"))
+    done = command("pairs", source, "--cameras", "all", "--out", tmp_path / "pairs")
+    assert "  not used, as no camera_info is beside them: /left/image/compressed\n" in done
+    some = command("pairs", source, "--cameras", "front,right", "--out", tmp_path / "some")
+    assert "not used" not in some
+    bare = altered(recording, tmp_path / "b", lambda *m: None if m[0].endswith("info") else same(*m))
+    with pytest.raises(BagError, match=r"no camera; cameras .*: none; images without .*: /front/image"):
+        import_bag(bare, tmp_path / "none", None, OPTIONS)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--cameras", "all", "--camera-yaw", 90], "are of a single camera, --cameras of a rig"),
+        (["--cameras", "front,,left"], "has an empty name"),
         (["--base-height", 1], "are of a rig: name its --cameras"),
         (["--tilt", 40, 0], "at most 30 degrees either way"),
         (["--tilt", "nan", 0], "at most 30 degrees either way"),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -13,6 +14,9 @@ from typer.core import TyperGroup
 from xview_loc.cli.console import UsageError, console
 from xview_loc.cli.maps import Headers, KeyEnv, map_options
 from xview_loc.errors import shown
+
+if TYPE_CHECKING:
+    from xview_loc.recordings.importer import ImportResult
 
 bag_app = typer.Typer(no_args_is_help=True, help="Recover recordings.")
 
@@ -56,6 +60,21 @@ def _beside(bag: Path, ending: str) -> Path:
 def _range(angles: tuple[float, float]) -> str:
     """Return the least and the greatest angle, degrees."""
     return " to ".join(f"{math.degrees(angle):.1f}" for angle in angles)
+
+
+def _remarks(result: ImportResult, imu: str) -> Iterator[str]:
+    """Yield what an import took for granted, and what it left out."""
+    if result.unplaced_imu:
+        frame = shown(result.unplaced_imu, 80)
+        yield f"the Imu's frame {frame} is not in /tf_static: its axes are taken as base_link's"
+    if result.uncalibrated:
+        yield shown(f"not used, as no camera_info is beside them: {', '.join(result.uncalibrated)}")
+    for name, count in sorted(result.without_camera.items()):
+        yield f"without an image of camera {name}: {count}"
+    if result.without_tilt:
+        yield f"without a tilt from {imu}: {result.without_tilt}"
+    for reason, count in sorted(result.dropped.items()):
+        yield f"dropped: {count} {reason}"
 
 
 @bag_app.command()
@@ -154,6 +173,9 @@ def import_(
     roll_pitch = (math.radians(tilt[0]), math.radians(tilt[1])) if tilt else None
     if roll_pitch is not None and not max(map(abs, roll_pitch)) <= MOST_TILT:
         raise UsageError(f"--tilt takes at most {math.degrees(MOST_TILT):.0f} degrees either way, not {tilt}")
+    rig = tuple(word.strip() for word in cameras.split(",")) if cameras else ()
+    if not all(rig):
+        raise UsageError(f"--cameras {cameras!r} has an empty name: write one comma between two names")
     mounting = Mounting(antenna, camera, math.radians(camera_yaw))
     named = {"image": image, "fix": fix, "camera_info": camera_info, "odom": odom, "heading": heading}
     options = ImportOptions(
@@ -162,7 +184,7 @@ def import_(
         heading=HeadingConvention(heading_clockwise, math.radians(heading_offset), math.radians(declination)),
         # A bag of pairs keeps its own if none is given.
         mounting=None if mounting == Mounting() else mounting,
-        cameras=tuple(word.strip() for word in cameras.split(",")) if cameras else (),
+        cameras=rig,
         rig_file=read_rig_file(rig_file) if rig_file else {},
         base_height_m=base_height,
         own_mask=read_mask(own_mask) if own_mask else None,
@@ -204,16 +226,8 @@ def import_(
                 if result.failed_tiles:
                     without += f" ({result.failed_tiles} could not be read: {result.tile_failure})"
                 bars.console.print(f"{out / name}: {result.pairs} pairs{without}", soft_wrap=True)
-                if result.unplaced_imu:
-                    frame = shown(result.unplaced_imu, 80)
-                    text = f"the Imu's frame {frame} is not in /tf_static: its axes are taken as base_link's"
-                    bars.console.print(f"  {text}", soft_wrap=True)
-                for name, count in sorted(result.without_camera.items()):
-                    bars.console.print(f"  without an image of camera {name}: {count}", soft_wrap=True)
-                if result.without_tilt:
-                    bars.console.print(f"  without a tilt from {imu}: {result.without_tilt}", soft_wrap=True)
-                for reason, count in sorted(result.dropped.items()):
-                    bars.console.print(f"  dropped: {count} {reason}", soft_wrap=True)
+                for line in _remarks(result, imu):
+                    bars.console.print(f"  {line}", soft_wrap=True)
     finally:
         if aerial is not None:
             aerial.close()

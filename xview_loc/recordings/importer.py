@@ -29,7 +29,7 @@ from xview_loc.recordings.pair import Pair
 from xview_loc.recordings.pair_messages import ODOMETRY, TILE, TOPICS
 from xview_loc.recordings.pair_reader import PairBag
 from xview_loc.recordings.pair_writer import PairWriter
-from xview_loc.recordings.recorded_rig import StaticTransforms, find_cameras, read_rig
+from xview_loc.recordings.recorded_rig import ALL, StaticTransforms, find_cameras, read_rig, uncalibrated
 from xview_loc.recordings.rig_messages import BASE_FRAME, rig_mounting
 from xview_loc.rig import Mask, Rig
 from xview_loc.vehicle.input_types import INPUT_TYPES
@@ -114,6 +114,7 @@ class ImportResult:
     a failure. failed_tiles: tiles that could not be read from the map. tile_failure: the last reason.
     without_camera: pairs without the image of a rig's camera. without_tilt: pairs without the tilt asked for.
     unplaced_imu: frame of an Imu that is taken as base_link's, as no transform says where it is; "" for none.
+    uncalibrated: topics of images left out of a rig of all cameras, as no camera_info is beside them.
     read: messages by input. dropped: messages and frames by reason.
     """
 
@@ -124,6 +125,7 @@ class ImportResult:
     without_camera: Counter[str] = field(default_factory=Counter)
     without_tilt: int = 0
     unplaced_imu: str = ""
+    uncalibrated: list[str] = field(default_factory=list)
     read: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
 
@@ -326,6 +328,8 @@ def _import_recording(
             transforms.read(reader)
         if options.cameras:
             cameras = find_cameras(reader.connections, options.cameras)
+            if list(options.cameras) == [ALL]:
+                result.uncalibrated = uncalibrated(reader.connections)
             lens = options.rectified, options.base_height_m
             rig = read_rig(reader, cameras, transforms, options.rig_file, *lens)
             inputs |= {_image_of(name): camera.images for name, camera in cameras.items()}
@@ -335,7 +339,8 @@ def _import_recording(
     if options.imu:
         inputs["imu"] = [c for c in reader.connections if c.topic == options.imu and c.msgtype == _IMU]
         if not inputs["imu"]:
-            raise BagError(f"{source} has no Imu on {shown(options.imu)}")
+            topics = ", ".join(_by_topic(c for c in reader.connections if c.msgtype == _IMU)) or "none"
+            raise BagError(f"{source} has no Imu on {shown(options.imu, 200)}; its Imus: {shown(topics)}")
     # An Imu may give both heading and tilt.
     names: dict[str, list[str]] = {}
     for name, connections in inputs.items():

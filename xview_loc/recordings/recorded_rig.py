@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -61,9 +61,8 @@ def find_cameras(connections: Sequence[Connection], wanted: Sequence[str]) -> di
         if name in cameras:
             raise BagError(f"camera {shown(name, 80)} is named twice")
         if not topics:
-            known = shown(", ".join(found) or "none")
-            what = f"images on {shown(topic, 200)}" if topic else f"camera {shown(name, 80)}"
-            raise BagError(f"there are no {what}; cameras with images and camera_info: {known}")
+            lacks = f"are no images on {shown(topic, 200)}" if topic else f"is no camera {shown(name, 80)}"
+            raise BagError(f"there {lacks}; {_summary(found, connections)}")
         if len(topics) > 1:
             several = shown(", ".join(topics))
             raise BagError(f"camera {name} has several topics, choose one with {name}=TOPIC: {several}")
@@ -76,12 +75,18 @@ def find_cameras(connections: Sequence[Connection], wanted: Sequence[str]) -> di
     if twice := [topic for topic, count in shared.items() if count > 1]:
         raise BagError(f"two cameras have the topic {shown(twice[0], 200)}")
     if not cameras:
-        raise BagError("there is no camera with images and camera_info")
+        raise BagError(f"there is no camera; {_summary(found, connections)}")
     try:
         check_cameras(cameras)
     except CameraError as error:
         raise BagError(str(error)) from None
     return cameras
+
+
+def uncalibrated(connections: Sequence[Connection]) -> list[str]:
+    """Return the topics of images that have no ``camera_info`` beside them, sorted."""
+    infos = _of_input(connections, "camera_info")
+    return sorted(topic for topic in _of_input(connections, "image") if _info_topic(topic) not in infos)
 
 
 def read_rig(
@@ -200,6 +205,13 @@ def _by_name(images: _ByTopic, infos: _ByTopic) -> dict[str, dict[str, list[Conn
         name = short if last[short] == 1 else namespace.strip("/").replace("/", "_")
         names[name or "camera"] = topics
     return dict(sorted(names.items()))
+
+
+def _summary(found: Iterable[str], connections: Sequence[Connection]) -> str:
+    text = f"cameras with images and camera_info: {', '.join(found) or 'none'}"
+    if topics := uncalibrated(connections):
+        text += f"; images without a camera_info beside them: {', '.join(topics)}"
+    return shown(text)
 
 
 def _of_input(connections: Sequence[Connection], name: str) -> _ByTopic:
