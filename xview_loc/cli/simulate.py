@@ -24,7 +24,9 @@ def simulate(
     height: Annotated[
         int | None,
         typer.Option(
-            min=16, help="Height of the images, pixels: a panorama's 128, width 4 times; a rig's 360."
+            min=16,
+            help="Height of the images, pixels; default: 128 for a panorama, which is 4 times as wide, 360 "
+            "for a rig, whose fisheyes are a third higher.",
         ),
     ] = None,
     size: Annotated[float, typer.Option(min=150.0, help="Side of the city, metres.")] = 1020.0,
