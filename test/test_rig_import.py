@@ -238,7 +238,7 @@ def test_cameras_that_fail_are_counted(recording: Path, tmp_path: Path) -> None:
     assert (last.tilt.roll, last.tilt.pitch) == pytest.approx((math.radians(3), math.radians(-2)))
     printed = command("pairs", "info", tmp_path / "pairs" / "a")
     assert "left: 5 images, 160 x 90, rational_polynomial" in printed
-    assert "front: 11 images" in printed
+    assert "front: 11 images" in printed and "unknown" not in printed
     assert "3 from fixed: roll 3.0 to 3.0, pitch -2.0 to -2.0 degrees" in printed and "9 from imu" in printed
 
 
@@ -468,8 +468,10 @@ def test_cameras_that_are_no_part_of_the_rig_are_said(recording: Path, tmp_path:
     source = altered(recording, tmp_path / "a", without("/left/camera_info"))
     done = command("pairs", source, "--cameras", "all", "--out", tmp_path / "pairs")
     assert "  not used, as no camera_info is beside them: /left/image/compressed\n" in done
-    some = command("pairs", source, "--cameras", "front,right", "--out", tmp_path / "some")
+    words = ["--cameras", "front,right", "--distance", 0.01, "--out", tmp_path / "some"]
+    some = command("pairs", source, *words)
     assert "not used" not in some
+    assert f"tilt         {COUNT} unknown" in command("pairs", "info", tmp_path / "some" / "a")
     bare = altered(recording, tmp_path / "b", lambda *m: None if m[0].endswith("info") else same(*m))
     with pytest.raises(BagError, match=r"no camera; cameras .*: none; images without .*: /front/image"):
         import_bag(bare, tmp_path / "none", None, OPTIONS)

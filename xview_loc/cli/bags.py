@@ -21,18 +21,12 @@ if TYPE_CHECKING:
 bag_app = typer.Typer(no_args_is_help=True, help="Recover recordings.")
 
 
-_Topic = Annotated[
-    str,
-    typer.Option(
-        help="Topic; default: the one named after the option (/image), else the only one of its type."
-    ),
-]
+def _topic(name: str, what: str = "Topic") -> Any:
+    return typer.Option(help=f"{what}; default: /{name}, else the only one of its type.")
 
 
-_Place = Annotated[
-    tuple[float, float],
-    typer.Option(metavar="FORWARD LEFT", help="Its place from base_link, metres."),
-]
+def _place(of: str) -> Any:
+    return typer.Option(metavar="FORWARD LEFT", help=f"Where the {of} is in base_link, metres.")
 
 
 class _ImportUnlessNamed(TyperGroup):
@@ -101,11 +95,11 @@ def import_(
     bags: Annotated[list[Path], typer.Argument(help="Recordings: rosbag2 directories, ROS 1 .bag files.")],
     out: Annotated[Path, typer.Option(help="Folder for the bags of pairs, one per recording.")],
     map_: Annotated[str, typer.Option("--map", help="Aerial map; default: pairs without tiles.")] = "",
-    image: _Topic = "",
-    fix: _Topic = "",
-    heading: Annotated[str, typer.Option(help="As --image; none: pairs without a heading.")] = "",
-    camera_info: _Topic = "",
-    odom: _Topic = "",
+    image: Annotated[str, _topic("image")] = "",
+    fix: Annotated[str, _topic("fix")] = "",
+    heading: Annotated[str, _topic("heading", "Topic, or none for pairs without a heading")] = "",
+    camera_info: Annotated[str, _topic("camera_info")] = "",
+    odom: Annotated[str, _topic("odom")] = "",
     distance: Annotated[float, typer.Option(min=0.0, help="Distance between pairs, metres.")] = 2.0,
     size: Annotated[int, typer.Option(min=16, help="Side of the aerial tiles, pixels.")] = 512,
     gsd: Annotated[float, typer.Option(min=0.01, help="Ground sample distance of the tiles, m/px.")] = 0.14,
@@ -119,16 +113,16 @@ def import_(
     camera_yaw: Annotated[
         float, typer.Option(help="Angle of the image's centre column, degrees left of forward.")
     ] = 0.0,
-    camera: _Place = (0.0, 0.0),
-    antenna: _Place = (0.0, 0.0),
+    camera: Annotated[tuple[float, float], _place("camera")] = (0.0, 0.0),
+    antenna: Annotated[tuple[float, float], _place("antenna")] = (0.0, 0.0),
     rectified: Annotated[
         bool, typer.Option("--rectified", help="Images are free of distortion: P of camera_info is used.")
     ] = False,
     cameras: Annotated[
         str,
         typer.Option(
-            help="Cameras of a rig, with commas: NAME, the namespace of its images and camera_info, or "
-            "NAME=TOPIC of its images; or all."
+            help="Cameras of a rig, separated by commas, each NAME (the namespace of its images and its "
+            "camera_info) or NAME=TOPIC (of its images); all: every camera with a camera_info."
         ),
     ] = "",
     rig_file: Annotated[
@@ -243,6 +237,7 @@ def info(
     ] = None,
 ) -> None:
     """Print a summary of a bag of pairs, and draw the pairs' positions."""
+    from xview_loc.camera import CameraModel
     from xview_loc.files import write_whole
     from xview_loc.recordings.pair_reader import PairBag
     from xview_loc.recordings.statistics import draw_places, pair_statistics
@@ -255,15 +250,19 @@ def info(
     console.print(f"track        {facts.length_m:.0f} m in {facts.seconds:.0f} s")
     box = ",".join(f"{degrees:.6f}" for degrees in facts.bounds)
     console.print(f"area         {box} (south,west,north,east)")
-    console.print(f"fix sigma    {facts.fix_sigma_m:.1f} m (median of the receiver's claims)")
-    for name, mounted in rig.cameras.items() if rig else ():
-        lens = mounted.camera
-        size = f"{lens.width} x {lens.height}, {getattr(lens, 'distortion_model', 'panorama')}"
-        count = facts.images.get(name, 0)
-        console.print(f"camera       {name}: {count} images, {size}", soft_wrap=True)
+    claims = f"{facts.fix_sigma_m:.1f} m (median of the receiver's claims)"
+    console.print(f"fix sigma    {'unknown' if math.isnan(facts.fix_sigma_m) else claims}")
+    for name in pairs.cameras:
+        mounted = rig.cameras.get(name) if rig else None
+        lens = "no camera_info"
+        if mounted and isinstance(mounted.camera, CameraModel):
+            lens = f"{mounted.camera.width} x {mounted.camera.height}, {mounted.camera.distortion_model}"
+        console.print(f"camera       {name}: {facts.images[name]} images, {lens}", soft_wrap=True)
     for source, (count, roll, pitch) in facts.tilts.items():
         angles = f"roll {_range(roll)}, pitch {_range(pitch)} degrees"
         console.print(f"tilt         {count} from {shown(source, 80)}: {angles}", soft_wrap=True)
+    if untilted := facts.pairs - sum(count for count, *_ in facts.tilts.values()):
+        console.print(f"tilt         {untilted} unknown")
     console.print(f"vehicle      {session.get('vehicle') or 'not named'}")
     console.print(f"licence      {session.get('licence') or 'none given'}", soft_wrap=True)
     path = picture or _beside(bag, "_pairs.png")
