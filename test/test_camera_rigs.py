@@ -29,8 +29,8 @@ from xview_loc.maps.base import AerialTile
 from xview_loc.models.base import Calibration
 from xview_loc.recordings.pair_reader import PairBag
 from xview_loc.rig import tilt_matrix
+from xview_loc.vehicle.mounted_cameras import optical
 from xview_loc.vehicle.mounting import moved
-from xview_loc.vehicle.rig_file import optical
 from xview_loc.vehicle.transforms import Transform
 
 DOMAIN = pick_domain()
@@ -389,8 +389,8 @@ def test_an_imu_in_a_frame_that_tf_does_not_know_is_said(vehicle: Vehicle) -> No
     ("wrong", "says"),
     [
         ({"cameras": ["front", "front"]}, "cameras names front twice"),
-        ({"cameras": ["front/../x"]}, "'front/../x' is no name of a camera"),
-        ({"cameras": [f"c{k}" for k in range(17)]}, "cameras names 17 cameras, at most 16"),
+        ({"cameras": ["front/../x"]}, "cameras: 'front/../x' is no name of a camera"),
+        ({"cameras": [f"c{k}" for k in range(17)]}, "cameras: a rig of 17 cameras: at most 16"),
         ({"cameras": [""]}, "rig_file is set, but cameras is empty"),
         ({"model": "stub-pinhole"}, "cameras is of models for panoramas, and stub-pinhole takes a pinhole"),
         ({"camera_frame": "eye"}, "camera_frame is of a single camera"),

@@ -19,8 +19,8 @@ from xview_loc.camera import CameraModel
 from xview_loc.nodes.cameras import Cameras, Frame
 from xview_loc.nodes.parameters import LOCALIZER
 from xview_loc.nodes.transforms import Transforms
+from xview_loc.vehicle.mounted_cameras import optical
 from xview_loc.vehicle.rig_assembly import CameraImage
-from xview_loc.vehicle.rig_file import optical
 from xview_loc.vehicle.synchronisation import RejectedInput
 from xview_loc.vehicle.transforms import Transform, TransformBuffer
 
@@ -60,6 +60,10 @@ def test_places_come_from_tf_by_the_cameras_names_or_their_calibrations_frames()
     assert rig.cameras["front"].position == rig.cameras["left"].position == (1.0, 0.5, 1.5)
     assert rig.cameras["front"].rotation == pytest.approx(rig.cameras["left"].rotation)
     assert rig.cameras["front"].axes[:, 2] == pytest.approx([1.0, 0.0, 0.0])
+    # Not every optical frame says so.
+    tf = Tf(front_optical_frame=optical(HERE), head_camera=optical(HERE))
+    again = both.see(frame("front", "left"), tf, None)[1]
+    assert again.cameras["left"].rotation == pytest.approx(rig.cameras["left"].rotation)
 
 
 def test_the_same_cameras_are_the_same_rig_which_keeps_its_tables() -> None:
@@ -74,8 +78,10 @@ def test_a_camera_that_tf_does_not_know_is_left_out_and_said() -> None:
     both = cameras(cameras=["front", "left"])
     pixels, rig = both.see(frame("front", "left"), Tf(front_optical_frame=HERE), None)
     assert pixels.keys() == rig.cameras.keys() == {"front"}
-    assert both.problems == {"left": "tf knows no transform from base_link to left_optical_frame"}
-    with pytest.raises(RejectedInput, match="camera left: tf knows no transform") as caught:
+    assert both.problems == {
+        "left": "tf from base_link to left_optical_frame: frame 'left_optical_frame' is unknown"
+    }
+    with pytest.raises(RejectedInput, match="camera left: tf from base_link to left_optical_frame") as caught:
         both.see(frame("left"), Tf(front_optical_frame=HERE), None)
     assert caught.value.reason == "extrinsics_missing"
 
@@ -90,7 +96,7 @@ def test_a_mask_that_does_not_fit_hides_its_camera(tmp_path: Path) -> None:
 
 
 def test_images_of_a_rig_have_a_limit_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("xview_loc.nodes.cameras._MOST_PIXELS", 96 * 72)
+    monkeypatch.setattr("xview_loc.nodes.cameras.MOST_PIXELS", 96 * 72)
     both, tf = cameras(cameras=["front", "left"]), Tf(front_optical_frame=HERE, left_optical_frame=HERE)
     assert both.see(frame("front", "left"), tf, None)[0].keys() == {"front"}
     assert "million pixels together" in both.problems["left"]

@@ -347,6 +347,21 @@ def test_frames_of_cameras_that_look_along_x(recording: Path, rig: Rig, tmp_path
         assert stored.cameras[name].axes == pytest.approx(mounted.axes, abs=1e-6)
 
 
+def test_frames_that_calibrations_do_not_name(recording: Path, rig: Rig, tmp_path: Path) -> None:
+    """As in the nodes, NAME_optical_frame is the camera's."""
+
+    def change(topic: str, kind: str, value: Any, number: int) -> tuple[str, str, Any]:
+        if topic.endswith("camera_info"):
+            value.header.frame_id = "camera"
+        return topic, kind, value
+
+    _, bag = imported(altered(recording, tmp_path / "a", change), tmp_path / "pairs")
+    stored = bag.rig()
+    assert stored is not None and stored.cameras.keys() == rig.cameras.keys()
+    for name, mounted in rig.cameras.items():
+        assert stored.cameras[name].axes == pytest.approx(mounted.axes, abs=1e-6)
+
+
 def test_pairs_of_a_rig_get_their_tiles_later(recording: Path, city: City, tmp_path: Path) -> None:
     _, bare = imported(recording, tmp_path / "bare")
     with open_map(str(city.write_geotiff(tmp_path / "city.tif"))) as aerial:

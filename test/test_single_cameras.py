@@ -21,7 +21,7 @@ from sensor_msgs.msg import Image, Imu
 from test_camera_rigs import NS, Spot, Vehicle, off, scene, tilt_quaternion
 
 from xview_loc.rig import directions, tilt_matrix
-from xview_loc.vehicle.rig_file import optical
+from xview_loc.vehicle.mounted_cameras import optical
 from xview_loc.vehicle.transforms import Transform
 
 DOMAIN = pick_domain()

@@ -212,7 +212,7 @@ def tilt_matrix(roll: float, pitch: float) -> NDArray[np.float64]:
     return about_y @ about_x
 
 
-def rotation_matrix(quaternion: Quaternion) -> NDArray[np.float64]:
+def rotation_matrix(quaternion: Quaternion | NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the matrix (3, 3) of a quaternion (x, y, z, w), which is normalised first."""
     x, y, z, w = np.asarray(quaternion) / np.linalg.norm(quaternion)
     return np.array(

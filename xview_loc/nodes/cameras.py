@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,22 +11,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from xview_loc.camera import CameraModel, PanoramaCamera
+from xview_loc.camera import CameraError, CameraModel, PanoramaCamera
 from xview_loc.errors import shown
-from xview_loc.images import MAX_PIXELS, Image, ImageError
+from xview_loc.images import Image, ImageError
 from xview_loc.nodes.parameters import ParameterError
 from xview_loc.nodes.transforms import Transforms
 from xview_loc.rig import Mask, MountedCamera, Rig
 from xview_loc.vehicle.messages import rgb_from_cdr
+from xview_loc.vehicle.mounted_cameras import (
+    MOST_PIXELS,
+    check_names,
+    mount,
+    optical,
+    rig_frames,
+)
 from xview_loc.vehicle.rig_assembly import CameraImage
-from xview_loc.vehicle.rig_file import CameraEntry, optical, read_mask, read_rig_file
+from xview_loc.vehicle.rig_file import CameraEntry, read_mask, read_rig_file
 from xview_loc.vehicle.synchronisation import RejectedInput
 from xview_loc.vehicle.transforms import Transform
 
-MOST_CAMERAS = 16
-# Of all images of a rig, which are decoded at the same time.
-_MOST_PIXELS = 2 * MAX_PIXELS
-_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
 Decoder = Callable[[Any], NDArray[np.uint8]] | None
 
 
@@ -104,20 +106,20 @@ class Cameras:
         left.
         """
         problems: dict[str, RejectedInput] = {}
-        mounted: dict[str, MountedCamera] = {}
+        cameras: dict[str, MountedCamera] = {}
         pixels: dict[str, Image] = {}
         images = {image.name: image for image in frame.images}
-        most = _MOST_PIXELS
+        left = MOST_PIXELS
         for name in self.names or ("",):
             try:
                 if (camera := frame.cameras.get(name)) is not None:
-                    most -= camera.width * camera.height
-                    if most < 0:
-                        text = f"the cameras have more than {_MOST_PIXELS / 1e6:.0f} million pixels together"
+                    left -= camera.width * camera.height
+                    if left < 0:
+                        text = f"the cameras have more than {MOST_PIXELS / 1e6:.0f} million pixels together"
                         raise RejectedInput("camera_info_invalid", text)
                 if name in images and (name in frame.cameras or not self.names):
                     pixels[name] = _decode(images[name], decode_other)
-                mounted[name] = self._mounted(name, frame, pixels.get(name), transforms, elevation_deg)
+                cameras[name] = self._mounted(name, frame, pixels.get(name), transforms, elevation_deg)
             except RejectedInput as error:
                 problems[name] = error
                 pixels.pop(name, None)
@@ -125,18 +127,19 @@ class Cameras:
         if not pixels:
             name, first = next((name, error) for name, error in problems.items() if name in images)
             raise RejectedInput(first.reason, f"camera {name}: {first}" if name else str(first))
-        return pixels, self._rig_of(mounted)
+        return pixels, self._rig_of(cameras)
 
     def pose(self, name: str, transforms: Transforms | None) -> Transform:
         """Return where a camera's optical frame is in base_link. Raises RejectedInput if tf does not know."""
         entry, p = self._entry(name), self._params
         if entry.pose is not None:
             return entry.pose
-        frames = [p["camera_frame"]]
         if name:
-            frames = [f"{name}_optical_frame", self.frames.get(name, "")]
-        if transforms is not None and any(frames):
-            return transforms.optical_pose(*filter(None, frames))
+            frames = rig_frames(name, self.frames.get(name, ""))
+        else:
+            frames = [p["camera_frame"]] if p["camera_frame"] else []
+        if transforms is not None and frames:
+            return transforms.optical_pose(frames)
         return optical(Transform.planar(p["camera_x"], p["camera_y"], math.radians(p["camera_yaw_deg"])))
 
     def _mounted(
@@ -161,15 +164,13 @@ class Cameras:
         if own is not None and _size(own) != size:
             text = f"its own_mask has {_size(own)} pixels, but its images have {size}"
             raise RejectedInput("own_mask_invalid", text)
-        pose = self.pose(name, transforms)
-        (x, y, z), (qx, qy, qz, qw) = pose.translation.tolist(), pose.rotation.tolist()
-        return MountedCamera(camera, (x, y, z), (qx, qy, qz, qw))
+        return mount(camera, self.pose(name, transforms))
 
-    def _rig_of(self, mounted: dict[str, MountedCamera]) -> Rig:
+    def _rig_of(self, cameras: dict[str, MountedCamera]) -> Rig:
         """Return the rig of these cameras: the last one if they are the same, as it keeps tables."""
-        if self._rig is None or self._rig.cameras != mounted:
-            own = {name: mask for name in mounted if (mask := self._entry(name).own) is not None}
-            self._rig = Rig(mounted, self._params["base_height_m"], own)
+        if self._rig is None or self._rig.cameras != cameras:
+            own = {name: mask for name in cameras if (mask := self._entry(name).own) is not None}
+            self._rig = Rig(cameras, self._params["base_height_m"], own)
         return self._rig
 
     def _entry(self, name: str) -> CameraEntry:
@@ -190,15 +191,13 @@ def _size(image: NDArray[Any]) -> str:
 def _names(given: list[str]) -> tuple[str, ...]:
     """Return the names of a rig's cameras. Raises ParameterError."""
     names = tuple(filter(None, given))
+    try:
+        check_names(names)
+    except CameraError as error:
+        raise ParameterError(f"cameras: {error}") from None
     for name in names:
-        if not _NAME.fullmatch(name):
-            raise ParameterError(
-                f"cameras: {shown(repr(name), 80)} is no name of a camera: letters, digits and _ only"
-            )
         if names.count(name) > 1:
             raise ParameterError(f"cameras names {name} twice")
-    if len(names) > MOST_CAMERAS:
-        raise ParameterError(f"cameras names {len(names)} cameras, at most {MOST_CAMERAS}")
     return names
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -18,7 +18,7 @@ from xview_loc.errors import shown
 from xview_loc.nodes.diagnostics import LOG_INTERVAL_S, WARN, Health
 from xview_loc.nodes.parameters import ParameterError
 from xview_loc.vehicle.messages import yaw_of
-from xview_loc.vehicle.rig_file import optical
+from xview_loc.vehicle.mounted_cameras import optical_pose
 from xview_loc.vehicle.synchronisation import NS, RejectedInput
 from xview_loc.vehicle.transforms import Transform, TransformBuffer, TransformError
 
@@ -49,33 +49,23 @@ class Transforms:
             self._node.destroy_subscription(subscription)
         self._subscriptions = []
 
-    def place(self, frame: str) -> tuple[tuple[float, float], float]:
-        """Return where a frame is in base_link, (forward, left) in metres, and where it looks, radians.
-
-        An optical frame (REP-103) looks along its z axis, any other along x. Raises RejectedInput
-        ("extrinsics_missing").
-        """
-        pose = self._pose(frame)
-        forward, left, _ = pose.translation.tolist()
-        return (forward, left), pose.direction(2) if "optical" in frame else pose.yaw
-
-    def optical_pose(self, *frames: str) -> Transform:
-        """Return the pose in base_link of a camera's optical frame: the first of ``frames`` that tf knows.
-
-        A frame that is not named optical looks along its x axis. Raises RejectedInput ("extrinsics_missing").
-        """
-        for frame in frames:
-            with suppress(RejectedInput):
-                pose = self._pose(frame)
-                return pose if "optical" in frame else optical(pose)
-        text = f"tf knows no transform from {self._base} to {' or '.join(frames)}"
-        raise RejectedInput("extrinsics_missing", text)
-
-    def _pose(self, frame: str) -> Transform:
+    def pose(self, frame: str) -> Transform:
+        """Return the pose of a frame in base_link. Raises RejectedInput ("extrinsics_missing")."""
         try:
             return self.buffer.lookup(self._base, frame)
         except TransformError as error:
             raise RejectedInput("extrinsics_missing", f"tf from {self._base} to {frame}: {error}") from None
+
+    def optical_pose(self, frames: list[str]) -> Transform:
+        """Return the pose of a camera's optical frame in base_link, see :func:`optical_pose`.
+
+        Raises RejectedInput ("extrinsics_missing") if tf knows none of ``frames``.
+        """
+        try:
+            return optical_pose(partial(self.buffer.lookup, self._base), frames)
+        except TransformError as error:
+            text = f"tf from {self._base} to {' or '.join(frames)}: {error}"
+            raise RejectedInput("extrinsics_missing", text) from None
 
     def _add(self, message: Any, static: bool) -> None:
         for one in message.transforms:

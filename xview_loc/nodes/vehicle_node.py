@@ -41,6 +41,7 @@ from xview_loc.vehicle.odometry import Odometry, VelocitySample
 from xview_loc.vehicle.pairing import Paired, Pairing
 from xview_loc.vehicle.rig_assembly import CameraImage, RigAssembly, middle_ns
 from xview_loc.vehicle.synchronisation import NS, GnssFix, RejectedInput, StampNotNewerError
+from xview_loc.vehicle.transforms import Transform
 
 # States in which parameters are in use.
 CONFIGURED = ("inactive", "active")
@@ -291,14 +292,12 @@ class VehicleNode(LifecycleNode):
     def _mounting(self) -> Mounting:
         """Return where antenna and camera are now. Raises RejectedInput if tf does not know."""
         p = self._params
-        antenna, camera = (p["antenna_x"], p["antenna_y"]), (p["camera_x"], p["camera_y"])
-        yaw = math.radians(p["camera_yaw_deg"])
-        if self._transforms is not None:
-            if p["antenna_frame"]:
-                antenna, _ = self._transforms.place(p["antenna_frame"])
-            if p["camera_frame"]:
-                camera, yaw = self._transforms.place(p["camera_frame"])
-        return Mounting(antenna, camera, yaw)
+        antenna = p["antenna_x"], p["antenna_y"]
+        if self._transforms is not None and p["antenna_frame"]:
+            antenna = _across(self._transforms.pose(p["antenna_frame"]))
+        camera = self._cameras.pose("", self._transforms)
+        # An optical frame looks along its z axis.
+        return Mounting(antenna, _across(camera), camera.direction(2))
 
     def _open_map(self, size_px: int, gsd: float, snap_m: float | None = None) -> TileStore:
         """Open the parameters' map for tiles of this size.
@@ -391,7 +390,7 @@ class VehicleNode(LifecycleNode):
         offset = math.radians(p["heading_offset_deg"])
         if self._transforms is not None and p["heading_frame"]:
             # The sensor's x axis looks this far left of the vehicle's.
-            offset -= self._transforms.place(p["heading_frame"])[1]
+            offset -= self._transforms.pose(p["heading_frame"]).yaw
         return input_messages.HeadingConvention(
             p["heading_clockwise"],
             offset,
@@ -565,6 +564,12 @@ class VehicleNode(LifecycleNode):
         array = DiagnosticArray(status=[status])
         array.header.stamp = self.get_clock().now().to_msg()
         self._diagnostics.publish(array)
+
+
+def _across(pose: Transform) -> tuple[float, float]:
+    """Return where a frame is, (forward, left), metres."""
+    forward, left, _ = pose.translation.tolist()
+    return forward, left
 
 
 def _topic(camera: str, name: str) -> str:

@@ -29,7 +29,6 @@ from xview_loc.recordings.pair_messages import (
     tile_messages,
 )
 from xview_loc.recordings.rig_messages import (
-    check_cameras,
     check_rig,
     image_topic,
     mask_message,
@@ -37,6 +36,7 @@ from xview_loc.recordings.rig_messages import (
     rig_topics,
 )
 from xview_loc.rig import Mask, Rig
+from xview_loc.vehicle.mounted_cameras import check_names
 
 # Topics of a single camera.
 _SINGLE = (IMAGE, CAMERA, OWN_MASK)
@@ -63,7 +63,7 @@ class PairWriter:
         if rig is not None:
             check_rig(rig.cameras)
         self._cameras = list(cameras) or list(rig.cameras if rig else ())
-        check_cameras(self._cameras)
+        check_names(self._cameras)
         self._types = dict(TOPICS)
         if self._cameras:
             images = {image_topic(name): TOPICS[IMAGE] for name in self._cameras}

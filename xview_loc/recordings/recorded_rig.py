@@ -14,11 +14,12 @@ from rosbags.interfaces import Connection
 from xview_loc.bags.recovery import BagError
 from xview_loc.camera import CameraError, CameraModel
 from xview_loc.errors import reason, shown
-from xview_loc.recordings.rig_messages import BASE_FRAME, TF_STATIC, check_cameras, make_rig, mounted
+from xview_loc.recordings.rig_messages import BASE_FRAME, TF_STATIC, make_rig
 from xview_loc.rig import Rig
 from xview_loc.vehicle.input_types import INPUT_TYPES
 from xview_loc.vehicle.messages import camera_from_info
-from xview_loc.vehicle.rig_file import CameraEntry, optical
+from xview_loc.vehicle.mounted_cameras import check_names, mount, optical_pose, rig_frames
+from xview_loc.vehicle.rig_file import CameraEntry
 from xview_loc.vehicle.synchronisation import RejectedInput
 from xview_loc.vehicle.transforms import (
     LONGEST_NAME,
@@ -32,8 +33,6 @@ _ByTopic = dict[str, list[Connection]]
 # Every camera that has images and a calibration.
 ALL = "all"
 _COMPRESSED = "/compressed"
-# Least share of the vertical in a z axis that points up.
-_UP = 0.7
 # Messages of a camera_info among which one must be usable.
 _INFOS = 20
 
@@ -77,7 +76,7 @@ def find_cameras(connections: Sequence[Connection], wanted: Sequence[str]) -> di
     if not cameras:
         raise BagError(f"there is no camera; {_summary(found, connections)}")
     try:
-        check_cameras(cameras)
+        check_names(cameras)
     except CameraError as error:
         raise BagError(str(error)) from None
     return cameras
@@ -109,7 +108,7 @@ def read_rig(
         for name, camera in cameras.items():
             model, frame = _calibration(reader, name, camera, rectified)
             entry = entries.get(name, CameraEntry())
-            rig[name] = mounted(model, entry.pose or transforms.optical_pose(name, frame))
+            rig[name] = mount(model, entry.pose or transforms.optical_pose(name, frame))
             if entry.own is not None:
                 own[name] = entry.own
         return make_rig(rig, own, base_height)
@@ -158,17 +157,12 @@ class StaticTransforms:
             raise TransformError(f"{error}{self._damage}") from None
 
     def optical_pose(self, name: str, frame: str) -> Transform:
-        """Return the pose of a camera's optical frame. Raises BagError.
-
-        A frame whose z axis points up, and that is not named optical, looks along its x axis.
-        """
+        """Return the pose of a camera's optical frame; ``frame``: its calibration's. Raises BagError."""
         try:
-            pose = self.pose(frame)
+            return optical_pose(self.pose, rig_frames(name, frame))
         except TransformError as error:
             text = f"camera {name}: {TF_STATIC} does not say where its frame {frame!r} is in {BASE_FRAME}"
             raise BagError(f"{shown(text)} ({reason(error)}): say it in a rig file") from None
-        is_body = "optical" not in frame and pose.matrix[2, 2] > _UP
-        return optical(pose) if is_body else pose
 
 
 def _calibration(

@@ -11,10 +11,16 @@ import numpy as np
 
 from xview_loc.bags.ros_types import camera_info, header, message
 from xview_loc.camera import CameraError, CameraModel
-from xview_loc.errors import shown
 from xview_loc.images import MAX_PIXELS, ImageError, check_complete, check_size, decode_compressed
 from xview_loc.rig import Mask, MountedCamera, Rig
 from xview_loc.vehicle.messages import camera_from_info
+from xview_loc.vehicle.mounted_cameras import (
+    FARTHEST_M,
+    MOST_CAMERAS,
+    MOST_PIXELS,
+    check_names,
+    mount,
+)
 from xview_loc.vehicle.mounting import Mounting
 from xview_loc.vehicle.transforms import Transform
 
@@ -23,24 +29,6 @@ TF_STATIC = "/tf_static"
 _IMAGE, _INFO, _MASK = "sensor_msgs/msg/CompressedImage", "sensor_msgs/msg/CameraInfo", "own_mask"
 _TRANSFORMS = "tf2_msgs/msg/TFMessage"
 _IMAGE_TOPIC = re.compile("/pair/([^/]*)/image")
-# What a rig may have: cameras, characters of a name, pixels of all images together, metres from base_link.
-MOST_CAMERAS = 16
-_NAME = re.compile("[A-Za-z][A-Za-z0-9_]{0,63}")
-_MOST_PIXELS = 2 * MAX_PIXELS
-_FARTHEST_M = 100.0
-
-
-def check_cameras(names: Iterable[str]) -> None:
-    """Raise CameraError unless the names of a rig's cameras, and their number, can be recorded."""
-    names = list(names)
-    if len(names) > MOST_CAMERAS:
-        raise CameraError(f"a rig of {len(names)} cameras: at most {MOST_CAMERAS} are supported")
-    for name in names:
-        if not _NAME.fullmatch(name):
-            raise CameraError(
-                f"'{shown(name, 80)}' is no name of a camera: use up to 64 letters, digits and underscores, "
-                "and begin with a letter"
-            )
 
 
 def make_rig(cameras: Mapping[str, MountedCamera], own: Mapping[str, Mask], height: float) -> Rig:
@@ -51,22 +39,22 @@ def make_rig(cameras: Mapping[str, MountedCamera], own: Mapping[str, Mask], heig
     if not cameras:
         raise CameraError("no camera has a camera_info")
     check_rig(cameras)
-    if not 0.0 <= height <= _FARTHEST_M:  # NaN as well
+    if not 0.0 <= height <= FARTHEST_M:  # NaN as well
         raise CameraError(f"{BASE_FRAME} cannot be {height} m above the ground")
     return Rig(cameras, height, own)
 
 
 def check_rig(cameras: Mapping[str, MountedCamera]) -> None:
     """Raise CameraError unless a rig's cameras can be recorded: names, number, size and places."""
-    check_cameras(cameras)
+    check_names(cameras)
     pixels = sum(mounted.camera.width * mounted.camera.height for mounted in cameras.values())
-    if pixels > _MOST_PIXELS:
-        most = f"{_MOST_PIXELS / 1e6:.0f} million"
+    if pixels > MOST_PIXELS:
+        most = f"{MOST_PIXELS / 1e6:.0f} million"
         raise CameraError(f"the rig's images have {pixels / 1e6:.0f} million pixels together, at most {most}")
     for name, mounted in cameras.items():
         if not isinstance(mounted.camera, CameraModel):
             raise CameraError(f"camera {name} of the rig takes panoramas: record it alone")
-        if not all(abs(value) <= _FARTHEST_M for value in mounted.position):  # NaN as well
+        if not all(abs(value) <= FARTHEST_M for value in mounted.position):  # NaN as well
             raise CameraError(f"camera {name} is not on the vehicle: it is at {mounted.position} m")
 
 
@@ -91,7 +79,7 @@ def rig_topics(names: Iterable[str]) -> dict[str, str]:
 def camera_names(topics: Iterable[str]) -> list[str]:
     """Return the names of the cameras that have images among a bag's topics, sorted. Raises CameraError."""
     found = sorted({match[1] for topic in topics if (match := _IMAGE_TOPIC.fullmatch(topic))})
-    check_cameras(found)
+    check_names(found)
     return found
 
 
@@ -134,17 +122,11 @@ def read_cameras(
             continue
         if (pose := poses.get(name)) is None:
             raise CameraError(f"{TF_STATIC} has no transform from {BASE_FRAME} to camera {name}")
-        cameras[name] = mounted(camera_from_info(info), pose)
+        cameras[name] = mount(camera_from_info(info), pose)
         if (mask := found.get(f"/pair/{name}/{_MASK}")) is not None:
             camera = cameras[name].camera
             own[name] = decode_mask(mask.data.tobytes(), camera.width * camera.height)
     return cameras, own
-
-
-def mounted(camera: CameraModel, pose: Transform) -> MountedCamera:
-    """Return a camera whose optical frame has this pose in ``base_link``."""
-    (x, y, z), (qx, qy, qz, qw) = pose.translation.tolist(), pose.rotation.tolist()
-    return MountedCamera(camera, (x, y, z), (qx, qy, qz, qw))
 
 
 def mask_message(mask: Mask, stamp_ns: int, camera: str = "") -> Any:

@@ -15,13 +15,12 @@ from ruamel.yaml import YAML
 from xview_loc.errors import UserError, reason, shown
 from xview_loc.files import read_regular, write_whole
 from xview_loc.images import ImageError, decode_with_alpha
-from xview_loc.rig import FORWARD, Mask, MountedCamera
+from xview_loc.rig import Mask, MountedCamera
+from xview_loc.vehicle.mounted_cameras import FARTHEST_M, optical
 from xview_loc.vehicle.transforms import Transform
 
 # Largest files that are read, bytes.
 _FILE_LIMIT, _MASK_LIMIT = 100_000, 50_000_000
-# No camera is further from base_link, metres.
-FARTHEST_M = 100.0
 _PLACE = ("x", "y", "z")
 _ANGLES = ("roll_deg", "pitch_deg", "yaw_deg")
 _KEYS = {*_PLACE, *_ANGLES, "quaternion", "own_mask"}
@@ -87,11 +86,6 @@ def read_mask(path: Path) -> Mask:
     if mask.all():
         raise UserError(f"own_mask {path} is white all over: it hides the whole image")
     return mask
-
-
-def optical(pose: Transform) -> Transform:
-    """Return the pose of the optical frame of a camera that looks along the x axis of ``pose``."""
-    return pose @ Transform(np.zeros(3), np.array(FORWARD))
 
 
 def _entry(content: Any, folder: Path) -> CameraEntry:

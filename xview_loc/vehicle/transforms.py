@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from xview_loc.rig import rotation_matrix
 from xview_loc.vehicle.synchronisation import NS, RESTART_NS
 
 Array = NDArray[np.float64]
@@ -47,14 +48,7 @@ class Transform:
     @property
     def matrix(self) -> Array:
         """Rotation matrix (3, 3); its columns are the frame's axes."""
-        x, y, z, w = self.rotation
-        return np.array(
-            [
-                [1.0 - 2.0 * (y * y + z * z), 2.0 * (x * y - z * w), 2.0 * (x * z + y * w)],
-                [2.0 * (x * y + z * w), 1.0 - 2.0 * (x * x + z * z), 2.0 * (y * z - x * w)],
-                [2.0 * (x * z - y * w), 2.0 * (y * z + x * w), 1.0 - 2.0 * (x * x + y * y)],
-            ]
-        )
+        return rotation_matrix(self.rotation)
 
     @property
     def yaw(self) -> float:
