@@ -7,6 +7,7 @@ import hashlib
 import math
 import os
 import tempfile
+from array import array
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import fields
@@ -280,21 +281,23 @@ def _bag_track(number: int, bag: PairBag, mounting: Mounting) -> Track:
 
 def _driven(bag: PairBag, stamps: NDArray[np.int64]) -> NDArray[np.float64]:
     """Return metres (N - 1,) driven between stamps (N,), by odometry; NaN where it is missing."""
-    reader, seen = VelocityReader(), []
+    # Arrays, as hours of odometry are millions of messages.
+    reader, times, speeds = VelocityReader(), array("q"), array("d")
     for _, data in bag.odometry():
         with suppress(RejectedInput):
             velocity = reader.read(deserialize(TOPICS[ODOMETRY], data))
             if velocity is not None:
-                seen.append((velocity.stamp_ns, velocity.forward))
-    seen.sort()
-    if len(seen) < 2:
+                times.append(velocity.stamp_ns)
+                speeds.append(velocity.forward)
+    if len(times) < 2:
         return np.full(max(0, len(stamps) - 1), math.nan)
-    seconds = np.array([(stamp - seen[0][0]) / 1e9 for stamp, _ in seen])
-    speeds = np.array([speed for _, speed in seen])
-    steps = np.diff(seconds) * (speeds[1:] + speeds[:-1]) / 2
+    order = np.argsort(times, kind="stable")
+    known, forward = np.array(times)[order], np.array(speeds)[order]
+    seconds = (known - known[0]) / 1e9
+    steps = np.diff(seconds) * (forward[1:] + forward[:-1]) / 2
     # The distance driven within a gap is unknown, and so is every step that touches one.
     gaps = np.diff(seconds) * 1e9 > 2 * SPEED_AGE_NS
-    at = (stamps - seen[0][0]) / 1e9
+    at = (stamps - known[0]) / 1e9
     driven, missing = (
         np.interp(at, seconds, np.concatenate([[0.0], np.cumsum(x)]), math.nan, math.nan)
         for x in (np.where(gaps, 0.0, steps), gaps.astype(np.float64))

@@ -171,18 +171,19 @@ class PairBag:
 
         Reads each file once from end to end. Raises BagError if the bag is damaged.
         """
-        fixes: dict[tuple[int, int], Any] = {}
-        headings: dict[tuple[int, int], Any] = {}
+        # Numbers alone: the messages of a long recording would fill the memory.
+        fixes: dict[tuple[int, int], tuple[float, float]] = {}
+        headings: dict[tuple[int, int], float | None] = {}
         for number, path in enumerate(self._paths):
             with _readable(f"{path} is damaged"):
                 for _, channel, found in self._reader(number).iter_messages(topics=[FIX, HEADING]):
-                    kind = fixes if channel.topic == FIX else headings
-                    kind[found.log_time, number] = deserialize(TOPICS[channel.topic], found.data)
+                    key, value = (found.log_time, number), deserialize(TOPICS[channel.topic], found.data)
+                    if channel.topic == FIX:
+                        fixes[key] = value.latitude, value.longitude
+                    else:
+                        headings[key] = read_heading(value)
         try:
-            return [
-                (key[0], fixes[key].latitude, fixes[key].longitude, read_heading(headings[key]))
-                for key in self._index
-            ]
+            return [(key[0], *fixes[key], headings[key]) for key in self._index]
         except KeyError:
             raise BagError(f"{self.folder} is damaged: a pair has no fix or heading") from None
 
