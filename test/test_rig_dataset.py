@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import tracemalloc
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -251,6 +252,33 @@ def test_copies_in_other_processes(world: np.ndarray, tmp_path: Path) -> None:
     first = dataset[0]
     again = pickle.loads(pickle.dumps(dataset))[0]
     assert torch.equal(first["ground"], again["ground"])
+
+
+def test_drives_of_one_vehicle_share_its_look_up_tables(world: np.ndarray, tmp_path: Path) -> None:
+    """They are megabytes for each tilt, and a data loader's worker opens all drives."""
+    images = tuple(taken(name, photograph(world, yaw, TILT)) for name, yaw in YAWS.items())
+    one = pair(images=images, tilt=TILT)
+    folders = [write(tmp_path / str(k), one, rig=rig()) for k in range(6)]
+    spec = replace(SPEC, ground_size=(128, 512))
+
+    def held(count: int) -> int:
+        data = PairDataset(folders[:count], spec)
+        tracemalloc.start()
+        for k in range(count):
+            assert data[k]["index"] == k
+        try:
+            return tracemalloc.get_traced_memory()[0]
+        finally:
+            tracemalloc.stop()
+
+    assert held(6) < 1.5 * held(2)
+    # Another vehicle keeps its own rig.
+    turned = {name: yaw + 1.0 for name, yaw in YAWS.items()}
+    other = write(tmp_path / "other", one, rig=rig(turned))
+    both = PairDataset([folders[0], other], SPEC)
+    assert torch.equal(both[0]["ground"], PairDataset([folders[0]], SPEC)[0]["ground"])
+    assert torch.equal(both[1]["ground"], PairDataset([other], SPEC)[0]["ground"])
+    assert not torch.equal(both[0]["ground"], both[1]["ground"])
 
 
 def test_pairs_that_do_not_fit_say_so(world: np.ndarray, tmp_path: Path) -> None:

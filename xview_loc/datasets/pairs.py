@@ -103,7 +103,11 @@ class PairDataset(PairSource):
         self._bags = [PairBag(folder) for folder in folders]
         digest = hashlib.sha256("".join(bag.digest() for bag in self._bags).encode()).hexdigest()
         self.name = f"pairs:{digest[:16]}"
-        self._rigs = [bag.rig() for bag in self._bags]
+        self._rigs: list[Rig | None] = []
+        for bag in self._bags:
+            rig = bag.rig()
+            # Drives of one vehicle share its rig, which keeps large look-up tables.
+            self._rigs.append(next((known for known in self._rigs if _same(known, rig)), rig))
         for folder, rig in zip(folders, self._rigs, strict=True):
             if rig is not None and spec.camera == "pinhole":
                 raise DatasetError(f"{folder} has the images of a rig, {spec.name} takes those of one camera")
@@ -220,6 +224,13 @@ class PairDataset(PairSource):
                 f"xview-loc pairs {folder} --map MAP --size {spec.aerial_size} --gsd {spec.gsd:g} --out NEW"
             )
         return spare // 2
+
+
+def _same(a: Rig | None, b: Rig | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    masks = a.own.keys() == b.own.keys() and all(np.array_equal(a.own[name], b.own[name]) for name in a.own)
+    return masks and (a.cameras, a.height) == (b.cameras, b.height)
 
 
 def _mounting(bag: PairBag, rig: Rig | None) -> Mounting:
