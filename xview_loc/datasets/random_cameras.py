@@ -75,8 +75,8 @@ def _exposures_and_mask(rays: NDArray[np.float64], rng: np.random.Generator) -> 
     seen = np.zeros(shape, bool)
     count = int(rng.integers(_FEWEST, _MOST + 1))
     fisheye = rng.random() < _FISHEYE
-    width, aspect, down = rng.uniform(*(_FISHEYE_ANGLE if fisheye else _PINHOLE)), rng.uniform(*_ASPECT), 0.0
-    # A single camera looks ahead more often than not.
+    width, aspect = rng.uniform(*(_FISHEYE_ANGLE if fisheye else _PINHOLE)), rng.uniform(*_ASPECT)
+    # One camera looks ahead more often than not.
     first = 0.0 if rng.random() < 0.5 else rng.uniform(-math.pi, math.pi)
     for k in range(count):
         yaw = first + 2 * math.pi * k / count + rng.normal() * 0.1
