@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -61,3 +62,13 @@ def test_a_data_set_of_any_camera(tmp_path: Path) -> None:
     assert all(torch.equal(a, fixed[i]["ground"]) for i, a in enumerate(first))
     with pytest.raises(DatasetError, match="STYLE:CITIES:FRAMES"):
         open_dataset("simulated:source:3:4:any", SPEC, cache_dir=tmp_path)
+
+
+def test_models_of_other_elevations_do_not_share_panoramas(tmp_path: Path) -> None:
+    """Cities are rendered once for all models that see the same."""
+    name = "simulated:source:3:2"
+    narrow = open_dataset(name, SPEC, cache_dir=tmp_path)[0]
+    again = open_dataset(name, replace(SPEC, bins=8), cache_dir=tmp_path)[0]
+    assert torch.equal(narrow["ground"], again["ground"]) and len(list(tmp_path.iterdir())) == 1
+    wide = open_dataset(name, replace(SPEC, elevation_deg=(90.0, -90.0)), cache_dir=tmp_path)[0]
+    assert not torch.equal(narrow["ground"], wide["ground"])

@@ -138,7 +138,11 @@ class SimulatedDataset(PoseDataset):
 
     def _path(self, seed: int) -> Path:
         what: tuple[object, ...] = (_VERSION, self._style, seed, self._frames, self._spec.ground_size)
-        what += (self._spec.gsd, *((self._view, self._options) if self._any_camera else ()))
+        what += (self._spec.gsd,)
+        drawn = self._view, self._options
+        # The usual ones are not named: cities that were rendered before others existed serve again.
+        if drawn != (PanoramaView(*self._spec.ground_size), DriveOptions(rate_hz=_RATE_HZ)):
+            what += drawn
         return self.folder / hashlib.sha256(repr(what).encode()).hexdigest()[:16]
 
     def _city(self, seed: int) -> _Rendered:
