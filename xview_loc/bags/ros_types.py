@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -14,6 +14,7 @@ from rosbags.typesys import Stores, get_typestore
 STORE = get_typestore(Stores.ROS2_HUMBLE)
 NS = 1_000_000_000
 COVARIANCE_KNOWN = 3  # sensor_msgs/NavSatFix.COVARIANCE_TYPE_KNOWN
+UNMEASURED = -1.0  # sensor_msgs/Imu: the first covariance of what is not measured
 
 
 @cache
@@ -84,6 +85,38 @@ def camera_info(
         binning_y=0,
         roi=region,
     )
+
+
+def imu(head: Any, orientation: Any, covariance: Any) -> Any:
+    """Make a sensor_msgs/Imu of an orientation alone; its 3x3 covariance is None if it is not measured."""
+    unmeasured = np.array([UNMEASURED, *[0.0] * 8])
+    zero = message("geometry_msgs/msg/Vector3", x=0.0, y=0.0, z=0.0)
+    return message(
+        "sensor_msgs/msg/Imu",
+        header=head,
+        orientation=orientation,
+        orientation_covariance=unmeasured if covariance is None else np.asarray(covariance, float).reshape(9),
+        angular_velocity=zero,
+        angular_velocity_covariance=unmeasured,
+        linear_acceleration=zero,
+        linear_acceleration_covariance=unmeasured,
+    )
+
+
+def transforms(
+    stamp_ns: int, parent: str, poses: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+) -> Any:
+    """Make a tf2_msgs/TFMessage of positions (x, y, z) and rotations (x, y, z, w) in ``parent``, by frame."""
+    stamped = []
+    for child, (position, rotation) in poses.items():
+        translation, turn = (
+            message(f"geometry_msgs/msg/{kind}", **dict(zip("xyzw", map(float, values), strict=False)))
+            for kind, values in (("Vector3", position), ("Quaternion", rotation))
+        )
+        pose = message("geometry_msgs/msg/Transform", translation=translation, rotation=turn)
+        kind, head = "geometry_msgs/msg/TransformStamped", header(stamp_ns, parent)
+        stamped.append(message(kind, header=head, child_frame_id=child, transform=pose))
+    return message("tf2_msgs/msg/TFMessage", transforms=stamped)
 
 
 def nav_sat_fix(head: Any, lat: float, lon: float, altitude: float, covariance: Any) -> Any:

@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 
 from xview_loc.bags.ros_types import (
     COVARIANCE_KNOWN,
+    UNMEASURED,
     camera_info,
     header,
+    imu,
     message,
     nav_sat_fix,
     quaternion,
@@ -58,7 +60,6 @@ CONVENTIONS = {
     "fix": "WGS-84 degrees of the GNSS antenna at the image's stamp, covariance in ENU m^2",
 }
 FORMAT = 1
-_UNKNOWN = -1.0  # sensor_msgs/Imu: this quantity is not measured
 
 
 def pair_messages(pair: Pair) -> Iterator[tuple[str, Any]]:
@@ -66,7 +67,8 @@ def pair_messages(pair: Pair) -> Iterator[tuple[str, Any]]:
     stamp = pair.stamp_ns
     head = header(stamp, "")
     yield FIX, nav_sat_fix(head, pair.lat, pair.lon, pair.altitude, _full(pair))
-    yield HEADING, _imu(head, pair.heading, pair.heading_std)
+    covariance = None if pair.heading is None else np.diag([1e6, 1e6, pair.heading_std**2])
+    yield HEADING, imu(head, quaternion(pair.heading or 0.0), covariance)
     if pair.camera is not None:
         camera = pair.camera
         size, lens = (camera.width, camera.height), (camera.distortion, camera.distortion_model)
@@ -81,9 +83,9 @@ def read_pair(stamp: int, found: Mapping[str, Any], images: tuple[CameraImage, .
 
     ``found`` are its messages by topic, ``images`` those of a rig. Raises any error on damaged ones.
     """
-    fix, imu, tilt = found[FIX], found[HEADING], found.get(TILT)
+    fix, heading, tilt = found[FIX], found[HEADING], found.get(TILT)
     known = fix.position_covariance_type == COVARIANCE_KNOWN
-    heading = read_heading(imu)
+    yaw = read_heading(heading)
     sample = None
     if tilt is not None:
         sample = TiltSample(stamp, tilt.vector.x, tilt.vector.y)
@@ -97,8 +99,8 @@ def read_pair(stamp: int, found: Mapping[str, Any], images: tuple[CameraImage, .
         lon=fix.longitude,
         altitude=fix.altitude,
         fix_covariance=fix.position_covariance.reshape(3, 3) if known else None,
-        heading=heading,
-        heading_std=0.0 if heading is None else math.sqrt(imu.orientation_covariance[8]),
+        heading=yaw,
+        heading_std=0.0 if yaw is None else math.sqrt(heading.orientation_covariance[8]),
         camera=camera_from_info(found[CAMERA]) if CAMERA in found else None,
         tile_id=found[TILE].frame_id,
         images=images,
@@ -107,9 +109,9 @@ def read_pair(stamp: int, found: Mapping[str, Any], images: tuple[CameraImage, .
     )
 
 
-def read_heading(imu: Any) -> float | None:
+def read_heading(heading: Any) -> float | None:
     """Return the heading of a pair, true-north ENU yaw in radians; None if it is unknown."""
-    return None if imu.orientation_covariance[0] == _UNKNOWN else yaw_of(imu.orientation)
+    return None if heading.orientation_covariance[0] == UNMEASURED else yaw_of(heading.orientation)
 
 
 def image_message(head: Any, image_format: str, data: bytes) -> Any:
@@ -162,19 +164,3 @@ def _full(pair: Pair) -> NDArray[np.float64] | None:
     size = pair.fix_covariance.shape[0]
     full[:size, :size] = pair.fix_covariance
     return full
-
-
-def _imu(head: Any, heading: float | None, std: float) -> Any:
-    zero = message("geometry_msgs/msg/Vector3", x=0.0, y=0.0, z=0.0)
-    unmeasured = np.array([_UNKNOWN, *[0.0] * 8])
-    covariance = unmeasured if heading is None else np.diag([1e6, 1e6, std**2]).reshape(9)
-    return message(
-        TOPICS[HEADING],
-        header=head,
-        orientation=quaternion(heading or 0.0),
-        orientation_covariance=covariance,
-        angular_velocity=zero,
-        angular_velocity_covariance=unmeasured,
-        linear_acceleration=zero,
-        linear_acceleration_covariance=unmeasured,
-    )

@@ -9,7 +9,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from xview_loc.bags.ros_types import camera_info, header, message
+from xview_loc.bags.ros_types import camera_info, header, message, transforms
 from xview_loc.camera import CameraError, CameraModel
 from xview_loc.images import MAX_PIXELS, ImageError, check_complete, check_size, decode_compressed
 from xview_loc.rig import Mask, MountedCamera, Rig
@@ -85,21 +85,13 @@ def camera_names(topics: Iterable[str]) -> list[str]:
 
 def rig_messages(rig: Rig, stamp_ns: int) -> Iterator[tuple[str, Any]]:
     """Yield topics and messages that describe a rig's cameras."""
-    transforms = []
     for name, mounted in rig.cameras.items():
         camera = mounted.camera
         assert isinstance(camera, CameraModel)  # checked
         size, lens = (camera.width, camera.height), (camera.distortion, camera.distortion_model)
         yield f"/pair/{name}/camera_info", camera_info(header(stamp_ns, name), *size, camera.k, *lens)
-        translation, rotation = (
-            message(f"geometry_msgs/msg/{kind}", **dict(zip("xyzw", map(float, values), strict=False)))
-            for kind, values in (("Vector3", mounted.position), ("Quaternion", mounted.rotation))
-        )
-        pose = message("geometry_msgs/msg/Transform", translation=translation, rotation=rotation)
-        head = header(stamp_ns, BASE_FRAME)
-        kind = "geometry_msgs/msg/TransformStamped"
-        transforms.append(message(kind, header=head, child_frame_id=name, transform=pose))
-    yield TF_STATIC, message(_TRANSFORMS, transforms=transforms)
+    poses = {name: (mounted.position, mounted.rotation) for name, mounted in rig.cameras.items()}
+    yield TF_STATIC, transforms(stamp_ns, BASE_FRAME, poses)
     for name, mask in rig.own.items():
         yield f"/pair/{name}/{_MASK}", mask_message(mask, stamp_ns, name)
 

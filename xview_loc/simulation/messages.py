@@ -9,7 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from xview_loc.bags.ros_types import camera_info, header, message, nav_sat_fix, quaternion, serialize
+from xview_loc.bags.ros_types import (
+    camera_info,
+    header,
+    imu,
+    message,
+    nav_sat_fix,
+    quaternion,
+    serialize,
+    transforms,
+)
 from xview_loc.bags.writer import BagWriter
 from xview_loc.camera import CameraModel
 from xview_loc.files import whole_folder
@@ -79,23 +88,8 @@ def frame_messages(frame: Frame, stamp_ns: int, rig: Rig | None = None) -> list[
 
 def static_message(rig: Rig, stamp_ns: int) -> bytes:
     """Return the CDR bytes of ``/tf_static``: where the optical frame of each camera is in ``base_link``."""
-    transforms = []
-    for name, mounted in rig.cameras.items():
-        x, y, z, w = mounted.rotation
-        place = dict(zip("xyz", map(float, mounted.position), strict=True))
-        transforms.append(
-            message(
-                "geometry_msgs/msg/TransformStamped",
-                header=header(stamp_ns, BASE_FRAME),
-                child_frame_id=_optical_frame(name),
-                transform=message(
-                    "geometry_msgs/msg/Transform",
-                    translation=message("geometry_msgs/msg/Vector3", **place),
-                    rotation=message("geometry_msgs/msg/Quaternion", x=x, y=y, z=z, w=w),
-                ),
-            )
-        )
-    return serialize("tf2_msgs/msg/TFMessage", message("tf2_msgs/msg/TFMessage", transforms=transforms))
+    poses = {_optical_frame(name): (one.position, one.rotation) for name, one in rig.cameras.items()}
+    return serialize("tf2_msgs/msg/TFMessage", transforms(stamp_ns, BASE_FRAME, poses))
 
 
 def _optical_frame(camera: str) -> str:
@@ -134,19 +128,9 @@ def _fix(stamp_ns: int, lat: float, lon: float, covariance: Any, frame_id: str) 
 
 
 def _imu(frame: Frame, stamp_ns: int) -> Any:
-    zero = message("geometry_msgs/msg/Vector3", x=0.0, y=0.0, z=0.0)
-    unmeasured = np.array([-1.0, *[0.0] * 8])
     variances = np.square([frame.tilt_std, frame.tilt_std, frame.heading_std])
-    return message(
-        "sensor_msgs/msg/Imu",
-        header=header(stamp_ns, BASE_FRAME),
-        orientation=quaternion(frame.heading, frame.pitch, frame.roll),
-        orientation_covariance=np.diag(variances).reshape(9),
-        angular_velocity=zero,
-        angular_velocity_covariance=unmeasured,
-        linear_acceleration=zero,
-        linear_acceleration_covariance=unmeasured,
-    )
+    orientation = quaternion(frame.heading, frame.pitch, frame.roll)
+    return imu(header(stamp_ns, BASE_FRAME), orientation, np.diag(variances))
 
 
 def _odometry(frame: Frame, stamp_ns: int) -> Any:
