@@ -34,7 +34,7 @@ from xview_loc.simulation.messages import START_NS, write_bag
 from xview_loc.simulation.rigs import make_rig
 from xview_loc.vehicle.keyframes import KeyframeRule
 from xview_loc.vehicle.mounting import Mounting
-from xview_loc.vehicle.rig_file import read_rig_file
+from xview_loc.vehicle.rig_file import CameraEntry, read_rig_file
 
 MS = 1_000_000
 OPTIONS = ImportOptions(
@@ -279,8 +279,9 @@ def test_a_single_camera_has_a_mask_and_a_tilt(recording: Path, frames: list[Fra
     assert bag[3].camera == make_rig("three", 0.25).cameras["front"].camera
     assert bag[3].tilt is not None and bag[3].tilt.roll == pytest.approx(frames[3].roll)
     cv2.imwrite(str(tmp_path / "mask.png"), np.zeros((60, 160)))
-    with pytest.raises(BagError, match="1 of 1 recordings could not be imported"):
-        command("pairs", recording, "--out", tmp_path / "again", *words)
+    wrong = CliRunner().invoke(app, ["pairs", str(recording), "--out", str(tmp_path / "again"), *words])
+    assert wrong.exit_code != 0
+    assert "drive: the mask of the vehicle has 160 x 60 pixels, but the images have 160 x 90" in wrong.stdout
 
 
 def test_an_imu_without_a_place_is_said(recording: Path, tmp_path: Path) -> None:
@@ -434,6 +435,7 @@ NAN = {"x": math.nan, "y": 0.0, "z": 0.0, "w": 1.0}
         (same, {"cameras": ("a=/nowhere",)}, "are no images on /nowhere"),
         (same, {"cameras": ("../x=/front/image/compressed",)}, r"'\.\./x' is no name of a camera"),
         (same, {"cameras": ("\x1b[2J\n",)}, r"no camera \\x1b\[2J\\n"),
+        (same, {"rig_file": {"frnt": CameraEntry()}}, "a camera frnt, but the rig has only front, left, r"),
         (same, {"imu": "/imu/data"}, "no Imu on /imu/data; its Imus: /imu$"),
         (without("/left/camera_info"), {"cameras": ("left",)}, "no camera left; .* beside them: /left/image"),
         (without("/left/camera_info"), {"cameras": ("a=/left/image/compressed",)}, "a has no /left/camera_"),

@@ -151,10 +151,7 @@ class PairDataset(PairSource):
         within = index - (self._ends[number - 1] if number else 0)
         pair, tile = bag[within], bag.tile(within)
         if tile is None:
-            raise DatasetError(
-                f"pair {within} of {bag.folder} has no tile: "
-                f"give it one with xview-loc pairs {bag.folder} --map"
-            )
+            raise DatasetError(f"pair {within} of {bag.folder} has no tile: {self._tiles_of(bag.folder)}")
         cut = self._margin(tile, bag.folder)
         mounting, lat, lon = self._mountings[number], pair.lat, pair.lon
         if pair.heading is not None:
@@ -220,10 +217,13 @@ class PairDataset(PairSource):
         if spare < 0 or spare % 2 or not math.isclose(tile.gsd, spec.gsd, rel_tol=1e-6):
             raise DatasetError(
                 f"the tiles of {folder} have {tile.size_px} px at {tile.gsd:g} m/px, {spec.name} needs "
-                f"{spec.aerial_size} px at {spec.gsd:g} m/px: cut them anew with "
-                f"xview-loc pairs {folder} --map MAP --size {spec.aerial_size} --gsd {spec.gsd:g} --out NEW"
+                f"{spec.aerial_size} px at {spec.gsd:g} m/px: {self._tiles_of(folder)}"
             )
         return spare // 2
+
+    def _tiles_of(self, folder: Path) -> str:
+        size = f"--size {self._spec.aerial_size} --gsd {self._spec.gsd:g}"
+        return f"cut its tiles with xview-loc pairs {folder} --map MAP {size} --out NEW"
 
 
 def _same(a: Rig | None, b: Rig | None) -> bool:

@@ -547,4 +547,5 @@ class _Importer:
                 raise ImageError(f"the image of camera {name} does not have the size of its calibration")
         elif mask is not None and mask.shape != pixels.shape[:2]:
             sizes = (f"{width} x {height}" for height, width in (mask.shape, pixels.shape[:2]))
-            raise BagError("the mask of the vehicle has {} pixels, but the images have {}".format(*sizes))
+            text = "{}: the mask of the vehicle has {} pixels, but the images have {}"
+            raise BagError(text.format(self._reader.paths[0], *sizes))

@@ -102,7 +102,8 @@ def read_rig(
     free of distortion. base_height: of ``base_link`` above the ground, metres.
     """
     if strangers := [name for name in entries if name not in cameras]:
-        raise BagError(f"the rig file has a camera {shown(strangers[0], 80)}, which the rig lacks")
+        names = ", ".join(cameras)
+        raise BagError(f"the rig file has a camera {shown(strangers[0], 80)}, but the rig has only {names}")
     rig, own = {}, {}
     try:
         for name, camera in cameras.items():
