@@ -94,7 +94,7 @@ class PairWriter:
     def set_rig(self, rig: Rig) -> None:
         """Say what takes the images, before the first pair; it may lack cameras that are not known yet.
 
-        Set again, pairs begin a new file. Raises CameraError if it cannot be recorded.
+        Setting it again begins a new file. Raises CameraError if it cannot be recorded.
         """
         check_rig(rig.cameras)
         if strangers := [name for name in rig.cameras if name not in self._cameras]:

@@ -48,8 +48,8 @@ class RecordedCamera:
 def find_cameras(connections: Sequence[Connection], wanted: Sequence[str]) -> dict[str, RecordedCamera]:
     """Return the cameras ``wanted``, by name: NAME, NAME=TOPIC of its images, or ``all``.
 
-    A camera's calibration is on ``camera_info`` beside its images, and it is called as the namespace that
-    both are in. Raises BagError if one is not there, or not to be told from another.
+    A camera is named after the namespace of its images, which has its calibration too, on ``camera_info``.
+    Raises BagError if one is missing, or if its images are on several topics.
     """
     images, infos = _of_input(connections, "image"), _of_input(connections, "camera_info")
     found = _by_name(images, infos)
