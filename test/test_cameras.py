@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,13 +87,48 @@ def test_a_camera_that_tf_does_not_know_is_left_out_and_said() -> None:
     assert caught.value.reason == "extrinsics_missing"
 
 
+def test_a_damaged_image_leaves_the_rig_as_it_is() -> None:
+    both, tf = cameras(cameras=["front", "left"]), Tf(front_optical_frame=HERE, left_optical_frame=HERE)
+    whole = frame("front", "left")
+    rig = both.see(whole, tf, None)[1]
+    damaged = replace(whole, images=(whole.images[0], replace(whole.images[1], data=b"no message")))
+    pixels, again = both.see(damaged, tf, None)
+    assert pixels.keys() == {"front"} and again is rig
+    assert both.problems["left"].startswith("damaged message")
+
+
+def test_cameras_that_tf_places_off_the_vehicle_are_left_out() -> None:
+    far = Transform(np.array([400.0, 300.0, 1.5]), np.array([0.0, 0.0, 0.0, 1.0]))
+    both = cameras(cameras=["front", "left"])
+    pixels, _ = both.see(frame("front", "left"), Tf(front_optical_frame=HERE, left_optical_frame=far), None)
+    assert pixels.keys() == {"front"} and "tf says that it is 500 m from base_frame" in both.problems["left"]
+
+
+def test_cameras_on_the_ground_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "rig.yaml").write_text("cameras: {front: {x: 1}, left: {y: 1, yaw_deg: 90}}")
+    given = {"cameras": ["front", "left"], "rig_file": str(tmp_path / "rig.yaml")}
+    with pytest.raises(RejectedInput, match=r"0\.00 m above the ground") as caught:
+        cameras(**given).see(frame("front", "left"), None, None)
+    assert caught.value.reason == "extrinsics_invalid"
+    assert cameras(**given, base_height_m=1.4).see(frame("front", "left"), None, None)[0]
+
+
 def test_a_mask_that_does_not_fit_hides_its_camera(tmp_path: Path) -> None:
-    cv2.imwrite(str(tmp_path / "mask.png"), np.zeros((36, 48), np.uint8))
+    cv2.imwrite(str(tmp_path / "mask.png"), np.eye(36, 48, dtype=np.uint8) * 255)
     (tmp_path / "rig.yaml").write_text("cameras: {front: {x: 1, own_mask: mask.png}, left: {yaw_deg: 90}}")
     both = cameras(cameras=["front", "left"], rig_file=str(tmp_path / "rig.yaml"))
     pixels, _ = both.see(frame("front", "left"), None, None)
     assert pixels.keys() == {"left"}
     assert both.problems == {"front": "its own_mask has 48 x 36 pixels, but its images have 96 x 72"}
+
+
+def test_a_single_cameras_mask_of_another_size_is_said(tmp_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / "mask.png"), np.eye(36, 48, dtype=np.uint8) * 255)
+    one = cameras(own_mask=str(tmp_path / "mask.png"))
+    for calibrated in ((), ("",)):
+        with pytest.raises(RejectedInput, match="its own_mask has 48 x 36 pixels, but its images") as caught:
+            one.see(frame("", calibrated=calibrated), None, None)
+        assert caught.value.reason == "own_mask_invalid"
 
 
 def test_images_of_a_rig_have_a_limit_together(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -540,3 +540,31 @@ def test_signals_do_not_disturb_the_completion_of_the_bag(
 def test_it_loads_no_model_library() -> None:
     code = "import sys, xview_loc.nodes.pair_logger_node; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("size", [(48, 64), (24, 32)])
+def test_a_mask_is_stored_in_the_size_of_the_images(tmp_path: Path, size: tuple[int, int]) -> None:
+    """Images are not reduced then, and those of another size refused."""
+    mask = np.zeros(size, np.uint8)
+    mask[-4:] = 255
+    cv2.imwrite(str(tmp_path / "roof.png"), mask)
+    domain = DOMAIN + 5
+    with bench(domain) as here:
+        node = start(tmp_path, domain, map="", max_width=32, own_mask=str(tmp_path / "roof.png"))
+        try:
+            rig = Rig(here)
+            rig.ready()
+            rig.drive(40)
+            if size == (48, 64):
+                here.wait(lambda: int(here.value("pairs") or 0) >= 5, what="pairs")
+            else:
+                here.wait_diagnosis(
+                    "own_mask_invalid: its own_mask has 32 x 24 pixels, but its images have 64 x 48"
+                )
+                assert here.value("pairs") == "0"
+        finally:
+            assert node.stop() == 0, node.log
+    if size == (48, 64):
+        bag = PairBag(newest(tmp_path))
+        stored = bag.own_mask()
+        assert stored is not None and stored.shape == bag[0].image().shape[:2] == size

@@ -92,6 +92,7 @@ def test_masks_lie_beside_the_file_and_places_may_be_left_to_tf(tmp_path: Path) 
         ("cameras: {front: {quaternion: [0, 0, 0, 1], yaw_deg: 3}}", "not both"),
         ("cameras: {front: {own_mask: none.png}}", "own_mask .*none.png cannot be read"),
         ("cameras: {front: {own_mask: white.png}}", "white all over: it hides the whole image"),
+        ("cameras: {front: {own_mask: red.png}}", "red.png has no white: it hides nothing"),
         ("cameras: {front: {own_mask: rig.yaml}}", "own_mask .* cannot be read: not a JPEG"),
         ("cameras: {front: {x: 1}, front: {x: 2}}", "cannot be read: .*duplicate key"),
         ("cameras: {front: " + "[" * 20_000, "cannot be read"),
@@ -102,6 +103,7 @@ def test_masks_lie_beside_the_file_and_places_may_be_left_to_tf(tmp_path: Path) 
 )
 def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, text: str, says: str) -> None:
     cv2.imwrite(str(tmp_path / "white.png"), np.full((48, 64), 255, np.uint8))
+    cv2.imwrite(str(tmp_path / "red.png"), np.full((48, 64, 3), (0, 0, 255), np.uint8))
     with pytest.raises(UserError, match=rf"^rig_file .*rig.yaml.*{says}") as caught:
         read(tmp_path, text)
     assert str(caught.value).isprintable() and len(str(caught.value)) < 1000

@@ -278,7 +278,7 @@ def test_a_single_camera_has_a_mask_and_a_tilt(recording: Path, frames: list[Fra
     assert bag.rig() is None and mask is not None and mask.sum() == 30 * 160 and len(bag) == COUNT
     assert bag[3].camera == make_rig("three", 0.25).cameras["front"].camera
     assert bag[3].tilt is not None and bag[3].tilt.roll == pytest.approx(frames[3].roll)
-    cv2.imwrite(str(tmp_path / "mask.png"), np.zeros((60, 160)))
+    cv2.imwrite(str(tmp_path / "mask.png"), 255 * np.eye(60, 160))
     wrong = CliRunner().invoke(app, ["pairs", str(recording), "--out", str(tmp_path / "again"), *words])
     assert wrong.exit_code != 0
     assert "drive: the mask of the vehicle has 160 x 60 pixels, but the images have 160 x 90" in wrong.stdout

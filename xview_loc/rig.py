@@ -26,6 +26,8 @@ FORWARD: Quaternion = (-0.5, 0.5, -0.5, 0.5)
 # Walls, trees and the sky are taken to be this far from the rig's centre, the ground at most, metres. Both
 # figures are the best in simulated cities (docs/cameras.md).
 _RANGE_M = 25.0
+# Cameras are at least so high above the ground, metres.
+LEAST_HEIGHT_M = 0.1
 # Neighbouring images are blended where their distances from the border differ by less, in shorter sides.
 _SEAM = 0.3
 # Tilts are rounded to this, so that look-up tables serve again, radians.
@@ -150,7 +152,7 @@ class Rig:
         distance = _RANGE_M / np.maximum(across, 1e-6)
         above = float((level @ self.centre)[2]) + self.height
         down = rays[..., 2] < -1e-6
-        distance[down] = np.minimum(distance[down], max(above, 0.1) / -rays[..., 2][down])
+        distance[down] = np.minimum(distance[down], max(above, LEAST_HEIGHT_M) / -rays[..., 2][down])
         # From level axes about the centre to those of base_link.
         return np.asarray(rays * distance[..., None] @ level + self.centre, np.float32)
 

@@ -19,7 +19,9 @@ from xview_loc.nodes.transforms import Transforms
 from xview_loc.rig import Mask, MountedCamera, Rig
 from xview_loc.vehicle.messages import rgb_from_cdr
 from xview_loc.vehicle.mounted_cameras import (
+    FARTHEST_M,
     MOST_PIXELS,
+    check_height,
     check_names,
     mount,
     optical,
@@ -111,6 +113,7 @@ class Cameras:
         images = {image.name: image for image in frame.images}
         left = MOST_PIXELS
         for name in self.names or ("",):
+            image: Image | None = None
             try:
                 if (camera := frame.cameras.get(name)) is not None:
                     left -= camera.width * camera.height
@@ -118,16 +121,29 @@ class Cameras:
                         text = f"the cameras have more than {MOST_PIXELS / 1e6:.0f} million pixels together"
                         raise RejectedInput("camera_info_invalid", text)
                 if name in images and (name in frame.cameras or not self.names):
-                    pixels[name] = _decode(images[name], decode_other)
-                cameras[name] = self._mounted(name, frame, pixels.get(name), transforms, elevation_deg)
+                    # A damaged image hides what the camera would show; the rig stays the same.
+                    try:
+                        image = rgb_from_cdr(images[name].type, images[name].data, decode_other)
+                    except ImageError as error:
+                        problems[name] = RejectedInput("image_invalid", str(error))
+                cameras[name] = self._mounted(name, frame, image, transforms, elevation_deg)
             except RejectedInput as error:
-                problems[name] = error
-                pixels.pop(name, None)
+                problems.setdefault(name, error)
+                continue
+            if image is not None:
+                pixels[name] = image
         self.problems = {name: str(error) for name, error in problems.items()}
         if not pixels:
             name, first = next((name, error) for name, error in problems.items() if name in images)
             raise RejectedInput(first.reason, f"camera {name}: {first}" if name else str(first))
         return pixels, self._rig_of(cameras)
+
+    def check_mask(self, name: str, size: str) -> None:
+        """Raise RejectedInput unless a camera's mask is in the size of its images, WIDTH x HEIGHT."""
+        own = self._entry(name).own
+        if own is not None and image_size(own) != size:
+            text = f"its own_mask has {image_size(own)} pixels, but its images have {size}"
+            raise RejectedInput("own_mask_invalid", text)
 
     def pose(self, name: str, transforms: Transforms | None) -> Transform:
         """Return where a camera's optical frame is in base_link. Raises RejectedInput if tf does not know."""
@@ -157,34 +173,34 @@ class Cameras:
             edges = self.elevation_deg or elevation_deg(image)
             camera = PanoramaCamera(image.shape[1], image.shape[0], *map(math.radians, edges))
         size = f"{camera.width} x {camera.height}"
-        if image is not None and _size(image) != size:
-            text = f"the image has {_size(image)} pixels, but its calibration is for {size}"
+        if image is not None and image_size(image) != size:
+            text = f"the image has {image_size(image)} pixels, but its calibration is for {size}"
             raise RejectedInput("image_invalid", text)
-        own = self._entry(name).own
-        if own is not None and _size(own) != size:
-            text = f"its own_mask has {_size(own)} pixels, but its images have {size}"
-            raise RejectedInput("own_mask_invalid", text)
-        return mount(camera, self.pose(name, transforms))
+        self.check_mask(name, size)
+        pose = self.pose(name, transforms)
+        if not np.abs(pose.translation).max() <= FARTHEST_M:
+            text = f"tf says that it is {np.linalg.norm(pose.translation):.0f} m from base_frame"
+            raise RejectedInput("extrinsics_invalid", f"{text}: see what moves its frame")
+        return mount(camera, pose)
 
     def _rig_of(self, cameras: dict[str, MountedCamera]) -> Rig:
         """Return the rig of these cameras: the last one if they are the same, as it keeps tables."""
         if self._rig is None or self._rig.cameras != cameras:
             own = {name: mask for name in cameras if (mask := self._entry(name).own) is not None}
-            self._rig = Rig(cameras, self._params["base_height_m"], own)
+            rig = Rig(cameras, self._params["base_height_m"], own)
+            try:
+                check_height(rig)
+            except CameraError as error:
+                raise RejectedInput("extrinsics_invalid", str(error)) from None
+            self._rig = rig
         return self._rig
 
     def _entry(self, name: str) -> CameraEntry:
         return self._entries.get(name, CameraEntry())
 
 
-def _decode(image: CameraImage, decode_other: Decoder) -> Image:
-    try:
-        return rgb_from_cdr(image.type, image.data, decode_other)
-    except ImageError as error:
-        raise RejectedInput("image_invalid", str(error)) from None
-
-
-def _size(image: NDArray[Any]) -> str:
+def image_size(image: NDArray[Any]) -> str:
+    """Return WIDTH x HEIGHT."""
     return f"{image.shape[1]} x {image.shape[0]}"
 
 

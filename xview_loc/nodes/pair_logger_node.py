@@ -27,6 +27,7 @@ from xview_loc.camera import CameraError, reduce_width
 from xview_loc.images import Image, ImageError, encode_jpeg
 from xview_loc.maps.base import AerialTile, redact
 from xview_loc.nodes import parameters
+from xview_loc.nodes.cameras import image_size
 from xview_loc.nodes.diagnostics import ERROR, WARN
 from xview_loc.nodes.inputs import Input
 from xview_loc.nodes.process import run
@@ -310,9 +311,12 @@ class PairLoggerNode(VehicleNode):
             # A CompressedImage is written byte for byte, and decoded only to refuse what is damaged.
             raw = image.data if image.type == TOPICS[IMAGE] else None
             pixels = rgb_from_cdr(image.type, image.data, self._decode_other)
+            self._cameras.check_mask("", image_size(pixels))
             jpeg, camera = b"", paired.frame.camera
             if raw is None:
-                pixels, camera = reduce_width(pixels, camera, self._params["max_width"])
+                # A mask is stored as it is, in the size of the images.
+                width = 0 if self._cameras.own_mask is not None else self._params["max_width"]
+                pixels, camera = reduce_width(pixels, camera, width)
                 jpeg = encode_jpeg(pixels, self._params["jpeg_quality"])
             pair = Pair.of(paired.frame.stamp_ns, "jpeg", jpeg, paired.fix, paired.heading, camera)
         pair = self._with_tilt(pair, paired)

@@ -245,7 +245,7 @@ PAIR_LOGGER: tuple[Parameter, ...] = (
     L(
         "max_width",
         2048,
-        "Raw images of a single camera that are wider are reduced to it, pixels; 0: never.",
+        "Raw images of a single camera without own_mask have at most this width, pixels; 0: any.",
         (0, 100000),
     ),
     L("jpeg_quality", 95, "Quality at which raw images are compressed.", (1, 100)),

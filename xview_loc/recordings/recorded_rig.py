@@ -18,7 +18,7 @@ from xview_loc.recordings.rig_messages import BASE_FRAME, TF_STATIC, make_rig
 from xview_loc.rig import Rig
 from xview_loc.vehicle.input_types import INPUT_TYPES
 from xview_loc.vehicle.messages import camera_from_info
-from xview_loc.vehicle.mounted_cameras import check_names, mount, optical_pose, rig_frames
+from xview_loc.vehicle.mounted_cameras import check_height, check_names, mount, optical_pose, rig_frames
 from xview_loc.vehicle.rig_file import CameraEntry
 from xview_loc.vehicle.synchronisation import RejectedInput
 from xview_loc.vehicle.transforms import (
@@ -112,9 +112,11 @@ def read_rig(
             rig[name] = mount(model, entry.pose or transforms.optical_pose(name, frame))
             if entry.own is not None:
                 own[name] = entry.own
-        return make_rig(rig, own, base_height)
+        made = make_rig(rig, own, base_height)
+        check_height(made)
     except CameraError as error:
         raise BagError(str(error)) from None
+    return made
 
 
 class StaticTransforms:

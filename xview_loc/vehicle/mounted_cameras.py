@@ -10,7 +10,7 @@ import numpy as np
 from xview_loc.camera import CameraError, CameraModel, PanoramaCamera
 from xview_loc.errors import shown
 from xview_loc.images import MAX_PIXELS
-from xview_loc.rig import FORWARD, MountedCamera
+from xview_loc.rig import FORWARD, LEAST_HEIGHT_M, MountedCamera, Rig
 from xview_loc.vehicle.transforms import Transform, TransformError
 
 # Cameras of a rig, pixels of all their images together, metres from base_link.
@@ -30,6 +30,16 @@ def check_names(names: Collection[str]) -> None:
                 f"'{shown(name, 80)}' is no name of a camera: use up to 64 letters, digits and underscores, "
                 "and begin with a letter"
             )
+
+
+def check_height(rig: Rig) -> None:
+    """Raise CameraError if several cameras are on the ground, on which their images could not be joined."""
+    height = float(rig.centre[2]) + rig.height
+    if len(rig.cameras) > 1 and not height >= LEAST_HEIGHT_M:  # NaN as well
+        raise CameraError(
+            f"the cameras are {height:.2f} m above the ground: give their z, and the height of base_link "
+            "above the ground"
+        )
 
 
 def mount(camera: CameraModel | PanoramaCamera, pose: Transform) -> MountedCamera:

@@ -77,14 +77,16 @@ def write_rig_file(path: Path, cameras: Mapping[str, MountedCamera]) -> None:
 
 
 def read_mask(path: Path) -> Mask:
-    """Return a mask (H, W), True where the image is white. Raises UserError, also if all of it is."""
+    """Return a mask (H, W), True where the image is white. Raises UserError, also if all or nothing is."""
     try:
         image = decode_with_alpha(read_regular(path, _MASK_LIMIT))
     except (OSError, ImageError) as error:
         raise UserError(f"own_mask {path} cannot be read: {reason(error)}") from None
-    mask = np.asarray(image[..., 1] > 127)
+    mask = np.asarray((image[..., :3] > 127).all(-1))
     if mask.all():
         raise UserError(f"own_mask {path} is white all over: it hides the whole image")
+    if not mask.any():
+        raise UserError(f"own_mask {path} has no white: it hides nothing")
     return mask
 
 
