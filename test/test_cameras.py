@@ -75,6 +75,23 @@ def test_the_same_cameras_are_the_same_rig_which_keeps_its_tables() -> None:
     assert both.see(frame("left", calibrated=("left",)), tf, None)[1] is not rig
 
 
+def test_calibrations_may_change_while_driving() -> None:
+    both, tf = cameras(cameras=["front", "left"]), Tf(front_optical_frame=HERE, left_optical_frame=HERE)
+    before = frame("front", "left")
+    both.see(before, tf, None)
+    for changed in (CameraModel(96, 72, (60.0, 0, 47.5, 0, 60.0, 35.5, 0, 0, 1)), CAMERA):
+        pixels, rig = both.see(replace(before, cameras={"front": CAMERA, "left": changed}), tf, None)
+        assert pixels.keys() == {"front", "left"} and rig.cameras["left"].camera == changed
+    # That of a driver that halves its images, before it does.
+    half = CameraModel(48, 36, (24.0, 0, 23.5, 0, 24.0, 17.5, 0, 0, 1))
+    pixels, rig = both.see(replace(before, cameras={"front": CAMERA, "left": half}), tf, None)
+    assert pixels.keys() == rig.cameras.keys() == {"front"}
+    text = (
+        "the image has 96 x 72 pixels, but its calibration is for 48 x 36: publish the camera_info of these"
+    )
+    assert both.problems["left"].startswith(text)
+
+
 def test_a_camera_that_tf_does_not_know_is_left_out_and_said() -> None:
     both = cameras(cameras=["front", "left"])
     pixels, rig = both.see(frame("front", "left"), Tf(front_optical_frame=HERE), None)

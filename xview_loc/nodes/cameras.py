@@ -175,7 +175,7 @@ class Cameras:
         size = f"{camera.width} x {camera.height}"
         if image is not None and image_size(image) != size:
             text = f"the image has {image_size(image)} pixels, but its calibration is for {size}"
-            raise RejectedInput("image_invalid", text)
+            raise RejectedInput("image_invalid", f"{text}: publish the camera_info of these images")
         self.check_mask(name, size)
         pose = self.pose(name, transforms)
         if not np.abs(pose.translation).max() <= FARTHEST_M:

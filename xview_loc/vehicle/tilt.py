@@ -41,8 +41,11 @@ def tilt_of(stamp_ns: int, rotation: NDArray[np.float64]) -> TiltSample:
     up = rotation[2]
     leaning = math.atan2(math.hypot(up[0], up[1]), up[2])
     if not leaning <= MOST_TILT:
-        text = f"base_link is tilted by {math.degrees(leaning):.0f} degrees, more than a vehicle on a road"
-        raise RejectedInput("tilt_implausible", f"{text} ({math.degrees(MOST_TILT):.0f})")
+        text = (
+            f"base_link is tilted by {math.degrees(leaning):.0f} degrees, more than a vehicle on a road "
+            f"({math.degrees(MOST_TILT):.0f}): check how the sensor is mounted, and that its z axis points up"
+        )
+        raise RejectedInput("tilt_implausible", text)
     return TiltSample(stamp_ns, math.atan2(up[1], up[2]), math.asin(-up[0]))
 
 
