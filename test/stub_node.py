@@ -25,9 +25,10 @@ class StubModel(CrossViewModel):
 
     def __init__(self, camera: str) -> None:
         super().__init__()
-        self.spec = ModelSpec(
-            "stub" if camera == "panorama" else "stub-pinhole", camera, (32, 64), SIZE, GSD, bins=8
-        )
+        name, lens = "stub", None
+        if camera == "pinhole":
+            name, lens = "stub-pinhole", (32.0, 32.0, 31.5, 15.5)
+        self.spec = ModelSpec(name, camera, (32, 64), SIZE, GSD, bins=8, intrinsics=lens)
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.shaken = torch.nn.Parameter(torch.zeros(1))
         self._calls = 0

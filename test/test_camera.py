@@ -13,10 +13,13 @@ from xview_loc.camera import CameraError, CameraModel, reduce_width
 from xview_loc.images import ENCODINGS, ImageError, decode_compressed, decode_image
 from xview_loc.models.base import IMAGENET_MEAN, IMAGENET_STD, ModelSpec
 from xview_loc.models.inputs import ground_image, prepare_ground
+from xview_loc.rig import MountedCamera, Rig
 
 PHOTOGRAPHS = Path(__file__).resolve().parents[1] / ".." / "shared" / "data" / "ground"
 PANORAMA = ModelSpec("stub", "panorama", (32, 64), 64, 0.5, 8)
-PINHOLE = ModelSpec("stub", "pinhole", (32, 64), 64, 0.5, 8, aerial_up="left")
+PINHOLE = ModelSpec(
+    "stub", "pinhole", (32, 64), 64, 0.5, 8, aerial_up="left", intrinsics=(30.0, 30.0, 31.5, 15.5)
+)
 COLOUR = (200, 90, 30)
 
 
@@ -240,7 +243,8 @@ def test_undistorted_pixels_are_where_a_pinhole_would_have_them(model: str, dist
     rows, cols = np.mgrid[:96, :128]
     for (x, y), (true_x, true_y) in zip(seen.reshape(-1, 2), true_pixels, strict=True):
         spot = np.exp(-((cols - x) ** 2 + (rows - y) ** 2) / (2 * 2.0**2))
-        straight = camera.undistort(np.repeat((spot * 255).astype(np.uint8)[..., None], 3, 2))[..., 0]
+        image = np.repeat((spot * 255).astype(np.uint8)[..., None], 3, 2)
+        straight = Rig({"": MountedCamera(camera)}).view({"": image}, CameraModel(128, 96, K))[0][..., 0]
         weight = straight.astype(float) * (straight > 60)
         found = (weight * cols).sum() / weight.sum(), (weight * rows).sum() / weight.sum()
         assert found == pytest.approx((true_x, true_y), abs=0.25)
@@ -310,12 +314,26 @@ def test_turned_panorama_faces_north(width: int, heading_deg: float, mount_yaw_d
     assert abs(error) <= 0.51
 
 
-def test_pinhole_images_are_undistorted_and_their_size_is_checked() -> None:
-    image = smooth_image(96, 128)
+def test_pinhole_images_are_warped_to_the_models_lens_and_their_size_is_checked() -> None:
     camera = CameraModel(128, 96, K, (-0.2, 0.05, 0, 0))
-    tensor = prepare_ground(image, PINHOLE, heading=1.0, camera=camera)
-    expected = cv2.resize(camera.undistort(image), (64, 32), interpolation=cv2.INTER_AREA)
-    np.testing.assert_allclose(pixels_of(tensor), expected, atol=1e-2)
+    rays = np.array([[0.0, 0.0, 1.0], [0.5, 0.2, 1.0], [-0.6, -0.3, 1.0]])
+    pixels, seen = camera.project(rays)
+    assert seen.all()
+    rows, cols = np.mgrid[:96, :128]
+    for (x, y), ray in zip(pixels, rays, strict=True):
+        spot = 255 * np.exp(-((cols - x) ** 2 + (rows - y) ** 2) / (2 * 3.0**2))
+        image = np.repeat(spot.astype(np.uint8)[..., None], 3, 2)
+        shown = pixels_of(prepare_ground(image, PINHOLE, heading=1.0, camera=camera))[..., 0]
+        row, col = np.mgrid[:32, :64]
+        weight = shown * (shown > 60) * (np.abs(shown - 124) > 0.5)
+        found = (weight * col).sum() / weight.sum(), (weight * row).sum() / weight.sum()
+        assert found == pytest.approx((30 * ray[0] + 31.5, 30 * ray[1] + 15.5), abs=0.3)
+    image = smooth_image(32, 64)
+    own = PINHOLE.lens
+    assert isinstance(own, CameraModel)
+    np.testing.assert_allclose(
+        pixels_of(prepare_ground(image, PINHOLE, heading=1.0, camera=own)), image, atol=1e-2
+    )
     with pytest.raises(ImageError, match="64 x 48"):
         prepare_ground(smooth_image(48, 64), PINHOLE, heading=1.0, camera=camera)
 

@@ -14,6 +14,7 @@ from xview_loc.rig import MountedCamera, Rig
 
 ELEVATION = (math.radians(30.0), math.radians(-60.0))
 SIZE = (64, 256)
+LENS = PanoramaCamera(256, 64, *ELEVATION)
 
 
 def smooth_panorama(width: int = 1024) -> np.ndarray:
@@ -25,7 +26,7 @@ def smooth_panorama(width: int = 1024) -> np.ndarray:
 def test_panoramas_are_cut_to_the_elevations_asked_for() -> None:
     image = smooth_panorama()
     rig = Rig({"all": MountedCamera(PanoramaCamera(1024, 512), (0.0, 0.0, 1.7))})
-    upright, mask = rig.panorama({"all": image}, SIZE, ELEVATION)
+    upright, mask = rig.view({"all": image}, LENS)
     wanted = cv2.resize(image[512 // 3 : 512 * 5 // 6], SIZE[::-1], interpolation=cv2.INTER_AREA)
     assert mask.all()
     assert np.abs(upright.astype(int) - wanted).mean() < 1.5
@@ -66,15 +67,15 @@ def test_a_lens_whose_polynomial_bends_back_shows_nothing_twice() -> None:
 def test_a_tilted_panorama_is_levelled() -> None:
     """Levelling what a tilted camera saw gives the level panorama again."""
     image = smooth_panorama()
-    whole = math.pi / 2, -math.pi / 2
+    whole = PanoramaCamera(1024, 512)
     roll, pitch = math.radians(8.0), math.radians(-5.0)
     camera = PanoramaCamera(1024, 512)
     rig = Rig({"all": MountedCamera(camera, (0.0, 0.0, 1.7))})
     # Nose up by 5 degrees undoes nose down by 5; the order of rotations matters, so each alone.
     for tilt in ({"roll": roll}, {"pitch": pitch}):
-        tilted, _ = rig.panorama({"all": image}, (512, 1024), whole, **tilt)
+        tilted, _ = rig.view({"all": image}, whole, **tilt)
         back = {name: -angle for name, angle in tilt.items()}
-        level, mask = rig.panorama({"all": tilted}, (512, 1024), whole, **back)
+        level, mask = rig.view({"all": tilted}, whole, **back)
         assert mask.all()
         difference = np.abs(level.astype(int) - image)[60:-60]
         assert difference.mean() < 1.0
@@ -88,7 +89,7 @@ def test_roll_and_pitch_have_the_signs_of_rep_103() -> None:
     image = np.full((200, 200, 3), 200, np.uint8)
 
     def middle(**tilt: float) -> tuple[float, float, float]:
-        _, mask = rig.panorama({"front": image}, (180, 360), (math.pi / 2, -math.pi / 2), **tilt)
+        _, mask = rig.view({"front": image}, PanoramaCamera(360, 180), **tilt)
         rows, columns = np.nonzero(mask)
         left, right = rows[columns < 160].mean(), rows[columns >= 200].mean()
         return float(rows.mean()), float(left), float(right)
@@ -111,8 +112,8 @@ def test_what_no_camera_sees_is_masked() -> None:
         own={"front": own},
     )
     image = np.full((200, 200, 3), 200, np.uint8)
-    both, mask = rig.panorama({"front": image, "roof": image}, SIZE, ELEVATION)
-    alone, mask_alone = rig.panorama({"front": image}, SIZE, ELEVATION)
+    both, mask = rig.view({"front": image, "roof": image}, LENS)
+    alone, mask_alone = rig.view({"front": image}, LENS)
     assert (both[mask] == 200).all() and (both[~mask] == (124, 116, 104)).all()
     assert mask_alone.sum() < mask.sum()
     assert not mask_alone[50:].any(), "the bonnet is hidden"
@@ -126,25 +127,23 @@ def test_images_and_masks_of_another_size_are_refused() -> None:
     ):
         Rig({"front": MountedCamera(camera)}, own={"front": np.zeros((200, 100), bool)})
     with pytest.raises(ImageError, match="the image of camera front has 20 x 10 pixels"):
-        Rig({"front": MountedCamera(camera)}).panorama(
-            {"front": np.zeros((10, 20, 3), np.uint8)}, SIZE, ELEVATION
-        )
+        Rig({"front": MountedCamera(camera)}).view({"front": np.zeros((10, 20, 3), np.uint8)}, LENS)
 
 
 def test_a_camera_that_sees_nothing_of_the_panorama_adds_nothing() -> None:
     camera = CameraModel(200, 200, (100, 0, 99.5, 0, 100, 99.5, 0, 0, 1))
     rig = Rig({"up": MountedCamera(camera, rotation=(0.0, 0.0, 0.0, 1.0)), "front": MountedCamera(camera)})
     image = np.full((200, 200, 3), 200, np.uint8)
-    low = math.radians(-10.0), math.radians(-60.0)
-    both, mask = rig.panorama({"up": image, "front": image}, SIZE, low)
+    low = PanoramaCamera(256, 64, math.radians(-10.0), math.radians(-60.0))
+    both, mask = rig.view({"up": image, "front": image}, low)
     assert mask.any() and (both[mask] == 200).all()
-    assert not rig.panorama({"up": image}, SIZE, low)[1].any()
-    assert not rig.panorama({}, SIZE, low)[1].any()
+    assert not rig.view({"up": image}, low)[1].any()
+    assert not rig.view({}, low)[1].any()
 
 
 def test_panoramas_may_have_any_shape() -> None:
     for width, height in ((40_000, 4), (4, 40_000), (1, 1)):
         rig = Rig({"all": MountedCamera(PanoramaCamera(width, height, *ELEVATION))})
         image = np.full((height, width, 3), 200, np.uint8)
-        upright, mask = rig.panorama({"all": image}, SIZE, ELEVATION, roll=0.05)
+        upright, mask = rig.view({"all": image}, LENS, roll=0.05)
         assert mask.mean() > 0.9 and (upright[mask] == 200).all()

@@ -342,6 +342,6 @@ def test_images_are_no_larger_than_their_calibration(tmp_path: Path) -> None:
     with pytest.raises(
         ImageError, match="camera left has 64 x 64 pixels, but its calibration is for 120 x 90"
     ):
-        rig.panorama(bag[2].decode(rig), (64, 256), (0.5, -1.0))
+        rig.view(bag[2].decode(rig), PanoramaCamera(256, 64, 0.5, -1.0))
     with pytest.raises(ImageError, match="camera front: it has no calibration"):
         pair(3, "front").decode(rig_of(left=three().cameras["left"]))

@@ -18,6 +18,7 @@ from xview_loc.simulation.rigs import RIGS, VehiclePose, make_rig, render_rig
 from xview_loc.simulation.views import CameraPose, PanoramaView, render_panorama
 
 ELEVATION = (math.radians(30.0), math.radians(-60.0))
+LENS = PanoramaCamera(512, 128, *ELEVATION)
 LEVEL, TILTED = (0.0, 0.0), (math.radians(6.0), math.radians(-6.0))
 PLACE = VehiclePose(20.0, 10.0, 0.3)
 
@@ -61,11 +62,10 @@ def test_corners_of_a_checkerboard_are_where_the_middle_sees_them(
 ) -> None:
     rig, (roll, pitch) = make_rig(name), tilt
     pose = VehiclePose(3.0, -7.0, 0.4, roll=roll, pitch=pitch)
-    panorama, mask = rig.panorama(
-        render_rig(board, pose, rig), (512, 2048), ELEVATION, roll=roll, pitch=pitch
-    )
+    fine = PanoramaCamera(2048, 512, *ELEVATION)
+    panorama, mask = rig.view(render_rig(board, pose, rig), fine, roll=roll, pitch=pitch)
     points = corners(middle(pose, rig))
-    pixels, _ = PanoramaCamera(2048, 512, *ELEVATION).project(points @ [[0, 0, 1], [-1, 0, 0], [0, -1, 0]])
+    pixels, _ = fine.project(points @ [[0, 0, 1], [-1, 0, 0], [0, -1, 0]])
     window = cv2.erode(mask.astype(np.uint8), np.ones((25, 25)))
     at = np.clip(np.rint(pixels).astype(int), 0, (2047, 511))
     far = np.linalg.norm(points, axis=1)
@@ -88,7 +88,7 @@ def test_a_tilted_rig_makes_the_level_panorama_of_its_middle(city: City, name: s
     direct = cv2.resize(direct, (512, 128), interpolation=cv2.INTER_AREA).astype(int)
 
     def error(roll: float, pitch: float) -> float:
-        panorama, mask = rig.panorama(images, (128, 512), ELEVATION, roll=roll, pitch=pitch)
+        panorama, mask = rig.view(images, LENS, roll=roll, pitch=pitch)
         return float(np.abs(panorama - direct)[mask].mean())
 
     assert error(*TILTED) < 8.0
@@ -149,7 +149,7 @@ def test_panoramas_of_a_tilting_vehicle_are_exact(city: City) -> None:
         truth, image = frame.truth, frame.image
         assert image is not None
         tilt = {"roll": truth.roll, "pitch": truth.pitch}
-        upright, _ = rig.panorama({"all": image}, (128, 512), ELEVATION, **tilt)
+        upright, _ = rig.view({"all": image}, LENS, **tilt)
         pose = CameraPose(truth.east, truth.north, truth.heading, city.style.camera_height_m)
         level = render_panorama(city, pose, PanoramaView(128, 512))
         blurred = [cv2.GaussianBlur(i, (0, 0), 2.0).mean(-1).ravel() for i in (upright, level)]

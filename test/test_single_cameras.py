@@ -20,6 +20,7 @@ from ros_harness import NodeProcess, bench, pick_domain
 from sensor_msgs.msg import Image, Imu
 from test_camera_rigs import NS, Spot, Vehicle, off, scene, tilt_quaternion
 
+from xview_loc.camera import PanoramaCamera
 from xview_loc.rig import directions, tilt_matrix
 from xview_loc.vehicle.mounted_cameras import optical
 from xview_loc.vehicle.transforms import Transform
@@ -53,7 +54,7 @@ class Eye(Rig):
             rays = np.stack([u / FOCAL, v / FOCAL, np.ones_like(u)], -1) @ optical(pose).matrix.T
         else:
             top, bottom = map(math.radians, self.edges)
-            rays = directions((HEIGHT, WIDTH), (top, bottom)) @ pose.matrix.T
+            rays = directions(PanoramaCamera(WIDTH, HEIGHT, top, bottom)) @ pose.matrix.T
         pixels = scene(rays @ tilt_matrix(*map(math.radians, self.tilt)).T, self.spot)
         data = array.array("B", pixels.tobytes())
         image = Image(width=WIDTH, height=HEIGHT, encoding="rgb8", step=3 * WIDTH, data=data)

@@ -72,7 +72,7 @@ def test_a_tilted_panorama_is_the_level_one_tilted() -> None:
     tilted = replace(level, roll=0.2, pitch=-0.15)
     image = render_panorama(city, tilted, whole)
     rig = Rig({"all": MountedCamera(whole.camera)}, height=1.7)
-    upright, _ = rig.panorama({"all": image}, (128, 512), ELEVATION, roll=0.2, pitch=-0.15)
+    upright, _ = rig.view({"all": image}, PanoramaCamera(512, 128, *ELEVATION), roll=0.2, pitch=-0.15)
     direct = render_panorama(city, level, PanoramaView(256, 1024))
     direct = cv2.resize(direct, (512, 128), interpolation=cv2.INTER_AREA)
     blurred = [cv2.GaussianBlur(i, (0, 0), 1.0).astype(int) for i in (upright, direct)]

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from xview_loc.images import MAX_PIXELS, Image, ImageError
+from xview_loc.images import MAX_PIXELS, Image
 
 
 class CameraError(ValueError):
@@ -25,8 +23,6 @@ _LARGEST_COEFFICIENT = 1e6
 # Shortest and longest focal length, and farthest principal point, in sides of the image. A region of interest
 # is a small part of its sensor.
 _SHORTEST, _LONGEST = 0.02, 1000.0
-# An undistorted image shows at least this share of the pixels.
-_LEAST_SEEN = 0.1
 
 
 @dataclass(frozen=True)
@@ -35,7 +31,7 @@ class CameraModel:
 
     ``k`` holds the nine intrinsics, row by row (any 3x3 or flat sequence), ``distortion`` the coefficients of
     ``distortion_model`` (``plumb_bob``, ``rational_polynomial`` or ``equidistant``, a fisheye's) in OpenCV's
-    order; it may be empty. Hashable, so that undistortion maps can be cached. Raises CameraError if the
+    order; it may be empty. Hashable, so that look-up tables can be kept. Raises CameraError if the
     calibration cannot be used.
     """
 
@@ -86,24 +82,6 @@ class CameraModel:
     def distorts(self) -> bool:
         """True if images differ from a pinhole camera's; always for a fisheye camera."""
         return self.distortion_model == "equidistant" or any(self.distortion)
-
-    def undistort(self, image: Image) -> Image:
-        """Return the image of a pinhole camera with the same intrinsics; pixels outside the view are black.
-
-        Raises ImageError if the image's size is not the calibration's, CameraError if hardly a pixel is left.
-        """
-        height, width = image.shape[:2]
-        if (width, height) != (self.width, self.height):
-            raise ImageError(
-                f"the image has {width} x {height} pixels, but its calibration is for "
-                f"{self.width} x {self.height}"
-            )
-        if not self.distorts:
-            return image
-        maps, seen = _undistortion_maps(self)
-        if seen < _LEAST_SEEN:
-            raise CameraError(f"the camera's distortion leaves {seen:.0%} of the image: {self.distortion}")
-        return cv2.remap(image, maps[0], maps[1], cv2.INTER_LINEAR).astype(np.uint8, copy=False)
 
     @property
     def pixels_per_radian(self) -> float:
@@ -168,7 +146,7 @@ class CameraModel:
         return rays.astype(np.float32), seen
 
     def scaled_matrix(self, width: int, height: int) -> NDArray[np.float64]:
-        """Return the intrinsics (3x3) of undistorted images resized to ``width`` x ``height``."""
+        """Return the intrinsics (3x3) of images resized to ``width`` x ``height``."""
         across, down = width / self.width, height / self.height
         # Resizing keeps the image's edges, which are half a pixel outside the outermost pixel centres.
         scale = np.array(
@@ -230,19 +208,6 @@ def reduce_width(image: Image, camera: CameraModel | None, width: int) -> tuple[
     size = round(camera.width * share), max(1, round(camera.height * height / image.shape[0]))
     k = tuple(camera.scaled_matrix(*size).flat)
     return reduced, replace(camera, width=size[0], height=size[1], k=k)
-
-
-@lru_cache(maxsize=4)
-def _undistortion_maps(camera: CameraModel) -> tuple[Sequence[NDArray[Any]], float]:
-    """Return OpenCV's maps, and the share of the pixels that they find in the image."""
-    size, matrix, coefficients = (camera.width, camera.height), camera.matrix, np.array(camera.distortion)
-    coefficients = coefficients if camera.distortion else np.zeros(4)
-    arguments = (matrix, coefficients, np.eye(3), matrix, size, cv2.CV_16SC2)
-    if camera.distortion_model == "equidistant":
-        maps = cv2.fisheye.initUndistortRectifyMap(*arguments)
-    else:
-        maps = cv2.initUndistortRectifyMap(*arguments)
-    return maps, float(((maps[0] >= 0) & (maps[0] < size)).all(-1).mean())
 
 
 def _radius(camera: CameraModel, angle: NDArray[np.float64]) -> NDArray[np.float64]:

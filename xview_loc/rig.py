@@ -1,4 +1,4 @@
-"""Upright panoramas from the images of one or several calibrated cameras, or from a tilted panorama."""
+"""Level panoramas, and views of a pinhole lens, from the images of one or several calibrated cameras."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ class MountedCamera:
 
 @dataclass(frozen=True)
 class _Table:
-    """Where pixels of a panorama lie in a camera's (reduced) image.
+    """Where pixels of a view lie in a camera's (reduced) image.
 
-    ``box`` are the panorama's rows and columns that may show it, ``x`` and ``y`` pixels of the image,
+    ``box`` are the view's rows and columns that may show it, ``x`` and ``y`` pixels of the image,
     ``depth`` their distance from the image's border, in shorter sides, negative where it is not seen.
     """
 
@@ -70,7 +70,7 @@ class _Table:
 
 
 class Rig:
-    """Cameras that together make one upright panorama, seen from the middle of their positions.
+    """Cameras that together make one level view, seen from the middle of their positions.
 
     Below the horizon pixels are taken to be on level ground, ``height`` metres below ``base_link``, at most
     25 m away; all others 25 m away. ``own`` are images that hide the vehicle's own parts, by camera: True
@@ -100,24 +100,39 @@ class Rig:
         """Copies, also in other processes, make their own look-up tables."""
         return Rig, (self.cameras, self.height, self.own)
 
-    def panorama(
+    def direction(self, lens: CameraModel | PanoramaCamera) -> float:
+        """Return where a view looks, radians to the left of the vehicle's x axis.
+
+        A pinhole lens looks where a single pinhole camera does; all others along the x axis.
+        """
+        first = next(iter(self.cameras.values()))
+        if (
+            len(self.cameras) > 1
+            or not isinstance(lens, CameraModel)
+            or not isinstance(first.camera, CameraModel)
+        ):
+            return 0.0
+        x, y, _ = first.axes[:, 2].tolist()
+        return math.atan2(y, x)
+
+    def view(
         self,
         images: Mapping[str, Image],
-        size: tuple[int, int],
-        elevation: tuple[float, float],
+        lens: CameraModel | PanoramaCamera,
         *,
         roll: float = 0.0,
         pitch: float = 0.0,
     ) -> tuple[Image, Mask]:
-        """Return an upright panorama (height, width, 3) and the mask of the pixels that a camera sees.
+        """Return what a level camera with this lens sees, RGB, and the mask of the pixels that a camera sees.
 
-        Its middle looks along the vehicle's x axis and columns to the right clockwise; rows run from
-        ``elevation[0]`` down to ``elevation[1]``, radians. ``roll`` and ``pitch`` are the vehicle's, radians
-        as in REP-103: positive with the right side and the nose down. What no image of ``images`` shows has
-        the mean colour. Raises ImageError if an image does not have its calibration's size.
+        It stands in the middle of the cameras and looks in the lens's :meth:`direction`. ``roll`` and
+        ``pitch`` are the vehicle's, radians as in REP-103: positive with the right side and the nose down.
+        What no image of ``images`` shows has the mean colour. Raises ImageError if an image does not have its
+        calibration's size.
         """
         tilt = round(roll / _TILT_STEP), round(pitch / _TILT_STEP)
-        tables = {name: self._table(name, size, elevation, tilt) for name in images}
+        size = lens.height, lens.width
+        tables = {name: self._table(name, lens, tilt) for name in images}
         nearest = np.zeros(size, np.float32)
         for table in tables.values():
             np.maximum(nearest[table.box], table.depth, out=nearest[table.box])
@@ -142,12 +157,10 @@ class Rig:
         result[mask] = np.rint(colour[mask] / total[mask][:, None])
         return result, mask
 
-    def _make_points(
-        self, size: tuple[int, int], elevation: tuple[float, float], tilt: tuple[int, int]
-    ) -> Floats:
-        """Return the points (height, width, 3), in ``base_link``, that pixels are taken to show."""
+    def _make_points(self, lens: CameraModel | PanoramaCamera, tilt: tuple[int, int]) -> Floats:
+        """Return the points (height, width, 3), in ``base_link``, that a view's pixels are taken to show."""
         level = tilt_matrix(tilt[0] * _TILT_STEP, tilt[1] * _TILT_STEP)
-        rays = directions(size, elevation)
+        rays = directions(lens) @ _turn(self.direction(lens)).T
         across = np.hypot(rays[..., 0], rays[..., 1])
         distance = _RANGE_M / np.maximum(across, 1e-6)
         above = float((level @ self.centre)[2]) + self.height
@@ -156,12 +169,10 @@ class Rig:
         # From level axes about the centre to those of base_link.
         return np.asarray(rays * distance[..., None] @ level + self.centre, np.float32)
 
-    def _make_table(
-        self, name: str, size: tuple[int, int], elevation: tuple[float, float], tilt: tuple[int, int]
-    ) -> _Table:
+    def _make_table(self, name: str, lens: CameraModel | PanoramaCamera, tilt: tuple[int, int]) -> _Table:
         mounted = self.cameras[name]
         camera = mounted.camera
-        points = self._points(size, elevation, tilt) - np.asarray(mounted.position, np.float32)
+        points = self._points(lens, tilt) - np.asarray(mounted.position, np.float32)
         ahead = points @ mounted.axes[:, 2].astype(np.float32)
         near = ahead >= math.cos(camera.half_angle) * np.sqrt(np.einsum("...i,...i", points, points))
         box = _box(near)
@@ -175,7 +186,7 @@ class Rig:
             edge = np.minimum(edge, np.minimum(x + 0.5, camera.width - 0.5 - x))
         depth = np.where(seen, edge / min(camera.width, camera.height) + 1e-6, -1.0)
         # Coarser images are reduced first: sampled pixel by pixel, fine ones would alias.
-        factor = max(1, math.floor(camera.pixels_per_radian / (size[1] / (2 * math.pi))))
+        factor = max(1, math.floor(camera.pixels_per_radian / lens.pixels_per_radian))
         sides = round(camera.height / factor), round(camera.width / factor)
         reduced = np.clip(sides, 1, _LONGEST_SIDE).tolist()
         x = (x + 0.5) * (reduced[1] / camera.width) - 0.5
@@ -192,18 +203,20 @@ def _box(mask: Mask) -> tuple[slice, slice]:
     return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
 
 
-def directions(size: tuple[int, int], elevation: tuple[float, float]) -> NDArray[np.float64]:
-    """Return unit vectors (height, width, 3), x forward and z up, of the pixels of a panorama."""
-    turn = ((np.arange(size[1]) + 0.5) / size[1] - 0.5) * -2 * math.pi
-    up = elevation[0] + (np.arange(size[0]) + 0.5) / size[0] * (elevation[1] - elevation[0])
-    up, turn = up[:, None], turn[None, :]
-    return np.stack([np.cos(up) * np.cos(turn), np.cos(up) * np.sin(turn), np.sin(up) + 0 * turn], -1)
+def directions(lens: CameraModel | PanoramaCamera) -> NDArray[np.float64]:
+    """Return the unit rays (height, width, 3) of a level lens that looks forward: x forward, z up."""
+    return np.asarray(lens.rays()[0] @ rotation_matrix(FORWARD).T)
 
 
 def facing(yaw: float) -> Quaternion:
     """Return the rotation of a level camera that looks ``yaw`` radians left of the vehicle's x axis."""
     c, s = math.cos(yaw / 2.0), math.sin(yaw / 2.0)
     return (-(c + s) / 2.0, (c - s) / 2.0, (s - c) / 2.0, (c + s) / 2.0)
+
+
+def _turn(yaw: float) -> NDArray[np.float64]:
+    c, s = math.cos(yaw), math.sin(yaw)
+    return np.array([[c, -s, 0.0], [s, c, 0.0], [0.0, 0.0, 1.0]])
 
 
 def tilt_matrix(roll: float, pitch: float) -> NDArray[np.float64]:

@@ -75,7 +75,6 @@ def observe(city: City, spec: ModelSpec, frames: int, cameras: list[str]) -> See
     """Drive through a city; return what all cameras see under all conditions, with the true (lat, lon)."""
     seen: Seen = {Condition(name, *how): [] for name in cameras for how in CONDITIONS}
     rng = np.random.default_rng(city.seed)
-    elevation = math.radians(spec.elevation_deg[0]), math.radians(spec.elevation_deg[1])
     for number, frame in enumerate(drive(city, frames, options=DriveOptions(rate_hz=1.0), view=None)):
         truth = frame.truth
         signs = rng.choice([-1.0, 1.0], 2)
@@ -98,7 +97,7 @@ def observe(city: City, spec: ModelSpec, frames: int, cameras: list[str]) -> See
                 )
                 for levelled in (True, False) if tilt_deg else (True,):
                     level = {"roll": roll, "pitch": pitch} if levelled else {}
-                    panorama, _ = rig.panorama(images, spec.ground_size, elevation, **level)
+                    panorama, _ = rig.view(images, spec.lens, **level)
                     known = frame.heading, frame.heading_std
                     observation = Observation(panorama, lat, lon, frame.fix.covariance, *known)
                     seen[Condition(name, tilt_deg, levelled)].append((observation, (true_lat, true_lon)))

@@ -18,7 +18,7 @@ from xview_loc.camera import CameraModel, PanoramaCamera
 from xview_loc.images import Image, decode_compressed, encode_jpeg
 from xview_loc.rig import Mask, MountedCamera, Rig
 
-SIZE, ELEVATION = (192, 768), (math.radians(30.0), math.radians(-60.0))
+LENS = PanoramaCamera(768, 192, math.radians(30.0), math.radians(-60.0))
 # The cyclist's outline in a panorama of 1024 x 512 pixels.
 CYCLIST = [
     (0, 432), (60, 440), (150, 420), (235, 425), (290, 392), (380, 380), (480, 395), (530, 440), (570, 462),
@@ -66,7 +66,7 @@ def main() -> None:
     for file in files:
         image = decode_compressed(file.read_bytes())
         rig = panorama_rig(image) if image.shape[1] == 2 * image.shape[0] else photograph_rig(image)
-        panorama, seen = rig.panorama({"all": image}, SIZE, ELEVATION)
+        panorama, seen = rig.view({"all": image}, LENS)
         print(f"{file.name}: {image.shape[1]} x {image.shape[0]}, {seen.mean():.0%} of the panorama seen")
         rows.append(panorama)
     if arguments.out:

@@ -40,10 +40,11 @@ from xview_loc.simulation.drives import drive
 from xview_loc.simulation.rigs import RIGS, VehiclePose, make_rig, render_rig
 from xview_loc.simulation.views import render_camera
 
-SIZE, ELEVATION = (128, 512), (math.radians(30.0), math.radians(-60.0))
+ELEVATION = math.radians(30.0), math.radians(-60.0)
+LENS = PanoramaCamera(512, 128, *ELEVATION)
 # Rendered directly at four times the resolution, then reduced.
 FINE = 4
-PICTURE = (192, 768)
+PICTURE = PanoramaCamera(768, 192, *ELEVATION)
 TILT = math.radians(6.0)
 SPEED, LATE_S = 30 / 3.6, 0.05
 
@@ -98,10 +99,10 @@ def views(
     count: int,
     tilts: tuple[tuple[float, float], ...],
     late_s: float = 0.0,
-    size: tuple[int, int] = SIZE,
+    lens: PanoramaCamera = LENS,
 ) -> Iterator[View]:
     """Render every rig, without the camera's blur and noise; every second camera ``late_s`` later."""
-    fine = PanoramaCamera(SIZE[1] * FINE, SIZE[0] * FINE, *ELEVATION)
+    fine = PanoramaCamera(LENS.width * FINE, LENS.height * FINE, *ELEVATION)
     for number, seed in enumerate(cities):
         city = build_city(seed, ("source", "target")[number % 2])
         city = replace(city, style=replace(city.style, camera_blur=0.0))
@@ -110,7 +111,8 @@ def views(
                 rig, pose = make_rig(name), replace(place, roll=roll, pitch=pitch)
                 forward, left, up = (tilt_matrix(roll, pitch) @ rig.centre).tolist()
                 direct = render_camera(city, place, MountedCamera(fine, (forward, left, up)))
-                direct = np.asarray(cv2.resize(direct, size[::-1], interpolation=cv2.INTER_AREA))
+                size = lens.width, lens.height
+                direct = np.asarray(cv2.resize(direct, size, interpolation=cv2.INTER_AREA))
                 images = render_rig(city, pose, rig)
                 for key in list(rig.cameras)[1::2] if late_s else []:
                     mounted = rig.cameras[key]
@@ -127,10 +129,10 @@ def compare(seen: Iterator[View] | list[View], height: float = 0.0) -> Results:
     for view in seen:
         roll, pitch = view.tilt
         condition = "tilted" if view.tilt != LEVEL else "level"
-        made = rigs[view.rig].panorama(view.images, SIZE, ELEVATION, roll=roll, pitch=pitch)
+        made = rigs[view.rig].view(view.images, LENS, roll=roll, pitch=pitch)
         errors[condition][view.rig].add(made, view.direct)
         if view.tilt != LEVEL:
-            plain = rigs[view.rig].panorama(view.images, SIZE, ELEVATION)
+            plain = rigs[view.rig].view(view.images, LENS)
             errors["tilted, not levelled"][view.rig].add(plain, view.direct)
     return {key: {rig: e.figures() for rig, e in row.items()} for key, row in errors.items()}
 
@@ -154,7 +156,7 @@ def draw(seen: Iterator[View], path: Path) -> None:
     rows = []
     for view in seen:
         roll, pitch = view.tilt
-        panorama, _ = make_rig(view.rig).panorama(view.images, PICTURE, ELEVATION, roll=roll, pitch=pitch)
+        panorama, _ = make_rig(view.rig).view(view.images, PICTURE, roll=roll, pitch=pitch)
         rows.append(panorama)
         if len(rows) == 1:
             rows.insert(0, view.direct)
@@ -190,7 +192,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path)
     arguments = parser.parse_args()
     if arguments.picture:
-        draw(views(arguments.cities[:1], 1, (TILTED,), size=PICTURE), arguments.picture)
+        draw(views(arguments.cities[:1], 1, (TILTED,), lens=PICTURE), arguments.picture)
         return
     where = arguments.cities, arguments.places
     if arguments.assumptions:

@@ -15,7 +15,10 @@ from localizer_rig import running
 from ros_harness import pick_domain
 from sensor_msgs.msg import CameraInfo, RegionOfInterest
 
-from xview_loc.camera import CameraError, CameraModel
+from xview_loc.camera import CameraModel
+from xview_loc.images import ImageError
+from xview_loc.models.base import ModelSpec
+from xview_loc.models.inputs import ground_image
 from xview_loc.vehicle.messages import camera_from_info
 from xview_loc.vehicle.synchronisation import RejectedInput
 
@@ -73,9 +76,10 @@ def test_a_rotation_is_not_used() -> None:
 @pytest.mark.parametrize("distortion", [(1e5,) * 5, (-1e5, 0, 0, 0), (0, 0, 1e4, 1e4)])
 def test_a_distortion_that_leaves_nothing_of_the_image(distortion: tuple[float, ...]) -> None:
     camera = CameraModel(64, 32, tuple(K), distortion)
+    spec = ModelSpec("stub", "pinhole", (32, 64), 64, 0.5, 8, "left", intrinsics=(30.0, 30.0, 32.0, 16.0))
     for _ in range(2):
-        with pytest.raises(CameraError, match="of the image"):
-            camera.undistort(np.full((32, 64, 3), 128, np.uint8))
+        with pytest.raises(ImageError, match="sees nothing"):
+            ground_image(np.full((32, 64, 3), 128, np.uint8), spec, heading=None, camera=camera)
 
 
 def test_the_running_localizer_refuses_them_and_goes_on(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from xview_loc.errors import shown
 from xview_loc.images import Image, ImageError
 from xview_loc.maps.base import AerialTile
 from xview_loc.models.base import ModelSpec
-from xview_loc.models.inputs import ground_image, is_upright, normalise, panorama_elevation, upright_panorama
+from xview_loc.models.inputs import ground_image, is_upright, normalise, panorama_elevation
 from xview_loc.recordings.pair import Pair
 from xview_loc.recordings.pair_messages import ODOMETRY, TOPICS
 from xview_loc.recordings.pair_reader import PairBag
@@ -177,18 +177,16 @@ class PairDataset(PairSource):
         """Return the model's ground image, facing north. Raises CameraError, ImageError."""
         spec, rig, yaw = self._spec, self._rigs[number], self._mountings[number].camera_yaw
         images = {"": pair.image()} if rig is None else pair.decode(rig)
-        if spec.camera == "pinhole":
-            return ground_image(images[""], spec, heading=None, camera=pair.camera)
         tilt = pair.tilt or TiltSample(pair.stamp_ns, 0.0, 0.0)
         angles = {"roll": tilt.roll, "pitch": tilt.pitch}
         if rig is None:
             rig = self._rig_of_one(number, pair.camera, images[""])
             if is_upright(rig, spec, **angles):
                 return ground_image(images[""], spec, heading=pair.heading, camera=None, mount_yaw=yaw)
-        upright, mask = upright_panorama(rig, images, spec, **angles)
+        level, mask = rig.view(images, spec.lens, **angles)
         if not mask.any():
-            raise ImageError("no camera sees anything of the panorama")
-        return ground_image(upright, spec, heading=pair.heading, camera=None)
+            raise ImageError("no camera sees anything that the model looks at")
+        return ground_image(level, spec, heading=pair.heading, camera=None)
 
     def _rig_of_one(self, number: int, camera: CameraModel | None, image: Image) -> Rig:
         """Return the rig of a bag's only camera; the last one serves again, with its look-up tables."""

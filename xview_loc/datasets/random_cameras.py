@@ -44,18 +44,19 @@ def random_view(
     ``elevation_deg`` are the panorama's upper and lower edge, ``wanted_deg`` the result's. The middle of both
     looks along the vehicle's x axis. What no camera sees has the mean colour.
     """
-    shown, wanted = np.radians(elevation_deg), tuple(np.radians(wanted_deg))
+    shown, wanted = np.radians(elevation_deg), np.radians(wanted_deg)
+    height, width = size
     if rng.random() < _LEVEL:
         content, mounting = rng.normal(size=(2, 2)) * _LEVEL_TILT
     else:
         content, mounting = rng.uniform(-_MOST_TILT, _MOST_TILT, (2, 2))
-    rays = directions(size, wanted)
+    rays = directions(PanoramaCamera(width, height, *wanted))
     gain, seen = _exposures_and_mask(rays @ tilt_matrix(*mounting), rng)
     if rng.random() < _BODY:
         seen &= ~_body(rays, rng)
     camera = PanoramaCamera(panorama.shape[1], panorama.shape[0], *shown)
     # Twice as fine, then averaged, as a camera's image is.
-    fine = directions((2 * size[0], 2 * size[1]), wanted) @ tilt_matrix(*content)
+    fine = directions(PanoramaCamera(2 * width, 2 * height, *wanted)) @ tilt_matrix(*content)
     optical = np.stack([-fine[..., 1], -fine[..., 2], fine[..., 0]], -1)
     pixels, inside = camera.project(optical)
     rows = np.clip(pixels[..., 1], 0, camera.height - 1)

@@ -223,7 +223,7 @@ class Localizer:
         with _timed(timings, "encode"):
             features = self._encode(tile)
         with _timed(timings, "match"):
-            maps = self._match(ground, features, tile, observation)
+            maps = self._match(ground, features, tile)
             logits = maps.logits[0].float().cpu().numpy()
         with _timed(timings, "heat_map"):
             estimate = self._estimate(observation, tile, maps, logits)
@@ -265,11 +265,10 @@ class Localizer:
         aerial = rng.integers(0, 256, (side, side, 3), np.uint8)
         tile = AerialTile(aerial, 0.0, 0.0, self.spec.gsd)
         height, width = self.spec.ground_size
-        camera = CameraModel(width, height, (width, 0, width / 2, 0, width, height / 2, 0, 0, 1))
         ground = self._to_model(normalise(rng.integers(0, 256, (height, width, 3), np.uint8), self.spec))
         features = self._features_of(aerial)
-        observation = Observation(aerial, 0.0, 0.0, heading=0.0, camera=camera)
-        maps = self._match(ground, features, tile, observation)
+        observation = Observation(aerial, 0.0, 0.0, heading=0.0)
+        maps = self._match(ground, features, tile)
         found = self._estimate(observation, tile, maps, maps.logits[0].float().cpu().numpy())
         figures = [found.lat, found.lon, *found.covariance.flat, found.heading or 0.0, found.heading_variance]
         if not np.isfinite(figures).all():
@@ -328,15 +327,14 @@ class Localizer:
             return features
         return self._model.precompute(features, orientation=self._heading_prior_deg != 0)
 
-    def _match(self, ground: Tensor, features: Any, tile: AerialTile, observation: Observation) -> HeatMaps:
+    def _match(self, ground: Tensor, features: Any, tile: AerialTile) -> HeatMaps:
         inputs: dict[str, Any] = {}
         if "meters_per_pixel" in self._model.extra_inputs:
             inputs["meters_per_pixel"] = (tile.gsd,)
         if "intrinsics" in self._model.extra_inputs:
-            assert observation.camera is not None
-            height, width = self.spec.ground_size
-            matrix = observation.camera.scaled_matrix(width, height)
-            inputs["intrinsics"] = (tuple(map(tuple, matrix.tolist())),)
+            lens = self.spec.lens
+            assert isinstance(lens, CameraModel)
+            inputs["intrinsics"] = (tuple(map(tuple, lens.matrix.tolist())),)
         settings = FrameSettings(
             self.spec.matching_prior(self._heading_prior_deg),
             orientation=self._heading_prior_deg != 0,

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from xview_loc.camera import CameraModel, PanoramaCamera
 from xview_loc.errors import shown
 
 # How strongly maps of little contrast are flattened. With 0 (one temperature for all maps), models are far
@@ -17,6 +18,13 @@ from xview_loc.errors import shown
 _CONTRAST_POWER = 1.5
 # KITTI's satellite maps, m/px: Web Mercator, zoom 18, scale 2; the latitude of Karlsruhe for all of them.
 KITTI_GSD = 156543.03392 * math.cos(math.radians(49.015)) / 2**18 / 2
+# KITTI's left colour camera (most drives), resized from 1242 x 375 to 1024 x 256 pixels: fx, fy, cx, cy.
+KITTI_INTRINSICS = (
+    721.5377 * 1024 / 1242,
+    721.5377 * 256 / 375,
+    (609.5593 + 0.5) * 1024 / 1242 - 0.5,
+    (172.854 + 0.5) * 256 / 375 - 0.5,
+)
 # Least and greatest figure of a usable calibration: beyond them poses would be useless, or overflow.
 CALIBRATION_BOUNDS = {"contrast": (0.01, 10_000.0), "floor_m": (0.0, 100.0), "min_confidence": (0.0, 1.0)}
 # Least and greatest ground sample distance of a checkpoint's tiles, m/px.
@@ -41,7 +49,8 @@ class ModelSpec:
     is the number of heading bins that the model scores; 0: it needs a known heading. ``normalisation`` says
     how both images are normalised: ``"imagenet"`` to ImageNet's mean and standard deviation, ``"unit"`` to
     RGB in [0, 1]. Its default is what a spec without it means: all models were trained so before it existed.
-    ``elevation_deg`` are the elevations of a panorama's upper and lower edge, degrees.
+    ``elevation_deg`` are the elevations of a panorama's upper and lower edge, degrees; ``intrinsics`` the
+    focal lengths and the principal point (fx, fy, cx, cy) of a pinhole image of ``ground_size``, pixels.
     """
 
     name: str
@@ -53,6 +62,16 @@ class ModelSpec:
     aerial_up: Literal["north", "left"] = "north"
     normalisation: Normalisation = "imagenet"
     elevation_deg: tuple[float, float] = (90.0, -90.0)
+    intrinsics: tuple[float, float, float, float] | None = None
+
+    @property
+    def lens(self) -> CameraModel | PanoramaCamera:
+        """The level camera whose images the model takes: a pinhole one if the spec has intrinsics."""
+        height, width = self.ground_size
+        if self.intrinsics is None:
+            return PanoramaCamera(width, height, *map(math.radians, self.elevation_deg))
+        fx, fy, cx, cy = self.intrinsics
+        return CameraModel(width, height, (fx, 0.0, cx, 0.0, fy, cy, 0.0, 0.0, 1.0))
 
     @property
     def nominal_heading(self) -> float:
@@ -73,8 +92,8 @@ class ModelSpec:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> ModelSpec:
         """Build a spec from what :meth:`to_json` returned."""
-        pairs = {name: tuple(data[name]) for name in ("ground_size", "elevation_deg")}
-        return cls(**{**data, **pairs})
+        lists = ("ground_size", "elevation_deg", "intrinsics")
+        return cls(**{**data, **{name: tuple(data[name]) for name in lists if data[name] is not None}})
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xview_loc.models.base import KITTI_GSD, CrossViewModel, HeatMaps, ModelSpec, check_image_size
+from xview_loc.models.base import (
+    KITTI_GSD,
+    KITTI_INTRINSICS,
+    CrossViewModel,
+    HeatMaps,
+    ModelSpec,
+    check_image_size,
+)
 from xview_loc.models.efficientnet import EfficientNet, Padding, block_channels, head_channels
 
 # Lower bound of squared norms: the square of F.normalize's epsilon.
@@ -63,7 +70,9 @@ _VIGOR = CCVPEConfig(
     conv_orientation=(640, 256, 128, 64, 32),
 )
 _KITTI = CCVPEConfig(
-    spec=ModelSpec("ccvpe-kitti", "pinhole", (256, 1024), 512, KITTI_GSD, 16, aerial_up="left"),
+    spec=ModelSpec(
+        "ccvpe-kitti", "pinhole", (256, 1024), 512, KITTI_GSD, 16, "left", intrinsics=KITTI_INTRINSICS
+    ),
     satellite_descriptor=2048,
     ground_channels=(16, 8, 4, 2, 1, 1),
     shifts=(128, 64, 32, 16, 8, 8),

@@ -309,7 +309,9 @@ def _checked_spec(path: Path, data: dict[str, Any], own: ModelSpec) -> ModelSpec
     """Return the file's spec; only gsd and normalisation may differ from the model's own."""
     try:
         # Checkpoints made before the field existed lack it.
-        spec = ModelSpec.from_json({"elevation_deg": own.elevation_deg, **data})
+        # Older files do not name these.
+        own_view = {"elevation_deg": own.elevation_deg, "intrinsics": own.intrinsics}
+        spec = ModelSpec.from_json({**own_view, **data})
         valid = replace(spec, gsd=own.gsd, normalisation=own.normalisation) == own
         valid = valid and type(spec.gsd) in (int, float) and GSD_BOUNDS[0] <= spec.gsd <= GSD_BOUNDS[1]
     except (KeyError, TypeError, ValueError):

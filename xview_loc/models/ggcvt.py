@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from xview_loc.models.attention import ColumnPlan, CrossViewAttention
 from xview_loc.models.base import (
     KITTI_GSD,
+    KITTI_INTRINSICS,
     CrossViewModel,
     HeatMapGrid,
     HeatMaps,
@@ -56,7 +57,17 @@ CONFIGS = {
             zero_cell=0.5,
         ),
         GGCVTConfig(
-            ModelSpec("ggcvt-kitti", "pinhole", (256, 1024), 512, KITTI_GSD, 0, "left", "unit"),
+            ModelSpec(
+                "ggcvt-kitti",
+                "pinhole",
+                (256, 1024),
+                512,
+                KITTI_GSD,
+                0,
+                "left",
+                "unit",
+                intrinsics=KITTI_INTRINSICS,
+            ),
             CameraGeometry(1.65),
             zero_cell=0.0,
             search_m=60.0,

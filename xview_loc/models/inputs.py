@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import cv2
@@ -15,7 +15,7 @@ from torch import Tensor
 from xview_loc.camera import CameraModel, PanoramaCamera
 from xview_loc.images import Image, ImageError
 from xview_loc.models.base import NORMALISATIONS, ModelSpec
-from xview_loc.rig import Mask, Rig, tilt_matrix
+from xview_loc.rig import MountedCamera, Rig, tilt_matrix
 
 # Panoramas that lean by less are level, radians.
 _LEVEL = math.radians(0.05)
@@ -36,19 +36,25 @@ def ground_image(
     camera: CameraModel | None,
     mount_yaw: float = 0.0,
 ) -> Image:
-    """Rotate or undistort a ground image, and resize it to the model's input (h, w, 3).
+    """Return a pinhole image as the model's lens takes it, or rotate and resize a panorama: (h, w, 3).
 
-    Pinhole images are undistorted by ``camera``, unless it is None. Panoramas are equirectangular over 360
-    degrees, with columns clockwise; they are resized to the model's aspect ratio, as VIGOR's 2:1 panoramas
-    were, and rotated so that the centre column faces north, to half a pixel of the model's input. ``heading``
-    is the vehicle's true-north ENU yaw in radians (None leaves panoramas as recorded), ``mount_yaw`` the
-    direction of a panorama's centre column, in radians to the left of the vehicle's x axis. Raises ImageError
-    if the image is not RGB, or not of the calibration's size.
+    Pinhole images are warped from ``camera`` to the model's lens, with the mean colour where nothing is seen;
+    without a camera they are only resized. Panoramas are equirectangular over 360 degrees, with columns
+    clockwise; they are resized to the model's aspect ratio, as VIGOR's 2:1 panoramas were, and rotated so
+    that the centre column faces north, to half a pixel of the model's input. ``heading`` is the vehicle's
+    true-north ENU yaw in radians (None leaves panoramas as recorded), ``mount_yaw`` the direction of a
+    panorama's centre column, in radians to the left of the vehicle's x axis. Raises ImageError if the image
+    is not RGB, not of the calibration's size, or shows nothing that the model looks at.
     """
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:
         raise ImageError(f"the image must be RGB, uint8 (H, W, 3), not {image.dtype} {image.shape}")
     if spec.camera == "pinhole":
-        return _resize(camera.undistort(image) if camera else image, spec.ground_size)
+        if camera is None or (camera == spec.lens and image.shape[:2] == spec.ground_size):
+            return _resize(image, spec.ground_size)
+        level, mask = _level_rig(camera).view({"": image}, spec.lens)
+        if not mask.any():
+            raise ImageError("the camera sees nothing that the model looks at")
+        return level
     shift = 0.0 if heading is None else (math.pi / 2.0 - heading - mount_yaw) / (2.0 * math.pi)
     # Rotated at the larger of the two widths, where rounding to whole pixels costs less.
     if image.shape[1] > spec.ground_size[1]:
@@ -67,24 +73,19 @@ def panorama_elevation(image: Image, spec: ModelSpec) -> tuple[float, float]:
 
 def is_upright(rig: Rig, spec: ModelSpec, *, roll: float = 0.0, pitch: float = 0.0) -> bool:
     """Return True if images are panoramas that a model takes as they are: nothing to level, cut or hide."""
-    if len(rig.cameras) > 1 or rig.own:
+    lens, mounted = spec.lens, next(iter(rig.cameras.values()))
+    one = len(rig.cameras) == 1 and not rig.own
+    if not (one and isinstance(lens, PanoramaCamera) and isinstance(mounted.camera, PanoramaCamera)):
         return False
-    (mounted,) = rig.cameras.values()
-    if not isinstance(mounted.camera, PanoramaCamera):
-        return False
-    edges = mounted.camera.top, mounted.camera.bottom
     # The optical frame's y axis points down.
     down = (tilt_matrix(roll, pitch) @ mounted.axes)[2, 1]
-    return edges == tuple(map(math.radians, spec.elevation_deg)) and bool(down < -math.cos(_LEVEL))
+    edges = (mounted.camera.top, mounted.camera.bottom) == (lens.top, lens.bottom)
+    return edges and bool(down < -math.cos(_LEVEL))
 
 
-def upright_panorama(
-    rig: Rig, images: Mapping[str, Image], spec: ModelSpec, *, roll: float = 0.0, pitch: float = 0.0
-) -> tuple[Image, Mask]:
-    """Return a panorama in the size and elevations of ``spec``, and its mask; see :meth:`Rig.panorama`."""
-    top, bottom = spec.elevation_deg
-    elevation = math.radians(top), math.radians(bottom)
-    return rig.panorama(images, spec.ground_size, elevation, roll=roll, pitch=pitch)
+@lru_cache(maxsize=4)
+def _level_rig(camera: CameraModel) -> Rig:
+    return Rig({"": MountedCamera(camera)})
 
 
 def normalise(image: Image, spec: ModelSpec) -> Tensor:

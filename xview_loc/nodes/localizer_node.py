@@ -19,7 +19,7 @@ import rclpy
 import torch
 from sensor_msgs.msg import CameraInfo
 
-from xview_loc.camera import CameraError
+from xview_loc.camera import CameraError, CameraModel
 from xview_loc.errors import shown
 from xview_loc.estimation.fix_check import FixCheck
 from xview_loc.estimation.localizer import Limits, Localizer, required_tile_px
@@ -30,7 +30,7 @@ from xview_loc.images import Image, ImageError
 from xview_loc.maps.base import MapError, NoImageryError
 from xview_loc.models.base import CrossViewModel
 from xview_loc.models.graph import RuntimeUnavailableError
-from xview_loc.models.inputs import is_upright, panorama_elevation, upright_panorama
+from xview_loc.models.inputs import is_upright, panorama_elevation
 from xview_loc.models.runtimes import choose_backend
 from xview_loc.nodes import parameters
 from xview_loc.nodes.cameras import Frame
@@ -124,7 +124,6 @@ class LocalizerNode(VehicleNode):
             torch.set_num_threads(p["torch_threads"])
         model = self._checkpoints.load()
         self._spec, self._uncalibrated = model.spec, False
-        self._check_cameras()
         self._health.forget("seen")
         if not p["map"]:
             raise parameters.ParameterError("parameter map is empty: name an aerial map")
@@ -144,22 +143,6 @@ class LocalizerNode(VehicleNode):
             model.half_extent_m / 2,
             self._outputs.publish_comparison,
         )
-
-    def _check_cameras(self) -> None:
-        """Raise ParameterError if panoramas are set up, and the model takes a pinhole camera's image."""
-        if self._spec.camera == "pinhole":
-            given = {
-                "cameras": self._cameras.names,
-                "own_mask": self._cameras.own_mask is not None,
-                "panorama_elevation_deg": self._cameras.elevation_deg,
-                "tilt_source": self._tilt.source != "none",
-            }
-            for name, value in given.items():
-                if value:
-                    text = f"{name} is of models for panoramas"
-                    raise parameters.ParameterError(
-                        f"{text}, and {self._spec.name} takes a pinhole camera's image"
-                    )
 
     def check_parameters(self, values: dict[str, Any]) -> None:
         """Refuse a missing checkpoint, too."""
@@ -365,26 +348,23 @@ class LocalizerNode(VehicleNode):
     def _look(self, paired: PairedFrame) -> tuple[Image, float, Mounting]:
         """Return the image that the model takes, the share of it that is seen, and where it was taken.
 
-        A rig's panorama is that of its centre, and looks along the vehicle's x axis.
+        A rig's view is that from its centre.
         """
         frame, spec, mounting = paired.frame, self._spec, self._mounting()
-        if spec.camera == "pinhole":
-            (one,) = frame.images
-            return input_messages.rgb_from_cdr(one.type, one.data, self._decode_other), 1.0, mounting
         shows = partial(panorama_elevation, spec=spec)
         images, rig = self._cameras.see(frame, self._transforms, self._decode_other, shows)
         tilt = self._tilt.of(paired)
         angles = {"roll": tilt.roll, "pitch": tilt.pitch}
         if is_upright(rig, spec, **angles):
             return images[""], 1.0, mounting
-        image, mask = upright_panorama(rig, images, spec, **angles)
+        image, mask = rig.view(images, spec.lens, **angles)
         if not mask.any():
             text = "no camera sees anything that the model looks at: check the cameras' places and own_mask"
             raise RejectedInput("nothing_seen", text)
         seen = float(mask.mean())
         self._health.value("seen", f"{seen:.2f}")
         x, y, _ = rig.centre.tolist()
-        return image, seen, replace(mounting, camera=(x, y), camera_yaw=0.0)
+        return image, seen, replace(mounting, camera=(x, y), camera_yaw=rig.direction(spec.lens))
 
     def _observation(self, paired: PairedFrame, fix: GnssFix, image: Any, mounting: Mounting) -> Observation:
         heading, frame = paired.heading, paired.frame
@@ -395,7 +375,8 @@ class LocalizerNode(VehicleNode):
             lat, lon = mounting.camera_from_antenna(lat, lon, heading.yaw)
             looking, std = mounting.looking(heading.yaw), heading.std
         covariance = None if fix.covariance is None else fix.covariance[:2, :2]
-        camera = frame.camera if self._spec.camera == "pinhole" else None
+        lens = self._spec.lens
+        camera = lens if isinstance(lens, CameraModel) else None
         return Observation(image, lat, lon, covariance, looking, std, camera, frame.stamp_ns)
 
     def _doubtful(self) -> Limits:
