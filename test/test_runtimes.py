@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from xview_loc.cli.commands import app
 from xview_loc.errors import UserError
 from xview_loc.estimation.checkpoint_swap import CheckpointSwap, Deployed
-from xview_loc.estimation.localizer import Localizer, required_tile_px
+from xview_loc.estimation.localizer import Localizer
 from xview_loc.estimation.observation import Observation, PoseEstimate
 from xview_loc.maps import open_map
 from xview_loc.maps.base import AerialMap
@@ -84,7 +84,7 @@ def world(city: City, tif: Path) -> Iterator[tuple[AerialMap, list[Frame]]]:
 
 
 def open_localizer(aerial: AerialMap, model: CrossViewModel, **options: Any) -> Localizer:
-    return Localizer(TileStore(aerial, required_tile_px(model.spec), model.spec.gsd), model, **options)
+    return Localizer(TileStore(aerial, model.spec.tile_px, model.spec.gsd), model, **options)
 
 
 def poses(world: tuple[AerialMap, list[Frame]], name: str, prior: float | None = 0.0, **options: Any) -> Any:

@@ -337,7 +337,6 @@ def _map(source: str, options: MapOptions, net: CrossViewModel | None) -> tuple[
 def _read_map(
     aerial: AerialMap, options: MapOptions, net: CrossViewModel | None
 ) -> tuple[AerialTile | None, Finding]:
-    from xview_loc.estimation.localizer import required_tile_px
     from xview_loc.maps.base import NoImageryError
     from xview_loc.maps.pyramid import PyramidMap
     from xview_loc.maps.sources import TileId
@@ -362,7 +361,7 @@ def _read_map(
         place = south + v * (north - south), west + u * (east - west)
         started = time.perf_counter()
         try:
-            tile = aerial.tile(*place, required_tile_px(spec), spec.gsd)
+            tile = aerial.tile(*place, spec.tile_px, spec.gsd)
         except NoImageryError:
             continue
         taken = (time.perf_counter() - started) * 1e3
@@ -382,10 +381,10 @@ def _localizer(net: CrossViewModel, tile: AerialTile | None, device: str, backen
     """Make a localizer on a single tile; None for noise."""
     import numpy as np
 
-    from xview_loc.estimation.localizer import Localizer, required_tile_px
+    from xview_loc.estimation.localizer import Localizer
     from xview_loc.maps.base import AerialMap, AerialTile
 
-    side = required_tile_px(net.spec)
+    side = net.spec.tile_px
     noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
     only = tile or AerialTile(noise, 0.0, 0.0, net.spec.gsd)
 

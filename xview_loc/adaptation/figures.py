@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,17 +15,18 @@ from numpy.typing import NDArray
 from xview_loc.adaptation.distillation import Adapted, Distillation
 from xview_loc.adaptation.indicators import base_turns
 from xview_loc.adaptation.labelling import ReadOptions, label_batch, turns_of
-from xview_loc.adaptation.labels import PseudoLabels, distance_m
+from xview_loc.adaptation.labels import PseudoLabels, distance_m, turned
 from xview_loc.adaptation.smoothing import Smoothed
 from xview_loc.datasets.base import Batch, PairSample, Track
 from xview_loc.geodesy import LocalProjection
+from xview_loc.maps.base import AerialTile
 from xview_loc.models.base import CrossViewModel
 from xview_loc.models.inputs import denormalise
 
 Array = NDArray[np.float64]
 Captioned = tuple[Figure, str]
 # An image and its extent: left, right, bottom and top.
-Placed = tuple[NDArray[np.float32], tuple[float, float, float, float]]
+Placed = tuple[NDArray[Any], tuple[float, float, float, float]]
 
 # Number of pairs shown with their heat maps.
 _SHOWN = 4
@@ -185,11 +187,15 @@ def _tiles(distillation: Distillation, index: NDArray[np.int64]) -> list[Placed]
         covered = np.vstack([covered, fixes[k]])
         sample = distillation.source[int(k)]
         gsd, (row, col) = float(sample["meters_per_pixel"]), sample["fix"].tolist()
-        image = denormalise(sample["aerial"], spec)
-        side = len(image)
-        west, north = fixes[k] + gsd * np.array([-0.5 - col, row + 0.5])
+        image = np.rint(255.0 * denormalise(sample["aerial"], spec)).astype(np.uint8)
+        middle, half, turn = (len(image) - 1) / 2, len(image) * gsd / 2, _turn(sample)
+        # Corners that a turned tile does not show are transparent.
+        north_up = AerialTile(image, 0.0, 0.0, gsd, rotation=float(turn[0])).rotated(0.0, len(image))
+        picture = np.dstack([north_up.image, np.uint8(255) * north_up.valid])
+        (east, north), *_ = fixes[k] + turned(gsd * np.array([[middle - col, row - middle]]), turn)
         every = max(1, int(size / gsd / _MAP_PX))
-        tiles.append((image[::every, ::every].copy(), (west, west + side * gsd, north - side * gsd, north)))
+        extent = (east - half, east + half, north - half, north + half)
+        tiles.append((picture[::every, ::every].copy(), extent))
     return tiles
 
 
@@ -229,6 +235,11 @@ def _batch(sample: PairSample) -> Batch:
     return {name: value[None] for name, value in sample.items() if isinstance(value, torch.Tensor)}
 
 
+def _turn(sample: PairSample) -> Array:
+    """Return the turn (1,) of a pair's tile, radians; zero with north up."""
+    return np.array([float(sample.get("turn", 0.0))])
+
+
 def _heat_map(
     model: CrossViewModel, sample: PairSample, prior: float | None, turns: NDArray[np.int64] | None
 ) -> Placed:
@@ -252,7 +263,8 @@ def _pair(distillation: Distillation, sample: PairSample, panels: list[_Panel], 
     row, col = sample["fix"].tolist()
     caption += ", plus: coarse fix"
     if distillation.true_from_fix is not None:
-        east, north = distillation.true_from_fix[int(sample["index"])] / float(sample["meters_per_pixel"])
+        pixels = distillation.true_from_fix[int(sample["index"])] / float(sample["meters_per_pixel"])
+        right, up = turned(pixels[None], -_turn(sample))[0]
         caption += ", cross: truth"
     for column, panel in enumerate(panels):
         axes = figure.add_subplot(grid[1, column], title=panel.title)
@@ -268,12 +280,12 @@ def _pair(distillation: Distillation, sample: PairSample, panels: list[_Panel], 
                 values, vectors = np.linalg.eigh(panel.covariance)
                 # Its 95 % region. Rows grow downwards.
                 width, height = 2.0 * np.sqrt(5.991 * values.clip(0.0))
-                angle = np.degrees(np.arctan2(-vectors[1, 0], vectors[0, 0]))
+                angle = np.degrees(np.arctan2(-vectors[1, 0], vectors[0, 0]) + _turn(sample)[0])
                 look = {"angle": angle, "fill": False, "color": "yellow"}
                 axes.add_patch(Ellipse(panel.label[::-1].tolist(), width, height, **look))
         axes.plot(col, row, "+", color="white", markersize=10)
         if distillation.true_from_fix is not None:
-            axes.plot(col + east, row - north, "x", color="lime", markersize=10)
+            axes.plot(col + right, row - up, "x", color="lime", markersize=10)
         axes.set(xlim=(-0.5, aerial.shape[1] - 0.5), ylim=(aerial.shape[0] - 0.5, -0.5))
         axes.axis("off")
     return figure, caption

@@ -195,6 +195,7 @@ def label_batch(
         "meters_per_pixel": batch["meters_per_pixel"],
         "stray_sigmas": stray,
         "entropy": torch.special.entr(share).sum(1),
+        "turn": batch.get("turn", torch.zeros_like(stray)),
         "peak_mass": (share * _near_peak(maps, batch["meters_per_pixel"])).sum(1),
     }
     return PseudoLabels(**{name: value.cpu().numpy() for name, value in columns.items()}), maps

@@ -72,6 +72,7 @@ class PseudoLabels(PairTable):
     radians: nominal where the pair's heading is known, else that of the best heading bin at the maximum.
     ``stray_sigmas`` is the distance from the fix to the maximum of the whole heat map, in ``fix_std``,
     ``entropy`` that of the finest map, nats, ``peak_mass`` the probability within two metres of the maximum.
+    ``turn`` is the direction in which the tile's columns grow, radians counter-clockwise from east.
     """
 
     position: NDArray[np.float32]
@@ -82,12 +83,18 @@ class PseudoLabels(PairTable):
     stray_sigmas: NDArray[np.float32]
     entropy: NDArray[np.float32]
     peak_mass: NDArray[np.float32]
+    turn: NDArray[np.float32]
 
     @property
     def from_fix(self) -> NDArray[np.float64]:
-        """Metres (N, 2) east and north from the coarse fix to the label, on a north-up tile."""
+        """Metres (N, 2) east and north from the coarse fix to the label."""
         down, right = (self.position - self.fix).astype(np.float64).T * self.meters_per_pixel
-        return np.stack([right, -down], 1)
+        return turned(np.stack([right, -down], 1), self.turn)
+
+    def at(self, from_fix: NDArray[np.float64]) -> NDArray[np.float32]:
+        """Return the positions (N, 2) in tile pixels of places ``from_fix`` (N, 2), metres east and north."""
+        right, up = turned(from_fix, -self.turn).T / self.meters_per_pixel
+        return np.asarray(self.fix + np.stack([-up, right], 1), np.float32)
 
     def errors_m(self, true_from_fix: NDArray[np.float64]) -> NDArray[np.float64]:
         """Distances (N,) from the true positions, metres.
@@ -95,6 +102,13 @@ class PseudoLabels(PairTable):
         ``true_from_fix`` (M, 2): metres east and north from the coarse fixes of all pairs of the source.
         """
         return np.asarray(np.linalg.norm(self.from_fix - true_from_fix[self.index], axis=1), np.float64)
+
+
+def turned(vectors: NDArray[np.float64], angle: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Turn vectors (N, 2) counter-clockwise by ``angle`` (N,), radians."""
+    x, y = vectors.T
+    cos, sin = np.cos(angle, dtype=np.float64), np.sin(angle, dtype=np.float64)
+    return np.stack([cos * x - sin * y, sin * x + cos * y], 1)
 
 
 def distance_m(a: PseudoLabels, b: PseudoLabels) -> NDArray[np.float64]:

@@ -170,9 +170,8 @@ class _Drives:
         """Convert to tile pixels, with the teacher's maxima where there is no support."""
         teacher, grid = self._teacher, self._heat_maps.grid
         supported = beliefs.support > _SUPPORT
-        east, north = ((beliefs.position - self.fix) / teacher.meters_per_pixel[:, None]).T
-        moved = teacher.fix + np.stack([-north, east], 1)
-        position = np.where(supported[:, None], moved, teacher.position).astype(np.float32)
+        moved = teacher.at(beliefs.position - self.fix)
+        position = np.where(supported[:, None], moved, teacher.position)
         cell = (position - grid.origin) / grid.scale
         on_map = np.all((cell >= -0.5) & (cell <= self._heat_maps.side - 0.5), axis=1)
         covariance = np.where(supported[:, None, None], beliefs.covariance, np.nan)
@@ -212,11 +211,12 @@ class _Drives:
             heat_map = self._heat_maps[int(self._teacher.index[k])]
         except KeyError:
             return np.ones_like(grid.probability)
-        pixels, gsd = self._heat_maps.grid, float(self._teacher.meters_per_pixel[k])
-        step = grid.cell_m / (gsd * pixels.scale)
-        right, up = (grid.corner - self.fix[k]) / gsd
-        row, col = (self._teacher.fix[k] + (-up, right) - pixels.origin) / pixels.scale
-        seen = grid.resampled(heat_map, np.array([[step, 0.0, col], [0.0, -step, row]]), outside=1.0)
+        pixels, one = self._heat_maps.grid, self._teacher.rows(np.array([k]))
+        step = grid.cell_m / (float(one.meters_per_pixel[0]) * pixels.scale)
+        row, col = (one.at((grid.corner - self.fix[k])[None])[0] - pixels.origin) / pixels.scale
+        # How column and row of the heat map grow with the grid's, eastwards and northwards.
+        cos, sin = step * math.cos(one.turn[0]), step * math.sin(one.turn[0])
+        seen = grid.resampled(heat_map, np.array([[cos, sin, col], [sin, -cos, row]]), outside=1.0)
         return np.asarray((1.0 - _OUTLIER) * seen + _OUTLIER, np.float32)
 
     def _fix(self, k: int, grid: BeliefGrid) -> Grid:

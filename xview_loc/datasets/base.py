@@ -41,10 +41,12 @@ class PairSample(_PairSample, total=False):
     the measured heading. ``fix`` (2,) is the coarse fix's (row, col) in tile pixels, ``fix_std`` its standard
     deviation along its larger axis, m (NaN if unknown). ``meters_per_pixel`` is the tile's ground sample
     distance, ``index`` the sample's in the dataset. ``intrinsics`` (3, 3) is the camera matrix in pixels of
-    ``ground``, for pinhole cameras only.
+    ``ground``, for pinhole cameras only. ``turn`` is the direction in which the tile's columns grow, radians
+    counter-clockwise from east; without it, tile and truth share whatever axes they have.
     """
 
     intrinsics: Tensor
+    turn: Tensor
 
 
 class Sample(PairSample):

@@ -88,17 +88,15 @@ class RecordCache:
 class PairDataset(PairSource):
     """Pairs of one or more bags, prepared for a model of ``spec`` and decoded on first use.
 
-    Panoramas are levelled by the pair's tilt and cut to the model's elevations. Those of a rig, or of one
-    calibrated camera for a model of panoramas, are made of its images, with the mean colour where no camera
-    sees. Decoded images are kept on disk in the model's size (:class:`RecordCache`), so a data loader's
-    worker holds the bags' index and one pair with its tile at a time. Stored tiles must have the spec's
-    ground sample distance and at least its size; larger ones are cropped to their middle.
+    Images become those of the spec's lens: levelled by the pair's tilt, cut to its elevations, made of all
+    images of a rig, with the mean colour where no camera sees. Decoded images are kept on disk in the model's
+    size (:class:`RecordCache`), so a data loader's worker holds the bags' index and one pair with its tile at
+    a time. Stored tiles must have the spec's ground sample distance and at least its size; larger ones are
+    cropped to their middle, or turned to the camera's heading, as the spec says.
     Raises BagError if a bag cannot be read, DatasetError if its tiles do not fit.
     """
 
     def __init__(self, folders: Sequence[Path], spec: ModelSpec) -> None:
-        if spec.aerial_up != "north":
-            raise DatasetError(f"{spec.name} needs tiles turned to the heading, which pairs do not have")
         self._spec = spec
         self._bags = [PairBag(folder) for folder in folders]
         digest = hashlib.sha256("".join(bag.digest() for bag in self._bags).encode()).hexdigest()
@@ -108,9 +106,6 @@ class PairDataset(PairSource):
             rig = bag.rig()
             # Drives of one vehicle share its rig, which keeps large look-up tables.
             self._rigs.append(next((known for known in self._rigs if _same(known, rig)), rig))
-        for folder, rig in zip(folders, self._rigs, strict=True):
-            if rig is not None and spec.camera == "pinhole":
-                raise DatasetError(f"{folder} has the images of a rig, {spec.name} takes those of one camera")
         self._mountings = list(map(_mounting, self._bags, self._rigs))
         self._elevations = list(map(_elevation, self._bags))
         self._rotations = list(map(_rotation, self._bags))
@@ -119,7 +114,7 @@ class PairDataset(PairSource):
         self._ends = list(accumulate(len(bag) for bag in self._bags))
         side = spec.aerial_size
         content: list[Any] = [("fix", np.float32, (2,)), ("fix_std", np.float32)]
-        content += [("meters_per_pixel", np.float32), ("heading_known", np.bool_)]
+        content += [("meters_per_pixel", np.float32), ("turn", np.float32), ("heading_known", np.bool_)]
         content += [("ground", np.uint8, (*spec.ground_size, 3)), ("aerial", np.uint8, (side, side, 3))]
         self._dtype = np.dtype(content)
         self._decoded = RecordCache(self._dtype)
@@ -135,15 +130,19 @@ class PairDataset(PairSource):
         if record is None:
             record = self._decode(index)
             self._decoded.put(index, record)
-        return {
+        sample: PairSample = {
             "ground": normalise(record["ground"], self._spec)[0],
             "aerial": normalise(record["aerial"], self._spec)[0],
             "fix": torch.from_numpy(record["fix"]),
             "fix_std": torch.tensor(record["fix_std"]),
             "heading_known": torch.tensor(record["heading_known"]),
             "meters_per_pixel": torch.tensor(record["meters_per_pixel"]),
+            "turn": torch.tensor(record["turn"]),
             "index": torch.tensor(index),
         }
+        if isinstance(lens := self._spec.lens, CameraModel):
+            sample["intrinsics"] = torch.tensor(lens.matrix, dtype=torch.float32)
+        return sample
 
     def _decode(self, index: int) -> np.void:
         number = bisect.bisect_right(self._ends, index)
@@ -152,20 +151,24 @@ class PairDataset(PairSource):
         pair, tile = bag[within], bag.tile(within)
         if tile is None:
             raise DatasetError(f"pair {within} of {bag.folder} has no tile: {self._tiles_of(bag.folder)}")
-        cut = self._margin(tile, bag.folder)
+        self._check_tile(tile, bag.folder)
         mounting, lat, lon = self._mountings[number], pair.lat, pair.lon
         if pair.heading is not None:
             lat, lon = mounting.camera_from_antenna(lat, lon, pair.heading)
-        row, col = (x - cut for x in tile.enu_to_pixel(*tile.projection.forward(lat, lon)))
-        side = self._spec.aerial_size
+        record: np.void = np.zeros(1, self._dtype)[0]
         try:
-            ground = self._ground(number, pair)
+            record["ground"], looking = self._ground(number, pair)
         except (CameraError, ImageError) as error:
             raise BagError(f"pair {within} of {bag.folder} is damaged: {error}") from None
-        record: np.void = np.zeros(1, self._dtype)[0]
-        record["ground"] = ground
+        if self._spec.aerial_up == "left":
+            if pair.heading is None:
+                needs = f"{self._spec.name} needs tiles turned to it"
+                raise BagError(f"pair {within} of {bag.folder} has no heading, and {needs}")
+            tile = tile.rotated(pair.heading + looking, self._spec.aerial_size)
+        cut, side = (tile.size_px - self._spec.aerial_size) // 2, self._spec.aerial_size
         record["aerial"] = tile.image[cut : cut + side, cut : cut + side]
-        record["fix"] = row, col
+        record["fix"] = [x - cut for x in tile.enu_to_pixel(*tile.projection.forward(lat, lon))]
+        record["turn"] = tile.rotation
         covariance = pair.fix_covariance
         variance = math.nan if covariance is None else float(np.linalg.eigvalsh(covariance[:2, :2])[-1])
         record["fix_std"] = math.sqrt(variance)
@@ -173,8 +176,11 @@ class PairDataset(PairSource):
         record["meters_per_pixel"] = tile.gsd
         return record
 
-    def _ground(self, number: int, pair: Pair) -> Image:
-        """Return the model's ground image, facing north. Raises CameraError, ImageError."""
+    def _ground(self, number: int, pair: Pair) -> tuple[Image, float]:
+        """Return the model's ground image, and where it looks, radians left of the vehicle's x axis.
+
+        Panoramas face north. Raises CameraError, ImageError.
+        """
         spec, rig, yaw = self._spec, self._rigs[number], self._mountings[number].camera_yaw
         images = {"": pair.image()} if rig is None else pair.decode(rig)
         tilt = pair.tilt or TiltSample(pair.stamp_ns, 0.0, 0.0)
@@ -182,17 +188,19 @@ class PairDataset(PairSource):
         if rig is None:
             rig = self._rig_of_one(number, pair.camera, images[""])
             if is_upright(rig, spec, **angles):
-                return ground_image(images[""], spec, heading=pair.heading, camera=None, mount_yaw=yaw)
+                return ground_image(images[""], spec, heading=pair.heading, camera=None, mount_yaw=yaw), 0.0
         level, mask = rig.view(images, spec.lens, **angles)
         if not mask.any():
             raise ImageError("no camera sees anything that the model looks at")
-        return ground_image(level, spec, heading=pair.heading, camera=None)
+        return ground_image(level, spec, heading=pair.heading, camera=None), rig.direction(spec.lens)
 
     def _rig_of_one(self, number: int, camera: CameraModel | None, image: Image) -> Rig:
         """Return the rig of a bag's only camera; the last one serves again, with its look-up tables."""
         given = self._elevations[number]
         # Whatever the calibration says, a camera whose elevations are given takes panoramas.
         lens: CameraModel | PanoramaCamera | None = None if given else camera
+        if lens is None and not given and self._spec.camera == "pinhole":
+            raise ImageError(f"its image has no calibration, and {self._spec.name} needs one")
         if lens is None:
             edges = map(math.radians, given or panorama_elevation(image, self._spec))
             lens = PanoramaCamera(image.shape[1], image.shape[0], *edges)
@@ -208,19 +216,19 @@ class PairDataset(PairSource):
         parts = [_bag_track(number, bag, mounting) for number, (bag, mounting) in bags]
         return Track(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(Track)))
 
-    def _margin(self, tile: AerialTile, folder: Path) -> int:
-        """Return the pixels to crop on each side of a tile to get the model's size."""
+    def _check_tile(self, tile: AerialTile, folder: Path) -> None:
+        """Raise DatasetError if the model's tile cannot be cut from this one."""
         spec = self._spec
-        spare = tile.size_px - spec.aerial_size
-        if spare < 0 or spare % 2 or not math.isclose(tile.gsd, spec.gsd, rel_tol=1e-6):
+        spare = tile.size_px - spec.tile_px
+        odd = spec.aerial_up == "north" and spare % 2 == 1
+        if spare < 0 or odd or not math.isclose(tile.gsd, spec.gsd, rel_tol=1e-6):
             raise DatasetError(
                 f"the tiles of {folder} have {tile.size_px} px at {tile.gsd:g} m/px, {spec.name} needs "
-                f"{spec.aerial_size} px at {spec.gsd:g} m/px: {self._tiles_of(folder)}"
+                f"{spec.tile_px} px at {spec.gsd:g} m/px: {self._tiles_of(folder)}"
             )
-        return spare // 2
 
     def _tiles_of(self, folder: Path) -> str:
-        size = f"--size {self._spec.aerial_size} --gsd {self._spec.gsd:g}"
+        size = f"--size {self._spec.tile_px} --gsd {self._spec.gsd:g}"
         return f"cut its tiles with xview-loc pairs {folder} --map MAP {size} --out NEW"
 
 

@@ -36,7 +36,7 @@ from xview_loc.images import Image
 from xview_loc.maps import open_map
 from xview_loc.maps.base import AerialMap, AerialTile
 from xview_loc.maps.store import TileStore
-from xview_loc.models.base import CrossViewModel, HeatMaps, ModelSpec
+from xview_loc.models.base import CrossViewModel, HeatMaps
 from xview_loc.models.checkpoint import load_model
 from xview_loc.models.graph import FrameSettings
 from xview_loc.models.inputs import normalise, prepare_ground
@@ -65,11 +65,6 @@ TILES_ENCODED = 8
 TILES_TAKEN_OVER = 3
 
 
-def required_tile_px(spec: ModelSpec) -> int:
-    """Return the side in pixels of a model's tiles: more than its input if they are turned to the heading."""
-    return spec.aerial_size if spec.aerial_up == "north" else math.ceil(math.sqrt(2.0) * spec.aerial_size)
-
-
 def search_radius(fix_covariance: NDArray[np.float64]) -> float:
     """Return the radius within which a fix of this covariance (2, 2) lies, metres."""
     sigma = math.sqrt(max(0.0, float(np.linalg.eigvalsh(fix_covariance)[-1])))
@@ -81,7 +76,7 @@ def tile_store(map: AerialMap, model: CrossViewModel, snap_m: float | None = Non
 
     snap_m: spacing of the tile centres, metres; default: a quarter of the side of the searched square.
     """
-    return TileStore(map, required_tile_px(model.spec), model.spec.gsd, snap_m or model.half_extent_m / 2)
+    return TileStore(map, model.spec.tile_px, model.spec.gsd, snap_m or model.half_extent_m / 2)
 
 
 @dataclass(frozen=True)
@@ -132,9 +127,9 @@ class Localizer:
         tile_wait_s: float | None = None,
     ) -> None:
         spec = model.spec
-        if tiles.size_px != required_tile_px(spec) or not math.isclose(tiles.gsd, spec.gsd, rel_tol=1e-6):
+        if tiles.size_px != spec.tile_px or not math.isclose(tiles.gsd, spec.gsd, rel_tol=1e-6):
             raise ValueError(
-                f"{spec.name} needs aerial tiles of {required_tile_px(spec)} px at {spec.gsd:.4f} m/px, "
+                f"{spec.name} needs aerial tiles of {spec.tile_px} px at {spec.gsd:.4f} m/px, "
                 f"not {tiles.size_px} px at {tiles.gsd:.4f} m/px"
             )
         if spec.bins == 0 and heading_prior_deg != 0:

@@ -74,6 +74,11 @@ class ModelSpec:
         return CameraModel(width, height, (fx, 0.0, cx, 0.0, fy, cy, 0.0, 0.0, 1.0))
 
     @property
+    def tile_px(self) -> int:
+        """Side of a north-up tile that the model's can be cut from, pixels: larger if it is turned first."""
+        return self.aerial_size if self.aerial_up == "north" else math.ceil(math.sqrt(2.0) * self.aerial_size)
+
+    @property
     def nominal_heading(self) -> float:
         """Angle of an image of known heading, in the convention of :attr:`HeatMaps.orientation`, radians."""
         return 0.0 if self.aerial_up == "north" else math.pi / 2

@@ -22,7 +22,7 @@ from sensor_msgs.msg import CameraInfo
 from xview_loc.camera import CameraError, CameraModel
 from xview_loc.errors import shown
 from xview_loc.estimation.fix_check import FixCheck
-from xview_loc.estimation.localizer import Limits, Localizer, required_tile_px
+from xview_loc.estimation.localizer import Limits, Localizer
 from xview_loc.estimation.match_check import MatchCheck
 from xview_loc.estimation.observation import LocalizationError, Observation, PoseEstimate
 from xview_loc.estimation.position_filter import FilterOptions, PositionFilter
@@ -127,7 +127,7 @@ class LocalizerNode(VehicleNode):
         self._health.forget("seen")
         if not p["map"]:
             raise parameters.ParameterError("parameter map is empty: name an aerial map")
-        self._open_map(required_tile_px(model.spec), model.spec.gsd, snap_m=model.half_extent_m / 2)
+        self._open_map(model.spec.tile_px, model.spec.gsd, snap_m=model.half_extent_m / 2)
         localizer = self._first_localizer(model)
         self._limits = self._new_limits()
         self._match, self._fix_check = MatchCheck(), FixCheck()
