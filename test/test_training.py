@@ -21,7 +21,6 @@ from xview_loc.cli.commands import app
 from xview_loc.datasets import DatasetError, PoseDataset, Sample, SimulatedDataset, open_dataset
 from xview_loc.models import create_model
 from xview_loc.models.base import CrossViewModel, HeatMaps
-from xview_loc.models.ccvpe import CONFIGS
 from xview_loc.models.checkpoint import load_checkpoint
 from xview_loc.models.inputs import normalise
 from xview_loc.simulation.city import build_city
@@ -172,8 +171,6 @@ def test_wrong_dataset_names_are_refused(cities: Path) -> None:
     ):
         with pytest.raises(DatasetError, match=message):
             open_dataset(text, SPEC, cache_dir=cities)
-    with pytest.raises(DatasetError, match="ccvpe-kitti does not take"):
-        open_dataset("simulated:source:0:5", CONFIGS["ccvpe-kitti"].spec, cache_dir=cities)
 
 
 def test_a_damaged_cache_is_named(tmp_path: Path) -> None:

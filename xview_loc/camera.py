@@ -195,6 +195,9 @@ class PanoramaCamera:
         return rays.astype(np.float32), np.ones((self.height, self.width), bool)
 
 
+Lens = CameraModel | PanoramaCamera
+
+
 def reduce_width(image: Image, camera: CameraModel | None, width: int) -> tuple[Image, CameraModel | None]:
     """Return an image and its calibration, reduced to ``width`` pixels if wider; width 0: as they are."""
     if not 0 < width < image.shape[1]:

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from xview_loc.camera import CameraError, CameraModel, PanoramaCamera
+from xview_loc.camera import CameraError, CameraModel, Lens, PanoramaCamera
 from xview_loc.images import Image, ImageError
 
 Floats = NDArray[np.float32]
@@ -44,7 +44,7 @@ class MountedCamera:
     ``position`` in metres, ``rotation`` a quaternion (x, y, z, w).
     """
 
-    camera: CameraModel | PanoramaCamera
+    camera: Lens
     position: tuple[float, float, float] = (0.0, 0.0, 0.0)
     rotation: Quaternion = FORWARD
 
@@ -100,7 +100,7 @@ class Rig:
         """Copies, also in other processes, make their own look-up tables."""
         return Rig, (self.cameras, self.height, self.own)
 
-    def direction(self, lens: CameraModel | PanoramaCamera) -> float:
+    def direction(self, lens: Lens) -> float:
         """Return where a view looks, radians to the left of the vehicle's x axis.
 
         A pinhole lens looks where a single pinhole camera does; all others along the x axis.
@@ -118,7 +118,7 @@ class Rig:
     def view(
         self,
         images: Mapping[str, Image],
-        lens: CameraModel | PanoramaCamera,
+        lens: Lens,
         *,
         roll: float = 0.0,
         pitch: float = 0.0,
@@ -157,7 +157,7 @@ class Rig:
         result[mask] = np.rint(colour[mask] / total[mask][:, None])
         return result, mask
 
-    def _make_points(self, lens: CameraModel | PanoramaCamera, tilt: tuple[int, int]) -> Floats:
+    def _make_points(self, lens: Lens, tilt: tuple[int, int]) -> Floats:
         """Return the points (height, width, 3), in ``base_link``, that a view's pixels are taken to show."""
         level = tilt_matrix(tilt[0] * _TILT_STEP, tilt[1] * _TILT_STEP)
         rays = directions(lens) @ _turn(self.direction(lens)).T
@@ -169,7 +169,7 @@ class Rig:
         # From level axes about the centre to those of base_link.
         return np.asarray(rays * distance[..., None] @ level + self.centre, np.float32)
 
-    def _make_table(self, name: str, lens: CameraModel | PanoramaCamera, tilt: tuple[int, int]) -> _Table:
+    def _make_table(self, name: str, lens: Lens, tilt: tuple[int, int]) -> _Table:
         mounted = self.cameras[name]
         camera = mounted.camera
         points = self._points(lens, tilt) - np.asarray(mounted.position, np.float32)
@@ -203,7 +203,7 @@ def _box(mask: Mask) -> tuple[slice, slice]:
     return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
 
 
-def directions(lens: CameraModel | PanoramaCamera) -> NDArray[np.float64]:
+def directions(lens: Lens) -> NDArray[np.float64]:
     """Return the unit rays (height, width, 3) of a level lens that looks forward: x forward, z up."""
     return np.asarray(lens.rays()[0] @ rotation_matrix(FORWARD).T)
 
@@ -239,7 +239,7 @@ def rotation_matrix(quaternion: Quaternion | NDArray[np.float64]) -> NDArray[np.
     )
 
 
-def _check_size(name: str, image: Image, camera: CameraModel | PanoramaCamera) -> None:
+def _check_size(name: str, image: Image, camera: Lens) -> None:
     height, width = image.shape[:2]
     if (width, height) != (camera.width, camera.height):
         of = f" of camera {name}" if name else ""

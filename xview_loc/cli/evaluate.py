@@ -233,8 +233,9 @@ def simulated_drive(
     """
     import numpy as np
 
+    from xview_loc.camera import CameraModel
     from xview_loc.datasets.random_cameras import random_view
-    from xview_loc.datasets.simulated import panorama_camera
+    from xview_loc.datasets.simulated import rendered_view
     from xview_loc.estimation.localizer import Localizer
     from xview_loc.estimation.observation import Observation
     from xview_loc.simulation.city import build_city
@@ -244,17 +245,19 @@ def simulated_drive(
     if style not in STYLES:
         raise UsageError(f"unknown style {style!r}; choose from {', '.join(STYLES)}")
     city = build_city(seed, style)
-    view, options = panorama_camera(net.spec, any_camera)
-    shown = view.top_deg, view.bottom_deg
+    view, options = rendered_view(net.spec, any_camera)
+    lens = net.spec.lens if any_camera else view.camera
+    camera = lens if isinstance(lens, CameraModel) else None
     rng = np.random.default_rng(seed)
 
     def observations() -> Iterator[tuple[Observation, tuple[float, float]]]:
         for frame in drive(city, frames, options=options, view=view):
             if (image := frame.image) is not None:
                 if any_camera:
-                    image, _ = random_view(image, shown, net.spec.ground_size, net.spec.elevation_deg, rng)
+                    image, _ = random_view(image, view.camera, lens, rng)
                 fix, heading = frame.fix, frame.heading if heading_known else None
-                observation = Observation(image, fix.lat, fix.lon, fix.covariance, heading, frame.heading_std)
+                known = heading, frame.heading_std
+                observation = Observation(image, fix.lat, fix.lon, fix.covariance, *known, camera)
                 yield observation, (frame.truth.lat, frame.truth.lon)
 
     prior = 0.0 if heading_known else None

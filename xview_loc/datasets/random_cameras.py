@@ -1,17 +1,18 @@
-"""What random sets of cameras show of a panorama: hidden sectors, tilt, and exposures that differ.
+"""What random sets of cameras show of a level image: hidden sectors, tilt, and exposures that differ.
 
-Training data, from panoramas that reach further up and down than the model's.
+Training data, from images that reach further than the model's.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from xview_loc.camera import PanoramaCamera
+from xview_loc.camera import Lens, PanoramaCamera
 from xview_loc.images import Image
 from xview_loc.rig import UNSEEN, directions, tilt_matrix
 
@@ -32,53 +33,55 @@ _EXPOSURE = 0.12
 _BODY, _BODY_TOP = 0.3, math.radians(-30.0)
 
 
-def random_view(
-    panorama: Image,
-    elevation_deg: tuple[float, float],
-    size: tuple[int, int],
-    wanted_deg: tuple[float, float],
-    rng: np.random.Generator,
-) -> tuple[Image, Mask]:
-    """Return what random cameras show of a level panorama, (height, width, 3), and the mask of what they see.
+def random_view(image: Image, camera: Lens, lens: Lens, rng: np.random.Generator) -> tuple[Image, Mask]:
+    """Return what random cameras show of a level image, as ``lens`` sees it, and the mask of what they see.
 
-    ``elevation_deg`` are the panorama's upper and lower edge, ``wanted_deg`` the result's. The middle of both
-    looks along the vehicle's x axis. What no camera sees has the mean colour.
+    ``camera`` took the image; it and the lens look along the vehicle's x axis. A panorama is seen by one to
+    eight cameras, what a pinhole lens sees by one. What no camera sees has the mean colour.
     """
-    shown, wanted = np.radians(elevation_deg), np.radians(wanted_deg)
-    height, width = size
     if rng.random() < _LEVEL:
         content, mounting = rng.normal(size=(2, 2)) * _LEVEL_TILT
     else:
         content, mounting = rng.uniform(-_MOST_TILT, _MOST_TILT, (2, 2))
-    rays = directions(PanoramaCamera(width, height, *wanted))
-    gain, seen = _exposures_and_mask(rays @ tilt_matrix(*mounting), rng)
+    rays = directions(lens)
+    most = _MOST if isinstance(lens, PanoramaCamera) else 1
+    gain, seen = _exposures_and_mask(rays @ tilt_matrix(*mounting), most, rng)
     if rng.random() < _BODY:
         seen &= ~_body(rays, rng)
-    camera = PanoramaCamera(panorama.shape[1], panorama.shape[0], *shown)
     # Twice as fine, then averaged, as a camera's image is.
-    fine = directions(PanoramaCamera(2 * width, 2 * height, *wanted)) @ tilt_matrix(*content)
+    fine = directions(_twice_as_fine(lens)) @ tilt_matrix(*content)
     optical = np.stack([-fine[..., 1], -fine[..., 2], fine[..., 0]], -1)
     pixels, inside = camera.project(optical)
     rows = np.clip(pixels[..., 1], 0, camera.height - 1)
-    warped = cv2.remap(panorama, pixels[..., 0], rows, cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP)
-    image = cv2.resize(warped, size[::-1], interpolation=cv2.INTER_AREA) * gain
+    border = cv2.BORDER_WRAP if isinstance(camera, PanoramaCamera) else cv2.BORDER_REPLICATE
+    warped = cv2.remap(image, pixels[..., 0], rows, cv2.INTER_LINEAR, borderMode=border)
+    shown = cv2.resize(warped, (lens.width, lens.height), interpolation=cv2.INTER_AREA) * gain
     seen &= inside[::2, ::2]
-    image[~seen] = UNSEEN
-    return np.clip(np.rint(image), 0, 255).astype(np.uint8), seen
+    shown[~seen] = UNSEEN
+    return np.clip(np.rint(shown), 0, 255).astype(np.uint8), seen
 
 
-def _exposures_and_mask(rays: NDArray[np.float64], rng: np.random.Generator) -> tuple[Floats, Mask]:
+def _twice_as_fine(lens: Lens) -> Lens:
+    width, height = 2 * lens.width, 2 * lens.height
+    if isinstance(lens, PanoramaCamera):
+        return replace(lens, width=width, height=height)
+    return replace(lens, width=width, height=height, k=tuple(lens.scaled_matrix(width, height).flat))
+
+
+def _exposures_and_mask(
+    rays: NDArray[np.float64], most: int, rng: np.random.Generator
+) -> tuple[Floats, Mask]:
     """Return gains (height, width, 3), and which pixels a camera sees; ``rays`` are in the vehicle's axes."""
     shape = rays.shape[:2]
     gain = np.ones((*shape, 3), np.float32)
     if rng.random() < _WHOLE:
         return gain, np.ones(shape, bool)
     seen = np.zeros(shape, bool)
-    count = int(rng.integers(_FEWEST, _MOST + 1))
+    count = int(rng.integers(_FEWEST, most + 1))
     fisheye = rng.random() < _FISHEYE
     width, aspect = rng.uniform(*(_FISHEYE_ANGLE if fisheye else _PINHOLE)), rng.uniform(*_ASPECT)
     # One camera looks ahead more often than not.
-    first = 0.0 if rng.random() < 0.5 else rng.uniform(-math.pi, math.pi)
+    first = 0.0 if rng.random() < 0.5 or most == 1 else rng.uniform(-math.pi, math.pi)
     for k in range(count):
         yaw = first + 2 * math.pi * k / count + rng.normal() * 0.1
         down = rng.uniform(*_LOOK_DOWN)

@@ -7,6 +7,7 @@ import math
 import re
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -14,16 +15,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from xview_loc.camera import CameraModel
 from xview_loc.datasets.base import DatasetError, PoseDataset, Sample
 from xview_loc.datasets.random_cameras import random_view
 from xview_loc.geodesy import wrap_angle
+from xview_loc.images import Image
 from xview_loc.maps.base import default_cache_dir
 from xview_loc.models.base import ModelSpec
 from xview_loc.models.inputs import normalise, prepare_ground
 from xview_loc.simulation.city import build_city
 from xview_loc.simulation.drives import DriveOptions, drive
 from xview_loc.simulation.styles import STYLES
-from xview_loc.simulation.views import PanoramaView
+from xview_loc.simulation.views import PanoramaView, PinholeView
 
 # Increase it when the simulation's images change.
 _VERSION = 1
@@ -32,10 +35,11 @@ _RATE_HZ = 1.0
 # The camera's least distance from the tile's border, so that the tile shows its surroundings.
 _BORDER_M = 6.0
 _HEADING_NOISE = math.radians(2.0)
+# Of tiles that are turned to the heading, at most.
+_TURN_NOISE = math.radians(10.0)
 # Of cameras of any vehicle, metres.
 _HEIGHT_NOISE_M = 0.3
-# What panoramas show beyond the model's elevations, so that they can be tilted, degrees, and how much finer
-# they are.
+# What images show beyond the model's edges, so that they can be tilted, degrees, and how much finer they are.
 _MARGIN_DEG, _FINER = 11.25, 2
 _FILES = ("panoramas", "aerial", "poses")
 _Rendered = tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.float64]]
@@ -51,14 +55,14 @@ def parse_cities(text: str) -> range:
 
 
 class SimulatedDataset(PoseDataset):
-    """Panoramas along drives through ``cities`` (seeds) of a style, ``frames`` in each.
+    """Images along drives through ``cities`` (seeds) of a style, ``frames`` in each.
 
     The camera is at a random position of its tile, 6 m or more from the border and within ``half_extent_m``
-    of the centre along rows and columns. The panorama is turned north by a heading with an error of 2 degrees
-    (standard deviation). ``augment`` draws both anew in every epoch.
-    ``any_camera``: panoramas show what random cameras on tilted vehicles see, see :func:`random_view`.
-    Cities are rendered into ``cache_dir`` by :meth:`prepare`, or on first use.
-    Raises DatasetError if the model does not take panoramas or the style is unknown.
+    of the centre along rows and columns. A panorama is turned north by a heading with an error of 2 degrees
+    (standard deviation), a pinhole camera's tile to one that is up to 10 degrees off. ``augment`` draws all
+    anew in every epoch. ``any_camera``: images show what random cameras on tilted vehicles see, see
+    :func:`random_view`. Cities are rendered into ``cache_dir`` by :meth:`prepare`, or on first use.
+    Raises DatasetError if the style is unknown.
     """
 
     def __init__(
@@ -73,8 +77,6 @@ class SimulatedDataset(PoseDataset):
         augment: bool = False,
         any_camera: bool = False,
     ) -> None:
-        if spec.camera != "panorama":
-            raise DatasetError(f"the simulated dataset has panoramas, which {spec.name} does not take")
         if style not in STYLES:
             raise DatasetError(f"unknown style {style!r}; choose from {', '.join(STYLES)}")
         if not cities or frames < 1:
@@ -85,7 +87,7 @@ class SimulatedDataset(PoseDataset):
         self._spec = spec
         self.folder = (cache_dir or default_cache_dir().parent / "simulated").expanduser()
         self._augment, self._any_camera = augment, any_camera
-        self._view, self._options = panorama_camera(spec, any_camera)
+        self._view, self._options = rendered_view(spec, any_camera)
         self._reach = min(spec.aerial_size * spec.gsd / 2 - _BORDER_M, half_extent_m)
         self._open: dict[int, _Rendered] = {}
 
@@ -106,35 +108,43 @@ class SimulatedDataset(PoseDataset):
 
     def __getitem__(self, index: int) -> Sample:
         seed = self._cities[index // self._frames]
-        panoramas, aerial, poses = self._city(seed)
+        images, aerial, poses = self._city(seed)
         frame = index % self._frames
         rng = np.random.default_rng([index, self.epoch if self._augment else 0])
         east, north, heading = poses[frame]
-        side, gsd = self._spec.aerial_size, self._spec.gsd
+        spec, gsd = self._spec, self._spec.gsd
         offset = rng.uniform(-self._reach, self._reach, 2)
-        half = aerial.shape[0] * gsd / 2
-        col, row = (east + offset[0] + half) / gsd - 0.5, (half - north - offset[1]) / gsd - 0.5
-        tile = cv2.getRectSubPix(aerial, (side, side), (float(col), float(row))).astype(np.uint8, copy=False)
-        measured = heading + _HEADING_NOISE * rng.normal()
-        panorama = panoramas[frame]
+        if spec.aerial_up == "north":
+            measured, turn = heading + _HEADING_NOISE * rng.normal(), 0.0
+            angle = heading - measured
+        else:
+            measured = turn = heading + rng.uniform(-_TURN_NOISE, _TURN_NOISE)
+            angle = spec.nominal_heading - (heading - measured)
+        # From the camera to the tile's centre, right and up on the tile.
+        ahead = offset @ [[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]]
+        tile = _cut(aerial, (east + ahead[0], north + ahead[1]), turn, spec)
+        image, camera = images[frame], self._view.camera
         if self._any_camera:
-            shown = self._view.top_deg, self._view.bottom_deg
-            wanted = self._spec.ground_size, self._spec.elevation_deg
-            panorama, _ = random_view(panorama, shown, *wanted, rng)
-        ground = prepare_ground(panorama, self._spec, heading=measured, camera=None)
-        middle = (side - 1) / 2
+            image, _ = random_view(image, camera, spec.lens, rng)
+            camera = spec.lens
+        pinhole = camera if isinstance(camera, CameraModel) else None
+        ground = prepare_ground(image, spec, heading=measured, camera=pinhole)
+        middle = (spec.aerial_size - 1) / 2
         position = (middle + offset[1] / gsd, middle - offset[0] / gsd)
-        return {
+        sample: Sample = {
             "ground": ground[0],
-            "aerial": normalise(tile, self._spec)[0],
+            "aerial": normalise(tile, spec)[0],
             "fix": torch.full((2,), middle),
             "fix_std": torch.tensor(self._reach / math.sqrt(3)),  # of a uniform distribution
             "heading_known": torch.tensor(True),
             "index": torch.tensor(index),
             "position": torch.tensor(position, dtype=torch.float32),
-            "heading": torch.tensor(wrap_angle(heading - measured), dtype=torch.float32),
+            "heading": torch.tensor(wrap_angle(angle), dtype=torch.float32),
             "meters_per_pixel": torch.tensor(gsd, dtype=torch.float32),
         }
+        if isinstance(spec.lens, CameraModel):
+            sample["intrinsics"] = torch.tensor(spec.lens.matrix, dtype=torch.float32)
+        return sample
 
     def _path(self, seed: int) -> Path:
         what: tuple[object, ...] = (_VERSION, self._style, seed, self._frames, self._spec.ground_size)
@@ -177,17 +187,51 @@ class SimulatedDataset(PoseDataset):
                 folder.rename(path)
 
 
-def panorama_camera(spec: ModelSpec, any_camera: bool) -> tuple[PanoramaView, DriveOptions]:
-    """Return how a model's panoramas are rendered, and how the vehicle drives.
+def rendered_view(spec: ModelSpec, any_camera: bool) -> tuple[PanoramaView | PinholeView, DriveOptions]:
+    """Return how a model's images are rendered, and how the vehicle drives.
 
     For ``any_camera`` they show more than the model's, see :func:`random_view`.
     """
-    (height, width), (top, bottom) = spec.ground_size, spec.elevation_deg
+    height, width = spec.ground_size
+    # Level, as the tilt is drawn with each sample.
+    options = DriveOptions(rate_hz=_RATE_HZ)
+    if any_camera:
+        options = replace(options, height_noise_m=_HEIGHT_NOISE_M, tilt=0.0)
+    lens = spec.lens
+    if isinstance(lens, CameraModel):
+        return _pinhole_view(lens, any_camera), options
+    top, bottom = spec.elevation_deg
     if not any_camera:
-        return PanoramaView(height, width, top, bottom), DriveOptions(rate_hz=_RATE_HZ)
+        return PanoramaView(height, width, top, bottom), options
     margin = round(height * _MARGIN_DEG / (top - bottom))
     reach = margin * (top - bottom) / height
     size = _FINER * (height + 2 * margin), _FINER * width
-    # Level, as the tilt is drawn with each sample.
-    options = DriveOptions(rate_hz=_RATE_HZ, height_noise_m=_HEIGHT_NOISE_M, tilt=0.0)
     return PanoramaView(*size, min(90.0, top + reach), max(-90.0, bottom - reach)), options
+
+
+def _pinhole_view(lens: CameraModel, any_camera: bool) -> PinholeView:
+    margin, finer = (math.radians(_MARGIN_DEG), _FINER) if any_camera else (0.0, 1)
+    sides = (lens.k[0], lens.k[2], lens.width), (lens.k[4], lens.k[5], lens.height)
+    # The farthest edges, in focal lengths.
+    halves = [max(middle + 0.5, side - 0.5 - middle) / focal for focal, middle, side in sides]
+    focal = finer * max(lens.k[0], lens.k[4])
+    width, height = (2 * math.ceil(focal * math.tan(math.atan(half) + margin) - 1e-6) for half in halves)
+    return PinholeView(height, width, 2 * math.degrees(math.atan(width / 2 / focal)))
+
+
+def _cut(aerial: NDArray[np.uint8], centre: tuple[float, float], turn: float, spec: ModelSpec) -> Image:
+    """Cut a model's tile around ``centre``, metres east and north; columns grow in the direction ``turn``."""
+    side, gsd = spec.aerial_size, spec.gsd
+    half = aerial.shape[0] * gsd / 2
+    col, row = (centre[0] + half) / gsd - 0.5, (half - centre[1]) / gsd - 0.5
+    if turn == 0.0:
+        return np.asarray(cv2.getRectSubPix(aerial, (side, side), (float(col), float(row))), np.uint8)
+    cos, sin, middle = math.cos(turn), math.sin(turn), (side - 1) / 2
+    to_aerial = np.array(
+        [[cos, sin, col - middle * (cos + sin)], [-sin, cos, row - middle * (cos - sin)]], np.float64
+    )
+    how = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    # As getRectSubPix does beyond the map.
+    return np.asarray(
+        cv2.warpAffine(aerial, to_aerial, (side, side), flags=how, borderMode=cv2.BORDER_REPLICATE), np.uint8
+    )

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from xview_loc.camera import CameraModel, PanoramaCamera
+from xview_loc.camera import CameraModel, Lens, PanoramaCamera
 from xview_loc.errors import shown
 
 # How strongly maps of little contrast are flattened. With 0 (one temperature for all maps), models are far
@@ -65,7 +65,7 @@ class ModelSpec:
     intrinsics: tuple[float, float, float, float] | None = None
 
     @property
-    def lens(self) -> CameraModel | PanoramaCamera:
+    def lens(self) -> Lens:
         """The level camera whose images the model takes: a pinhole one if the spec has intrinsics."""
         height, width = self.ground_size
         if self.intrinsics is None:

@@ -99,6 +99,23 @@ _SMALL = CCVPEConfig(
     padding="reflect",
     classifier=False,
 )
+_PINHOLE_SMALL = replace(
+    # For a camera of 90 degrees, a quarter of all directions and so of each descriptor.
+    _SMALL,
+    spec=ModelSpec(
+        "ccvpe-pinhole-small",
+        "pinhole",
+        (96, 256),
+        160,
+        0.48,
+        16,
+        "left",
+        intrinsics=(128.0, 128.0, 127.5, 47.5),
+    ),
+    ground_channels=(4, 2, 1, 1),
+    shifts=(16, 8, 4, 4),
+    conv=(128, 64, 64),
+)
 CONFIGS = {
     config.spec.name: config
     for config in (
@@ -106,6 +123,7 @@ CONFIGS = {
         replace(_VIGOR, spec=replace(_VIGOR.spec, name="ccvpe-vigor-reflect"), padding="reflect"),
         _KITTI,
         _SMALL,
+        _PINHOLE_SMALL,
         # The same model, trained on panoramas that cameras see in part.
         replace(_SMALL, spec=replace(_SMALL.spec, name="ccvpe-rig-small")),
     )
