@@ -236,6 +236,7 @@ def labels_at(position: np.ndarray, index: np.ndarray | None = None, **changes: 
         "stray_sigmas": np.linalg.norm(position - 79.5, axis=1).astype(np.float32) / 20,
         "entropy": one,
         "peak_mass": 0.5 * one,
+        "turn": 0 * one,
     }
     return PseudoLabels(**{**columns, **changes})  # type: ignore[arg-type]
 

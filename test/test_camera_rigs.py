@@ -393,7 +393,6 @@ def test_an_imu_in_a_frame_that_tf_does_not_know_is_said(vehicle: Vehicle) -> No
         ({"cameras": ["front/../x"]}, "cameras: 'front/../x' is no name of a camera"),
         ({"cameras": [f"c{k}" for k in range(17)]}, "cameras: a rig of 17 cameras: at most 16"),
         ({"cameras": [""]}, "rig_file is set, but cameras is empty"),
-        ({"model": "stub-pinhole"}, "cameras is of models for panoramas, and stub-pinhole takes a pinhole"),
         ({"camera_frame": "eye"}, "camera_frame is of a single camera"),
         ({"panorama_elevation_deg": [90.0, -90.0]}, "panorama_elevation_deg is of a single camera"),
         ({"panorama_elevation_deg": [10.0, 20.0]}, "panorama_elevation_deg must be the elevations"),

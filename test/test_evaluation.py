@@ -130,7 +130,7 @@ def test_the_shipped_models_find_their_way(
 
 SIDE, GSD = 81, 0.5
 NORTH = ModelSpec("stub", "panorama", (2, 4), SIDE, GSD, 4)
-LEFT = ModelSpec("stub", "pinhole", (2, 4), SIDE, GSD, 4, aerial_up="left")
+LEFT = ModelSpec("stub", "pinhole", (2, 4), SIDE, GSD, 4, aerial_up="left", intrinsics=(2.0, 2.0, 1.5, 0.5))
 
 
 class Maps(PoseDataset):

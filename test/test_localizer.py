@@ -93,7 +93,8 @@ class FindsRed(CrossViewModel):
         sigma: float = 3.0,
     ) -> None:
         super().__init__()
-        self.spec = ModelSpec("finds-red", camera, (32, 64), SIZE, GSD, bins, aerial_up=up)
+        lens = (50.0, 50.0, 31.5, 15.5) if camera == "pinhole" else None
+        self.spec = ModelSpec("finds-red", camera, (32, 64), SIZE, GSD, bins, aerial_up=up, intrinsics=lens)
         self.angle, self._grid, self.sigma = angle, grid or HeatMapGrid(), sigma
         self.encoded = 0
         self.calls: list[dict] = []
@@ -175,6 +176,28 @@ def test_tiles_turned_to_the_heading_give_the_same_place(heading: float) -> None
     ahead = estimate.tile.enu_to_pixel(math.cos(heading), math.sin(heading))
     assert ahead == pytest.approx(((SIZE - 1) / 2, (SIZE - 1) / 2 + 1 / GSD))
     assert model.calls[0]["prior"] is None  # its bins are not counted from the heading
+
+
+def test_tiles_turned_in_steps_are_kept_and_give_the_same_place() -> None:
+    landmark = place(8.0, 5.0)
+    model = FindsRed("pinhole", "left")
+    localizer = make_localizer(PaintedMap(landmark), model, turn_step_deg=4.0)
+    for heading_deg, turn_deg, encoded in (
+        (11.0, 12.0, 1),
+        (13.9, 12.0, 1),
+        (14.5, 16.0, 2),
+        (10.1, 12.0, 2),
+    ):
+        heading = math.radians(heading_deg)
+        estimate = localizer.localize(Observation(IMAGE, LAT, LON, heading=heading, camera=CAMERA))
+        assert math.degrees(estimate.tile.rotation) == pytest.approx(turn_deg)
+        assert metres_between(estimate, landmark) < 0.5
+        assert estimate.heading == pytest.approx(heading)
+        assert model.encoded == encoded
+    exact = make_localizer(PaintedMap(landmark), model)
+    for _ in range(2):
+        exact.localize(Observation(IMAGE, LAT, LON, heading=0.2, camera=CAMERA))
+    assert model.encoded == 4
 
 
 def test_a_known_heading_is_passed_through_and_no_orientation_asked_for() -> None:

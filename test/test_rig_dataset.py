@@ -28,7 +28,7 @@ from xview_loc.models.base import ModelSpec
 from xview_loc.models.inputs import denormalise, ground_image
 from xview_loc.recordings.pair import Pair
 from xview_loc.recordings.pair_writer import PairWriter
-from xview_loc.rig import MountedCamera, Rig, facing, rotation_matrix, tilt_matrix
+from xview_loc.rig import MountedCamera, Rig, directions, facing, rotation_matrix, tilt_matrix
 from xview_loc.training.turned_panoramas import turn_back, turn_panoramas
 from xview_loc.vehicle.mounting import Mounting
 from xview_loc.vehicle.rig_assembly import CameraImage
@@ -38,6 +38,9 @@ from xview_loc.vehicle.transforms import Transform
 LAT, LON = 48.2, 16.37
 T0 = 1_700_000_000 * 10**9
 SPEC = ModelSpec("stub", "panorama", (64, 256), 64, 0.5, bins=8, elevation_deg=(30.0, -60.0))
+PINHOLE = ModelSpec(
+    "pin", "pinhole", (48, 128), 64, 0.5, bins=8, aerial_up="left", intrinsics=(64.0, 64.0, 63.5, 23.5)
+)
 TILT = TiltSample(T0, math.radians(6.0), math.radians(-5.0))
 HEADING = 0.7
 KIND = "sensor_msgs/msg/CompressedImage"
@@ -98,10 +101,16 @@ def rig(names: Mapping[str, float] = YAWS) -> Rig:
     return Rig({name: MountedCamera(CAMERA, (0.0, 0.0, 1.6), facing(yaw)) for name, yaw in names.items()})
 
 
-def write(folder: Path, *pairs: Pair, rig: Rig | None = None, facts: Mapping[str, Any] | None = None) -> Path:
+def write(
+    folder: Path,
+    *pairs: Pair,
+    rig: Rig | None = None,
+    facts: Mapping[str, Any] | None = None,
+    tile_px: int = 64,
+) -> Path:
     writer = PairWriter(folder, facts or {}, BagLimits(min_free_bytes=0), rig)
     for pair in pairs:
-        writer.add(pair, AerialTile(texture(64, 64), LAT, LON, 0.5, 1.0))
+        writer.add(pair, AerialTile(texture(tile_px, tile_px), LAT, LON, 0.5, 1.0))
     writer.close()
     return folder
 
@@ -202,7 +211,7 @@ def test_a_single_camera_has_a_mask(world: np.ndarray, tmp_path: Path) -> None:
     for k, height in enumerate((256, 300)):
         image = jpeg(world[171 : 171 + height])
         one = pair(stamp_ns=T0 + k, image_format="jpeg", image_bytes=image)
-        writer.add(one, AerialTile(texture(64, 64), LAT, LON, 0.5, 1.0))
+        writer.add(one, AerialTile(texture(tile_px, tile_px), LAT, LON, 0.5, 1.0))
     writer.close()
     seen = ground(tmp_path / "a")
     assert difference(seen[:48], wanted(world)[:48]) < 4.0
@@ -281,12 +290,52 @@ def test_drives_of_one_vehicle_share_its_look_up_tables(world: np.ndarray, tmp_p
     assert not torch.equal(both[0]["ground"], both[1]["ground"])
 
 
+@pytest.mark.parametrize("yaw", [0.0, 2.0])
+@pytest.mark.parametrize("cameras", ["one", "rig"])
+def test_pairs_for_a_model_of_tiles_turned_to_the_heading(
+    world: np.ndarray, tmp_path: Path, yaw: float, cameras: str
+) -> None:
+    """A single camera is what looks; a rig looks along the vehicle's x axis."""
+    if cameras == "rig":
+        yaws = {name: at + yaw for name, at in YAWS.items()}
+        images = tuple(taken(name, photograph(world, at, TILT)) for name, at in yaws.items())
+        folder = write(tmp_path / "a", pair(images=images, tilt=TILT), rig=rig(yaws), tile_px=92)
+        looking = 0.0
+    else:
+        image, looking = jpeg(photograph(world, yaw, TILT)), yaw
+        one = pair(image_format="jpeg", image_bytes=image, camera=CAMERA, tilt=TILT)
+        facts = Mounting(camera=(2.0, 1.0), camera_yaw=yaw).facts()
+        folder = write(tmp_path / "a", one, facts=facts, tile_px=92)
+    c, s = math.cos(looking), math.sin(looking)
+    level = directions(PINHOLE.lens) @ np.array([[c, s, 0.0], [-s, c, 0.0], [0.0, 0.0, 1.0]])
+    assert difference(ground(folder, spec=PINHOLE), look(world, level, None)) < 4.0
+    sample = PairDataset([folder], PINHOLE)[0]
+    assert float(sample["turn"]) == pytest.approx(HEADING + looking, abs=1e-6)
+    assert sample["intrinsics"].tolist() == [[64.0, 0.0, 63.5], [0.0, 64.0, 23.5], [0.0, 0.0, 1.0]]
+    tile = AerialTile(texture(92, 92), LAT, LON, 0.5, 1.0).rotated(HEADING + looking, 64)
+    assert difference(255.0 * denormalise(sample["aerial"], PINHOLE), tile.image) < 0.6
+    ahead, left = (2.0, 1.0) if cameras == "one" else (0.0, 0.0)
+    h = HEADING
+    east, north = ahead * math.cos(h) - left * math.sin(h), ahead * math.sin(h) + left * math.cos(h)
+    assert sample["fix"].tolist() == pytest.approx(tile.enu_to_pixel(east, north), abs=1e-3)
+
+
+def test_pairs_that_do_not_fit_a_model_of_turned_tiles(world: np.ndarray, tmp_path: Path) -> None:
+    image = jpeg(photograph(world, 0.0, None))
+    one = pair(image_format="jpeg", image_bytes=image, camera=CAMERA)
+    with pytest.raises(DatasetError, match=r"have 64 px .*, pin needs 91 px at 0.5 m/px: .* --size 91"):
+        PairDataset([write(tmp_path / "small", one)], PINHOLE)[0]
+    folder = write(tmp_path / "north", replace(one, heading=None), tile_px=92)
+    with pytest.raises(BagError, match=r"pair 0 of .* has no heading, and pin needs tiles turned to it"):
+        PairDataset([folder], PINHOLE)[0]
+    folder = write(tmp_path / "raw", replace(one, camera=None), tile_px=92)
+    with pytest.raises(BagError, match=r"pair 0 of .*: its image has no calibration, and pin needs one"):
+        PairDataset([folder], PINHOLE)[0]
+
+
 def test_pairs_that_do_not_fit_say_so(world: np.ndarray, tmp_path: Path) -> None:
     image = photograph(world, 0.0, None)
     folder = write(tmp_path / "rig", pair(images=(taken("front", image),)), rig=rig())
-    pinhole = ModelSpec("pin", "pinhole", (64, 256), 64, 0.5, bins=8)
-    with pytest.raises(DatasetError, match="has the images of a rig, pin takes those of one camera"):
-        PairDataset([folder], pinhole)
     small = pair(images=(taken("front", image[:100]),))
     with pytest.raises(BagError, match=r"pair 0 of .*: the image of camera front has 320 x 100 pixels"):
         PairDataset([write(tmp_path / "small", small, rig=rig())], SPEC)[0]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from xview_loc.adaptation.heat_map_store import HeatMapStore
-from xview_loc.adaptation.labels import PseudoLabels
+from xview_loc.adaptation.labels import PseudoLabels, turned
 from xview_loc.adaptation.motion import Steps, odometry_gain
 from xview_loc.adaptation.smoothing import Smoothed, smooth, smoothed_beliefs
 from xview_loc.datasets.base import Track
@@ -57,11 +57,13 @@ class World:
         return self.errors(replace(self.teacher.of(smoothed.index), position=smoothed.position))
 
 
-def drive(count: int = 160, seed: int = 0, wrong: float = 0.3, jump_m: float = 0.0) -> World:
+def drive(
+    count: int = 160, seed: int = 0, wrong: float = 0.3, jump_m: float = 0.0, turned_tiles: bool = False
+) -> World:
     """Drive along curves at 8 m/s, one pair per second.
 
     wrong: share of the heat maps in which another place is likelier. jump_m: shift of the fixes to the east
-    for half a minute.
+    for half a minute. turned_tiles: tiles are turned to the heading.
     """
     rng = np.random.default_rng(seed)
     yaw = np.cumsum(0.25 * np.sin(np.arange(count) / 9.0))
@@ -81,7 +83,9 @@ def drive(count: int = 160, seed: int = 0, wrong: float = 0.3, jump_m: float = 0
 
     # Tiles do not lie exactly about the fixes.
     fix = (SIDE - 1) / 2 + rng.uniform(-10, 10, (count, 2))
-    place = fix + np.stack([off[:, 1], -off[:, 0]], 1) / GSD
+    turn = yaw if turned_tiles else 0.0 * yaw
+    right, up = turned(-off, -turn).T / GSD
+    place = fix + np.stack([-up, right], 1)
     store = Maps({})
     rows, cols = (store.grid.origin[a] + store.grid.scale * np.arange(store.side) for a in (0, 1))
     mode = np.zeros((count, 2), np.float32)
@@ -107,6 +111,7 @@ def drive(count: int = 160, seed: int = 0, wrong: float = 0.3, jump_m: float = 0
         stray_sigmas=one,
         entropy=one,
         peak_mass=one,
+        turn=turn.astype(np.float32),
     )
     return World(track, teacher, store, -off, true)
 
@@ -216,6 +221,15 @@ def test_smoothing_beats_maxima_of_which_a_third_is_wrong(world: World, smoothed
     assert 0.25 < distance.mean() < 4.0
     assert np.abs(off.mean(0)).max() < 0.3
     assert np.median(smoothed.std_m) < 1.5
+
+
+def test_tiles_turned_to_the_heading_give_the_same_labels(world: World, smoothed: Smoothed) -> None:
+    other = drive(turned_tiles=True)
+    labels = replace(other.teacher, position=other.teacher.at(other.true_from_fix))
+    np.testing.assert_allclose(labels.from_fix, other.true_from_fix, atol=1e-3)
+    before, after = other.errors(other.teacher), other.smoothed_errors(other.smoothed())
+    assert (before > 10).mean() > 0.2
+    assert after.mean() < 1.1 * world.smoothed_errors(smoothed).mean()
 
 
 def test_it_fits_the_scale_and_the_turn_of_odometry(world: World, smoothed: Smoothed) -> None:

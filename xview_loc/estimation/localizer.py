@@ -102,7 +102,9 @@ class Localizer:
     standard deviations of the fix (the whole tile if it has no covariance), or None for no limit; the disc
     never reaches beyond the heat map. min_valid_fraction: least share of the tile with imagery.
     covariance_floor_m: replaces the floor of the model's calibration, metres. features_mb: memory for the
-    features of up to eight tiles (at least one is kept), MB. precompute: makes features several times larger
+    features of up to eight tiles (at least one is kept), MB. turn_step_deg: tiles that are turned to the
+    heading are turned in steps of this, so that they come again and can be kept; 0 turns each to its image's
+    heading, and keeps none. precompute: makes features several times larger
     and images of a known tile faster. backend, precision: what executes the model's share of each image;
     tiles are always encoded by PyTorch. tile_wait_s: longest wait for an aerial tile, seconds, as of
     :meth:`TileStore.around`. ``limits`` may be replaced between observations. Raises ValueError if tiles,
@@ -121,6 +123,7 @@ class Localizer:
         covariance_floor_m: float | None = None,
         device: str | torch.device = "cpu",
         features_mb: float = 256.0,
+        turn_step_deg: float = 0.0,
         precompute: bool = True,
         backend: Backend = "torch",
         precision: Precision = "float32",
@@ -153,8 +156,11 @@ class Localizer:
         # Tile and its features by the tile's key, most recently used last.
         self._features: OrderedDict[str, tuple[AerialTile, Any]] = OrderedDict()
         self._features_mb = features_mb
-        # Graphs take precomputed tiles only. A tile turned to the heading hardly ever comes again.
-        self._precompute = self.backend != "torch" or (precompute and spec.aerial_up == "north")
+        self._turn_step = math.radians(turn_step_deg)
+        # A tile turned to an image's heading hardly ever comes again.
+        self._keeps = spec.aerial_up == "north" or turn_step_deg > 0.0
+        # Graphs take precomputed tiles only.
+        self._precompute = self.backend != "torch" or (precompute and self._keeps)
         # The runtime of the latest settings.
         self._runtime: tuple[FrameSettings, Runtime] | None = None
         # A turned panorama faces north up to the prior.
@@ -286,12 +292,22 @@ class Localizer:
         tile = self._tiles.around(observation.lat, observation.lon, self._tile_wait_s)
         if self.spec.aerial_up == "left":
             assert observation.heading is not None
-            tile = tile.rotated(observation.heading, self.spec.aerial_size)
+            tile = self._turned(tile, observation.heading)
         if tile.valid_fraction < (least := self.limits.min_valid_fraction):
             raise LowImageryError(
                 f"only {tile.valid_fraction:.0%} of the aerial tile has imagery, {least:.0%} is needed"
             )
         return tile
+
+    def _turned(self, tile: AerialTile, heading: float) -> AerialTile:
+        """Turn a tile to a heading, to the nearest step; a tile that is kept serves again."""
+        if self._turn_step:
+            heading = round(heading / self._turn_step) * self._turn_step
+        for kept, _ in self._features.values():
+            same_place = (kept.lat, kept.lon) == (tile.lat, tile.lon)
+            if same_place and abs(wrap_angle(kept.rotation - heading)) < 1e-9:
+                return kept
+        return tile.rotated(heading, self.spec.aerial_size)
 
     def _ground(self, observation: Observation) -> Tensor:
         heading = observation.heading if self._turns_image else None
@@ -302,13 +318,12 @@ class Localizer:
         return image.to(self._model_device, self._dtype, memory_format=torch.channels_last)
 
     def _encode(self, tile: AerialTile) -> Any:
-        keep = self.spec.aerial_up == "north"
         known = self._features
-        if keep and tile.key in known:
+        if self._keeps and tile.key in known:
             known.move_to_end(tile.key)
             return known[tile.key][1]
         features = self._features_of(tile.image)
-        if keep:
+        if self._keeps:
             known[tile.key] = (tile, features)
             # All tiles of a model take the same memory.
             room = max(1, int(self._features_mb / max(_megabytes(features), 1e-3)))

@@ -64,9 +64,15 @@ class ModelSpec:
     elevation_deg: tuple[float, float] = (90.0, -90.0)
     intrinsics: tuple[float, float, float, float] | None = None
 
+    def __post_init__(self) -> None:
+        if (self.camera == "pinhole") != (self.intrinsics is not None):
+            raise ValueError(
+                f"{self.name} takes {self.camera} images: intrinsics are of pinhole models alone"
+            )
+
     @property
     def lens(self) -> Lens:
-        """The level camera whose images the model takes: a pinhole one if the spec has intrinsics."""
+        """The level camera whose images the model takes."""
         height, width = self.ground_size
         if self.intrinsics is None:
             return PanoramaCamera(width, height, *map(math.radians, self.elevation_deg))
