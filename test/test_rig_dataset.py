@@ -211,7 +211,7 @@ def test_a_single_camera_has_a_mask(world: np.ndarray, tmp_path: Path) -> None:
     for k, height in enumerate((256, 300)):
         image = jpeg(world[171 : 171 + height])
         one = pair(stamp_ns=T0 + k, image_format="jpeg", image_bytes=image)
-        writer.add(one, AerialTile(texture(tile_px, tile_px), LAT, LON, 0.5, 1.0))
+        writer.add(one, AerialTile(texture(64, 64), LAT, LON, 0.5, 1.0))
     writer.close()
     seen = ground(tmp_path / "a")
     assert difference(seen[:48], wanted(world)[:48]) < 4.0
@@ -335,7 +335,6 @@ def test_pairs_that_do_not_fit_a_model_of_turned_tiles(world: np.ndarray, tmp_pa
 
 def test_pairs_that_do_not_fit_say_so(world: np.ndarray, tmp_path: Path) -> None:
     image = photograph(world, 0.0, None)
-    folder = write(tmp_path / "rig", pair(images=(taken("front", image),)), rig=rig())
     small = pair(images=(taken("front", image[:100]),))
     with pytest.raises(BagError, match=r"pair 0 of .*: the image of camera front has 320 x 100 pixels"):
         PairDataset([write(tmp_path / "small", small, rig=rig())], SPEC)[0]
