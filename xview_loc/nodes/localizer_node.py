@@ -193,12 +193,11 @@ class LocalizerNode(VehicleNode):
 
     def calibration_missing(self, frame: Frame) -> str:
         """A pinhole model needs one; for others the image is a panorama, unless one is published."""
-        given = self._cameras.elevation_deg is not None
-        if self._cameras.names or frame.camera is not None:
+        if self._cameras.names or self._cameras.elevation_deg or frame.camera is not None:
             return ""
         if self._spec.camera == "pinhole":
             return "no usable camera_info received"
-        if given or self._uncalibrated or not self.count_publishers(self.resolve_topic_name("camera_info")):
+        if self._uncalibrated or not self.count_publishers(self.resolve_topic_name("camera_info")):
             return ""
         text = "camera_info has a publisher, but no usable message came"
         return f"{text}; if the camera takes panoramas, set panorama_elevation_deg"
