@@ -28,7 +28,8 @@ ONE_VIGOR = ("ccvpe-vigor", None)
 # ccvpe-rig-small is ccvpe-small with other weights.
 NAMES = [name for name in MODEL_NAMES if name.startswith("ccvpe-") and name != "ccvpe-rig-small"]
 RECORDED_RUNS = [
-    *((name, None) for name in NAMES),
+    # ccvpe-pinhole-small is none of the published code's models.
+    *((name, None) for name in NAMES if name != "ccvpe-pinhole-small"),
     ("ccvpe-vigor", 0.0),
     ("ccvpe-vigor", 72.0),
     ("ccvpe-small", 0.0),
@@ -94,7 +95,7 @@ def test_agrees_with_the_published_code(path: Path | None) -> None:
     )
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "ccvpe-small"])
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.endswith("-small")])
 def test_state_dict_has_the_published_keys_and_shapes(name: str) -> None:
     path = REFERENCE / f"state_{published_name(name)}.json"
     if not path.exists():
