@@ -72,14 +72,15 @@ class SeeingModel(StubModel):
 
 
 class PointingModel(StubModel):
-    """Its peak shows where the reddest pixel of the panorama is: ``POINTED`` further down and to the right.
+    """Its peak shows where the reddest pixel of the image is: ``POINTED`` further down and to the right.
 
     Without a red pixel it is at the tile's centre.
     """
 
-    def __init__(self) -> None:
-        super().__init__("panorama")
-        self.spec = replace(self.spec, name="stub-pointing", elevation_deg=(30.0, -60.0))
+    def __init__(self, camera: str = "panorama") -> None:
+        super().__init__(camera)
+        name = "stub-pointing" if camera == "panorama" else "stub-pointing-pinhole"
+        self.spec = replace(self.spec, name=name, elevation_deg=(30.0, -60.0))
 
     def match(self, ground, features, heading_prior_deg=None, *, orientation=False) -> HeatMaps:
         red = ground[0, 0] - ground[0, 1]
@@ -111,6 +112,7 @@ models._CONSTRUCTORS["stub"] = lambda: StubModel("panorama")
 models._CONSTRUCTORS["stub-pinhole"] = lambda: StubModel("pinhole")
 models._CONSTRUCTORS["stub-seeing"] = SeeingModel
 models._CONSTRUCTORS["stub-pointing"] = PointingModel
+models._CONSTRUCTORS["stub-pointing-pinhole"] = lambda: PointingModel("pinhole")
 
 if __name__ == "__main__":
     from xview_loc.nodes.localizer_node import main

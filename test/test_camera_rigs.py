@@ -227,6 +227,17 @@ def test_images_are_levelled_with_the_imu(vehicle: Vehicle, tilt: tuple[float, f
         assert off(vehicle.found(), vehicle.spot) < 0.8 < level
 
 
+def test_a_pinhole_model_sees_what_its_lens_would(vehicle: Vehicle) -> None:
+    """Level, straight ahead, from whatever cameras there are: 90 degrees in 64 pixels."""
+    vehicle.tilt = (8.0, -5.0)
+    with vehicle.configured(model="stub-pointing-pinhole", tilt_source="imu"):
+        for vehicle.spot in ((0.0, 0.0), (35.0, 5.0), (-30.0, -8.0)):
+            left, up = map(math.radians, vehicle.spot)
+            row, col = 15.5 - 32.0 * math.tan(up) / math.cos(left), 31.5 - 32.0 * math.tan(left)
+            assert vehicle.found() == pytest.approx((row, col), abs=0.8)
+        assert float(vehicle.bench.value("seen")) > 0.8
+
+
 def test_the_vehicle_may_lean_by_a_fixed_angle(vehicle: Vehicle) -> None:
     vehicle.spot, vehicle.tilt = (80.0, 0.0), (10.0, 0.0)
     assert vehicle.bench.set_parameter("/localizer", "roll_deg", 10.0) == ""
