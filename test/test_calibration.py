@@ -102,6 +102,12 @@ def test_too_few_frames_and_hopeless_ones_are_refused() -> None:
         fitted(elsewhere)
 
 
+def test_random_cameras_are_of_simulated_cities(tmp_path: Path) -> None:
+    words = ["calibrate", "--out", str(tmp_path / "a"), "--dataset", "vigor", "--root", "x", "--any-camera"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code and "--any-camera is of simulated cities" in str(result.exception or result.output)
+
+
 @pytest.mark.slow
 def test_the_command_calibrates_on_drives_and_evaluate_uses_it(tmp_path: Path) -> None:
     out = tmp_path / "calibrated.safetensors"

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.progress import track
 
-from xview_loc.cli.console import console
+from xview_loc.cli.console import UsageError, console
 from xview_loc.cli.evaluate import (
     Dataset,
     Frames,
@@ -54,6 +54,8 @@ def calibrate(
     from xview_loc.models.base import Calibration
     from xview_loc.models.checkpoint import save_checkpoint
 
+    if dataset is not None and any_camera:
+        raise UsageError("--any-camera is of simulated cities: leave it out with --dataset")
     check_writable(out)
     loaded = load(model, checkpoint, heading)
     net = loaded.model
