@@ -175,6 +175,22 @@ def test_bad_image(rig, bad, says):
     rig.expect_rejection("image_invalid", says)
 
 
+def test_an_image_in_no_panoramas_shape_is_said(rig):
+    """Such as that of a camera without a calibration; panoramas follow."""
+    says = (
+        "no_panorama: an image of 64 x 24 pixels is no panorama from 90 to -90 degrees: publish camera_info"
+    )
+    while says not in rig.bench.text():
+        ns = rig.step()
+        rig.send_fix(ns)
+        rig.send_heading(ns)
+        pixels = picture(ns // 1_000_000)[:24]
+        rig.send_image(ns, height=24, data=array.array("B", pixels.tobytes()))
+        rig.bench.wait_diagnosis()
+    rig.good_frame()
+    rig.bench.wait(lambda: "no_panorama" not in rig.bench.text(), what="the condition's end")
+
+
 def test_damaged_image_message(rig):
     ns = rig.step()
     rig.send_fix(ns)

@@ -124,7 +124,7 @@ def test_a_driver_that_calls_a_camera_uncalibrated_means_a_panorama(eye: Eye) ->
         assert off(eye.found(), eye.spot) < 1.0
 
 
-def test_a_mask_of_another_size_is_said(eye: Eye) -> None:
+def test_a_calibration_of_another_size_is_said(eye: Eye) -> None:
     with eye.configured():
         eye.bench.wait(eye.info.get_subscription_count, what="the camera_info's subscription")
         eye.send_info(eye.ns, width=WIDTH // 2, height=HEIGHT // 2)

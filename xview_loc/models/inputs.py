@@ -19,6 +19,8 @@ from xview_loc.rig import MountedCamera, Rig, tilt_matrix
 
 # Panoramas that lean by less are level, radians.
 _LEVEL = math.radians(0.05)
+# Share by which a panorama's height may differ from what its elevations say.
+_SHAPE = 0.1
 
 
 def prepare_ground(
@@ -69,6 +71,20 @@ def panorama_elevation(image: Image, spec: ModelSpec) -> tuple[float, float]:
     """
     height, width = image.shape[:2]
     return (90.0, -90.0) if width == 2 * height else spec.elevation_deg
+
+
+def panorama_fault(image: Image, spec: ModelSpec) -> str:
+    """Return why an image does not look like a panorama of :func:`panorama_elevation`; "" if it does."""
+    height, width = image.shape[:2]
+    top, bottom = panorama_elevation(image, spec)
+    # Panoramas have as many pixels per degree across as down.
+    wanted = width * (top - bottom) / 360.0
+    if abs(height - wanted) <= _SHAPE * wanted:
+        return ""
+    return (
+        f"an image of {width} x {height} pixels is no panorama from {top:g} to {bottom:g} degrees: publish "
+        "camera_info if the camera takes none, set panorama_elevation_deg if it takes others"
+    )
 
 
 def is_upright(rig: Rig, spec: ModelSpec, *, roll: float = 0.0, pitch: float = 0.0) -> bool:

@@ -30,7 +30,7 @@ from xview_loc.images import Image, ImageError
 from xview_loc.maps.base import MapError, NoImageryError
 from xview_loc.models.base import CrossViewModel
 from xview_loc.models.graph import RuntimeUnavailableError
-from xview_loc.models.inputs import is_upright, panorama_elevation
+from xview_loc.models.inputs import is_upright, panorama_elevation, panorama_fault
 from xview_loc.models.runtimes import choose_backend
 from xview_loc.nodes import parameters
 from xview_loc.nodes.cameras import Frame
@@ -125,6 +125,7 @@ class LocalizerNode(VehicleNode):
         model = self._checkpoints.load()
         self._spec, self._uncalibrated = model.spec, False
         self._health.forget("seen")
+        self._health.clear("no_panorama")
         if not p["map"]:
             raise parameters.ParameterError("parameter map is empty: name an aerial map")
         self._open_map(model.spec.tile_px, model.spec.gsd, snap_m=model.half_extent_m / 2)
@@ -352,6 +353,8 @@ class LocalizerNode(VehicleNode):
         frame, spec, mounting = paired.frame, self._spec, self._mounting()
         shows = partial(panorama_elevation, spec=spec)
         images, rig = self._cameras.see(frame, self._transforms, self._decode_other, shows)
+        known = self._cameras.names or self._cameras.elevation_deg or frame.camera is not None
+        self._show_fault("no_panorama", "" if known else panorama_fault(images[""], spec))
         tilt = self._tilt.of(paired)
         angles = {"roll": tilt.roll, "pitch": tilt.pitch}
         if is_upright(rig, spec, **angles):
