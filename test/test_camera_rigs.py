@@ -5,8 +5,9 @@ from __future__ import annotations
 import array
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ import pytest
 
 pytest.importorskip("rclpy", reason="ROS 2's Python packages are not installed")
 
-from geometry_msgs.msg import Quaternion
+from geometry_msgs.msg import Quaternion, TransformStamped
 from lifecycle_msgs.msg import Transition
 from localizer_rig import LAT, LON, PATIENCE_S, START, STOP, YAW, Rig, running, stamp
+from rclpy.qos import DurabilityPolicy, QoSProfile
 from ros_harness import NodeProcess, bench, pick_domain
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image, Imu, NavSatFix
 from stub_node import GSD, POINTED, SIZE, PointingModel, write_stub
@@ -113,7 +115,9 @@ class Vehicle(Rig):
             if name in self.silent:
                 continue
             if name not in self.uncalibrated:
-                self.infos[name].publish(self.header(calibration(), ns))
+                info = self.header(calibration(), ns)
+                info.header.frame_id = f"{name}_housing"
+                self.infos[name].publish(info)
             pixels = scene(pinhole_rays(yaw) @ level.T, self.spot)
             data = cv2.imencode(".png", pixels[..., ::-1])[1].tobytes()
             message = CompressedImage(format="png", data=array.array("B", changes.get(name, data)))
@@ -395,6 +399,53 @@ def test_an_imu_in_a_frame_that_tf_does_not_know_is_said(vehicle: Vehicle) -> No
             "imu_frame: imu says the tilt of imu_link, which is taken as that of base_link"
         )
         vehicle.send_imu = good  # type: ignore[method-assign]
+
+
+@pytest.mark.skipif(find_spec("tf2_msgs") is None, reason="tf2_msgs is not installed")
+def test_places_and_tilts_from_tf(vehicle: Vehicle) -> None:
+    """The housing's frame of a camera that the rig file lacks; base_link leans in odom."""
+    from tf2_msgs.msg import TFMessage
+
+    latched = QoSProfile(depth=9, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+    moving = vehicle.bench.publisher(TFMessage, "/tf")
+    static = vehicle.bench.node.create_publisher(TFMessage, "/tf_static", latched)
+
+    def send(publisher: Any, ns: int, parent: str, child: str, at: Sequence[float], turn: Quaternion) -> None:
+        one = vehicle.header(TransformStamped(child_frame_id=child), ns)
+        one.header.frame_id = parent
+        one.transform.translation.x, one.transform.translation.y, one.transform.translation.z = at
+        one.transform.rotation = turn
+        publisher.publish(TFMessage(transforms=[one]))
+
+    def send_tilt(ns: int) -> None:
+        for at in (ns - NS // 50, ns + NS // 50):
+            turn = tilt_quaternion(*map(math.radians, vehicle.tilt))
+            send(moving, at, "odom", "base_link", (5.0, 3.0, 0.0), turn)
+
+    for publishers, kind, name in (
+        (vehicle.images, CompressedImage, "image"),
+        (vehicle.infos, CameraInfo, "camera_info"),
+    ):
+        publishers["eye"] = vehicle.bench.publisher(kind, f"/eye/{name}")
+    imu = vehicle.send_imu
+    vehicle.cameras = {"front": CAMERAS["front"], "eye": CAMERAS["right"]}
+    vehicle.restart(cameras=list(vehicle.cameras), tilt_source="tf")
+    vehicle.send_imu, vehicle.tilt = send_tilt, (8.0, -3.0)  # type: ignore[method-assign]
+    outputs = moving, static
+    vehicle.bench.wait(lambda: all(o.get_subscription_count() for o in outputs), what="tf's subscriptions")
+    expect(vehicle, "camera/eye: tf from base_link to eye_optical_frame or eye_housing: ")
+    send(static, 0, "base_link", "eye_housing", (0.0, -0.3, 1.5), tilt_quaternion(0.0, 0.0, -math.pi / 2))
+    while "camera/" in vehicle.bench.text():
+        vehicle.send_frame()
+        vehicle.bench.wait_diagnosis()
+    for spot in ((-90.0, 0.0), (20.0, -5.0)):
+        vehicle.spot = spot
+        assert off(vehicle.found(lever=(0.15, -0.15)), spot) < 0.8
+    assert "tilt" not in vehicle.bench.text()
+    vehicle.send_imu, vehicle.tilt = imu, (0.0, 0.0)  # type: ignore[method-assign]
+    vehicle.cameras = dict(CAMERAS)
+    vehicle.restart()
+    vehicle.good_frame()
 
 
 @pytest.mark.parametrize(
