@@ -21,6 +21,8 @@ Quaternion = tuple[float, float, float, float]
 
 # What no camera sees is the mean colour of ImageNet, which normalisation turns into zeros.
 UNSEEN = (124, 116, 104)
+# A view of which the cameras show a smaller share shows nothing.
+LEAST_SEEN = 0.005
 # Rotates a camera that looks along x with z up (REP-103's optical frame in the body's), as (x, y, z, w).
 FORWARD: Quaternion = (-0.5, 0.5, -0.5, 0.5)
 # Walls, trees and the sky are taken to be this far from the rig's centre, the ground at most, metres. Both

@@ -32,7 +32,7 @@ from xview_loc.recordings.pair import Pair
 from xview_loc.recordings.pair_messages import ODOMETRY, TOPICS
 from xview_loc.recordings.pair_reader import PairBag
 from xview_loc.recordings.rig_messages import rig_mounting
-from xview_loc.rig import MountedCamera, Quaternion, Rig, facing
+from xview_loc.rig import LEAST_SEEN, MountedCamera, Quaternion, Rig, facing
 from xview_loc.vehicle.keyframes import SPEED_AGE_NS
 from xview_loc.vehicle.messages import VelocityReader
 from xview_loc.vehicle.mounting import Mounting, in_enu
@@ -190,7 +190,7 @@ class PairDataset(PairSource):
             if is_upright(rig, spec, **angles):
                 return ground_image(images[""], spec, heading=pair.heading, camera=None, mount_yaw=yaw), 0.0
         level, mask = rig.view(images, spec.lens, **angles)
-        if not mask.any():
+        if mask.mean() < LEAST_SEEN:
             raise ImageError("no camera sees anything that the model looks at")
         return ground_image(level, spec, heading=pair.heading, camera=None), rig.direction(spec.lens)
 

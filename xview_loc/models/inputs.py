@@ -15,7 +15,7 @@ from torch import Tensor
 from xview_loc.camera import CameraModel, PanoramaCamera
 from xview_loc.images import Image, ImageError
 from xview_loc.models.base import NORMALISATIONS, ModelSpec
-from xview_loc.rig import MountedCamera, Rig, tilt_matrix
+from xview_loc.rig import LEAST_SEEN, MountedCamera, Rig, tilt_matrix
 
 # Panoramas that lean by less are level, radians.
 _LEVEL = math.radians(0.05)
@@ -54,7 +54,7 @@ def ground_image(
         if camera is None or (camera == spec.lens and image.shape[:2] == spec.ground_size):
             return _resize(image, spec.ground_size)
         level, mask = _level_rig(camera).view({"": image}, spec.lens)
-        if not mask.any():
+        if mask.mean() < LEAST_SEEN:
             raise ImageError("the camera sees nothing that the model looks at")
         return level
     shift = 0.0 if heading is None else (math.pi / 2.0 - heading - mount_yaw) / (2.0 * math.pi)

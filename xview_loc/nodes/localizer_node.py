@@ -41,6 +41,7 @@ from xview_loc.nodes.outputs import FARTHEST_M, Outputs
 from xview_loc.nodes.process import run
 from xview_loc.nodes.requests import Requests
 from xview_loc.nodes.vehicle_node import PairedFrame, VehicleNode
+from xview_loc.rig import LEAST_SEEN
 from xview_loc.vehicle import messages as input_messages
 from xview_loc.vehicle.mounting import Mounting
 from xview_loc.vehicle.synchronisation import GnssFix, RejectedInput
@@ -360,10 +361,10 @@ class LocalizerNode(VehicleNode):
         if is_upright(rig, spec, **angles):
             return images[""], 1.0, mounting
         image, mask = rig.view(images, spec.lens, **angles)
-        if not mask.any():
+        seen = float(mask.mean())
+        if seen < LEAST_SEEN:
             text = "no camera sees anything that the model looks at: check the cameras' places and own_mask"
             raise RejectedInput("nothing_seen", text)
-        seen = float(mask.mean())
         self._health.value("seen", f"{seen:.2f}")
         x, y, _ = rig.centre.tolist()
         return image, seen, replace(mounting, camera=(x, y), camera_yaw=rig.direction(spec.lens))
