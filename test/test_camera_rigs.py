@@ -276,8 +276,10 @@ def test_a_camera_that_dies_and_one_that_never_was(vehicle: Vehicle) -> None:
         vehicle.spot = (-90.0, 0.0)
         assert off(vehicle.found(), vehicle.spot) < 1.0
         vehicle.silent = set()
-        frames(vehicle, 20)
-        b.wait(lambda: "camera/" not in b.text(), what="the conditions' end")
+        # A busy machine may be late with images of a camera.
+        while "camera/" in b.text():
+            frames(vehicle, 20)
+            b.wait_diagnosis()
         vehicle.spot = (180.0, 0.0)
         assert off(vehicle.found(), vehicle.spot) < 1.0
 
