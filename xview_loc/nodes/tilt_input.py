@@ -40,6 +40,9 @@ class TiltInput:
         refuse: Callable[[str, RejectedInput], None],
     ) -> None:
         self._params, self._pairing, self._health, self._refuse = params, pairing, health, refuse
+        # Of another source, before.
+        for condition in ("imu", "imu_frame", "tilt"):
+            health.clear(condition)
         self._transforms: Transforms | None = None
         if self.source == "tf":
             self._transforms = listen_to_tf("tilt_source is set")
