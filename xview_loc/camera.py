@@ -100,21 +100,18 @@ class CameraModel:
         """
         flat = np.asarray(points, np.float64).reshape(-1, 3)
         across, forward = np.hypot(flat[:, 0], flat[:, 1]), flat[:, 2]
-        if self.distortion_model == "equidistant":
-            angle = np.arctan2(across, forward)
-            seen = angle <= _widest(self)
-            scale = _radius(self, angle) / np.maximum(across, 1e-12)
-            x, y = flat[:, 0] * scale, flat[:, 1] * scale
+        angle = np.arctan2(across, forward)
+        seen = angle <= _widest(self)
+        pixels = np.full((len(flat), 2), -1.0)
+        if self.distortion_model == "equidistant" or not self.distorts:
+            scale = _radius(self, angle[seen]) / np.maximum(across[seen], 1e-12)
+            x, y = (flat[seen, :2] * scale[:, None]).T
             k = self.k
-            pixels = np.stack([k[0] * x + k[1] * y + k[2], k[4] * y + k[5]], 1)
-        else:
-            seen = np.arctan2(across, forward) <= _widest(self)
-            pixels = np.full((len(flat), 2), -1.0)
-            if seen.any():
-                coefficients = np.array(self.distortion) if self.distortion else np.zeros(4)
-                zero = np.zeros(3)
-                projected, _ = cv2.projectPoints(flat[seen], zero, zero, self.matrix, coefficients)
-                pixels[seen] = projected[:, 0]
+            pixels[seen] = np.stack([k[0] * x + k[1] * y + k[2], k[4] * y + k[5]], 1)
+        elif seen.any():
+            zero = np.zeros(3)
+            projected, _ = cv2.projectPoints(flat[seen], zero, zero, self.matrix, np.array(self.distortion))
+            pixels[seen] = projected[:, 0]
         low, high = (-0.5, -0.5), (self.width - 0.5, self.height - 0.5)
         seen &= ((pixels >= low) & (pixels < high)).all(1)
         shape = points.shape[:-1]

@@ -205,9 +205,12 @@ def _box(mask: Mask) -> tuple[slice, slice]:
     return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
 
 
+@lru_cache(maxsize=8)
 def directions(lens: Lens) -> NDArray[np.float64]:
     """Return the unit rays (height, width, 3) of a level lens that looks forward: x forward, z up."""
-    return np.asarray(lens.rays()[0] @ rotation_matrix(FORWARD).T)
+    rays = np.asarray(lens.rays()[0] @ rotation_matrix(FORWARD).T)
+    rays.flags.writeable = False
+    return rays
 
 
 def facing(yaw: float) -> Quaternion:
