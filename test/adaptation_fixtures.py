@@ -14,11 +14,11 @@ import pytest
 from xview_loc import models
 from xview_loc.datasets import SimulatedDataset, simulated
 from xview_loc.maps import open_map
-from xview_loc.models.base import ModelSpec
 from xview_loc.models.ccvpe import CCVPE
 from xview_loc.models.ccvpe import CONFIGS as CCVPE_CONFIGS
 from xview_loc.models.ggcvt import CONFIGS as GGCVT_CONFIGS
 from xview_loc.models.ggcvt import GGCVT
+from xview_loc.models.specs import ModelSpec
 from xview_loc.recordings.importer import ImportOptions, import_bag
 from xview_loc.simulation.city import City, build_city
 from xview_loc.simulation.drives import DriveOptions, drive
@@ -104,6 +104,6 @@ def write_drive(city: City, folder: Path) -> None:
     frames = drive(city, 70, 0, options=DriveOptions(rate_hz=1.0), view=PanoramaView(64, 256))
     write_bag(frames, folder / "drive")
     topics = {"image": "/image", "fix": "/fix", "heading": "/heading", "odom": "/odom"}
-    chosen = ImportOptions(topics=topics, tile_px=SPEC.aerial_size, tile_gsd=SPEC.gsd)
+    chosen = ImportOptions(topics=topics, spec=SPEC)
     with open_map(str(city.write_geotiff(folder / "city.tif"))) as aerial:
         import_bag(folder / "drive", folder / "pairs", aerial, chosen, lambda share: None)

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 
 from xview_loc import models
-from xview_loc.models.base import CrossViewModel, HeatMaps, ModelSpec
+from xview_loc.models.base import CrossViewModel, HeatMaps
 from xview_loc.models.checkpoint import save_checkpoint
+from xview_loc.models.specs import ModelSpec
 
 SIZE, GSD = 128, 0.5
 # Sub-pixel, and not symmetric, so that a swap of rows and columns or a flip shows.

@@ -31,6 +31,7 @@ from adaptation_fixtures import (
     tiny_models,
     write_drive,
 )
+from map_fixtures import texture, write_geotiff
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, default_collate
 
@@ -62,6 +63,7 @@ from xview_loc.models.base import CrossViewModel
 from xview_loc.models.ccvpe import CCVPE, CONFIGS
 from xview_loc.models.checkpoint import Checkpoint, load_checkpoint, load_model, save_checkpoint
 from xview_loc.recordings.pair import Pair
+from xview_loc.recordings.pair_reader import PairBag
 from xview_loc.recordings.pair_writer import PairWriter
 from xview_loc.recordings.tracks import TrackError, read_timed_track
 from xview_loc.simulation.city import City, build_city
@@ -993,6 +995,26 @@ def test_a_dry_run_does_nothing(cache: Path, tmp_path: Path) -> None:
     assert "student: 22 pairs, about" in printed and "MB of disk" in printed
     assert "auxiliary" not in printed
     assert not (tmp_path / "out").exists()
+
+
+def test_tiles_that_do_not_fit_are_cut_anew(cache: Path, tmp_path: Path) -> None:
+    aerial = write_geotiff(tmp_path / "map.tif", texture(900, 900), 48.2, 16.37, 0.5, "EPSG:32633")
+    out = tmp_path / "out"
+    write_pairs(tmp_path / "pairs", 24)
+    words = ["adapt", str(tmp_path / "pairs"), "--out", str(out), "--dry-run", "--model"]
+    assert "ggcvt-small needs 192 px at 0.48 m/px" in xview_loc(cache, *words, "ggcvt-small")[2]
+    words += ["ggcvt-small", "--map", str(aerial)]
+    code, printed, errors = xview_loc(cache, *words)
+    assert code == 0, errors
+    assert "24 pairs with tiles for ggcvt-small\n" in printed and ": 22 pairs, about" in printed
+    (copy,) = (out / "pairs").iterdir()
+    assert PairBag(copy).tile_sizes() == {(192, 0.48)}
+    # It serves again, and ccvpe-small's smaller tiles are cut from it.
+    for model in ("ggcvt-small", "ccvpe-small"):
+        words[1], words[6] = str(copy), model
+        code, printed, errors = xview_loc(cache, *words)
+        assert code == 0 and "with tiles for" not in printed, errors
+    assert list((out / "pairs").iterdir()) == [copy]
 
 
 def test_the_other_padding_is_noticed(

@@ -11,8 +11,9 @@ import torch
 
 from xview_loc.camera import CameraError, CameraModel, reduce_width
 from xview_loc.images import ENCODINGS, ImageError, decode_compressed, decode_image
-from xview_loc.models.base import IMAGENET_MEAN, IMAGENET_STD, ModelSpec
+from xview_loc.models.base import IMAGENET_MEAN, IMAGENET_STD
 from xview_loc.models.inputs import ground_image, prepare_ground
+from xview_loc.models.specs import ModelSpec
 from xview_loc.rig import MountedCamera, Rig
 
 PHOTOGRAPHS = Path(__file__).resolve().parents[1] / ".." / "shared" / "data" / "ground"

@@ -91,11 +91,11 @@ def test_prefetched_tiles_serve_the_drive_offline(run, tmp_path, by):
     )
     with TileServer(None) as server:
         url = server.url
-        done = run("map", "prefetch", url, *area, "--size", "256", "--gsd", "0.3", "--cache-dir", str(cache))
+        done = run("map", "prefetch", url, *area, "--cache-dir", str(cache))
         assert done.code == 0, done.err
         assert "tiles" in done.out
     with open_map(url, MapOptions(cache_dir=cache, offline=True)) as offline:
-        assert offline.tile(LAT + 1e-4, LON, 256, 0.3).valid_fraction == 1.0
+        assert offline.tile(LAT + 1e-4, LON, 160, 0.48).valid_fraction == 1.0
 
 
 @pytest.mark.parametrize("server_is", [{}, {"side": 512}, {"max_zoom": 18}, {"side": 512, "max_zoom": 18}])
@@ -104,15 +104,14 @@ def test_offline_needs_what_prefetch_got(run, tmp_path, server_is):
     tif = write_geotiff(tmp_path / "a.tif", texture(900, 900), LAT, LON, 0.2, "EPSG:32633")
     cache, half = tmp_path / "cache", 1.5e-4
     box = f"{LAT - half},{LON - half},{LAT + half},{LON + half}"
-    size, gsd = 128, 0.14
     with TileServer(tif, **server_is) as server:
         url = server.url
-        model = ["--size", str(size), "--gsd", str(gsd), "--max-zoom", "20"]
+        model = ["--model", "ccvpe-vigor", "--max-zoom", "20"]
         done = run("map", "prefetch", url, "--bbox", box, "--cache-dir", str(cache), *model)
         assert done.code == 0, done.err
     options = MapOptions(cache_dir=cache, offline=True, max_zoom=20)
     with open_map(url, options) as offline:
-        store = TileStore(offline, size, gsd)
+        store = TileStore(offline, 512, 0.14)
         for east in (-half, 0.0, half):
             for north in (-half, 0.0, half):
                 assert store.around(LAT + north, LON + east).valid_fraction == 1.0

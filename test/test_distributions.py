@@ -35,7 +35,7 @@ def test_a_node_runs_with_what_humble_has(module, tmp_path, monkeypatch):
     tif = write_geotiff(tmp_path / "map.tif", texture(600, 600), LAT, LON, 0.5, "EPSG:32633")
     parameters: dict[str, Any] = {"map": str(tif), "qos_reliability": "reliable"}
     if module:
-        parameters |= {"directory": str(tmp_path), "tile_px": 64, "tile_gsd": 0.5}
+        parameters |= {"directory": str(tmp_path)}
     else:
         parameters |= {"model": "stub", "torch_threads": 1}
     node = NodeProcess(DOMAIN, tmp_path / "log", parameters, module=module)

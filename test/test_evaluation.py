@@ -35,9 +35,10 @@ from xview_loc.evaluation import (
     localize_drive,
 )
 from xview_loc.geodesy import LocalProjection
-from xview_loc.models.base import CrossViewModel, HeatMapGrid, HeatMaps, ModelSpec
+from xview_loc.models.base import CrossViewModel, HeatMapGrid, HeatMaps
 from xview_loc.models.ccvpe import CCVPE, CONFIGS
 from xview_loc.models.checkpoint import Checkpoint
+from xview_loc.models.specs import ModelSpec
 from xview_loc.report import Page
 from xview_loc.simulation.city import City, build_city
 
@@ -47,31 +48,41 @@ PLANE = LocalProjection(48.2, 16.37)
 class FiveMetresEast:
     """A localizer that answers 5 m east of the fix and refuses every third frame."""
 
-    def __init__(self) -> None:
-        self.calls = 0
+    def __init__(self, heading: float | None = None) -> None:
+        self.calls, self.heading = 0, heading
 
     def localize(self, observation: Observation) -> SimpleNamespace:
         self.calls += 1
         if self.calls % 3 == 0:
             raise LocalizationError("not this one")
         lat, lon = LocalProjection(observation.lat, observation.lon).inverse(5.0, 0.0)
-        return SimpleNamespace(lat=lat, lon=lon, covariance=np.diag([4.0, 1.0]))
+        return SimpleNamespace(lat=lat, lon=lon, covariance=np.diag([4.0, 1.0]), heading=self.heading)
 
 
-def test_a_drive_is_measured_frame_by_frame() -> None:
+@pytest.mark.parametrize("heading", [0.0, math.pi / 2, None])
+def test_a_drive_is_measured_frame_by_frame(heading: float | None) -> None:
     image = np.zeros((4, 8, 3), np.uint8)
     frames = []
     for k in range(6):
         truth = PLANE.inverse(100.0 * k, 50.0)
         fix = LocalProjection(*truth).inverse(-2.0, 0.0)
         frames.append((Observation(image, *fix), truth))
-    drive = localize_drive(FiveMetresEast(), frames)  # type: ignore[arg-type]
+    drive = localize_drive(FiveMetresEast(heading), frames)  # type: ignore[arg-type]
     assert drive.fix == pytest.approx(np.full(6, 2.0), abs=1e-3)
     assert drive.estimate[[0, 1, 3, 4]] == pytest.approx(np.full(4, 3.0), abs=1e-3)
     assert np.isnan(drive.estimate[[2, 5]]).all()
     # Three metres off to the east, where the standard deviation is two.
     assert drive.mahalanobis[[0, 1, 3, 4]] == pytest.approx(np.full(4, 1.5), abs=1e-3)
     assert drive.nees == pytest.approx(2.25, abs=1e-3)
+    # To the east: ahead of who looks east, to the right of who looks north.
+    if heading is not None:
+        ahead, right = (3.0, 0.0) if heading == 0.0 else (0.0, 3.0)
+        assert drive.longitudinal[[0, 1, 3, 4]] == pytest.approx(np.full(4, ahead), abs=1e-3)
+        assert drive.lateral[[0, 1, 3, 4]] == pytest.approx(np.full(4, right), abs=1e-3)
+        assert drive.coverage_by_axis(0.8) == ((0.0, 1.0) if ahead else (1.0, 0.0))
+        assert drive.coverage_by_axis(0.9) == (1.0, 1.0)
+    else:
+        assert np.isnan(drive.longitudinal).all() and np.isnan(drive.lateral_sigmas).all()
     assert (drive.coverage(0.6), drive.coverage(0.7)) == (0.0, 1.0)
     assert len(DriveErrors.joined([drive, drive]).fix) == 12
 
@@ -80,6 +91,9 @@ def test_errors_ignore_nan() -> None:
     errors = Errors.of(np.array([1.0, 2.0, math.nan, 9.0]))
     assert (errors.frames, errors.mean, errors.median) == (3, 4.0, 2.0) and 2.0 < errors.p95 < 9.0
     assert Errors.of(np.array([math.nan])).frames == 0
+    nan = math.nan
+    parts = Errors.of(np.array([5.0, nan, 2.0]), (np.array([3.0, nan, -2.0]), np.array([-4.0, nan, 0.0])))
+    assert (parts.frames, parts.longitudinal_mean, parts.lateral_mean) == (2, 2.5, 2.0)
     assert distance_m(*PLANE.inverse(3.0, 4.0), 48.2, 16.37) == pytest.approx(5.0, abs=1e-6)
 
 

@@ -34,8 +34,9 @@ from xview_loc.maps import open_map
 from xview_loc.maps.base import AerialMap, AerialTile, MapError, MapUnavailableError, NoImageryError
 from xview_loc.maps.store import TileStore
 from xview_loc.models import create_model
-from xview_loc.models.base import CrossViewModel, HeatMapGrid, HeatMaps, ModelSpec
+from xview_loc.models.base import CrossViewModel, HeatMapGrid, HeatMaps
 from xview_loc.models.checkpoint import CheckpointError
+from xview_loc.models.specs import ModelSpec
 from xview_loc.vehicle.mounting import Mounting, in_enu
 
 LAT, LON = 48.2, 16.37

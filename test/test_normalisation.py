@@ -23,9 +23,10 @@ from xview_loc.estimation.observation import Observation
 from xview_loc.images import encode_jpeg
 from xview_loc.maps.base import AerialTile
 from xview_loc.models import create_model, graph, runtimes
-from xview_loc.models.base import CrossViewModel, Normalisation
+from xview_loc.models.base import CrossViewModel
 from xview_loc.models.checkpoint import save_checkpoint
 from xview_loc.models.inputs import denormalise, normalise
+from xview_loc.models.specs import Normalisation
 from xview_loc.recordings.pair import Pair
 from xview_loc.recordings.pair_writer import PairWriter
 

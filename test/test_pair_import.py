@@ -48,7 +48,7 @@ LAT, LON = 48.2, 16.37
 PLANE = LocalProjection(LAT, LON)
 T0 = 1_700_000_000 * 10**9
 SPEC = create_model("ccvpe-small").spec
-OPTIONS = ImportOptions(tile_px=SPEC.aerial_size, tile_gsd=SPEC.gsd)
+OPTIONS = ImportOptions(spec=SPEC)
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +249,7 @@ def test_tiles_that_cannot_be_read_are_counted(
         return around(store, *arguments)
 
     monkeypatch.setattr(TileStore, "around", failing)
-    words = ["pairs", source, "--map", aerial_path, "--out", tmp_path / "out", "--size", 160, "--gsd", 0.48]
+    words = ["pairs", source, "--map", aerial_path, "--out", tmp_path / "out", "--model", "ccvpe-small"]
     done = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
     assert done.exit_code == 0
     assert "14 pairs, 2 of them without a tile (2 could not be read: the disk is broken)" in done.stdout
@@ -266,7 +266,7 @@ def test_missing_tiles_are_filled_in_later(aerial_path: Path, tmp_path: Path) ->
     source = record(tmp_path / "a", "mcap")
     first = import_bag(source, tmp_path / "bare" / "a", None, OPTIONS)
     assert first is not None and first.without_tile == first.pairs == 14
-    with pytest.raises(DatasetError, match=r"has no tile: .* --map MAP --size 160 --gsd 0\.48 --out NEW"):
+    with pytest.raises(DatasetError, match=r"has no tile: .* --map MAP --model ccvpe-small --out NEW"):
         PairDataset([tmp_path / "bare" / "a"], SPEC)[0]
     with open_map(str(aerial_path)) as aerial:
         second = import_bag(tmp_path / "bare" / "a", tmp_path / "full" / "a", aerial, OPTIONS)
@@ -369,7 +369,7 @@ def command(*arguments: object) -> str:
 def test_commands(aerial_path: Path, tmp_path: Path) -> None:
     one, two = record(tmp_path / "one", "mcap"), record(tmp_path / "two.bag", "ros1")
     out = tmp_path / "pairs"
-    words = ["--map", aerial_path, "--out", out, "--size", 160, "--gsd", 0.48]
+    words = ["--map", aerial_path, "--out", out, "--model", "ccvpe-small"]
     words += ["--camera-yaw", 90, "--antenna", -1.5, 0.2]
     done = command("pairs", one, two, *words)
     assert done.count("14 pairs") == 2 and "dropped: 1 image_invalid" in done

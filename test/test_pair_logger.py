@@ -154,8 +154,7 @@ def start(folder: Path, domain: int, *, module: str = MODULE, **parameters: Any)
         "directory": str(folder / "bags"),
         "qos_reliability": "reliable",
         "qos_depth": 1000,
-        "tile_px": 64,
-        "tile_gsd": 0.5,
+        "model": "ccvpe-small",
         "min_free_mb": 0,
         # Longer than any fix is late.
         "max_wait_s": 5.0,
@@ -217,8 +216,8 @@ def test_every_keyframe_is_in_the_bag(logger: tuple[Rig, Path]) -> None:
         sent = np.frombuffer(rig.images[stamp], np.uint8).reshape(48, 64, 3)
         assert np.abs(pair.image().astype(int) - sent).mean() < 6.0
         tile = pairs.tile(k)
-        assert tile is None or tile.size_px == 64
-        assert tile is None or math.hypot(*tile.projection.forward(pair.lat, pair.lon)) < 8.0
+        assert tile is None or tile.size_px == 160
+        assert tile is None or math.hypot(*tile.projection.forward(pair.lat, pair.lon)) < 14.0
     # A pair does not wait for its tile for long, whatever else the machine does.
     missing = sum(pairs.tile(k) is None for k in range(len(pairs)))
     assert missing < len(pairs)
@@ -229,7 +228,8 @@ def test_every_keyframe_is_in_the_bag(logger: tuple[Rig, Path]) -> None:
     assert mounting.camera_yaw == pytest.approx(math.radians(10.0))
     looking = rotation_matrix(tuple(session["camera_rotation"]))
     np.testing.assert_allclose(looking, rotation_matrix(facing(math.radians(10.0))), atol=1e-9)
-    assert session["vehicle"] == "cart 7" and session["tile"] == {"size": 64, "gsd": 0.5}
+    assert session["vehicle"] == "cart 7" and session["model"] == "ccvpe-small"
+    assert session["tile"] == {"size": 160, "gsd": 0.48}
     # All from the first image on; what came with it may have been received before it.
     odometry = [stamp for stamp, _ in pairs.odometry()]
     assert len(odometry) > 80 and odometry == stamps[-len(odometry) :]

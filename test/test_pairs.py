@@ -22,7 +22,7 @@ from xview_loc.camera import CameraModel
 from xview_loc.datasets.pairs import PairDataset
 from xview_loc.geodesy import LocalProjection
 from xview_loc.maps.base import AerialTile
-from xview_loc.models.base import ModelSpec
+from xview_loc.models.specs import ModelSpec
 from xview_loc.recordings.pair import Pair
 from xview_loc.recordings.pair_messages import CONVENTIONS, TOPICS, decode_tile, encode_tile
 from xview_loc.recordings.pair_reader import PairBag

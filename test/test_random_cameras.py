@@ -14,9 +14,9 @@ import torch
 from xview_loc.camera import PanoramaCamera
 from xview_loc.datasets import DatasetError, open_dataset
 from xview_loc.datasets.random_cameras import random_view
-from xview_loc.models.base import ModelSpec
 from xview_loc.models.ccvpe import CONFIGS
 from xview_loc.models.inputs import denormalise
+from xview_loc.models.specs import ModelSpec
 from xview_loc.rig import UNSEEN
 from xview_loc.simulation.city import build_city
 from xview_loc.simulation.drives import DriveOptions, drive

@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rig")
     words: list[object] = ["--style", "target", "--city", 3, "--size", 500, "--frames", FRAMES, "--rate", 1]
     xview_loc("simulate", folder, *words, "--rig", "six", "--height", 90)
-    words = ["--map", folder / "city.tif", "--size", SPEC.aerial_size, "--gsd", SPEC.gsd]
+    words = ["--map", folder / "city.tif", "--model", SPEC.name]
     done = xview_loc(
         "pairs", folder / "drive", "--cameras", "all", "--imu", "/imu", "--out", folder / "pairs", *words
     )

@@ -22,7 +22,7 @@ from xview_loc.estimation.observation import LocalizationError, Observation, Pos
 from xview_loc.geodesy import LocalProjection, wrap_angle
 from xview_loc.maps.base import AerialTile
 from xview_loc.models.base import CrossViewModel, HeatMaps
-from xview_loc.statistics import coverage, mahalanobis
+from xview_loc.statistics import coverage, coverage_of_axis, mahalanobis
 
 Array = NDArray[np.float64]
 
@@ -31,12 +31,18 @@ Array = NDArray[np.float64]
 class DriveErrors:
     """Distances of fix and estimate from the truth, metres, one value for each frame of a drive.
 
-    ``mahalanobis`` is the truth's distance in standard deviations of the estimate's covariance. It and
-    ``estimate`` are NaN for frames that the localizer refused.
+    ``longitudinal`` and ``lateral`` are the estimate's signed error ahead and to the right of the estimated
+    heading, ``longitudinal_sigmas`` and ``lateral_sigmas`` the same in standard deviations.
+    ``mahalanobis`` is the truth's distance in standard deviations of the estimate's covariance.
+    All but ``fix`` are NaN for frames that the localizer refused.
     """
 
     fix: Array
     estimate: Array
+    longitudinal: Array
+    lateral: Array
+    longitudinal_sigmas: Array
+    lateral_sigmas: Array
     mahalanobis: Array
 
     @classmethod
@@ -49,6 +55,12 @@ class DriveErrors:
         """Return the share of estimates whose covariance ellipse of ``probability`` contains the truth."""
         return coverage(self.mahalanobis[np.isfinite(self.mahalanobis)], probability)
 
+    def coverage_by_axis(self, probability: float) -> tuple[float, float]:
+        """Return the shares of longitudinal and of lateral errors in the interval of ``probability``."""
+        sigmas = self.longitudinal_sigmas, self.lateral_sigmas
+        along, across = (coverage_of_axis(z[np.isfinite(z)], probability) for z in sigmas)
+        return along, across
+
     @property
     def nees(self) -> float:
         """Mean squared Mahalanobis distance; 2 for honest normal errors in the plane."""
@@ -57,21 +69,31 @@ class DriveErrors:
 
 @dataclass(frozen=True)
 class Errors:
-    """Mean, median and 95th percentile of distances in metres, over ``frames`` of them."""
+    """Mean, median and 95th percentile of distances in metres, over ``frames`` of them.
+
+    ``longitudinal_...`` and ``lateral_...`` are those of the parts along and across the road; NaN if unknown.
+    """
 
     frames: int
     mean: float
     median: float
     p95: float
+    longitudinal_mean: float = math.nan
+    longitudinal_median: float = math.nan
+    lateral_mean: float = math.nan
+    lateral_median: float = math.nan
 
     @classmethod
-    def of(cls, distances: Array) -> Errors:
-        """Summarise the finite distances; NaN if there are none."""
-        finite = distances[np.isfinite(distances)]
-        if not len(finite):
+    def of(cls, distances: Array, parts: tuple[Array, Array] | None = None) -> Errors:
+        """Summarise finite distances, and their longitudinal and lateral ``parts``; NaN if there are none."""
+        known = np.isfinite(distances)
+        if not known.any():
             return cls(0, math.nan, math.nan, math.nan)
+        finite = distances[known]
         median, p95 = np.percentile(finite, [50, 95])
-        return cls(len(finite), float(finite.mean()), float(median), float(p95))
+        split = [np.abs(part[known]) for part in parts or ()]
+        further = [float(figure(part)) for part in split for figure in (np.mean, np.median)]
+        return cls(len(finite), float(finite.mean()), float(median), float(p95), *further)
 
 
 def distance_m(lat: float, lon: float, true_lat: float, true_lon: float) -> float:
@@ -92,19 +114,22 @@ def localize_drive(
     localizer: Localizer, frames: Iterable[tuple[Observation, tuple[float, float]]]
 ) -> DriveErrors:
     """Localise each observation by itself and compare it with its true (lat, lon)."""
-    fix, estimate, sigmas = [], [], []
+    rows = []
     for observation, (lat, lon) in frames:
-        fix.append(distance_m(observation.lat, observation.lon, lat, lon))
+        row = [distance_m(observation.lat, observation.lon, lat, lon)]
         try:
             pose = localizer.localize(observation)
         except LocalizationError:
-            estimate.append(math.nan)
-            sigmas.append(math.nan)
+            row += [math.nan] * 6
         else:
             offset = np.array(LocalProjection(lat, lon).forward(pose.lat, pose.lon))
-            estimate.append(math.hypot(*offset))
-            sigmas.append(mahalanobis(offset, pose.covariance))
-    return DriveErrors(np.array(fix), np.array(estimate), np.array(sigmas))
+            yaw = math.nan if pose.heading is None else pose.heading
+            axes = np.array([[math.cos(yaw), math.sin(yaw)], [math.sin(yaw), -math.cos(yaw)]])
+            parts = axes @ offset
+            sigmas = np.sqrt(np.diag(axes @ pose.covariance @ axes.T))
+            row += [math.hypot(*offset), *parts, *(parts / sigmas), mahalanobis(offset, pose.covariance)]
+        rows.append(row)
+    return DriveErrors(*np.array(rows).reshape(-1, len(fields(DriveErrors))).T)
 
 
 class EvaluationError(UserError):
@@ -121,8 +146,10 @@ class PoseErrors:
     field at the maximum, counter-clockwise seen from above, NaN for a model without a field or with a given
     heading. ``probability`` is that of the map's pixel at the truth, ``nll`` the negative logarithm of its
     density, in nats, per square metre (outside the map 0 and infinity). ``mahalanobis`` is the truth's
-    distance from the sub-pixel peak, by the localizer's covariance. ``encode_ms`` and ``match_ms`` are times
-    for the aerial tile and for the rest: the batch's, divided by its size.
+    distance from the sub-pixel peak, by the localizer's covariance; ``longitudinal_sigmas`` and
+    ``lateral_sigmas`` are its parts along and across the tile's rows, in their standard deviations, NaN
+    unless tiles are turned. ``encode_ms`` and ``match_ms`` are times for the aerial tile and for the rest:
+    the batch's, divided by its size.
     """
 
     index: NDArray[np.int64]
@@ -133,6 +160,8 @@ class PoseErrors:
     probability: Array
     nll: Array
     mahalanobis: Array
+    longitudinal_sigmas: Array
+    lateral_sigmas: Array
     encode_ms: Array
     match_ms: Array
 
@@ -153,6 +182,11 @@ class PoseErrors:
                 figures |= {f"{name}_mean": errors.mean, f"{name}_median": errors.median}
         figures |= {f"within_{metres}_m": self.within(metres) for metres in (1, 3, 5)}
         figures |= {f"coverage_{percent}": self.coverage(percent / 100) for percent in (50, 68, 95)}
+        for name in ("longitudinal", "lateral"):
+            deviations = getattr(self, f"{name}_sigmas")
+            if np.isfinite(deviations).all():
+                shares = {p: coverage_of_axis(deviations, p / 100) for p in (50, 68, 95)}
+                figures |= {f"{name}_coverage_{percent}": share for percent, share in shares.items()}
         figures["nll_mean"] = float(self.nll.mean())
         times = ("encode_ms", "match_ms")
         return figures | {f"{name}_p50": float(np.median(getattr(self, name))) for name in times}
@@ -254,6 +288,8 @@ def _errors(
         log_probability = float(shares[row, col])
     offset = np.subtract(tile.pixel_to_enu(*truth), heat_map.to_enu(*heat_map.peak))
     covariance = heat_map.covariance(model.calibration.floor_m)
+    deviations = offset / np.sqrt(np.diag(covariance))
+    along, across = deviations if model.spec.aerial_up == "left" else (math.nan, math.nan)
     errors = {
         "distance_m": math.hypot(down, right),
         "longitudinal_m": ahead,
@@ -262,6 +298,8 @@ def _errors(
         "probability": math.exp(log_probability),
         "nll": 2.0 * math.log(heat_map.metres_per_pixel) - log_probability,
         "mahalanobis": mahalanobis(offset, covariance),
+        "longitudinal_sigmas": along,
+        "lateral_sigmas": across,
     }
     return heat_map, tile.pixel_to_latlon(*truth), errors
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,11 @@ def coverage(distances: Array, probability: float) -> float:
     """Return the share of Mahalanobis ``distances`` inside the ellipse that should hold ``probability``."""
     # The squared distance of a normal distribution in the plane is exponentially distributed.
     return float((distances**2 <= -2.0 * math.log(1.0 - probability)).mean())
+
+
+def coverage_of_axis(deviations: Array, probability: float) -> float:
+    """Return the share of ``deviations``, in sigma, in the interval that should hold ``probability``."""
+    return float((np.abs(deviations) <= NormalDist().inv_cdf((1.0 + probability) / 2.0)).mean())
 
 
 def wrapped_variance(resultant: float) -> float:

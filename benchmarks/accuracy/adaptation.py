@@ -32,8 +32,8 @@ from xview_loc.adaptation.verdict import judge
 from xview_loc.datasets.base import true_from_fix
 from xview_loc.datasets.pairs import PairDataset
 from xview_loc.maps import open_map
-from xview_loc.models.base import ModelSpec
 from xview_loc.models.checkpoint import Checkpoint, load_model
+from xview_loc.models.specs import SPECS, ModelSpec
 from xview_loc.recordings.importer import ImportOptions, import_bag
 from xview_loc.recordings.tracks import read_timed_track
 from xview_loc.simulation.city import build_city
@@ -49,7 +49,7 @@ CITY_M, FRAMES = 1500.0, 2700
 # Pairs and held-out drive lie on opposite sides of a line at this easting.
 LINE_M, GAP_M = 150.0, 60.0
 # Large enough for both small models, which crop its middle.
-TILE_PX, TILE_GSD = 192, 0.48
+TILES_FOR = SPECS["ggcvt-small"]
 STYLE = "target"
 # Standard deviation of the labels, pixels of the finest map: as in the training of the small models.
 SIGMA = 2.0
@@ -80,7 +80,7 @@ def pair_drive(folder: Path, name: str) -> None:
     """Make a bag of pairs of a recorded drive in the city of ``folder``."""
     topics = {"image": "/image", "fix": "/fix", "heading": "/heading", "odom": "/odom"}
     rule = KeyframeRule(distance_m=4.0)
-    options = ImportOptions(topics=topics, keyframes=rule, tile_px=TILE_PX, tile_gsd=TILE_GSD)
+    options = ImportOptions(topics=topics, keyframes=rule, spec=TILES_FOR)
     with open_map(str(folder / "city.tif")) as aerial:
         import_bag(folder / f"{name}-drive", folder / name, aerial, options, lambda share: None)
 

@@ -28,8 +28,8 @@ from xview_loc.datasets.simulated import parse_cities
 from xview_loc.estimation.localizer import Localizer
 from xview_loc.estimation.observation import Observation
 from xview_loc.evaluation import DriveErrors, Errors, localize_drive
-from xview_loc.models.base import ModelSpec
 from xview_loc.models.checkpoint import load_model
+from xview_loc.models.specs import ModelSpec
 from xview_loc.rig import MountedCamera, Rig, tilt_matrix
 from xview_loc.simulation.city import City, build_city
 from xview_loc.simulation.drives import DriveOptions, drive, traffic_near

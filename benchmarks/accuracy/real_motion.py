@@ -28,8 +28,8 @@ from students import Cell, Row, summary
 
 from xview_loc.datasets.pairs import PairDataset
 from xview_loc.geodesy import LocalProjection, wrap_angle
-from xview_loc.models.base import ModelSpec
 from xview_loc.models.checkpoint import load_model
+from xview_loc.models.specs import ModelSpec
 from xview_loc.simulation.city import City, build_city
 from xview_loc.simulation.drives import DriveOptions, Fix, Frame, Truth
 from xview_loc.simulation.styles import style_for

@@ -37,6 +37,7 @@ from xview_loc.images import encode_jpeg
 from xview_loc.maps import open_map
 from xview_loc.models.base import CrossViewModel
 from xview_loc.models.checkpoint import load_model
+from xview_loc.models.specs import SPECS
 from xview_loc.recordings.importer import ImportOptions, import_bag
 from xview_loc.recordings.pair_reader import PairBag
 from xview_loc.recordings.pair_writer import PairWriter
@@ -50,7 +51,7 @@ from xview_loc.vehicle.keyframes import KeyframeRule
 
 FRAMES, RULE = 120, KeyframeRule(distance_m=4.0)
 # Large enough for both small models, which crop its middle.
-TILE_PX, TILE_GSD = 192, 0.48
+TILES_FOR = SPECS["ggcvt-small"]
 TOPICS = {"image": "/image", "fix": "/fix", "heading": "/heading", "odom": "/odom"}
 # Teacher inference, as in label_pairs.
 BATCH, BATCHES = 16, 3
@@ -62,7 +63,7 @@ def make_pairs(folder: Path, width: int, height: int) -> Path:
     city = build_city(700, "target")
     frames = drive(city, FRAMES, 0, options=DriveOptions(rate_hz=1.0), view=PanoramaView(128, 512))
     write_bag(frames, folder / "drive")
-    options = ImportOptions(topics=TOPICS, keyframes=RULE, tile_px=TILE_PX, tile_gsd=TILE_GSD)
+    options = ImportOptions(topics=TOPICS, keyframes=RULE, spec=TILES_FOR)
     with open_map(str(city.write_geotiff(folder / "city.tif"))) as aerial:
         import_bag(folder / "drive", folder / "small", aerial, options, lambda share: None)
     small = PairBag(folder / "small")

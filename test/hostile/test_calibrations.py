@@ -17,8 +17,8 @@ from sensor_msgs.msg import CameraInfo, RegionOfInterest
 
 from xview_loc.camera import CameraModel
 from xview_loc.images import ImageError
-from xview_loc.models.base import ModelSpec
 from xview_loc.models.inputs import ground_image
+from xview_loc.models.specs import ModelSpec
 from xview_loc.vehicle.messages import camera_from_info
 from xview_loc.vehicle.synchronisation import RejectedInput
 

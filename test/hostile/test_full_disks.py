@@ -39,7 +39,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     city = build_city(1, size_m=300.0)
     write_bag(drive(city, 3, view=PanoramaView(32, 128)), folder / "drive")
     with open_map(str(city.write_geotiff(folder / "map.tif"))) as aerial:
-        import_bag(folder / "drive", folder / "pairs", aerial, ImportOptions(tile_px=64))
+        import_bag(folder / "drive", folder / "pairs", aerial, ImportOptions())
     return folder
 
 

@@ -15,7 +15,7 @@ from xview_loc.bags.writer import BagWriter
 from xview_loc.datasets.pairs import PairDataset
 from xview_loc.errors import UserError
 from xview_loc.maps.base import AerialTile
-from xview_loc.models.base import ModelSpec
+from xview_loc.models.specs import ModelSpec
 from xview_loc.recordings.pair_reader import PairBag
 from xview_loc.recordings.pair_writer import PairWriter
 from xview_loc.recordings.statistics import pair_statistics

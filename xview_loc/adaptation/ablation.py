@@ -47,9 +47,10 @@ def run_ablation(distillation: Distillation, measured: tuple[PairSource, Array] 
     def errors(checkpoint: Checkpoint) -> Errors:
         if measured is None:
             held_out = distillation.held_out_labels(checkpoint).plain
-            return Errors.of(distillation.true_errors_m(held_out))
+            assert distillation.true_from_fix is not None  # required
+            return distillation.true_errors(held_out, distillation.true_from_fix)
         source, true_from_fix = measured
-        return Errors.of(distillation.labels_of(checkpoint, "test", source).errors_m(true_from_fix))
+        return distillation.true_errors(distillation.labels_of(checkpoint, "test", source), true_from_fix)
 
     def student(levels: int, keep: float, mode_based: bool = True) -> Student:
         loss = distillation.loss(levels, mode_based)

@@ -34,6 +34,7 @@ from xview_loc.adaptation.labels import AdaptationError, LabelledPairs, PseudoLa
 from xview_loc.adaptation.smoothing import Smoothed, smooth
 from xview_loc.adaptation.verdict import Verdict, judge
 from xview_loc.datasets.base import JoinedPairs, PairSource, PoseDataset
+from xview_loc.evaluation import Errors
 from xview_loc.models.base import CrossViewModel
 from xview_loc.models.ccvpe import CCVPE
 from xview_loc.models.checkpoint import Checkpoint, CheckpointError, load_checkpoint
@@ -380,6 +381,14 @@ class Distillation:
         if self.true_from_fix is None:
             return np.full(len(labels), math.nan)
         return labels.errors_m(self.true_from_fix)
+
+    def true_errors(self, labels: PseudoLabels, true_from_fix: Array) -> Errors:
+        """Summarise distances from true positions; along and across the road if tiles are turned to it."""
+        parts = None
+        if self.teacher.model.spec.aerial_up == "left":
+            ahead, left = labels.errors_on_tile_m(true_from_fix).T
+            parts = ahead, left
+        return Errors.of(labels.errors_m(true_from_fix), parts)
 
     def history(self, student: Student) -> list[dict[str, float]]:
         """Return a student's figures of each epoch, with its true held-out errors where known."""

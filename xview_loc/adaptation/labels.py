@@ -103,6 +103,10 @@ class PseudoLabels(PairTable):
         """
         return np.asarray(np.linalg.norm(self.from_fix - true_from_fix[self.index], axis=1), np.float64)
 
+    def errors_on_tile_m(self, true_from_fix: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The same errors (N, 2) to the right and up on the tile: ahead and to the left on turned ones."""
+        return turned(self.from_fix - true_from_fix[self.index], -self.turn)
+
 
 def turned(vectors: NDArray[np.float64], angle: NDArray[np.floating]) -> NDArray[np.float64]:
     """Turn vectors (N, 2) counter-clockwise by ``angle`` (N,), radians."""

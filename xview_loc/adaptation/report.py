@@ -18,7 +18,6 @@ from xview_loc.adaptation.indicators import Indicators
 from xview_loc.adaptation.labels import PseudoLabels, distance_m
 from xview_loc.adaptation.smoothing import Smoothed
 from xview_loc.adaptation.verdict import Verdict, judge
-from xview_loc.evaluation import Errors
 from xview_loc.files import write_whole
 from xview_loc.models.base import CrossViewModel
 from xview_loc.models.checkpoint import save_checkpoint
@@ -93,7 +92,8 @@ def _metrics(
         }
         if adapted.smoothed is not None:
             labelled["maxima of the same pairs"] = adapted.maxima.of(adapted.labels.index)
-        errors = {name: Errors.of(distillation.true_errors_m(labels)) for name, labels in labelled.items()}
+        true = distillation.true_from_fix
+        errors = {name: distillation.true_errors(labels, true) for name, labels in labelled.items()}
         metrics["true_errors"] = {name: finite(asdict(e)) for name, e in errors.items()}
         metrics["epoch_picks"] = _epoch_picks(metrics["epochs"]["student"])
     return metrics
@@ -155,7 +155,7 @@ def _page(
     page.table(["", "teacher", "student"], rows)
     if "true_errors" in metrics:
         page.heading("True errors")
-        page.table(["metres", "pairs", "mean", "median", "95 %"], error_rows(metrics["true_errors"]))
+        page.table(*error_table(metrics["true_errors"]))
         page.figure(figures.error_curves(distillation, adapted), "Share of held-out pairs by error")
     if adapted.smoothed is not None:
         page.heading("Labels smoothed along drives")
@@ -197,13 +197,17 @@ def _page(
     return page
 
 
-def error_rows(errors: Mapping[str, Mapping[str, float | None]]) -> list[list[str]]:
-    """Format the metrics' ``true_errors``: name, pairs, mean, median and 95 % quantile."""
-    statistics = ("mean", "median", "p95")
-    return [
-        [name, str(e["frames"]), *("" if v is None else f"{v:.2f}" for v in map(e.get, statistics))]
+def error_table(errors: Mapping[str, Mapping[str, float | None]]) -> tuple[list[str], list[list[str]]]:
+    """Return heads and rows of the metrics' ``true_errors``; by direction where that is known."""
+    columns = {"mean": "mean", "median": "median", "95 %": "p95"}
+    parts = ("longitudinal_mean", "longitudinal_median", "lateral_mean", "lateral_median")
+    if any(e[part] is not None for e in errors.values() for part in parts):
+        columns |= {part.replace("_", " "): part for part in parts}
+    rows = [
+        [name, str(e["frames"]), *("" if v is None else f"{v:.2f}" for v in map(e.get, columns.values()))]
         for name, e in errors.items()
     ]
+    return ["metres", "pairs", *columns], rows
 
 
 def round_lines(verdicts: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import math
 import os
@@ -19,6 +20,7 @@ from rich.table import Table
 
 from xview_loc import __version__
 from xview_loc.cli.console import UsageError, console
+from xview_loc.cli.maps import Headers, KeyEnv, map_options
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from xview_loc.adaptation.plan import Plan
     from xview_loc.datasets.base import PairSource
     from xview_loc.models.base import CrossViewModel
+    from xview_loc.models.specs import ModelSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,15 @@ class _Shared:
     checkpoint: Annotated[
         Path | None, typer.Option(help="Weights of the teacher; default: the shipped ones.")
     ] = None
+    map_: Annotated[
+        str,
+        typer.Option(
+            "--map",
+            help="Aerial map to cut tiles from anew, in copies of the bags, if theirs do not fit.",
+        ),
+    ] = ""
+    header: Headers = None
+    api_key_env: KeyEnv = ""
     truth: Annotated[
         Path | None,
         typer.Option(help="True positions, for the report only: a table stamp,lat,lon or a bag of fixes."),
@@ -99,11 +111,17 @@ class _Shared:
             more[name] = getattr(self, name)
         more["heading_prior_deg"] = _heading_prior(self.heading)
         options = AdaptationOptions.published(teacher.model, **more)
-        source = _source(self.data, teacher.model)
+        fabric = make_fabric(self.accelerator, self.devices, self.precision)
+        data = self.data
+        if self.map_:
+            # One process copies what all read.
+            with fabric.rank_zero_first():
+                data = self._with_tiles(teacher.model.spec)
+        source = _source(data, teacher.model)
         truth = _true_positions(source, self.truth, self.truth_topic, progress.first)
         spec, reach = teacher.model.spec, teacher.model.half_extent_m
         return Distillation(
-            make_fabric(self.accelerator, self.devices, self.precision),
+            fabric,
             teacher,
             source,
             self.out,
@@ -112,6 +130,28 @@ class _Shared:
             validation=open_dataset(self.validation, spec, half_extent_m=reach) if self.validation else None,
             on_progress=progress,
         )
+
+    def _with_tiles(self, spec: ModelSpec) -> list[str]:
+        """Return the bags of pairs: copies, below ``out``, of those whose tiles do not fit the model."""
+        from xview_loc.maps import open_map
+        from xview_loc.recordings.importer import ImportOptions, import_bag
+        from xview_loc.recordings.pair_reader import PairBag
+
+        bags = []
+        with open_map(self.map_, map_options(self.header, self.api_key_env)) as aerial:
+            for folder in map(Path, self.data):
+                bag = PairBag(folder)
+                if not all(size and spec.takes_tile(*size) for size in bag.tile_sizes()):
+                    inputs = repr((bag.digest(), self.map_, spec)).encode()
+                    digest = hashlib.sha256(inputs).hexdigest()[:12]
+                    folder = self.out / "pairs" / f"{folder.resolve().name}-{digest}"
+                    done = import_bag(bag.folder, folder, aerial, ImportOptions(spec=spec))
+                    if done is not None:
+                        text = f"{folder}: {done.pairs} pairs with tiles for {spec.name}"
+                        text += f", {done.without_tile} without" if done.without_tile else ""
+                        console.print(text, soft_wrap=True)
+                bags.append(str(folder))
+        return bags
 
 
 def _with_shared_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -292,7 +332,7 @@ def _true_positions(
 
 
 def _print_metrics(metrics: dict[str, Any]) -> None:
-    from xview_loc.adaptation.report import error_rows, round_lines, smoothing_line
+    from xview_loc.adaptation.report import error_table, round_lines, smoothing_line
 
     verdict = metrics["verdict"]
     if metrics["unreadable"]:
@@ -302,8 +342,9 @@ def _print_metrics(metrics: dict[str, Any]) -> None:
     for line in (*round_lines(metrics.get("rounds", ())), *verdict["reasons"]):
         console.print(line, soft_wrap=True)
     if "true_errors" in metrics:
-        table = Table("metres", "pairs", "mean", "median", "95 %")
-        for row in error_rows(metrics["true_errors"]):
+        heads, rows = error_table(metrics["true_errors"])
+        table = Table(*heads)
+        for row in rows:
             table.add_row(*row)
         console.print(table)
     console.print("verdict: " + ("deploy" if verdict["deploy"] else "do not deploy"), style="bold")

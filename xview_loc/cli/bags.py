@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from typer.core import TyperGroup
 
 from xview_loc.cli.console import UsageError, console
-from xview_loc.cli.maps import Headers, KeyEnv, map_options
+from xview_loc.cli.maps import Headers, KeyEnv, TilesFor, map_options, spec_of
 from xview_loc.errors import shown
 
 if TYPE_CHECKING:
@@ -101,8 +101,7 @@ def import_(
     camera_info: Annotated[str, _topic("camera_info")] = "",
     odom: Annotated[str, _topic("odom")] = "",
     distance: Annotated[float, typer.Option(min=0.0, help="Distance between pairs, metres.")] = 2.0,
-    size: Annotated[int, typer.Option(min=16, help="Side of the aerial tiles, pixels.")] = 512,
-    gsd: Annotated[float, typer.Option(min=0.01, help="Ground sample distance of the tiles, m/px.")] = 0.14,
+    model: TilesFor = "ccvpe-small",
     declination: Annotated[float, typer.Option(help="Magnetic declination, degrees east.")] = 0.0,
     heading_offset: Annotated[
         float, typer.Option(help="Added to headings, degrees counter-clockwise.")
@@ -186,8 +185,7 @@ def import_(
         tilt=roll_pitch,
         rectified=rectified,
         keyframes=KeyframeRule(distance_m=distance),
-        tile_px=size,
-        tile_gsd=gsd,
+        spec=spec_of(model),
     )
     names = [bag.resolve().stem if bag.suffix == ".bag" else bag.resolve().name for bag in bags]
     if len(set(names)) < len(names):

@@ -280,6 +280,13 @@ def _print_benchmark(errors: PoseErrors, name: str, dataset: Benchmark, split: s
     for row, values in {name: own, **{f"{key} (published)": v for key, v in published.items()}}.items():
         table.add_row(row, *(f"{value:.2f}" for pair in values for value in pair))
     console.print(table)
+    by_axis = {
+        f"{name} in its 50 / 68 / 95 % interval": " / ".join(
+            f"{figures[f'{name}_coverage_{percent}']:.1%}" for percent in (50, 68, 95)
+        )
+        for name in ("longitudinal", "lateral")
+        if f"{name}_coverage_50" in figures
+    }
     lines = {
         "samples": f"{figures['samples']}",
         "distance": f"mean {figures['distance_m_mean']:.2f} m, median {figures['distance_m_median']:.2f} m",
@@ -287,6 +294,7 @@ def _print_benchmark(errors: PoseErrors, name: str, dataset: Benchmark, split: s
         "in the 50 / 68 / 95 % ellipse": " / ".join(
             f"{errors.coverage(percent / 100):.1%}" for percent in (50, 68, 95)
         ),
+        **by_axis,
         "negative log-likelihood": f"{figures['nll_mean']:.2f} nats, density per square metre",
         "encode / match, median": f"{figures['encode_ms_p50']:.0f} / {figures['match_ms_p50']:.0f} ms",
     }
@@ -310,15 +318,28 @@ def _on_drives(net: CrossViewModel, style: str, cities: str, frames: int, headin
     table = Table(title=f"{net.spec.name}, {style} style, heading {heading.value}, metres")
     for column in ("", "frames", "mean", "median", "95 %"):
         table.add_column(column, justify="right" if column else "left")
-    rows = {"coarse fix": Errors.of(drive.fix), "estimate": Errors.of(drive.estimate)}
+    turned = net.spec.aerial_up == "left"
+    parts = (drive.longitudinal, drive.lateral) if turned else None
+    rows = {"coarse fix": Errors.of(drive.fix), "estimate": Errors.of(drive.estimate, parts)}
     for name, errors in rows.items():
         figures = (f"{value:.2f}" for value in (errors.mean, errors.median, errors.p95))
         table.add_row(name, str(errors.frames), *figures)
     console.print(table)
     shares = " / ".join(f"{drive.coverage(percent / 100):.1%}" for percent in (50, 68, 95))
     console.print(f"in the 50 / 68 / 95 % ellipse: {shares}; NEES {drive.nees:.1f} (honest: 2)")
+    if turned:
+        axes = zip(*(drive.coverage_by_axis(percent / 100) for percent in (50, 68, 95)), strict=True)
+        errors = rows["estimate"]
+        for name, covered in zip(("longitudinal", "lateral"), axes, strict=True):
+            mean, median = (getattr(errors, f"{name}_{figure}") for figure in ("mean", "median"))
+            shares = " / ".join(f"{share:.1%}" for share in covered)
+            line = f"{name} error: mean {mean:.2f} m, median {median:.2f} m"
+            console.print(f"{line}; in its 50 / 68 / 95 % interval: {shares}", soft_wrap=True)
     content: dict[str, Any] = {"style": style, "cities": cities}
     content |= {name.replace(" ", "_"): asdict(errors) for name, errors in rows.items()}
     content |= {"fix_m": drive.fix.tolist(), "estimate_m": drive.estimate.tolist()}
-    content |= {"mahalanobis": drive.mahalanobis.tolist()}
+    metres = ("fix", "estimate", "longitudinal", "lateral")
+    content |= {f"{name}_m": getattr(drive, name).tolist() for name in metres}
+    sigmas = ("longitudinal_sigmas", "lateral_sigmas", "mahalanobis")
+    content |= {name: getattr(drive, name).tolist() for name in sigmas}
     return content

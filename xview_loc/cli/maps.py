@@ -15,6 +15,7 @@ from xview_loc.cli.console import UsageError, console
 if TYPE_CHECKING:
     from xview_loc.geodesy import LocalProjection
     from xview_loc.maps.base import MapOptions
+    from xview_loc.models.specs import ModelSpec
 
 app = typer.Typer(no_args_is_help=True, help="Aerial maps.")
 
@@ -23,6 +24,7 @@ MAX_POSITIONS = 1_000_000
 
 Source = Annotated[str, typer.Argument(metavar="MAP", help="GeoTIFF, .mbtiles, .pmtiles or a tile URL.")]
 Headers = Annotated[list[str] | None, typer.Option("--header", help="HTTP header, 'Name: value'.")]
+TilesFor = Annotated[str, typer.Option(help="Name of the model that the aerial tiles are for.")]
 KeyEnv = Annotated[str, typer.Option(help="Environment variable XVIEW_LOC_... with the key for {key}.")]
 
 
@@ -53,8 +55,7 @@ def prefetch(
     track: Annotated[Path | None, typer.Option(help="Track of a drive: GPX file or ROS bag.")] = None,
     topic: Annotated[str | None, typer.Option(help="NavSatFix topic of the bag.")] = None,
     radius: Annotated[float, typer.Option(min=0.0, help="Distance from the track to cover, metres.")] = 100.0,
-    size: Annotated[int, typer.Option(min=1, help="Side of the model's aerial tiles, pixels.")] = 512,
-    gsd: Annotated[float, typer.Option(min=0.01, help="Ground sample distance of the model, m/px.")] = 0.14,
+    model: TilesFor = "ccvpe-small",
     cache_dir: Annotated[Path | None, typer.Option(help="Disk cache; use the same for the node.")] = None,
     max_zoom: Annotated[int | None, typer.Option(help="Deepest zoom level of the server.")] = None,
     header: Headers = None,
@@ -67,12 +68,13 @@ def prefetch(
     from xview_loc.maps.tile_server import HttpSource
     from xview_loc.recordings.tracks import read_track
 
+    spec = spec_of(model)
     if bool(bbox) == (track is not None):
         raise UsageError("give either --bbox or --track")
     if track is None:
-        positions = list(_grid(*_parse_bbox(bbox), tile_m=size * gsd))
+        positions = list(_grid(*_parse_bbox(bbox), tile_m=spec.aerial_size * spec.gsd))
     else:
-        step = size * gsd / 4.0
+        step = spec.snap_m
         drive = _thinned(read_track(track, topic), step)
         # Tile centres are snapped to a grid of this step, so they are up to half of it off the vehicle.
         positions = [near for lat, lon in drive for near in _around(lat, lon, radius + step / 2.0, step)]
@@ -84,10 +86,19 @@ def prefetch(
         done = missing = 0
         with Progress(*columns, console=console) as progress:
             bar = progress.add_task("tiles", total=None)
-            for state in aerial.prefetch(positions, size, gsd):
+            for state in aerial.prefetch(positions, spec.tile_px, spec.gsd):
                 done, total, missing = state
                 progress.update(bar, completed=done, total=total)
     console.print(f"{done - missing} tiles in {options.cache_dir}; the server has no imagery for {missing}")
+
+
+def spec_of(model: str) -> ModelSpec:
+    """Return what a model takes. Raises UsageError if there is none of this name."""
+    from xview_loc.models.specs import SPECS
+
+    if model not in SPECS:
+        raise UsageError(f"unknown model {model!r}; choose from {', '.join(SPECS)}")
+    return SPECS[model]
 
 
 def map_options(

@@ -10,7 +10,7 @@ from xview_loc.datasets.base import DatasetError, PoseDataset, Sample
 from xview_loc.datasets.kitti import Intrinsics, KittiDataset
 from xview_loc.datasets.simulated import SimulatedDataset, parse_cities
 from xview_loc.datasets.vigor import Labels, VigorDataset
-from xview_loc.models.base import ModelSpec
+from xview_loc.models.specs import ModelSpec
 
 __all__ = [
     "DatasetError",

@@ -16,8 +16,8 @@ from xview_loc.camera import CameraError, CameraModel
 from xview_loc.datasets.base import DatasetError, PoseDataset, Sample
 from xview_loc.datasets.benchmark import PARTS, digest, part_of, read_image, read_lines
 from xview_loc.images import Image
-from xview_loc.models.base import KITTI_GSD, ModelSpec
 from xview_loc.models.inputs import normalise, prepare_ground
+from xview_loc.models.specs import KITTI_GSD, ModelSpec
 
 Intrinsics = Literal["published", "exact"]
 

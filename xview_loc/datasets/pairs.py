@@ -26,8 +26,8 @@ from xview_loc.datasets.base import DatasetError, PairSample, PairSource, Track
 from xview_loc.errors import shown
 from xview_loc.images import Image, ImageError
 from xview_loc.maps.base import AerialTile
-from xview_loc.models.base import ModelSpec
 from xview_loc.models.inputs import ground_image, is_upright, normalise, panorama_elevation
+from xview_loc.models.specs import ModelSpec
 from xview_loc.recordings.pair import Pair
 from xview_loc.recordings.pair_messages import ODOMETRY, TOPICS
 from xview_loc.recordings.pair_reader import PairBag
@@ -219,17 +219,14 @@ class PairDataset(PairSource):
     def _check_tile(self, tile: AerialTile, folder: Path) -> None:
         """Raise DatasetError if the model's tile cannot be cut from this one."""
         spec = self._spec
-        spare = tile.size_px - spec.tile_px
-        odd = spec.aerial_up == "north" and spare % 2 == 1
-        if spare < 0 or odd or not math.isclose(tile.gsd, spec.gsd, rel_tol=1e-6):
+        if not spec.takes_tile(tile.size_px, tile.gsd):
             raise DatasetError(
                 f"the tiles of {folder} have {tile.size_px} px at {tile.gsd:g} m/px, {spec.name} needs "
                 f"{spec.tile_px} px at {spec.gsd:g} m/px: {self._tiles_of(folder)}"
             )
 
     def _tiles_of(self, folder: Path) -> str:
-        size = f"--size {self._spec.tile_px} --gsd {self._spec.gsd:g}"
-        return f"cut its tiles with xview-loc pairs {folder} --map MAP {size} --out NEW"
+        return f"cut its tiles with xview-loc pairs {folder} --map MAP --model {self._spec.name} --out NEW"
 
 
 def _same(a: Rig | None, b: Rig | None) -> bool:

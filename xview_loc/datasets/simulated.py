@@ -21,8 +21,8 @@ from xview_loc.datasets.random_cameras import random_view
 from xview_loc.geodesy import wrap_angle
 from xview_loc.images import Image
 from xview_loc.maps.base import default_cache_dir
-from xview_loc.models.base import ModelSpec
 from xview_loc.models.inputs import normalise, prepare_ground
+from xview_loc.models.specs import ModelSpec
 from xview_loc.simulation.city import build_city
 from xview_loc.simulation.drives import DriveOptions, drive
 from xview_loc.simulation.styles import STYLES

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from xview_loc.datasets.base import DatasetError, PoseDataset, Sample
 from xview_loc.datasets.benchmark import PARTS, digest, part_of, read_image, read_lines, turns
 from xview_loc.images import Image
-from xview_loc.models.base import ModelSpec
 from xview_loc.models.inputs import normalise, prepare_ground
+from xview_loc.models.specs import ModelSpec
 
 Labels = Literal["corrected", "original"]
 

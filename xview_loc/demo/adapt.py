@@ -31,7 +31,6 @@ from xview_loc.demo.live import (
 )
 from xview_loc.demo.pictures import COLOURS, draw_change, draw_distribution, draw_maps
 from xview_loc.evaluation import Errors
-from xview_loc.models import create_model
 from xview_loc.recordings.pair_reader import PairBag
 from xview_loc.report import Page
 from xview_loc.simulation.rigs import RIGS
@@ -172,14 +171,12 @@ def run(plan: Plan, folder: Path) -> Results:
 
 def record(demo: Demo, plan: Plan, folder: Path, map_path: Path) -> Path:
     """Drive on other streets while the pair logger records; return the bag."""
-    spec = create_model(plan.model).spec
     demo.listener.drive, demo.listener.print_every = DriveLog(), sys.maxsize
     parameters = {
         **PARAMETERS,
         **demo.inputs(map_path),
         "directory": folder / "pairs",
-        "tile_px": spec.aerial_size,
-        "tile_gsd": spec.gsd,
+        "model": plan.model,
         # A named type, so that it subscribes before the drive publishes.
         "odom_source": "odometry",
         "qos_depth": 100,

@@ -4,15 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
-from xview_loc.models import ccvpe, ggcvt
-from xview_loc.models.base import CrossViewModel
+from xview_loc.models.specs import SPECS
+
+if TYPE_CHECKING:
+    from xview_loc.models.base import CrossViewModel
+
+
+# Imported when a model is made: what needs no more than its spec need not load torch.
+def _ccvpe(name: str) -> CrossViewModel:
+    from xview_loc.models.ccvpe import CCVPE, CONFIGS
+
+    return CCVPE(CONFIGS[name])
+
+
+def _ggcvt(name: str) -> CrossViewModel:
+    from xview_loc.models.ggcvt import CONFIGS, GGCVT
+
+    return GGCVT(CONFIGS[name])
+
 
 _CONSTRUCTORS: dict[str, Callable[[], CrossViewModel]] = {
-    **{name: partial(ccvpe.CCVPE, config) for name, config in ccvpe.CONFIGS.items()},
-    **{name: partial(ggcvt.GGCVT, config) for name, config in ggcvt.CONFIGS.items()},
+    name: partial(_ccvpe if name.startswith("ccvpe-") else _ggcvt, name) for name in SPECS
 }
-MODEL_NAMES = tuple(_CONSTRUCTORS)
+MODEL_NAMES = tuple(SPECS)
 
 
 def create_model(name: str) -> CrossViewModel:

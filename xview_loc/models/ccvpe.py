@@ -12,15 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xview_loc.models.base import (
-    KITTI_GSD,
-    KITTI_INTRINSICS,
-    CrossViewModel,
-    HeatMaps,
-    ModelSpec,
-    check_image_size,
-)
+from xview_loc.models.base import CrossViewModel, HeatMaps, check_image_size
 from xview_loc.models.efficientnet import EfficientNet, Padding, block_channels, head_channels
+from xview_loc.models.specs import SPECS, ModelSpec
 
 # Lower bound of squared norms: the square of F.normalize's epsilon.
 _MIN_SQUARED_NORM = 1e-24
@@ -59,8 +53,7 @@ class CCVPEConfig:
 
 
 _VIGOR = CCVPEConfig(
-    # VIGOR's cities range from 0.126 to 0.148 m/px once their 640 px tiles are scaled to 512 px.
-    spec=ModelSpec("ccvpe-vigor", "panorama", (320, 640), 512, 0.14, 20),
+    spec=SPECS["ccvpe-vigor"],
     satellite_descriptor=1280,
     ground_channels=(64, 32, 16, 8, 4, 2),
     shifts=(64, 32, 16, 8, 4, 2),
@@ -70,9 +63,7 @@ _VIGOR = CCVPEConfig(
     conv_orientation=(640, 256, 128, 64, 32),
 )
 _KITTI = CCVPEConfig(
-    spec=ModelSpec(
-        "ccvpe-kitti", "pinhole", (256, 1024), 512, KITTI_GSD, 16, "left", intrinsics=KITTI_INTRINSICS
-    ),
+    spec=SPECS["ccvpe-kitti"],
     satellite_descriptor=2048,
     ground_channels=(16, 8, 4, 2, 1, 1),
     shifts=(128, 64, 32, 16, 8, 8),
@@ -84,7 +75,7 @@ _KITTI = CCVPEConfig(
 _SMALL = CCVPEConfig(
     # Backbones of stride 16 and one feature per coarse cell: 10 x 10 cells of 7.7 m, and one heading bin per
     # feature column of the panorama.
-    spec=ModelSpec("ccvpe-small", "panorama", (64, 256), 160, 0.48, 16, elevation_deg=(30.0, -60.0)),
+    spec=SPECS["ccvpe-small"],
     satellite_descriptor=256,
     ground_channels=(16, 8, 4, 2),
     shifts=(16, 8, 4, 2),
@@ -100,18 +91,9 @@ _SMALL = CCVPEConfig(
     classifier=False,
 )
 _PINHOLE_SMALL = replace(
-    # For a camera of 90 degrees, a quarter of all directions and so of each descriptor.
+    # It sees a quarter of all directions, and so of each descriptor.
     _SMALL,
-    spec=ModelSpec(
-        "ccvpe-pinhole-small",
-        "pinhole",
-        (96, 256),
-        160,
-        0.48,
-        16,
-        "left",
-        intrinsics=(128.0, 128.0, 127.5, 47.5),
-    ),
+    spec=SPECS["ccvpe-pinhole-small"],
     ground_channels=(4, 2, 1, 1),
     shifts=(16, 8, 4, 4),
     conv=(128, 64, 64),
@@ -120,12 +102,12 @@ CONFIGS = {
     config.spec.name: config
     for config in (
         _VIGOR,
-        replace(_VIGOR, spec=replace(_VIGOR.spec, name="ccvpe-vigor-reflect"), padding="reflect"),
+        replace(_VIGOR, spec=SPECS["ccvpe-vigor-reflect"], padding="reflect"),
         _KITTI,
         _SMALL,
         _PINHOLE_SMALL,
         # The same model, trained on panoramas that cameras see in part.
-        replace(_SMALL, spec=replace(_SMALL.spec, name="ccvpe-rig-small")),
+        replace(_SMALL, spec=SPECS["ccvpe-rig-small"]),
     )
 }
 

@@ -22,7 +22,8 @@ from torch import Tensor
 from xview_loc.errors import UserError, reason, shown
 from xview_loc.files import read_regular, write_whole
 from xview_loc.models import MODEL_NAMES, create_model
-from xview_loc.models.base import GSD_BOUNDS, NORMALISATIONS, Calibration, CrossViewModel, ModelSpec
+from xview_loc.models.base import GSD_BOUNDS, NORMALISATIONS, Calibration, CrossViewModel
+from xview_loc.models.specs import ModelSpec
 
 _FORMAT = 1
 _METADATA_KEY = "xview_loc"

@@ -11,16 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xview_loc.models.attention import ColumnPlan, CrossViewAttention
-from xview_loc.models.base import (
-    KITTI_GSD,
-    KITTI_INTRINSICS,
-    CrossViewModel,
-    HeatMapGrid,
-    HeatMaps,
-    ModelSpec,
-    check_image_size,
-)
+from xview_loc.models.base import CrossViewModel, HeatMapGrid, HeatMaps, check_image_size
 from xview_loc.models.projection import STRIDES, CameraGeometry, OverheadView, overhead_view, sample
+from xview_loc.models.specs import SPECS, ModelSpec
 from xview_loc.models.vgg import VGG16_CHANNELS, Ascend, Decoder, Encoder, UNet, unit
 
 # Factor of the published loss on score differences. That loss is a softmax over pairs of positions, so the
@@ -51,39 +44,11 @@ class GGCVTConfig:
 CONFIGS = {
     config.spec.name: config
     for config in (
-        GGCVTConfig(
-            ModelSpec("ggcvt-vigor", "panorama", (320, 640), 512, 0.14, 0, normalisation="unit"),
-            CameraGeometry(2.0),
-            zero_cell=0.5,
-        ),
-        GGCVTConfig(
-            ModelSpec(
-                "ggcvt-kitti",
-                "pinhole",
-                (256, 1024),
-                512,
-                KITTI_GSD,
-                0,
-                "left",
-                "unit",
-                intrinsics=KITTI_INTRINSICS,
-            ),
-            CameraGeometry(1.65),
-            zero_cell=0.0,
-            search_m=60.0,
-        ),
+        GGCVTConfig(SPECS["ggcvt-vigor"], CameraGeometry(2.0), zero_cell=0.5),
+        GGCVTConfig(SPECS["ggcvt-kitti"], CameraGeometry(1.65), zero_cell=0.0, search_m=60.0),
         GGCVTConfig(
             # A search window of 65 m, as the shipped drives' fixes need.
-            ModelSpec(
-                "ggcvt-small",
-                "panorama",
-                (64, 256),
-                192,
-                0.48,
-                0,
-                normalisation="unit",
-                elevation_deg=(30.0, -60.0),
-            ),
+            SPECS["ggcvt-small"],
             CameraGeometry(2.0, image_origin=-0.5),
             zero_cell=-0.5,
             crop=0.3,

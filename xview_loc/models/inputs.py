@@ -14,7 +14,8 @@ from torch import Tensor
 
 from xview_loc.camera import CameraModel, PanoramaCamera
 from xview_loc.images import Image, ImageError
-from xview_loc.models.base import NORMALISATIONS, ModelSpec
+from xview_loc.models.base import NORMALISATIONS
+from xview_loc.models.specs import ModelSpec
 from xview_loc.rig import LEAST_SEEN, MountedCamera, Rig, tilt_matrix
 
 # Panoramas that lean by less are level, radians.

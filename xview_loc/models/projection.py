@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xview_loc.models.attention import ColumnPlan
-from xview_loc.models.base import ModelSpec
+from xview_loc.models.specs import ModelSpec
 
 # Tile pixels per feature cell, coarse to fine.
 STRIDES = (8, 4, 2)

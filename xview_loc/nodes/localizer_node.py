@@ -129,7 +129,7 @@ class LocalizerNode(VehicleNode):
         self._health.clear("no_panorama")
         if not p["map"]:
             raise parameters.ParameterError("parameter map is empty: name an aerial map")
-        self._open_map(model.spec.tile_px, model.spec.gsd, snap_m=model.half_extent_m / 2)
+        self._open_map(model.spec.tile_px, model.spec.gsd, model.half_extent_m / 2)
         localizer = self._first_localizer(model)
         self._limits = self._new_limits()
         self._match, self._fix_check = MatchCheck(), FixCheck()

@@ -26,6 +26,7 @@ from xview_loc.bags.writer import BagFullError, BagLimits, BagLostError
 from xview_loc.camera import CameraError, reduce_width
 from xview_loc.images import Image, ImageError, encode_jpeg
 from xview_loc.maps.base import AerialTile, redact
+from xview_loc.models.specs import SPECS
 from xview_loc.nodes import parameters
 from xview_loc.nodes.cameras import image_size
 from xview_loc.nodes.diagnostics import ERROR, WARN
@@ -75,11 +76,12 @@ class PairLoggerNode(VehicleNode):
     def configure(self) -> None:
         """Open the map; without it, or while it is out of reach, pairs are recorded without tiles."""
         p = self._params
+        self._spec = SPECS[p["model"]]
         self._attribution = ""
         for problem in ("no_map", "map"):
             self._health.clear(problem)
         if p["map"]:
-            tiles = self._open_map(p["tile_px"], p["tile_gsd"])
+            tiles = self._open_map(self._spec.tile_px, self._spec.gsd, self._spec.snap_m)
             self._attribution = tiles.map.attribution
         else:
             self._health.condition("no_map", WARN, "no map is named: pairs are stored without tiles")
@@ -163,7 +165,8 @@ class PairLoggerNode(VehicleNode):
             "vehicle": p["vehicle"],
             "map": _without_key(p["map"]),
             "licence": p["map_licence"] or self._attribution,
-            "tile": {"size": p["tile_px"], "gsd": p["tile_gsd"]},
+            "model": self._spec.name,
+            "tile": {"size": self._spec.tile_px, "gsd": self._spec.gsd},
             "keyframes": {
                 "distance_m": p["keyframe_distance_m"],
                 "interval_s": p["keyframe_interval_s"],

@@ -15,6 +15,7 @@ from rclpy.node import Node
 
 from xview_loc.errors import reason
 from xview_loc.maps.base import MapOptions, api_key, default_cache_dir
+from xview_loc.models import MODEL_NAMES
 from xview_loc.vehicle.input_types import AUTO, choices
 
 # As in models.runtimes, whose import would load torch into nodes that need no model.
@@ -232,8 +233,12 @@ PAIR_LOGGER: tuple[Parameter, ...] = (
     P("record_on_start", True, "Record as soon as active; otherwise wait for ~/start."),
     P("vehicle", "", "Name of the vehicle, kept with the recording."),
     P("map_licence", "", "Licence of the imagery, kept with the recording; empty: the map's attribution."),
-    P("tile_px", 512, "Side of the stored aerial tiles in pixels: the model's, or more.", (16, 4096)),
-    P("tile_gsd", 0.14, "Their ground sample distance, m/px: the model's.", (0.01, 10.0)),
+    P(
+        "model",
+        "ccvpe-small",
+        "Name of the model that the stored aerial tiles are cut for.",
+        choices=MODEL_NAMES,
+    ),
     P("use_heading", True, "Log the heading, and only frames that have one."),
     P("use_odometry", True, "Log odom as it comes, and take the distance and standing from its speed."),
     # Written when a recording begins.

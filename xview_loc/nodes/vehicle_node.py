@@ -299,11 +299,8 @@ class VehicleNode(LifecycleNode):
         # An optical frame looks along its z axis.
         return Mounting(antenna, _across(camera), camera.direction(2))
 
-    def _open_map(self, size_px: int, gsd: float, snap_m: float | None = None) -> TileStore:
-        """Open the parameters' map for tiles of this size.
-
-        ``snap_m``: spacing of the tile centres if the parameter is 0; None: a quarter of a tile.
-        """
+    def _open_map(self, size_px: int, gsd: float, snap_m: float) -> TileStore:
+        """Open the parameters' map for tiles of this size; ``snap_m``: spacing if the parameter is 0."""
         p = self._params
         self._map = open_map(p["map"], parameters.map_options(p))
         self._tiles = TileStore(self._map, size_px, gsd, p["snap_m"] or snap_m)

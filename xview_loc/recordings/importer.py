@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -25,6 +24,7 @@ from xview_loc.files import whole_folder
 from xview_loc.images import Image, ImageError, encode_jpeg
 from xview_loc.maps.base import AerialMap, AerialTile, MapError, NoImageryError
 from xview_loc.maps.store import TileStore
+from xview_loc.models.specs import SPECS, ModelSpec
 from xview_loc.recordings.pair import Pair
 from xview_loc.recordings.pair_messages import ODOMETRY, TILE, TOPICS
 from xview_loc.recordings.pair_reader import PairBag
@@ -76,7 +76,8 @@ class ImportOptions:
     antenna and camera are; None: at the vehicle's origin, or as a bag of pairs says. cameras: those of a rig,
     see :func:`find_cameras`; none: a single camera. rig_file: what a rig file says of them. own_mask: where a
     single camera sees the vehicle itself. imu: topic of an Imu that gives roll and pitch; "": they are
-    ``tilt``, None if unknown. The others are the pair_logger's parameters.
+    ``tilt``, None if unknown. spec: of the model that tiles are cut for. The others are the pair_logger's
+    parameters.
     """
 
     topics: Mapping[str, str] = field(default_factory=dict)
@@ -96,13 +97,12 @@ class ImportOptions:
     max_fix_age_s: float = 2.0
     max_heading_age_s: float = 0.5
     keyframes: KeyframeRule = field(default_factory=KeyframeRule)
-    tile_px: int = 512
-    tile_gsd: float = 0.14
+    spec: ModelSpec = SPECS["ccvpe-small"]
 
     @property
     def fit_pairs(self) -> bool:
         """Whether they fit a bag of pairs: they say nothing but the tiles and the mounting."""
-        tiles = ImportOptions(mounting=self.mounting, tile_px=self.tile_px, tile_gsd=self.tile_gsd)
+        tiles = ImportOptions(mounting=self.mounting, spec=self.spec)
         return self.own_mask is None and self == tiles
 
 
@@ -167,11 +167,12 @@ class _TileCutter:
     """Cuts the pairs' tiles, and counts those that fail."""
 
     def __init__(self, aerial: AerialMap | None, options: ImportOptions, result: ImportResult) -> None:
-        self._store = TileStore(aerial, options.tile_px, options.tile_gsd) if aerial else None
+        spec = options.spec
+        self._store = TileStore(aerial, spec.tile_px, spec.gsd, spec.snap_m) if aerial else None
         self._result = result
         self._failures_in_a_row = 0
         self.has_map = aerial is not None
-        self.size, self.gsd = options.tile_px, options.tile_gsd
+        self.spec = spec
         self.licence = aerial.attribution if aerial else ""
 
     def around(self, lat: float, lon: float) -> AerialTile | None:
@@ -192,9 +193,9 @@ class _TileCutter:
         self._failures_in_a_row = 0
         return tile
 
-    def fits(self, tile: AerialTile) -> bool:
-        """Return True if a tile has the size and ground sample distance asked for."""
-        return tile.size_px == self.size and math.isclose(tile.gsd, self.gsd, rel_tol=1e-6)
+    def facts(self) -> dict[str, Any]:
+        """Return what a bag's session says about the tiles."""
+        return {"model": self.spec.name, "tile": {"size": self.spec.tile_px, "gsd": self.spec.gsd}}
 
     def close(self) -> None:
         if self._store is not None:
@@ -227,14 +228,14 @@ def _complete(
     """Copy a bag of pairs, cutting the tiles that are missing, damaged, or of another size."""
     if not options.fit_pairs:
         raise BagError(
-            f"{source} is a bag of pairs: only --map, --size, --gsd, --camera, --camera-yaw and --antenna "
+            f"{source} is a bag of pairs: only --map, --model, --camera, --camera-yaw and --antenna "
             "can be given anew, the other options are for recordings"
         )
     bag = PairBag(source)
     before, rig = bag.session(), bag.rig()
     session = {**before, "licence": tiles.licence or before.get("licence", "")}
     if tiles.has_map:
-        session["tile"] = {"size": tiles.size, "gsd": tiles.gsd}
+        session.update(tiles.facts())
     if options.mounting is not None:
         mounting = options.mounting if rig is None else rig_mounting(rig, options.mounting.antenna)
         session.update(mounting.facts())
@@ -256,7 +257,7 @@ def _complete(
                 tile = bag.tile(index)
             except BagError:
                 tile = None
-            if tile is None or (tiles.has_map and not tiles.fits(tile)):
+            if tile is None or (tiles.has_map and not tiles.spec.takes_tile(tile.size_px, tile.gsd)):
                 tile = tiles.around(pair.lat, pair.lon)
             writer.add(pair, tile, raw)
             result.pairs += 1
@@ -350,7 +351,7 @@ def _import_recording(
     session = {
         "recording": source.name,
         "licence": tiles.licence,
-        "tile": {"size": tiles.size, "gsd": tiles.gsd},
+        **tiles.facts(),
         **mounting.facts(),
     }
     span = max(1, reader.end_time - reader.start_time)

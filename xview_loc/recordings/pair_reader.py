@@ -115,6 +115,24 @@ class PairBag:
                 raise ValueError("its tile is missing")
             return decode_tile(image, georeference)
 
+    def tile_sizes(self) -> set[tuple[int, float] | None]:
+        """Return the sides (pixels) and resolutions (m/px) of the tiles, and None if a pair has none.
+
+        Reads each file once from end to end. Raises BagError if the bag is damaged.
+        """
+        sizes: set[tuple[int, float] | None] = set()
+        for number, path in enumerate(self._paths):
+            with _readable(f"{path} is damaged"):
+                topics = [TILE, TILE_GEOREFERENCE]
+                for _, channel, found in self._reader(number).iter_messages(topics=topics):
+                    value = deserialize(TOPICS[channel.topic], found.data)
+                    if channel.topic == TILE_GEOREFERENCE:
+                        content = json.loads(value.data)
+                        sizes.add((int(content["size"]), float(content["gsd"])))
+                    elif not value.frame_id:
+                        sizes.add(None)
+        return sizes
+
     def session(self) -> dict[str, Any]:
         """Return the facts about the recording. Raises BagError without them."""
         for number in range(len(self._paths)):

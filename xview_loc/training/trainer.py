@@ -21,8 +21,9 @@ from torch.utils.data import DataLoader
 from xview_loc.datasets.base import Batch, PoseDataset, load_batches
 from xview_loc.errors import UserError, reason
 from xview_loc.files import read_hashed, write_hashed, write_whole
-from xview_loc.models.base import CrossViewModel, ModelSpec
+from xview_loc.models.base import CrossViewModel
 from xview_loc.models.checkpoint import save_checkpoint, weights_digest
+from xview_loc.models.specs import ModelSpec
 from xview_loc.training.losses import HeatMapLoss
 from xview_loc.training.turned_panoramas import turn_at_random
 
