@@ -1,6 +1,6 @@
 # All targets install into .venv first.
-# make demo: localise a simulated drive; make demo RIG=six: with six cameras.
-# make demo-adapt: record, adapt, and swap the weights on the running node; RIG as for make demo.
+# make demo: localise a simulated drive; RIG=six: with six cameras; MODEL=ccvpe-pinhole-small: with that model.
+# make demo-adapt: record, adapt, and swap the weights on the running node; RIG and MODEL as for make demo.
 # make test: the tests, in minutes.   make test-slow: those that take longer.   make lint: ruff and mypy.
 PYTHON ?= python3
 VENV := .venv
@@ -14,10 +14,10 @@ WORKERS := $(shell echo $$(($$(nproc) + 1)))
 PYTEST := $(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --dist loadfile
 
 demo: $(STAMP)
-	$(VENV)/bin/python -m xview_loc.demo.localize $(if $(RIG),--rig $(RIG))
+	$(VENV)/bin/python -m xview_loc.demo.localize $(if $(RIG),--rig $(RIG)) $(if $(MODEL),--model $(MODEL))
 
 demo-adapt: $(STAMP)
-	$(VENV)/bin/python -m xview_loc.demo.adapt $(if $(RIG),--rig $(RIG))
+	$(VENV)/bin/python -m xview_loc.demo.adapt $(if $(RIG),--rig $(RIG)) $(if $(MODEL),--model $(MODEL))
 
 test: $(STAMP)
 	$(PYTEST) -m "not slow"

@@ -87,6 +87,7 @@ class Frame:
     def __init__(self, name: str, known: bool, threads: int) -> None:
         import torch
 
+        from xview_loc.camera import CameraModel
         from xview_loc.models import create_model
         from xview_loc.models.checkpoint import load_model, shipped_checkpoint
         from xview_loc.models.graph import FrameSettings
@@ -99,11 +100,16 @@ class Frame:
         self.name = name
         self.shipped = shipped_checkpoint(name) is not None
         self.make = lambda: load_model(name).model if self.shipped else seeded(name)
-        spec = self.make().spec
+        model = self.make()
+        spec = model.spec
         torch.manual_seed(0)
         self.bins = spec.bins
-        inputs = (("meters_per_pixel", (spec.gsd,)),) if "ggcvt" in name else ()
-        self.settings = FrameSettings(0.0 if known else None, not known, inputs)
+        extra = {"meters_per_pixel": (spec.gsd,)}
+        if isinstance(spec.lens, CameraModel):
+            extra["intrinsics"] = (tuple(map(tuple, spec.lens.matrix.tolist())),)
+        inputs = tuple((name, extra[name]) for name in model.extra_inputs)
+        prior = spec.matching_prior(0.0 if known else None)
+        self.settings = FrameSettings(prior, orientation=not known, inputs=inputs)
         self.ground = torch.rand(1, 3, *spec.ground_size)
         self.aerial = torch.rand(1, 3, spec.aerial_size, spec.aerial_size)
 
@@ -201,6 +207,7 @@ def measure_parts(name: str, threads: int, runs: int) -> list[dict[str, Any]]:
 
     frame = Frame(name, True, threads)
     model, extra = frame.make().to(memory_format=torch.channels_last), frame.settings.extra()
+    prior = frame.settings.heading_prior_deg
     ground, aerial = (x.to(memory_format=torch.channels_last) for x in (frame.ground, frame.aerial))
     with torch.inference_mode():
         encoded = model.encode_aerial(aerial)
@@ -209,7 +216,7 @@ def measure_parts(name: str, threads: int, runs: int) -> list[dict[str, Any]]:
             "encode_aerial": lambda: model.encode_aerial(aerial),
             "precompute": lambda: model.precompute(encoded),
             "encode_ground": lambda: model.encode_ground(ground, **extra),
-            "match, tile kept": lambda: model.match(ground, kept, 0.0, **extra),
+            "match, tile kept": lambda: model.match(ground, kept, prior, **extra),
         }
         if kept is encoded:
             del functions["precompute"]

@@ -3,7 +3,8 @@
 benchmarks/speed/ggcvt.py [--models ggcvt-vigor ...] [--runs 9] [--json FILE]
 
 The direct formulation, as published, encodes the tile with every frame, slides the overhead view over it with
-an ordinary convolution, and projects the keys and values of every cell again.
+an ordinary convolution, and projects the keys and values of every cell again. ``cached`` keeps the tile, in
+PyTorch, ``openvino`` there.
 """
 
 from __future__ import annotations
@@ -25,9 +26,12 @@ def measure(name: str, formulation: str, threads: int, runs: int) -> dict[str, f
     import torch
     import torch.nn.functional as F
 
+    from xview_loc.camera import CameraModel
     from xview_loc.models import create_model
     from xview_loc.models.attention import CrossAttention
     from xview_loc.models.ggcvt import GGCVT
+    from xview_loc.models.graph import FrameSettings
+    from xview_loc.models.runtimes import make_runtime
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -36,10 +40,14 @@ def measure(name: str, formulation: str, threads: int, runs: int) -> dict[str, f
     spec = model.spec
     ground = torch.rand(1, 3, *spec.ground_size)
     aerial = torch.rand(1, 3, spec.aerial_size, spec.aerial_size)
-    if spec.camera == "panorama":
-        camera = {"meters_per_pixel": torch.tensor([spec.gsd])}
+    if isinstance(spec.lens, CameraModel):
+        inputs: tuple[tuple[str, Any], ...] = (
+            ("intrinsics", (tuple(map(tuple, spec.lens.matrix.tolist())),)),
+        )
     else:
-        camera = {"intrinsics": torch.tensor([[[583.0, 0, 496.0], [0, 483.0, 125.0], [0, 0, 1.0]]])}
+        inputs = (("meters_per_pixel", (spec.gsd,)),)
+    settings = FrameSettings(0.0, inputs=inputs)
+    camera = settings.extra()
 
     def attend(self: CrossAttention, cells: Any, columns: Any, plan: Any) -> Any:
         pairs = torch.empty(len(plan.slots), 2, dtype=torch.long)
@@ -80,6 +88,10 @@ def measure(name: str, formulation: str, threads: int, runs: int) -> dict[str, f
             row["forward_ms"] = median_ms(
                 lambda: model.match(ground, model.encode_aerial(aerial), 0, **camera), runs, 1
             )
+            frame = make_runtime(model, "openvino", settings, "float32")
+            row["openvino_ms"] = median_ms(
+                lambda: model.maps(frame(ground, model.tile_tensors(features)), features), runs, 1
+            )
         else:
             CrossAttention.forward = attend  # type: ignore[method-assign]
             row["forward_ms"] = median_ms(direct_forward, max(1, runs // 3), 1)
@@ -106,6 +118,8 @@ def main() -> None:
         "direct, ms",
         "forward, x",
         "cached, x",
+        "openvino, ms",
+        "openvino, x",
         "RSS, MB",
         "direct RSS, MB",
     ):
@@ -127,10 +141,12 @@ def main() -> None:
             *(f"{float(x):.0f}" for x in figures),
             f"{slow / float(ours['forward_ms']):.1f}",
             f"{slow / float(ours['match_ms']):.1f}",
+            f"{float(ours['openvino_ms']):.0f}",
+            f"{slow / float(ours['openvino_ms']):.1f}",
             f"{float(ours['peak_rss_mb']):.0f}",
             f"{float(direct['peak_rss_mb']):.0f}",
         )
-    Console(width=110).print(table)
+    Console(width=130).print(table)
     if arguments.json:
         settings = {"threads": arguments.threads, "runs": arguments.runs}
         arguments.json.write_text(json.dumps({**settings, "rows": results}, indent=2) + "\n")

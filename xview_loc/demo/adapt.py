@@ -26,14 +26,14 @@ from xview_loc.demo.live import (
     START_TIMEOUT_S,
     Demo,
     DriveLog,
+    add_vehicle_options,
     cameras_text,
-    model_for,
+    model_and_rig,
 )
 from xview_loc.demo.pictures import COLOURS, draw_change, draw_distribution, draw_maps
 from xview_loc.evaluation import Errors
 from xview_loc.recordings.pair_reader import PairBag
 from xview_loc.report import Page
-from xview_loc.simulation.rigs import RIGS
 
 # The shipped weights were trained on the source style; no benchmark uses this city.
 STYLE, CITY = "target", 4322
@@ -58,8 +58,8 @@ Array = NDArray[np.float64]
 class Plan:
     """Settings of the demo: side of the city in metres, frames of the held-out route and of the recording.
 
-    ``epochs`` are passes over the pairs for each student; ``deploy_anyway`` ignores the verdict; ``rig`` is
-    one of RIGS, "" a panorama camera.
+    ``epochs`` are passes over the pairs for each student; ``deploy_anyway`` ignores the verdict; ``model`` is
+    the model's name, ``rig`` one of RIGS, "" a panorama camera.
     """
 
     size_m: float
@@ -67,12 +67,8 @@ class Plan:
     recorded: int
     epochs: int
     deploy_anyway: bool
+    model: str = "ccvpe-small"
     rig: str = ""
-
-    @property
-    def model(self) -> str:
-        """Name of the model."""
-        return model_for(self.rig)
 
     def drive(self, recording: bool) -> list[Any]:
         """Return the options of ``xview-loc simulate`` for the recording or the held-out route."""
@@ -306,13 +302,13 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3, help="passes over the pairs for each student")
     anyway = "deploy the student whatever the verdict"
     parser.add_argument("--deploy-anyway", action="store_true", help=anyway)
-    parser.add_argument("--rig", choices=list(RIGS), default="", help="cameras; default: a panorama camera")
+    add_vehicle_options(parser)
     a = parser.parse_args()
     out = a.out.resolve()
     folder = out / "adapt"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    results = run(Plan(a.size, a.frames, a.recorded, a.epochs, a.deploy_anyway, a.rig), folder)
+    results = run(Plan(a.size, a.frames, a.recorded, a.epochs, a.deploy_anyway, *model_and_rig(a)), folder)
     page = out / "demo-adapt.html"
     make_page(results, f"{folder.name}/adapted/{REPORT_FILE}").write(page)
     print()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import subprocess
@@ -27,6 +28,7 @@ from sensor_msgs.msg import NavSatFix
 from xview_loc.evaluation import distance_m
 from xview_loc.geodesy import LocalProjection
 from xview_loc.maps import open_map
+from xview_loc.models.specs import SPECS
 from xview_loc.simulation.messages import image_topic
 from xview_loc.simulation.rigs import RIGS
 from xview_loc.vehicle.messages import valid_stamp_ns
@@ -257,9 +259,22 @@ def cameras_text(rig: str) -> str:
     return f"the rig {rig!r} ({', '.join(RIGS[rig])})" if rig else "a panorama camera"
 
 
-def model_for(rig: str) -> str:
-    """Return the name of the shipped model for a rig of RIGS; "" is a panorama camera."""
-    return "ccvpe-rig-small" if rig else "ccvpe-small"
+def add_vehicle_options(parser: argparse.ArgumentParser) -> None:
+    """Add ``--model`` and ``--rig``, for :func:`model_and_rig`."""
+    shipped = [name for name in SPECS if name.endswith("-small")]
+    parser.add_argument(
+        "--model", choices=shipped, help="default: ccvpe-rig-small with --rig, else ccvpe-small"
+    )
+    cameras = "cameras; default: one for ccvpe-pinhole-small, else a panorama camera"
+    parser.add_argument("--rig", choices=list(RIGS), default="", help=cameras)
+
+
+def model_and_rig(arguments: argparse.Namespace) -> tuple[str, str]:
+    """Return the names of model and rig; "" is a panorama camera."""
+    model, rig = arguments.model, arguments.rig
+    if model and SPECS[model].camera == "pinhole":
+        rig = rig or "one"
+    return model or ("ccvpe-rig-small" if rig else "ccvpe-small"), rig
 
 
 def map_middle(map_path: Path) -> Place:

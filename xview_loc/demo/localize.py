@@ -9,17 +9,25 @@ from typing import Any
 
 import numpy as np
 
-from xview_loc.demo.live import FILTERED, FIX, SINGLE, Demo, DriveLog, cameras_text, map_middle, model_for
+from xview_loc.demo.live import (
+    FILTERED,
+    FIX,
+    SINGLE,
+    Demo,
+    DriveLog,
+    add_vehicle_options,
+    cameras_text,
+    map_middle,
+    model_and_rig,
+)
 from xview_loc.demo.pictures import draw_errors, draw_heat_map, draw_maps, spread_m
 from xview_loc.evaluation import Errors
 from xview_loc.geodesy import LocalProjection
 from xview_loc.report import Page
-from xview_loc.simulation.rigs import RIGS
 
 # The shipped weights were trained on the source style's cities 0 to 23.
 STYLE, CITY, SIZE_M = "source", 4321, 1020.0
 FRAMES, RATE_HZ = 160, 4.0
-MODELS = ("ccvpe-small", "ggcvt-small", "ccvpe-rig-small")
 # Every heat map, so that the page can show the widest.
 PARAMETERS = {"filter": True, "heat_map_rate": 100.0}
 FIGURES = ("median", "mean", "95 %", "worst", "frames")
@@ -77,13 +85,8 @@ def make_page(log: DriveLog, model: str, rig: str, map_path: Path) -> Page:
 def main() -> None:
     """Run the demo and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--model", choices=MODELS, help="default: ccvpe-rig-small with --rig, else ccvpe-small"
-    )
-    parser.add_argument("--rig", choices=list(RIGS), default="", help="cameras; default: a panorama camera")
-    arguments = parser.parse_args()
-    rig = arguments.rig
-    model = arguments.model or model_for(rig)
+    add_vehicle_options(parser)
+    model, rig = model_and_rig(parser.parse_args())
     folder = Path("demo_output").resolve()
     folder.mkdir(exist_ok=True)
     print(f"building a simulated city the model has never seen ({STYLE} style, seed {CITY}) ...", flush=True)
