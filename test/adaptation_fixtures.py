@@ -44,6 +44,12 @@ _CCVPE_TINY = replace(
     width=0.25,
     groups=3,
 )
+_PINHOLE_TINY = replace(
+    _CCVPE_TINY,
+    spec=replace(CCVPE_CONFIGS["ccvpe-pinhole-small"].spec, name="ccvpe-pinhole-tiny", aerial_size=80),
+    ground_channels=(2, 2, 1),
+    shifts=(8, 8, 4),
+)
 _GGCVT_SMALL = GGCVT_CONFIGS["ggcvt-small"]
 _GGCVT_TINY = replace(
     _GGCVT_SMALL,
@@ -75,9 +81,10 @@ def _smaller(spec: ModelSpec, side: int, **changes: int) -> ModelSpec:
 
 @contextmanager
 def tiny_models() -> Iterator[None]:
-    """Add ``ccvpe-tiny`` and ``ggcvt-tiny`` to the models; both take the panoramas of ``ccvpe-small``."""
+    """Add ``ccvpe-tiny`` and ``ggcvt-tiny``, for panoramas of ``ccvpe-small``, and ``ccvpe-pinhole-tiny``."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(models._CONSTRUCTORS, "ccvpe-tiny", partial(CCVPE, _CCVPE_TINY))
+        patch.setitem(models._CONSTRUCTORS, "ccvpe-pinhole-tiny", partial(CCVPE, _PINHOLE_TINY))
         patch.setitem(models._CONSTRUCTORS, "ggcvt-tiny", partial(GGCVT, _GGCVT_TINY))
         yield
 

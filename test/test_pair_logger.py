@@ -25,7 +25,7 @@ from geometry_msgs.msg import QuaternionStamped, TwistStamped
 from lifecycle_msgs.msg import Transition
 from nav_msgs.msg import Odometry
 from ros_harness import Bench, NodeProcess, bench, pick_domain
-from sensor_msgs.msg import CompressedImage, Image, NavSatFix
+from sensor_msgs.msg import CameraInfo, CompressedImage, Image, NavSatFix
 
 from xview_loc.bags.recovery import recover_bag
 from xview_loc.bags.ros_types import deserialize
@@ -540,6 +540,42 @@ def test_signals_do_not_disturb_the_completion_of_the_bag(
 def test_it_loads_no_model_library() -> None:
     code = "import sys, xview_loc.nodes.pair_logger_node; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_images_for_a_pinhole_model_need_a_calibration(aerial: Path, tmp_path: Path) -> None:
+    """Without one, and without headings, pairs could not adapt it."""
+    domain = DOMAIN + 5
+    words = {"map": str(aerial), "model": "ccvpe-pinhole-small"}
+    with bench(domain) as here:
+        node = start(tmp_path, domain, use_heading=False, **words)
+        try:
+            here.wait_diagnosis("use_heading: false records no headings, but ccvpe-pinhole-small needs")
+        finally:
+            assert node.stop() == 0, node.log
+        node = start(tmp_path, domain, **words)
+        try:
+            rig = Rig(here)
+            info = here.publisher(CameraInfo, "camera_info")
+            here.wait(info.get_subscription_count, what="the camera_info")
+            rig.ready()
+            rig.drive(5)
+            here.wait(lambda: here.value("rejected/camera_info_missing") == "5", what="the refusals")
+            matrix = [40.0, 0.0, 31.5, 0.0, 40.0, 23.5, 0.0, 0.0, 1.0]
+            here.wait(
+                lambda: (
+                    info.publish(rig.stamped(CameraInfo(width=64, height=48, k=matrix)))
+                    or int(here.value("camera_info_received") or 0)
+                ),
+                what="a calibration",
+            )
+            rig.drive(5)
+            here.wait(lambda: int(here.value("pairs") or 0) >= 1, what="a pair")
+        finally:
+            assert node.stop() == 0, node.log
+    bag = PairBag(newest(tmp_path))
+    assert bag.tile_sizes() - {None} == {(227, 0.48)}
+    camera = bag[0].camera
+    assert camera is not None and camera.k == tuple(matrix)
 
 
 @pytest.mark.parametrize("size", [(48, 64), (24, 32)])

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from xview_loc.adaptation.distillation import Distillation, Student
 from xview_loc.adaptation.labels import reliable
+from xview_loc.adaptation.report import error_table
 from xview_loc.datasets.base import PairSource
 from xview_loc.evaluation import Errors
 from xview_loc.files import write_whole
@@ -79,8 +80,7 @@ def write_ablation(rows: Sequence[Row], distillation: Distillation, folder: Path
     page = Page(f"Ablation of {distillation.teacher.model.spec.name}")
     page.text(f"Errors on {rows[0].errors.frames} pairs; adapted to {distillation.source.name}.")
     page.heading("Parts (Table 2 of the paper)")
-    parts = [[r.name, f"{r.errors.mean:.2f}", f"{r.errors.median:.2f}"] for r in rows if r.name in TABLE]
-    page.table(["", "mean, m", "median, m"], parts)
+    page.table(*error_table({r.name: finite(asdict(r.errors)) for r in rows if r.name in TABLE}))
     for symbol, title in (("K'", "Supervised levels K' (Figure 5)"), ("T", "Share kept T (Figure 6)")):
         page.heading(title)
         page.figure(_sweep([r for r in rows if r.name.startswith(f"{symbol} =")], rows[0], symbol), title)

@@ -9,7 +9,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,6 +24,7 @@ from xview_loc.cli.maps import Headers, KeyEnv, map_options
 
 if TYPE_CHECKING:
     import numpy as np
+    from lightning_fabric import Fabric
     from numpy.typing import NDArray
 
     from xview_loc.adaptation.distillation import Distillation
@@ -112,12 +113,7 @@ class _Shared:
         more["heading_prior_deg"] = _heading_prior(self.heading)
         options = AdaptationOptions.published(teacher.model, **more)
         fabric = make_fabric(self.accelerator, self.devices, self.precision)
-        data = self.data
-        if self.map_:
-            # One process copies what all read.
-            with fabric.rank_zero_first():
-                data = self._with_tiles(teacher.model.spec)
-        source = _source(data, teacher.model)
+        source = self.source(self.data, teacher.model, fabric)
         truth = _true_positions(source, self.truth, self.truth_topic, progress.first)
         spec, reach = teacher.model.spec, teacher.model.half_extent_m
         return Distillation(
@@ -131,7 +127,21 @@ class _Shared:
             on_progress=progress,
         )
 
-    def _with_tiles(self, spec: ModelSpec) -> list[str]:
+    def source(self, data: list[str], model: CrossViewModel, fabric: Fabric) -> PairSource:
+        """Open bags of pairs, or one dataset."""
+        from xview_loc.datasets import open_dataset
+        from xview_loc.datasets.pairs import PairDataset
+
+        if len(data) == 1 and ":" in data[0] and not Path(data[0]).exists():
+            return open_dataset(data[0], model.spec, half_extent_m=model.half_extent_m)
+        folders = [Path(text) for text in data]
+        if self.map_:
+            # One process copies what all read.
+            with fabric.rank_zero_first():
+                folders = self._with_tiles(folders, model.spec)
+        return PairDataset(folders, model.spec)
+
+    def _with_tiles(self, folders: list[Path], spec: ModelSpec) -> list[Path]:
         """Return the bags of pairs: copies, below ``out``, of those whose tiles do not fit the model."""
         from xview_loc.maps import open_map
         from xview_loc.recordings.importer import ImportOptions, import_bag
@@ -139,7 +149,7 @@ class _Shared:
 
         bags = []
         with open_map(self.map_, map_options(self.header, self.api_key_env)) as aerial:
-            for folder in map(Path, self.data):
+            for folder in folders:
                 bag = PairBag(folder)
                 if not all(size and spec.takes_tile(*size) for size in bag.tile_sizes()):
                     inputs = repr((bag.digest(), self.map_, spec)).encode()
@@ -150,7 +160,7 @@ class _Shared:
                         text = f"{folder}: {done.pairs} pairs with tiles for {spec.name}"
                         text += f", {done.without_tile} without" if done.without_tile else ""
                         console.print(text, soft_wrap=True)
-                bags.append(str(folder))
+                bags.append(folder)
         return bags
 
 
@@ -220,10 +230,11 @@ def ablate(
     with _Progress() as progress:
         distillation = shared.distillation(progress)
         from xview_loc.adaptation.ablation import run_ablation, write_ablation
+        from xview_loc.report import finite
 
         measured = None
         if test is not None:
-            source = _source([test], distillation.teacher.model)
+            source = shared.source([test], distillation.teacher.model, distillation.fabric)
             truth = _true_positions(source, test_truth, shared.truth_topic, progress.first)
             measured = None if truth is None else (source, truth)
         if measured is None and (test is not None or distillation.true_from_fix is None):
@@ -233,10 +244,7 @@ def ablate(
         if not progress.first:
             return
         write_ablation(rows, distillation, shared.out)
-    table = Table("", "mean, m", "median, m")
-    for row in rows:
-        table.add_row(row.name, f"{row.errors.mean:.2f}", f"{row.errors.median:.2f}")
-    console.print(table)
+    _print_errors({row.name: finite(asdict(row.errors)) for row in rows})
 
 
 class _Progress:
@@ -287,16 +295,6 @@ def _heading_prior(text: str) -> float | None:
     return value
 
 
-def _source(data: list[str], model: CrossViewModel) -> PairSource:
-    from xview_loc.datasets import open_dataset
-    from xview_loc.datasets.pairs import PairDataset
-
-    folders = [Path(text) for text in data]
-    if len(data) == 1 and ":" in data[0] and not folders[0].exists():
-        return open_dataset(data[0], model.spec, half_extent_m=model.half_extent_m)
-    return PairDataset(folders, model.spec)
-
-
 def _check_padding(distillation: Distillation, verbose: bool) -> None:
     from xview_loc.adaptation.labelling import ReadOptions
     from xview_loc.adaptation.padding import padding_warning
@@ -332,7 +330,7 @@ def _true_positions(
 
 
 def _print_metrics(metrics: dict[str, Any]) -> None:
-    from xview_loc.adaptation.report import error_table, round_lines, smoothing_line
+    from xview_loc.adaptation.report import round_lines, smoothing_line
 
     verdict = metrics["verdict"]
     if metrics["unreadable"]:
@@ -342,12 +340,18 @@ def _print_metrics(metrics: dict[str, Any]) -> None:
     for line in (*round_lines(metrics.get("rounds", ())), *verdict["reasons"]):
         console.print(line, soft_wrap=True)
     if "true_errors" in metrics:
-        heads, rows = error_table(metrics["true_errors"])
-        table = Table(*heads)
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
+        _print_errors(metrics["true_errors"])
     console.print("verdict: " + ("deploy" if verdict["deploy"] else "do not deploy"), style="bold")
+
+
+def _print_errors(errors: dict[str, dict[str, float | None]]) -> None:
+    from xview_loc.adaptation.report import error_table
+
+    heads, rows = error_table(errors)
+    table = Table(*heads)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
 
 
 def _print_plan(plan: Plan) -> None:

@@ -188,17 +188,15 @@ class LocalizerNode(VehicleNode):
     def extra_inputs(self) -> list[Input]:
         """Add odometry for the filter or a shadow trial."""
         inputs = super().extra_inputs()
-        if self._spec.camera == "pinhole":
-            inputs = [one._replace(optional=False) for one in inputs]
         wanted = self._params["filter"] or self.get_parameter("shadow_checkpoint").value
         return [*inputs, self._odometry_input()] if wanted else inputs
 
     def calibration_missing(self, frame: Frame) -> str:
         """A pinhole model needs one; for others the image is a panorama, unless one is published."""
+        if problem := super().calibration_missing(frame):
+            return problem
         if self._cameras.names or self._cameras.elevation_deg or frame.camera is not None:
             return ""
-        if self._spec.camera == "pinhole":
-            return "no usable camera_info received"
         if self._uncalibrated or not self.count_publishers(self.resolve_topic_name("camera_info")):
             return ""
         text = "camera_info has a publisher, but no usable message came"
@@ -248,6 +246,7 @@ class LocalizerNode(VehicleNode):
             self._tiles,
             model,
             heading_prior_deg=prior,
+            turn_step_deg=p["turn_step_deg"],
             device=p["device"],
             backend=self._backend,
             precision=p["precision"],

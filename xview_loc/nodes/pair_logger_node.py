@@ -77,6 +77,10 @@ class PairLoggerNode(VehicleNode):
         """Open the map; without it, or while it is out of reach, pairs are recorded without tiles."""
         p = self._params
         self._spec = SPECS[p["model"]]
+        if self._spec.aerial_up == "left" and not p["use_heading"]:
+            raise parameters.ParameterError(
+                f"use_heading: false records no headings, but {p['model']} needs tiles turned to them"
+            )
         self._attribution = ""
         for problem in ("no_map", "map"):
             self._health.clear(problem)
@@ -112,7 +116,7 @@ class PairLoggerNode(VehicleNode):
         return bool(self._params["use_heading"])
 
     def extra_inputs(self) -> list[Input]:
-        """camera_info, which need not be published, and odometry if it is to be recorded."""
+        """Add odometry if it is to be recorded."""
         inputs = super().extra_inputs()
         if self._params["use_odometry"]:
             source = self._params["odom_source"]

@@ -174,6 +174,12 @@ LOCALIZER: tuple[Parameter, ...] = (
         choices=("known", "prior", "unknown"),
     ),
     P("heading_prior_deg", 72.0, "Half width of the search in mode prior, degrees.", (0.0, 180.0)),
+    P(
+        "turn_step_deg",
+        4.0,
+        "Models for pinhole cameras: step in which tiles are turned, degrees, and kept; 0: to each heading.",
+        (0.0, 20.0),
+    ),
     L(
         "search_radius_m",
         0.0,

@@ -24,6 +24,7 @@ from xview_loc.geodesy import LocalProjection
 from xview_loc.maps import open_map
 from xview_loc.maps.base import AerialMap
 from xview_loc.maps.store import TileStore
+from xview_loc.models.specs import ModelSpec
 from xview_loc.nodes import parameters
 from xview_loc.nodes.cameras import Cameras, Frame
 from xview_loc.nodes.diagnostics import LOG_INTERVAL_S, WARN, Health
@@ -79,6 +80,8 @@ class VehicleNode(LifecycleNode):
 
     table: tuple[parameters.Parameter, ...]
     ok_message: str
+    # What the node's model takes.
+    _spec: ModelSpec
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -168,7 +171,7 @@ class VehicleNode(LifecycleNode):
     # Hooks of the two nodes
 
     def configure(self) -> None:
-        """Open what the node needs beyond its inputs. Raises UserError or ValueError."""
+        """Set ``_spec``, and open what the node needs beyond its inputs. Raises UserError or ValueError."""
         raise NotImplementedError
 
     def make_worker(self) -> Worker:
@@ -187,15 +190,22 @@ class VehicleNode(LifecycleNode):
         """Return inputs besides image, fix and heading."""
         # Elevations are of a panorama, whatever is published for it.
         names = () if self._cameras.elevation_deg else self._cameras.names or ("",)
+        required = self._spec.camera == "pinhole"
         calibrations = [
-            Input(_topic(name, "camera_info"), partial(self._on_camera_info, name), optional=not name)
+            Input(
+                _topic(name, "camera_info"),
+                partial(self._on_camera_info, name),
+                optional=not (name or required),
+            )
             for name in names
         ]
         return [*calibrations, *self._tilt.inputs()]
 
     def calibration_missing(self, frame: Frame) -> str:
         """Return why a frame of a single camera cannot be used without a calibration; "" if it can."""
-        return ""
+        known = self._cameras.names or self._cameras.elevation_deg or frame.camera is not None
+        needed = self._spec.camera == "pinhole" and not known
+        return "no usable camera_info received" if needed else ""
 
     def hand_over(self, paired: PairedFrame) -> bool:
         """Give a paired frame to the worker; return True if one was dropped for it."""
