@@ -56,6 +56,14 @@ _GGCVT_TINY = replace(
     spec=replace(_GGCVT_SMALL.spec, name="ggcvt-tiny", aerial_size=128),
     channels=(8, 16, 32),
 )
+_GGCVT_PINHOLE_TINY = replace(
+    GGCVT_CONFIGS["ggcvt-kitti"],
+    spec=replace(
+        _PINHOLE_TINY.spec, name="ggcvt-pinhole-tiny", aerial_size=128, bins=0, normalisation="unit"
+    ),
+    search_m=40.0,
+    channels=(8, 16, 32),
+)
 
 
 @contextmanager
@@ -81,10 +89,11 @@ def _smaller(spec: ModelSpec, side: int, **changes: int) -> ModelSpec:
 
 @contextmanager
 def tiny_models() -> Iterator[None]:
-    """Add ``ccvpe-tiny`` and ``ggcvt-tiny``, for panoramas of ``ccvpe-small``, and ``ccvpe-pinhole-tiny``."""
+    """Add ``ccvpe-tiny`` and ``ggcvt-tiny``, for panoramas of ``ccvpe-small``, and both ``-pinhole-tiny``."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(models._CONSTRUCTORS, "ccvpe-tiny", partial(CCVPE, _CCVPE_TINY))
         patch.setitem(models._CONSTRUCTORS, "ccvpe-pinhole-tiny", partial(CCVPE, _PINHOLE_TINY))
+        patch.setitem(models._CONSTRUCTORS, "ggcvt-pinhole-tiny", partial(GGCVT, _GGCVT_PINHOLE_TINY))
         patch.setitem(models._CONSTRUCTORS, "ggcvt-tiny", partial(GGCVT, _GGCVT_TINY))
         yield
 

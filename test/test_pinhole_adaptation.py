@@ -81,12 +81,12 @@ def test_tiles_are_large_enough_to_be_turned(folder: Path) -> None:
     assert np.abs(turns - headings).max() < 1e-6 and np.ptp(turns) > 1.0
 
 
-@pytest.mark.parametrize("way", ["--smooth", "paper"])
-def test_a_student_is_trained(folder: Path, tmp_path: Path, way: str) -> None:
+@pytest.mark.parametrize(("name", "way"), [("ccvpe", "--smooth"), ("ccvpe", "paper"), ("ggcvt", "--smooth")])
+def test_a_student_is_trained(folder: Path, tmp_path: Path, name: str, way: str) -> None:
     torch.manual_seed(0)
-    model = create_model("ccvpe-pinhole-tiny")
+    model = create_model(f"{name}-pinhole-tiny")
     save_checkpoint(model, tmp_path / "teacher.safetensors")
-    words: list[object] = ["--model", "ccvpe-pinhole-tiny", "--checkpoint", tmp_path / "teacher.safetensors"]
+    words: list[object] = ["--model", model.spec.name, "--checkpoint", tmp_path / "teacher.safetensors"]
     words += ["--accelerator", "cpu", "--epochs", 1, "--batch-size", 8, "--held-out", 0.2, "--sigma", 2]
     words += ["--truth", folder / "drive", "--truth-topic", "/truth/fix"]
     words += [way] if way == "--smooth" else []
@@ -103,6 +103,7 @@ def test_a_student_is_trained(folder: Path, tmp_path: Path, way: str) -> None:
     assert any(not torch.equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.slow
 def test_the_ablation_says_both_directions(folder: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     save_checkpoint(create_model("ccvpe-pinhole-tiny"), tmp_path / "teacher.safetensors")

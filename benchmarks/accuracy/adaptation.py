@@ -15,7 +15,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from xview_loc.models.checkpoint import Checkpoint, load_model
 from xview_loc.models.specs import SPECS, ModelSpec
 from xview_loc.recordings.importer import ImportOptions, import_bag
 from xview_loc.recordings.tracks import read_timed_track
+from xview_loc.rig import Rig
 from xview_loc.simulation.city import build_city
 from xview_loc.simulation.drives import DriveOptions, Frame, drive
 from xview_loc.simulation.messages import write_bag
@@ -76,20 +77,23 @@ def make_pairs(seed: int, folder: Path, count: int = FRAMES) -> None:
         pair_drive(folder, name)
 
 
-def pair_drive(folder: Path, name: str) -> None:
-    """Make a bag of pairs of a recorded drive in the city of ``folder``."""
-    topics = {"image": "/image", "fix": "/fix", "heading": "/heading", "odom": "/odom"}
-    rule = KeyframeRule(distance_m=4.0)
-    options = ImportOptions(topics=topics, keyframes=rule, spec=TILES_FOR)
+def pair_drive(folder: Path, name: str, spec: ModelSpec = TILES_FOR, rig: Rig | None = None) -> None:
+    """Make a bag of pairs, with tiles for ``spec``, of a drive recorded in the city of ``folder``."""
+    topics = {"fix": "/fix", "heading": "/heading", "odom": "/odom"}
+    options = ImportOptions(topics=topics, keyframes=KeyframeRule(distance_m=4.0), spec=spec)
+    if rig is None:
+        options = replace(options, topics={**topics, "image": "/image"})
+    else:
+        options = replace(options, cameras=("all",), imu="/imu")
     with open_map(str(folder / "city.tif")) as aerial:
         import_bag(folder / f"{name}-drive", folder / name, aerial, options, lambda share: None)
 
 
-def write_drive(frames: Iterable[Frame], folder: Path) -> None:
+def write_drive(frames: Iterable[Frame], folder: Path, rig: Rig | None = None) -> None:
     """Write a bag of a drive."""
     if folder.exists():
         shutil.rmtree(folder)  # of an interrupted run
-    write_bag(frames, folder)
+    write_bag(frames, folder, rig=rig)
 
 
 def open_pairs(folder: Path, name: str, spec: ModelSpec) -> Source:

@@ -9,6 +9,8 @@ do from theirs. Pairs come from a drive through its western part, errors from on
 60 m apart. All students start as copies of the teacher and take the same number of steps: if labels are left
 out, some of the others are repeated.
 
+Models for pinhole cameras get a front camera of 90 degrees on a vehicle that tilts, others a panorama camera.
+
 Rows: ``teacher``; ``paper``, filtered maxima, the first K' levels; ``smoothed``, labels from whole drives,
 all levels; ``rounds``, the smoothed student labels the pairs again; ``oracle``, true positions, all levels;
 then smoothed labels with inputs degraded as in ``smoothing.py``. Jumping fixes have their own tiles, and
@@ -26,7 +28,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from adaptation import CITY_M, SIGMA, Source, open_pairs, pair_drive, write_drive
+from adaptation import CITY_M, SIGMA, TILES_FOR, Source, open_pairs, pair_drive, write_drive
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
@@ -36,14 +38,16 @@ from xview_loc.adaptation.distillation import AdaptationOptions, Distillation
 from xview_loc.adaptation.labels import PseudoLabels, reliable
 from xview_loc.adaptation.smoothing import smooth
 from xview_loc.models.checkpoint import Checkpoint, load_model
+from xview_loc.models.specs import ModelSpec
 from xview_loc.simulation.city import build_city
 from xview_loc.simulation.drives import Area, DriveOptions, drive
+from xview_loc.simulation.rigs import make_rig
 from xview_loc.simulation.styles import STYLES, Style, vary
 from xview_loc.simulation.views import PanoramaView
 from xview_loc.statistics import bootstrap_means
 from xview_loc.training.trainer import make_fabric
 
-# Errors in metres of "labels" and "student".
+# Errors in metres of "labels" and "student"; if tiles are turned, of the student "along" and "across" too.
 Row = dict[str, list[float]]
 # First city of each style; the seed is added.
 CITIES = {"target": 820, "validation": 830, "varied": 840}
@@ -55,8 +59,8 @@ AREAS: dict[str, tuple[Area, int]] = {
 ROWS = ("paper", "smoothed", "rounds", "oracle", "no odometry", "scale, drift", "gaps", "short", "jumps")
 
 
-def make_cell(style: str, city_seed: int, folder: Path) -> None:
-    """Make bags of pairs of both drives through a city."""
+def make_cell(style: str, city_seed: int, folder: Path, spec: ModelSpec) -> None:
+    """Make bags of pairs of both drives through a city, for a model."""
     if (folder / "held").exists():
         return
     look: Style | str = style
@@ -66,10 +70,13 @@ def make_cell(style: str, city_seed: int, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     city.write_geotiff(folder / "city.tif")
     options = DriveOptions(rate_hz=1.0)
+    # Half the size of its images: more than the models see.
+    rig = make_rig("one", 0.5) if spec.camera == "pinhole" else None
+    tiles_for = TILES_FOR if rig is None else spec
     for name, (area, frames) in AREAS.items():
-        seen = drive(city, frames, city_seed, options=options, view=PanoramaView(64, 256), area=area)
-        write_drive(seen, folder / f"{name}-drive")
-        pair_drive(folder, name)
+        seen = drive(city, frames, city_seed, options=options, view=rig or PanoramaView(64, 256), area=area)
+        write_drive(seen, folder / f"{name}-drive", rig)
+        pair_drive(folder, name, tiles_for, rig)
 
 
 class Cell:
@@ -90,8 +97,12 @@ class Cell:
         if name != "teacher":
             labels, student = self._paper() if name == "paper" else self._of_drives(name)
         source, truth = self._held
-        errors = self._run.labels_of(student, "", source).errors_m(truth)
-        return {"labels": labels.errors_m(self._truth).tolist(), "student": errors.tolist()}
+        found = self._run.labels_of(student, "", source)
+        row = {"labels": labels.errors_m(self._truth).tolist(), "student": found.errors_m(truth).tolist()}
+        if self._teacher.model.spec.aerial_up == "left":
+            along, across = np.abs(found.errors_on_tile_m(truth)).T.tolist()
+            row |= {"along": along, "across": across}
+        return row
 
     def _paper(self) -> tuple[PseudoLabels, Checkpoint]:
         recipe = self._run.recipe(smoothed=False)
@@ -115,8 +126,7 @@ class Cell:
 
     def _true_labels(self) -> PseudoLabels:
         labels = self._maxima
-        east, north = self._truth[labels.index].T / labels.meters_per_pixel
-        position = (labels.fix + np.stack([-north, east], 1)).astype(np.float32)
+        position = labels.at(self._truth[labels.index])
         model = self._teacher.model
         cell = (position - model.grid.origin) / model.grid.scale
         on_map = ((cell >= -0.5) & (cell <= model.map_size - 0.5)).all(1)
@@ -135,7 +145,8 @@ class Cell:
 
 def summary(results: dict[str, dict[str, Row]], console: Console) -> None:
     """Print the tables of all cells."""
-    table = Table(title="mean / median / > 10 m, of labels and students; gain over the teacher's mean error")
+    title = "mean / median / > 10 m, of labels and students (; along; across the road); gain over the teacher"
+    table = Table(title=title)
     for column in ("cell", "row", "labels", "students", "gain, 95 %", "against the paper, 95 %"):
         table.add_column(column, no_wrap=True)
     for cell, rows in results.items():
@@ -145,7 +156,7 @@ def summary(results: dict[str, dict[str, Row]], console: Console) -> None:
                 cell if number == 1 else "",
                 name,
                 _text(row["labels"]),
-                _text(row["student"]),
+                _text(row["student"]) + _parts(row),
                 "" if name == "teacher" else _change(students["teacher"] - students[name]),
                 "" if "paper" not in rows else _change(students["paper"] - students[name]),
                 end_section=number == len(rows),
@@ -169,6 +180,12 @@ def _text(errors: list[float]) -> str:
     return f"{np.mean(errors):.2f} / {np.median(errors):.2f} / {far:.1%}"
 
 
+def _parts(row: Row) -> str:
+    """Return mean and median errors along and across the road, where these are known."""
+    parts = (np.array(row[part]) for part in ("along", "across") if part in row)
+    return "".join(f"; {part.mean():.2f} / {np.median(part):.2f}" for part in parts)
+
+
 def _change(better: NDArray[np.float64]) -> str:
     low, high = np.quantile(bootstrap_means(better), [0.025, 0.975])
     return f"{better.mean():+.2f} ({low:+.2f} to {high:+.2f})"
@@ -190,8 +207,9 @@ def main() -> None:
     results: dict[str, dict[str, Row]] = {}
     for seed in arguments.seeds:
         for style in arguments.styles:
-            folder = arguments.work / f"{style}-{CITIES[style] + seed}"
-            make_cell(style, CITIES[style] + seed, folder)
+            camera = "-pinhole" if teacher.model.spec.camera == "pinhole" else ""
+            folder = arguments.work / f"{style}-{CITIES[style] + seed}{camera}"
+            make_cell(style, CITIES[style] + seed, folder, teacher.model.spec)
             wanted = {"pairs": [r for r in arguments.rows if r != "jumps"]}
             if "jumps" in arguments.rows:
                 make_jumping_pairs(folder)
