@@ -559,7 +559,7 @@ def test_images_for_a_pinhole_model_need_a_calibration(aerial: Path, tmp_path: P
             here.wait(info.get_subscription_count, what="the camera_info")
             rig.ready()
             rig.drive(5)
-            here.wait(lambda: here.value("rejected/camera_info_missing") == "5", what="the refusals")
+            here.wait(lambda: here.value("frames_rejected/camera_info_missing") == "5", what="the refusals")
             matrix = [40.0, 0.0, 31.5, 0.0, 40.0, 23.5, 0.0, 0.0, 1.0]
             here.wait(
                 lambda: (
