@@ -360,7 +360,7 @@ def test_nothing_is_seen(vehicle: Vehicle) -> None:
         publishers["zenith"] = vehicle.bench.publisher(kind, f"/zenith/{name}")
     vehicle.restart(cameras=["zenith"])
     vehicle.cameras = {"zenith": (0.0, 0.0, 0.0)}
-    text = "frames rejected: nothing_seen: no camera sees anything that the model looks at"
+    text = "frames rejected: nothing_seen: the cameras show less than 0.5 % of what the model looks at"
     expect(vehicle, text)
     vehicle.cameras = dict(CAMERAS)
     vehicle.restart()
@@ -382,7 +382,7 @@ def test_an_imu_of_no_use(vehicle: Vehicle, imu: dict[str, Any], says: str) -> N
         vehicle.send_imu = lambda ns: good(ns, **imu)  # type: ignore[method-assign]
         # There is a pose without it.
         assert off(vehicle.found(), vehicle.spot) < 1.0
-        b.wait_diagnosis("imu: last imu refused: ", says, "no_tilt: tilt_source imu says nothing within")
+        b.wait_diagnosis("imu: last imu refused: ", says, "no_tilt: no tilt from imu within")
         assert sum(int(v.value) for v in b.status.values if v.key.startswith("imu_rejected/tilt_")) >= 2
         assert int(b.value("frames_without_tilt")) >= 1
         vehicle.send_imu = good  # type: ignore[method-assign]
@@ -398,7 +398,7 @@ def test_an_imu_in_a_frame_that_tf_does_not_know_is_said(vehicle: Vehicle) -> No
         vehicle.send_imu = lambda ns: good(ns, header=head)  # type: ignore[method-assign]
         vehicle.good_frame()
         vehicle.bench.wait_diagnosis(
-            "imu_frame: imu says the tilt of imu_link, which is taken as that of base_link"
+            "imu_frame: imu gives the tilt of imu_link, which is taken as that of base_link"
         )
         vehicle.send_imu = good  # type: ignore[method-assign]
 
@@ -457,8 +457,8 @@ def test_places_and_tilts_from_tf(vehicle: Vehicle) -> None:
         ({"cameras": ["front/../x"]}, "cameras: 'front/../x' is no name of a camera"),
         ({"cameras": [f"c{k}" for k in range(17)]}, "cameras: a rig of 17 cameras: at most 16"),
         ({"cameras": [""]}, "rig_file is set, but cameras is empty"),
-        ({"camera_frame": "eye"}, "camera_frame is of a single camera"),
-        ({"panorama_elevation_deg": [90.0, -90.0]}, "panorama_elevation_deg is of a single camera"),
+        ({"camera_frame": "eye"}, "camera_frame is for a single camera"),
+        ({"panorama_elevation_deg": [90.0, -90.0]}, "panorama_elevation_deg is for a single camera"),
         ({"panorama_elevation_deg": [10.0, 20.0]}, "panorama_elevation_deg must be the elevations"),
         ({"panorama_elevation_deg": [math.nan, 0.0]}, "panorama_elevation_deg must be the elevations"),
         ({"panorama_elevation_deg": [90.0]}, "panorama_elevation_deg must be the elevations"),

@@ -177,9 +177,7 @@ def test_bad_image(rig, bad, says):
 
 def test_an_image_in_no_panoramas_shape_is_said(rig):
     """Such as that of a camera without a calibration; panoramas follow."""
-    says = (
-        "no_panorama: an image of 64 x 24 pixels is no panorama from 90 to -90 degrees: publish camera_info"
-    )
+    says = "no_panorama: an image of 64 x 24 pixels is no panorama from 90 to -90 degrees: publish its"
     while says not in rig.bench.text():
         ns = rig.step()
         rig.send_fix(ns)

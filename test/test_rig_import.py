@@ -366,7 +366,7 @@ def test_frames_that_calibrations_do_not_name(recording: Path, rig: Rig, tmp_pat
 def test_pairs_of_a_rig_get_their_tiles_later(recording: Path, city: City, tmp_path: Path) -> None:
     _, bare = imported(recording, tmp_path / "bare")
     with open_map(str(city.write_geotiff(tmp_path / "city.tif"))) as aerial:
-        moved = ImportOptions(mounting=Mounting(antenna=(-1.0, 0.5)))
+        moved = ImportOptions(antenna=(-1.0, 0.5))
         result = import_bag(tmp_path / "bare", tmp_path / "full", aerial, moved)
     full = PairBag(tmp_path / "full")
     # The antenna is elsewhere, the cameras are where they were.
@@ -497,7 +497,7 @@ def test_cameras_that_are_no_part_of_the_rig_are_said(recording: Path, tmp_path:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--cameras", "all", "--camera-yaw", 90], "are of a single camera, --cameras of a rig"),
+        (["--cameras", "all", "--camera-yaw", 90], "are for a single camera: leave them out"),
         (["--cameras", "front,,left"], "has an empty name"),
         (["--base-height", 1], "are of a rig: name its --cameras"),
         (["--tilt", 40, 0], "at most 30 degrees either way"),

@@ -135,6 +135,6 @@ def test_an_imu_in_an_unknown_frame_is_taken_as_it_is(tf: Tf | None, why: str) -
     (listens,) = vehicle.input.inputs()
     listens.callback(imu(turned(5.0), "imu_link"))
     assert vehicle.tilt(1.0) == pytest.approx((5.0, 0.0), abs=0.01)
-    assert vehicle.text().startswith("imu_frame: imu says the tilt of imu_link") and why in vehicle.text()
+    assert vehicle.text().startswith("imu_frame: imu gives the tilt of imu_link") and why in vehicle.text()
     listens.callback(imu(turned(5.0), "base_link", 2))
     assert vehicle.text() == ""

@@ -112,6 +112,8 @@ class CameraModel:
             zero = np.zeros(3)
             projected, _ = cv2.projectPoints(flat[seen], zero, zero, self.matrix, np.array(self.distortion))
             pixels[seen] = projected[:, 0]
+            # OpenCV takes no skew.
+            pixels[seen, 0] += self.k[1] / self.k[4] * (pixels[seen, 1] - self.k[5])
         low, high = (-0.5, -0.5), (self.width - 0.5, self.height - 0.5)
         seen &= ((pixels >= low) & (pixels < high)).all(1)
         shape = points.shape[:-1]

@@ -105,7 +105,8 @@ class Rig:
     def direction(self, lens: Lens) -> float:
         """Return where a view looks, radians to the left of the vehicle's x axis.
 
-        A pinhole lens looks where a single pinhole camera does; all others along the x axis.
+        A pinhole lens looks where the camera looks if there is only one, a pinhole or fisheye camera.
+        All other views look along the x axis.
         """
         first = next(iter(self.cameras.values()))
         if (

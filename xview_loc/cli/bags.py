@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from typer.core import TyperGroup
 
 from xview_loc.cli.console import UsageError, console
-from xview_loc.cli.maps import Headers, KeyEnv, TilesFor, map_options, spec_of
+from xview_loc.cli.maps import Headers, KeyEnv, map_options, spec_of
 from xview_loc.errors import shown
 
 if TYPE_CHECKING:
@@ -101,7 +101,12 @@ def import_(
     camera_info: Annotated[str, _topic("camera_info")] = "",
     odom: Annotated[str, _topic("odom")] = "",
     distance: Annotated[float, typer.Option(min=0.0, help="Distance between pairs, metres.")] = 2.0,
-    model: TilesFor = "ccvpe-small",
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Name of the model that tiles are cut for; default: ccvpe-small, for pairs their own."
+        ),
+    ] = None,
     declination: Annotated[float, typer.Option(help="Magnetic declination, degrees east.")] = 0.0,
     heading_offset: Annotated[
         float, typer.Option(help="Added to headings, degrees counter-clockwise.")
@@ -110,10 +115,10 @@ def import_(
         bool, typer.Option("--heading-clockwise", help="Headings are azimuths, clockwise from north.")
     ] = False,
     camera_yaw: Annotated[
-        float, typer.Option(help="Angle of the image's centre column, degrees left of forward.")
-    ] = 0.0,
-    camera: Annotated[tuple[float, float], _place("camera")] = (0.0, 0.0),
-    antenna: Annotated[tuple[float, float], _place("antenna")] = (0.0, 0.0),
+        float | None, typer.Option(help="Angle of the image's centre column, degrees left of forward.")
+    ] = None,
+    camera: Annotated[tuple[float, float] | None, _place("camera")] = None,
+    antenna: Annotated[tuple[float, float] | None, _place("antenna")] = None,
     rectified: Annotated[
         bool, typer.Option("--rectified", help="Images are free of distortion: P of camera_info is used.")
     ] = False,
@@ -148,35 +153,37 @@ def import_(
     header: Headers = None,
     api_key_env: KeyEnv = "",
 ) -> None:
-    """Make pairs from recordings, or add missing tiles to pairs. Recordings already imported are skipped."""
+    """Make pairs from recordings, or cut tiles for pairs that have none that fit the model.
+
+    Recordings already imported are skipped.
+    """
     from xview_loc.bags.recovery import BagError
     from xview_loc.maps import open_map
     from xview_loc.recordings.importer import ImportOptions, import_bag
     from xview_loc.vehicle.keyframes import KeyframeRule
     from xview_loc.vehicle.messages import HeadingConvention
-    from xview_loc.vehicle.mounting import Mounting
     from xview_loc.vehicle.rig_file import read_mask, read_rig_file
     from xview_loc.vehicle.tilt import MOST_TILT
 
-    if cameras and (image or camera_info or camera != (0.0, 0.0) or camera_yaw or own_mask):
+    if cameras and (image or camera_info or camera or camera_yaw is not None or own_mask):
         single = "--image, --camera-info, --camera, --camera-yaw and --own-mask"
-        raise UsageError(f"{single} are of a single camera, --cameras of a rig")
+        raise UsageError(f"{single} are for a single camera: leave them out with --cameras")
     if not cameras and (rig_file or base_height):
-        raise UsageError("--rig-file and --base-height are of a rig: name its --cameras")
+        raise UsageError("--rig-file and --base-height are for a rig: name its --cameras")
     roll_pitch = (math.radians(tilt[0]), math.radians(tilt[1])) if tilt else None
     if roll_pitch is not None and not max(map(abs, roll_pitch)) <= MOST_TILT:
         raise UsageError(f"--tilt takes at most {math.degrees(MOST_TILT):.0f} degrees either way, not {tilt}")
     rig = tuple(word.strip() for word in cameras.split(",")) if cameras else ()
     if not all(rig):
         raise UsageError(f"--cameras {cameras!r} has an empty name: write one comma between two names")
-    mounting = Mounting(antenna, camera, math.radians(camera_yaw))
     named = {"image": image, "fix": fix, "camera_info": camera_info, "odom": odom, "heading": heading}
     options = ImportOptions(
         topics={name: topic for name, topic in named.items() if topic and topic != "none"},
         use_heading=heading != "none",
         heading=HeadingConvention(heading_clockwise, math.radians(heading_offset), math.radians(declination)),
-        # A bag of pairs keeps its own if none is given.
-        mounting=None if mounting == Mounting() else mounting,
+        antenna=antenna,
+        camera=camera,
+        camera_yaw=None if camera_yaw is None else math.radians(camera_yaw),
         cameras=rig,
         rig_file=read_rig_file(rig_file) if rig_file else {},
         base_height_m=base_height,
@@ -185,7 +192,7 @@ def import_(
         tilt=roll_pitch,
         rectified=rectified,
         keyframes=KeyframeRule(distance_m=distance),
-        spec=spec_of(model),
+        spec=spec_of(model) if model else None,
     )
     names = [bag.resolve().stem if bag.suffix == ".bag" else bag.resolve().name for bag in bags]
     if len(set(names)) < len(names):

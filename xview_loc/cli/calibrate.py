@@ -55,7 +55,7 @@ def calibrate(
     from xview_loc.models.checkpoint import save_checkpoint
 
     if dataset is not None and any_camera:
-        raise UsageError("--any-camera is of simulated cities: leave it out with --dataset")
+        raise UsageError("--any-camera is for simulated cities: leave it out with --dataset")
     check_writable(out)
     loaded = load(model, checkpoint, heading)
     net = loaded.model

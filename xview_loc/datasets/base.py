@@ -42,7 +42,7 @@ class PairSample(_PairSample, total=False):
     deviation along its larger axis, m (NaN if unknown). ``meters_per_pixel`` is the tile's ground sample
     distance, ``index`` the sample's in the dataset. ``intrinsics`` (3, 3) is the camera matrix in pixels of
     ``ground``, for pinhole cameras only. ``turn`` is the direction in which the tile's columns grow, radians
-    counter-clockwise from east; without it, tile and truth share whatever axes they have.
+    counter-clockwise from east. Without it, true positions are given in the tile's own axes.
     """
 
     intrinsics: Tensor

@@ -21,18 +21,18 @@ from numpy.typing import NDArray
 
 from xview_loc.bags.recovery import BagError
 from xview_loc.bags.ros_types import deserialize
-from xview_loc.camera import CameraError, CameraModel, PanoramaCamera
+from xview_loc.camera import CameraError, CameraModel, Lens, PanoramaCamera
 from xview_loc.datasets.base import DatasetError, PairSample, PairSource, Track
 from xview_loc.errors import shown
 from xview_loc.images import Image, ImageError
 from xview_loc.maps.base import AerialTile
-from xview_loc.models.inputs import ground_image, is_upright, normalise, panorama_elevation
+from xview_loc.models.inputs import ground_image, is_upright, normalise, panorama_elevation, panorama_fault
 from xview_loc.models.specs import ModelSpec
 from xview_loc.recordings.pair import Pair
 from xview_loc.recordings.pair_messages import ODOMETRY, TOPICS
 from xview_loc.recordings.pair_reader import PairBag
 from xview_loc.recordings.rig_messages import rig_mounting
-from xview_loc.rig import LEAST_SEEN, MountedCamera, Quaternion, Rig, facing
+from xview_loc.rig import LEAST_SEEN, MountedCamera, Rig
 from xview_loc.vehicle.keyframes import SPEED_AGE_NS
 from xview_loc.vehicle.messages import VelocityReader
 from xview_loc.vehicle.mounting import Mounting, in_enu
@@ -108,9 +108,9 @@ class PairDataset(PairSource):
             self._rigs.append(next((known for known in self._rigs if _same(known, rig)), rig))
         self._mountings = list(map(_mounting, self._bags, self._rigs))
         self._elevations = list(map(_elevation, self._bags))
-        self._rotations = list(map(_rotation, self._bags))
+        self._rotations = [bag.camera_rotation() for bag in self._bags]
         self._masks = [bag.own_mask() for bag in self._bags]
-        self._last_rig: tuple[int, CameraModel | PanoramaCamera, Rig] | None = None
+        self._last_rig: tuple[int, Lens, Rig] | None = None
         self._ends = list(accumulate(len(bag) for bag in self._bags))
         side = spec.aerial_size
         content: list[Any] = [("fix", np.float32, (2,)), ("fix_std", np.float32)]
@@ -191,17 +191,19 @@ class PairDataset(PairSource):
                 return ground_image(images[""], spec, heading=pair.heading, camera=None, mount_yaw=yaw), 0.0
         level, mask = rig.view(images, spec.lens, **angles)
         if mask.mean() < LEAST_SEEN:
-            raise ImageError("no camera sees anything that the model looks at")
+            raise ImageError("the cameras show less than 0.5 % of what the model looks at")
         return ground_image(level, spec, heading=pair.heading, camera=None), rig.direction(spec.lens)
 
     def _rig_of_one(self, number: int, camera: CameraModel | None, image: Image) -> Rig:
         """Return the rig of a bag's only camera; the last one serves again, with its look-up tables."""
         given = self._elevations[number]
         # Whatever the calibration says, a camera whose elevations are given takes panoramas.
-        lens: CameraModel | PanoramaCamera | None = None if given else camera
+        lens: Lens | None = None if given else camera
         if lens is None and not given and self._spec.camera == "pinhole":
             raise ImageError(f"its image has no calibration, and {self._spec.name} needs one")
         if lens is None:
+            if not given and (fault := panorama_fault(image, self._spec)):
+                raise ImageError(fault)
             edges = map(math.radians, given or panorama_elevation(image, self._spec))
             lens = PanoramaCamera(image.shape[1], image.shape[0], *edges)
         if self._last_rig is None or self._last_rig[:2] != (number, lens):
@@ -239,21 +241,6 @@ def _same(a: Rig | None, b: Rig | None) -> bool:
 def _mounting(bag: PairBag, rig: Rig | None) -> Mounting:
     mounting = Mounting.of(bag.session())
     return mounting if rig is None else rig_mounting(rig, mounting.antenna)
-
-
-def _rotation(bag: PairBag) -> Quaternion:
-    """Return the rotation of a single camera's optical frame; it is level if the bag does not say it."""
-    session = bag.session()
-    given = session.get("camera_rotation")
-    if given is None:
-        return facing(Mounting.of(session).camera_yaw)
-    try:
-        x, y, z, w = map(float, given)
-    except (TypeError, ValueError):
-        x = y = z = w = math.nan
-    if not abs(math.hypot(x, y, z, w) - 1.0) < 0.1:  # NaN as well
-        raise BagError(f"{bag.folder} has no usable camera_rotation, a quaternion: {shown(given, 80)}")
-    return x, y, z, w
 
 
 def _elevation(bag: PairBag) -> tuple[float, float] | None:

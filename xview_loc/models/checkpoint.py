@@ -309,8 +309,7 @@ def _check_finite(path: Path, state: Mapping[str, Tensor]) -> None:
 def _checked_spec(path: Path, data: dict[str, Any], own: ModelSpec) -> ModelSpec:
     """Return the file's spec; only gsd and normalisation may differ from the model's own."""
     try:
-        # Checkpoints made before the field existed lack it.
-        # Older files do not name these.
+        # Checkpoints made before these fields existed lack them.
         own_view = {"elevation_deg": own.elevation_deg, "intrinsics": own.intrinsics}
         spec = ModelSpec.from_json({**own_view, **data})
         valid = replace(spec, gsd=own.gsd, normalisation=own.normalisation) == own

@@ -84,7 +84,7 @@ def panorama_fault(image: Image, spec: ModelSpec) -> str:
         return ""
     return (
         f"an image of {width} x {height} pixels is no panorama from {top:g} to {bottom:g} degrees: publish "
-        "camera_info if the camera takes none, set panorama_elevation_deg if it takes others"
+        "its camera_info if it is no panorama, or set panorama_elevation_deg if it shows other elevations"
     )
 
 

@@ -47,9 +47,7 @@ class ModelSpec:
 
     def __post_init__(self) -> None:
         if (self.camera == "pinhole") != (self.intrinsics is not None):
-            raise ValueError(
-                f"{self.name} takes {self.camera} images: intrinsics are of pinhole models alone"
-            )
+            raise ValueError(f"{self.name}: a pinhole model needs intrinsics, any other must have none")
 
     @property
     def lens(self) -> Lens:
@@ -62,7 +60,7 @@ class ModelSpec:
 
     @property
     def tile_px(self) -> int:
-        """Side of a north-up tile that the model's can be cut from, pixels: larger if it is turned first."""
+        """Side of the north-up tile to cut from the map, pixels; larger than the model's if it is turned."""
         return self.aerial_size if self.aerial_up == "north" else math.ceil(math.sqrt(2.0) * self.aerial_size)
 
     @property
@@ -73,7 +71,7 @@ class ModelSpec:
     def takes_tile(self, size_px: int, gsd: float) -> bool:
         """Return True if the model's tile can be cut from a north-up one of this size and resolution."""
         spare = size_px - self.tile_px
-        # Half a pixel can be turned away, not cut off.
+        # A turned tile is cut from any larger one; a cropped one needs the same margin on both sides.
         cut = spare >= 0 and (self.aerial_up == "left" or spare % 2 == 0)
         return cut and math.isclose(gsd, self.gsd, rel_tol=1e-6)
 

@@ -39,9 +39,9 @@ Decoder = Callable[[Any], NDArray[np.uint8]] | None
 class Frame:
     """The images of one instant, as they came, and what was known when they arrived.
 
-    images: one of each camera of a rig, or of some of them; one without a name of a single camera, also in
-    ``cameras``, the calibrations received by then. Not rclpy's messages, which cost several copies in the
-    executor's thread even if they are never used.
+    images: one of each camera of a rig, of which some may be missing, or that of a single camera, named "".
+    cameras: the calibrations received by then, by the same names. Images are raw bytes, since rclpy's
+    messages cost several copies in the executor's thread.
     """
 
     stamp_ns: int
@@ -73,12 +73,15 @@ class Cameras:
         self._entries: dict[str, CameraEntry] = {}
         self._rig: Rig | None = None
         if self.names:
-            given = {"own_mask": params["own_mask"], "camera_frame": params["camera_frame"]}
+            single = ("own_mask", "camera_frame", "camera_x", "camera_y", "camera_yaw_deg")
+            given = {name: params[name] for name in single}
             for name, value in (given | {"panorama_elevation_deg": self.elevation_deg}).items():
                 if value:
-                    raise ParameterError(f"{name} is of a single camera: leave it out, or empty cameras")
+                    raise ParameterError(f"{name} is for a single camera: leave it out, or empty cameras")
             if params["rig_file"]:
                 self._entries = read_rig_file(params["rig_file"])
+            if strangers := self._entries.keys() - set(self.names):
+                raise ParameterError(f"rig_file describes {min(strangers)}, which cameras does not name")
         elif params["rig_file"]:
             raise ParameterError("rig_file is set, but cameras is empty: name those to use")
         elif params["own_mask"]:
@@ -88,6 +91,10 @@ class Cameras:
     def unplaced(self) -> list[str]:
         """The cameras of a rig whose places tf must say."""
         return [name for name in self.names if self._entry(name).pose is None]
+
+    def lens_known(self, frame: Frame) -> bool:
+        """Return True if calibrations or parameters say what a frame's cameras see."""
+        return bool(self.names or self.elevation_deg) or frame.camera is not None
 
     @property
     def own_mask(self) -> Mask | None:
@@ -121,11 +128,13 @@ class Cameras:
                         text = f"the cameras have more than {MOST_PIXELS / 1e6:.0f} million pixels together"
                         raise RejectedInput("camera_info_invalid", text)
                 if name in images and (name in frame.cameras or not self.names):
-                    # A damaged image hides what the camera would show; the rig stays the same.
+                    # A damaged image, or one of another size, hides what the camera would show; the rig
+                    # stays the same.
                     try:
                         image = rgb_from_cdr(images[name].type, images[name].data, decode_other)
+                        _check_size(image, camera)
                     except ImageError as error:
-                        problems[name] = RejectedInput("image_invalid", str(error))
+                        image, problems[name] = None, RejectedInput("image_invalid", str(error))
                 cameras[name] = self._mounted(name, frame, image, transforms, elevation_deg)
             except RejectedInput as error:
                 problems.setdefault(name, error)
@@ -173,9 +182,6 @@ class Cameras:
             edges = self.elevation_deg or elevation_deg(image)
             camera = PanoramaCamera(image.shape[1], image.shape[0], *map(math.radians, edges))
         size = f"{camera.width} x {camera.height}"
-        if image is not None and image_size(image) != size:
-            text = f"the image has {image_size(image)} pixels, but its calibration is for {size}"
-            raise RejectedInput("image_invalid", f"{text}: publish the camera_info of these images")
         self.check_mask(name, size)
         pose = self.pose(name, transforms)
         if not np.abs(pose.translation).max() <= FARTHEST_M:
@@ -197,6 +203,13 @@ class Cameras:
 
     def _entry(self, name: str) -> CameraEntry:
         return self._entries.get(name, CameraEntry())
+
+
+def _check_size(image: Image, camera: CameraModel | None) -> None:
+    """Raise ImageError if an image does not have the size of its calibration."""
+    if camera is not None and image.shape[:2] != (camera.height, camera.width):
+        text = f"the image has {image_size(image)} pixels, but its calibration is for"
+        raise ImageError(f"{text} {camera.width} x {camera.height}: publish the camera_info of these images")
 
 
 def image_size(image: NDArray[Any]) -> str:

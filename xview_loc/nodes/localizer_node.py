@@ -17,7 +17,6 @@ from typing import Any
 
 import rclpy
 import torch
-from sensor_msgs.msg import CameraInfo
 
 from xview_loc.camera import CameraError, CameraModel
 from xview_loc.errors import shown
@@ -33,7 +32,6 @@ from xview_loc.models.graph import RuntimeUnavailableError
 from xview_loc.models.inputs import is_upright, panorama_elevation, panorama_fault
 from xview_loc.models.runtimes import choose_backend
 from xview_loc.nodes import parameters
-from xview_loc.nodes.cameras import Frame
 from xview_loc.nodes.checkpoints import Checkpoints
 from xview_loc.nodes.diagnostics import LOG_INTERVAL_S, WARN
 from xview_loc.nodes.inputs import Input
@@ -124,7 +122,7 @@ class LocalizerNode(VehicleNode):
         if p["torch_threads"]:
             torch.set_num_threads(p["torch_threads"])
         model = self._checkpoints.load()
-        self._spec, self._uncalibrated = model.spec, False
+        self._spec = model.spec
         self._health.forget("seen")
         self._health.clear("no_panorama")
         if not p["map"]:
@@ -191,17 +189,6 @@ class LocalizerNode(VehicleNode):
         wanted = self._params["filter"] or self.get_parameter("shadow_checkpoint").value
         return [*inputs, self._odometry_input()] if wanted else inputs
 
-    def calibration_missing(self, frame: Frame) -> str:
-        """A pinhole model needs one; for others the image is a panorama, unless one is published."""
-        if problem := super().calibration_missing(frame):
-            return problem
-        if self._cameras.names or self._cameras.elevation_deg or frame.camera is not None:
-            return ""
-        if self._uncalibrated or not self.count_publishers(self.resolve_topic_name("camera_info")):
-            return ""
-        text = "camera_info has a publisher, but no usable message came"
-        return f"{text}; if the camera takes panoramas, set panorama_elevation_deg"
-
     def _odometry_input(self) -> Input:
         return Input("odom", self._on_odom, self._params["odom_source"])
 
@@ -262,15 +249,6 @@ class LocalizerNode(VehicleNode):
                 self.get_logger().warning(shown(text), throttle_duration_sec=LOG_INTERVAL_S)
         else:
             self._health.clear("odom_frame")
-
-    def _on_camera_info(self, name: str, message: CameraInfo) -> None:
-        # Zeros say that a camera is not calibrated: drivers of panorama cameras send them.
-        self._uncalibrated = not name and self._spec.camera == "panorama" and not any(message.k)
-        if self._uncalibrated:
-            self._calibrations = {}
-            self._health.clear("camera_info")
-        else:
-            super()._on_camera_info(name, message)
 
     def _on_image(self, name: str, message: bytes) -> None:
         if self._requests.enabled:
@@ -353,7 +331,7 @@ class LocalizerNode(VehicleNode):
         frame, spec, mounting = paired.frame, self._spec, self._mounting()
         shows = partial(panorama_elevation, spec=spec)
         images, rig = self._cameras.see(frame, self._transforms, self._decode_other, shows)
-        known = self._cameras.names or self._cameras.elevation_deg or frame.camera is not None
+        known = self._cameras.lens_known(frame)
         self._show_fault("no_panorama", "" if known else panorama_fault(images[""], spec))
         tilt = self._tilt.of(paired)
         angles = {"roll": tilt.roll, "pitch": tilt.pitch}
@@ -362,7 +340,9 @@ class LocalizerNode(VehicleNode):
         image, mask = rig.view(images, spec.lens, **angles)
         seen = float(mask.mean())
         if seen < LEAST_SEEN:
-            text = "no camera sees anything that the model looks at: check the cameras' places and own_mask"
+            text = (
+                "the cameras show less than 0.5 % of what the model looks at: check their places and own_mask"
+            )
             raise RejectedInput("nothing_seen", text)
         self._health.value("seen", f"{seen:.2f}")
         x, y, _ = rig.centre.tolist()

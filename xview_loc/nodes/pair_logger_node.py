@@ -177,6 +177,8 @@ class PairLoggerNode(VehicleNode):
                 "turn": math.radians(p["keyframe_turn_deg"]),
             },
         }
+        if self._cameras.names:
+            session["base_height"] = p["base_height_m"]
         if self._cameras.elevation_deg is not None:
             session["panorama_elevation_deg"] = list(self._cameras.elevation_deg)
         split = p["split_mb"] * 1_000_000
@@ -311,6 +313,8 @@ class PairLoggerNode(VehicleNode):
         assert paired.fix is not None  # this node needs fixes
         if self._cameras.names:
             shots = self._record_rig(item)
+            if shots is None:
+                return
             pair = Pair.of(paired.frame.stamp_ns, "", b"", paired.fix, paired.heading, None)
             pair = replace(pair, images=shots)
         else:
@@ -333,17 +337,26 @@ class PairLoggerNode(VehicleNode):
             if tile is None:
                 self._health.count("pairs_without_tile")
 
-    def _record_rig(self, item: Keyframe) -> tuple[CameraImage, ...]:
-        """Return a rig's images as they are written, and see to it that the bag knows their cameras."""
+    def _record_rig(self, item: Keyframe) -> tuple[CameraImage, ...] | None:
+        """Return a rig's images as they are written, and describe cameras that the bag does not know.
+
+        None if the bag cannot be written.
+        """
         frame = item.paired.frame
         pixels, rig = self._cameras.see(frame, self._transforms, self._decode_other)
-        calibrations = {name: mounted.camera for name, mounted in rig.cameras.items()}
-        # Cameras that tf moves stay where they were: each change begins a new file.
-        if self._recorded != (item.writer, calibrations):
+        known = self._recorded[1] if self._recorded[0] is item.writer else {}
+        # Places are not compared: a camera that tf moves would begin a file with every keyframe.
+        found = {name: mounted.camera for name, mounted in rig.cameras.items()}
+        for name in known.keys() & found.keys():
+            if known[name] != found[name]:
+                text = f"the calibration of camera {name} changed in a recording: call ~/stop and ~/start"
+                raise RejectedInput("camera_info_invalid", text)
+        if not found.keys() <= known.keys():
             x, y, _ = rig.centre.tolist()
             item.writer.session.update(camera=(x, y), camera_yaw=0.0)
-            item.writer.set_rig(rig)
-            self._recorded = item.writer, calibrations
+            if not self._write(item, lambda: item.writer.set_rig(rig)):
+                return None
+            self._recorded = item.writer, {**known, **found}
         return tuple(
             image if image.type == TOPICS[IMAGE] else self._compressed(image, pixels[image.name])
             for image in frame.images

@@ -120,13 +120,13 @@ _CAMERAS: tuple[Parameter, ...] = (
     L(
         "roll_deg",
         0.0,
-        "Roll where tilt_source says none, degrees, positive with the right side down.",
+        "Roll if tilt_source gives none, degrees; positive with the right side down.",
         (-30.0, 30.0),
     ),
     L(
         "pitch_deg",
         0.0,
-        "Pitch where tilt_source says none, degrees, positive with the nose down.",
+        "Pitch if tilt_source gives none, degrees; positive with the nose down.",
         (-30.0, 30.0),
     ),
 )

@@ -71,8 +71,8 @@ class TiltInput:
         if self.source != "none" and paired.tilt is None:
             self._health.count("frames_without_tilt")
             roll, pitch = (f"{self._params[name]:g}" for name in ("roll_deg", "pitch_deg"))
-            text = f"tilt_source {self.source} says nothing within max_heading_age_s of the image"
-            text += f": it is taken with roll_deg {roll}, pitch_deg {pitch}"
+            text = f"no tilt from {self.source} within max_heading_age_s of the image"
+            text += f": roll_deg {roll} and pitch_deg {pitch} are used"
             self._health.condition("no_tilt", WARN, text, for_s=SHOWN_S)
 
     def _on_imu(self, message: Imu) -> None:
@@ -88,7 +88,7 @@ class TiltInput:
                     raise TransformError("tf2_msgs cannot be imported")
                 matrix = self._transforms.buffer.lookup(base, frame).matrix
             except TransformError as error:
-                text = f"imu says the tilt of {frame}, which is taken as that of {base}: {error}"
+                text = f"imu gives the tilt of {frame}, which is taken as that of {base}: {error}"
                 self._health.condition("imu_frame", WARN, text)
                 return matrix
         self._health.clear("imu_frame")
@@ -99,6 +99,8 @@ class TiltInput:
         up, base = self._params["tilt_frame"], self._params["base_frame"]
         try:
             stamp, pose = self._transforms.buffer.latest(up, base)
+            if not stamp:
+                raise TransformError("it is static; set roll_deg and pitch_deg instead")
             # Other frames may move more often.
             with suppress(StampNotNewerError):
                 self._pairing.add_tilt(tilt_of(stamp, pose.matrix))

@@ -91,6 +91,10 @@ class VehicleNode(LifecycleNode):
         self._health = Health(self.ok_message)
         self._state = "unconfigured"
         self._params: dict[str, Any] = {}
+        # By camera, "" for a single one. Replaced when one changes: frames keep those of their time.
+        self._calibrations: dict[str, CameraModel] = {}
+        # Whether a single camera's driver says that it is not calibrated.
+        self._uncalibrated = False
         self._inputs: Inputs | None = None
         self._worker: Worker | None = None
         self._wait_timer: Any = None
@@ -201,11 +205,19 @@ class VehicleNode(LifecycleNode):
         ]
         return [*calibrations, *self._tilt.inputs()]
 
-    def calibration_missing(self, frame: Frame) -> str:
-        """Return why a frame of a single camera cannot be used without a calibration; "" if it can."""
-        known = self._cameras.names or self._cameras.elevation_deg or frame.camera is not None
-        needed = self._spec.camera == "pinhole" and not known
-        return "no usable camera_info received" if needed else ""
+    def _calibration_missing(self, frame: Frame) -> str:
+        """Return why a frame cannot be used without a calibration; "" if it can.
+
+        A pinhole model needs one; for others the image is a panorama, unless a calibration is published.
+        """
+        if self._cameras.lens_known(frame):
+            return ""
+        hint = "if the camera takes panoramas, set panorama_elevation_deg"
+        if self._spec.camera == "pinhole":
+            return f"no usable camera_info received; {hint}"
+        if self._uncalibrated or not self.count_publishers(self.resolve_topic_name("camera_info")):
+            return ""
+        return f"camera_info has a publisher, but no usable message came; {hint}"
 
     def hand_over(self, paired: PairedFrame) -> bool:
         """Give a paired frame to the worker; return True if one was dropped for it."""
@@ -267,8 +279,9 @@ class VehicleNode(LifecycleNode):
         self._checks = InputChecks(self._odometry, self._health, self.get_logger())
         self._cameras = self._named_cameras()
         self._assembly = RigAssembly(self._cameras.names, p["rig_tolerance_s"])
-        # By camera, "" for a single one. Replaced when one changes: frames keep those of their time.
-        self._calibrations: dict[str, CameraModel] = {}
+        for name in self._calibrations:
+            self._health.clear(_topic(name, "rectified"))
+        self._calibrations, self._uncalibrated = {}, False
         self._motion_start: GnssFix | None = None
         self._last_image_at: float | None = None
         for name in ("antenna_frame", "camera_frame", "heading_frame"):
@@ -415,17 +428,26 @@ class VehicleNode(LifecycleNode):
 
     def _on_camera_info(self, name: str, message: CameraInfo) -> None:
         others = {other: camera for other, camera in self._calibrations.items() if other != name}
+        topic, key = self.resolve_topic_name(_topic(name, "image")), _topic(name, "rectified")
+        # Zeros say that a camera is not calibrated: drivers of panorama cameras send them.
+        self._uncalibrated = not name and self._spec.camera == "panorama" and not any(message.k)
+        if self._uncalibrated:
+            self._calibrations = {}
+            for condition in ("camera_info", key):
+                self._health.clear(condition)
+            return
         try:
             camera = input_messages.camera_from_info(message, self._params["rectified"])
         except RejectedInput:
             self._calibrations = others
+            self._health.clear(key)
             raise
         self._calibrations = {**others, name: camera}
         self._cameras.frames[name] = message.header.frame_id
         self._health.clear(_topic(name, "camera_info"))
-        topic, key = self.resolve_topic_name(_topic(name, "image")), _topic(name, "rectified")
         if camera.distorts and "image_rect" in topic:
-            text = f"{topic} is undistorted, as camera_info says; if it is rectified already, set rectified"
+            text = f"images on {topic} are corrected by the distortion in camera_info; if they are rectified "
+            text += "already, set rectified"
             if self._health.condition(key, WARN, text):
                 self.get_logger().warning(shown(text), throttle_duration_sec=LOG_INTERVAL_S)
         else:
@@ -507,7 +529,7 @@ class VehicleNode(LifecycleNode):
                 self._reject(result.reason, str(result))
                 continue
             self._tilt.show_missing(result)
-            if problem := self.calibration_missing(result.frame):
+            if problem := self._calibration_missing(result.frame):
                 self._reject("camera_info_missing", problem)
             elif fault := self._checks.image_fault(""):
                 self._reject("image_still", fault)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -44,13 +44,13 @@ from xview_loc.vehicle.messages import (
     rgb_from_image,
     valid_stamp_ns,
 )
-from xview_loc.vehicle.mounting import Mounting
+from xview_loc.vehicle.mounting import Mounting, Offset
 from xview_loc.vehicle.pairing import Paired, Pairing
 from xview_loc.vehicle.rig_assembly import CameraImage, RigAssembly, middle_ns
 from xview_loc.vehicle.rig_file import CameraEntry
 from xview_loc.vehicle.synchronisation import RejectedInput
 from xview_loc.vehicle.tilt import TiltSample, tilt_from_imu
-from xview_loc.vehicle.transforms import TransformError
+from xview_loc.vehicle.transforms import Transform, TransformError
 
 # Types that an input has only on the topic named after it, or on a topic chosen: elsewhere they are often
 # something else, such as a commanded twist or a pose without true north.
@@ -63,6 +63,7 @@ _COMPRESSED, _IMU = "sensor_msgs/msg/CompressedImage", "sensor_msgs/msg/Imu"
 _WAIT_S = 1.5
 _WAITING = 256
 _JPEG_QUALITY = 95
+_DEFAULT_SPEC = SPECS["ccvpe-small"]
 # Consecutive tiles that fail before the map counts as out of reach.
 _MAP_FAILURES = 3
 
@@ -72,18 +73,22 @@ class ImportOptions:
     """How to make pairs of a recording.
 
     topics: topics of the inputs in :data:`INPUT_TYPES`; default: the topic named after the input (``/fix``),
-    else the only one of its type. use_heading: pair headings. heading: how they are counted. mounting: where
-    antenna and camera are; None: at the vehicle's origin, or as a bag of pairs says. cameras: those of a rig,
+    else the only one of its type. use_heading: pair headings. heading: how they are counted. antenna, camera:
+    where they are in base_link (forward, left), metres, and camera_yaw, where the image's middle looks,
+    radians left of forward; None: 0, or as a bag of pairs says. cameras: those of a rig,
     see :func:`find_cameras`; none: a single camera. rig_file: what a rig file says of them. own_mask: where a
     single camera sees the vehicle itself. imu: topic of an Imu that gives roll and pitch; "": they are
-    ``tilt``, None if unknown. spec: of the model that tiles are cut for. The others are the pair_logger's
+    ``tilt``, None if unknown. spec: of the model that tiles are cut for; None: a bag of
+    pairs' own, else ccvpe-small. The others are the pair_logger's
     parameters.
     """
 
     topics: Mapping[str, str] = field(default_factory=dict)
     use_heading: bool = True
     heading: HeadingConvention = field(default_factory=HeadingConvention)
-    mounting: Mounting | None = None
+    antenna: Offset | None = None
+    camera: Offset | None = None
+    camera_yaw: float | None = None
     cameras: Sequence[str] = ()
     rig_file: Mapping[str, CameraEntry] = field(default_factory=dict)
     rig_tolerance_s: float = 0.05
@@ -97,13 +102,18 @@ class ImportOptions:
     max_fix_age_s: float = 2.0
     max_heading_age_s: float = 0.5
     keyframes: KeyframeRule = field(default_factory=KeyframeRule)
-    spec: ModelSpec = SPECS["ccvpe-small"]
+    spec: ModelSpec | None = None
 
     @property
     def fit_pairs(self) -> bool:
         """Whether they fit a bag of pairs: they say nothing but the tiles and the mounting."""
-        tiles = ImportOptions(mounting=self.mounting, spec=self.spec)
-        return self.own_mask is None and self == tiles
+        kept = {name: getattr(self, name) for name in ("antenna", "camera", "camera_yaw", "spec")}
+        return self.own_mask is None and self == ImportOptions(**kept)
+
+    def mounting(self, known: Mounting) -> Mounting:
+        """Return the mounting: what they say, and the rest as ``known``."""
+        given = {name: getattr(self, name) for name in ("antenna", "camera", "camera_yaw")}
+        return replace(known, **{name: value for name, value in given.items() if value is not None})
 
 
 @dataclass
@@ -140,10 +150,10 @@ def import_bag(
     """Make the bag of pairs ``out`` from a rosbag2 directory, a ROS 1 .bag, or a bag of pairs.
 
     A recording's images become keyframes with the fix and heading at their stamps. A bag of pairs is copied,
-    with tiles cut for pairs that lack one. ``aerial`` None: pairs without tiles. ``on_progress`` gets the
-    fraction done. ``out`` appears when it is complete; if it exists, nothing is done and the result is None.
-    Raises BagError if the recording cannot be used, MapError if the map is out of reach, OSError if ``out``
-    cannot be written.
+    with tiles cut for pairs that have none that fits the model. ``aerial`` None: pairs without tiles.
+    ``on_progress`` gets the fraction done. ``out`` appears when it is complete; if it exists, nothing is done
+    and the result is None. Raises BagError if the recording cannot be used, MapError if the map is out of
+    reach, OSError if ``out`` cannot be written.
     """
     if out.exists():
         if out.resolve() == source.resolve():
@@ -151,13 +161,14 @@ def import_bag(
         return None
     options = options or ImportOptions()
     result = ImportResult()
-    with (
-        whole_folder(out) as partial,
-        _reading(source) as reader,
-        closing(_TileCutter(aerial, options, result)) as tiles,
-    ):
+    with whole_folder(out) as partial, _reading(source) as reader, ExitStack() as resources:
+        bag = None
         if TILE in {connection.topic for connection in reader.connections}:
-            _complete(source, partial, tiles, options, result, on_progress)
+            bag = PairBag(source)
+        spec = options.spec or SPECS.get(str(bag.session().get("model")) if bag else "", _DEFAULT_SPEC)
+        tiles = resources.enter_context(closing(_TileCutter(aerial, spec, result)))
+        if bag is not None:
+            _complete(bag, partial, tiles, options, result, on_progress)
         else:
             _import_recording(source, reader, partial, tiles, options, result, on_progress)
     return result
@@ -166,8 +177,7 @@ def import_bag(
 class _TileCutter:
     """Cuts the pairs' tiles, and counts those that fail."""
 
-    def __init__(self, aerial: AerialMap | None, options: ImportOptions, result: ImportResult) -> None:
-        spec = options.spec
+    def __init__(self, aerial: AerialMap | None, spec: ModelSpec, result: ImportResult) -> None:
         self._store = TileStore(aerial, spec.tile_px, spec.gsd, spec.snap_m) if aerial else None
         self._result = result
         self._failures_in_a_row = 0
@@ -218,7 +228,7 @@ def _reading(source: Path) -> Iterator[AnyReader]:
 
 
 def _complete(
-    source: Path,
+    bag: PairBag,
     partial: Path,
     tiles: _TileCutter,
     options: ImportOptions,
@@ -228,17 +238,24 @@ def _complete(
     """Copy a bag of pairs, cutting the tiles that are missing, damaged, or of another size."""
     if not options.fit_pairs:
         raise BagError(
-            f"{source} is a bag of pairs: only --map, --model, --camera, --camera-yaw and --antenna "
+            f"{bag.folder} is a bag of pairs: only --map, --model, --camera, --camera-yaw and --antenna "
             "can be given anew, the other options are for recordings"
         )
-    bag = PairBag(source)
     before, rig = bag.session(), bag.rig()
     session = {**before, "licence": tiles.licence or before.get("licence", "")}
     if tiles.has_map:
         session.update(tiles.facts())
-    if options.mounting is not None:
-        mounting = options.mounting if rig is None else rig_mounting(rig, options.mounting.antenna)
-        session.update(mounting.facts())
+    if rig is not None and (options.camera is not None or options.camera_yaw is not None):
+        raise BagError(
+            f"{bag.folder} has several cameras, with places of their own: leave out --camera and --camera-yaw"
+        )
+    known = Mounting.of(before)
+    mounting = options.mounting(known)
+    if options.camera_yaw is not None:
+        turn = Transform.planar(0.0, 0.0, options.camera_yaw - known.camera_yaw)
+        turned = turn @ Transform(np.zeros(3), np.array(bag.camera_rotation()))
+        session["camera_rotation"] = turned.rotation.tolist()
+    session.update((mounting if rig is None else rig_mounting(rig, mounting.antenna)).facts())
     odometry = _readable(bag.odometry(), result)
     waiting = next(odometry, None)
     writer = PairWriter(partial, session, BagLimits(min_free_bytes=0), rig, bag.own_mask(), bag.cameras)
@@ -322,7 +339,7 @@ def _import_recording(
     on_progress: Callable[[float], object],
 ) -> None:
     inputs = _choose(source, reader, options)
-    mounting = options.mounting or Mounting()
+    mounting = options.mounting(Mounting())
     try:
         rig, transforms = None, StaticTransforms()
         if options.cameras or options.imu:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from mcap.records import MessageIndex
 
 from xview_loc.bags.recovery import BagError, bag_files
 from xview_loc.bags.ros_types import deserialize, stamp_ns
-from xview_loc.errors import reason
+from xview_loc.errors import reason, shown
 from xview_loc.files import open_regular
 from xview_loc.maps.base import AerialTile
 from xview_loc.recordings.pair import Pair
@@ -45,8 +46,9 @@ from xview_loc.recordings.rig_messages import (
     read_cameras,
     rig_topics,
 )
-from xview_loc.rig import Mask, MountedCamera, Rig
+from xview_loc.rig import Mask, MountedCamera, Quaternion, Rig, facing
 from xview_loc.vehicle.messages import cdr_stamp_ns
+from xview_loc.vehicle.mounting import Mounting
 from xview_loc.vehicle.rig_assembly import CameraImage
 
 
@@ -162,6 +164,24 @@ class PairBag:
         with _readable(f"the rig in {self.folder} cannot be used"):
             height = float(self.session().get("base_height", 0.0))
             return make_rig(dict(sorted(cameras.items())), own, height)
+
+    def camera_rotation(self) -> Quaternion:
+        """Return the rotation of a single camera's optical frame; it is level if the bag does not say it.
+
+        Raises BagError if what it says is no rotation.
+        """
+        session = self.session()
+        given = session.get("camera_rotation")
+        if given is None:
+            return facing(Mounting.of(session).camera_yaw)
+        try:
+            x, y, z, w = map(float, given)
+        except (TypeError, ValueError):
+            x = y = z = w = math.nan
+        if not abs(math.hypot(x, y, z, w) - 1.0) < 0.1:  # NaN as well
+            text = f"{self.folder} has no usable camera_rotation, a quaternion: {shown(given, 80)}"
+            raise BagError(text)
+        return x, y, z, w
 
     def own_mask(self) -> Mask | None:
         """Return where a single camera sees the vehicle itself; None if it is not said. Raises BagError."""

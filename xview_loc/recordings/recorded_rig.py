@@ -164,7 +164,8 @@ class StaticTransforms:
         try:
             return optical_pose(self.pose, rig_frames(name, frame))
         except TransformError as error:
-            text = f"camera {name}: {TF_STATIC} does not say where its frame {frame!r} is in {BASE_FRAME}"
+            frames = " or ".join(rig_frames(name, frame))
+            text = f"camera {name}: {TF_STATIC} has no transform from {BASE_FRAME} to {frames}"
             raise BagError(f"{shown(text)} ({reason(error)}): say it in a rig file") from None
 
 

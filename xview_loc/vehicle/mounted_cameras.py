@@ -21,7 +21,7 @@ _UP = 0.5
 
 
 def check_names(names: Collection[str]) -> None:
-    """Raise CameraError unless cameras of a rig may have these names, and there may be so many."""
+    """Raise CameraError if a name is not allowed, or if there are too many cameras."""
     if len(names) > MOST_CAMERAS:
         raise CameraError(f"a rig of {len(names)} cameras: at most {MOST_CAMERAS} are supported")
     for name in names:
@@ -33,7 +33,7 @@ def check_names(names: Collection[str]) -> None:
 
 
 def check_height(rig: Rig) -> None:
-    """Raise CameraError if several cameras are on the ground, on which their images could not be joined."""
+    """Raise CameraError if several cameras are too low for joining their images on the ground."""
     height = float(rig.centre[2]) + rig.height
     if len(rig.cameras) > 1 and not height >= LEAST_HEIGHT_M:  # NaN as well
         raise CameraError(

@@ -11,11 +11,11 @@ from xview_loc.vehicle.synchronisation import NS, RESTART_NS, RejectedInput, Sta
 
 # Sets remembered, and needed to judge; a camera that is missing from this share of them is faulty.
 _WINDOW, _ENOUGH, _LIMIT = 20, 10, 0.5
-# Images of one instant arrive one after another: sets wait at least so long.
+# Images of one instant arrive one after another; a set waits at least this long.
 _LEAST_WAIT_NS = NS // 20
 # A camera whose last image arrived longer ago sends none any more.
 _SILENT_NS = NS
-# So many cameras show which of their clocks is wrong.
+# Fewest cameras among which a wrong clock can be told.
 _CLOCKS = 3
 
 
@@ -39,8 +39,9 @@ class RigAssembly:
 
     A set is released complete at once; incomplete after ``tolerance_s`` (at least 50 ms), or when the next
     one begins. A stamp more than half a second before the last one of its camera means that time started
-    again. Of three cameras or more, those are left out whose stamps, seen from their arrivals, stay more than
-    half a second from the median's: they would make all others early or late. Not thread-safe.
+    again. With three cameras or more, images of a camera are refused while its clock (stamp less arrival) is
+    more than half a second from the median clock: they would make all others seem early or late. Not
+    thread-safe.
     """
 
     def __init__(self, names: Sequence[str], tolerance_s: float) -> None:
