@@ -458,6 +458,7 @@ def test_places_and_tilts_from_tf(vehicle: Vehicle) -> None:
         ({"cameras": [f"c{k}" for k in range(17)]}, "cameras: a rig of 17 cameras: at most 16"),
         ({"cameras": [""]}, "rig_file is set, but cameras is empty"),
         ({"camera_frame": "eye"}, "camera_frame is for a single camera"),
+        ({"camera_yaw_deg": 5.0}, "camera_yaw_deg is for a single camera"),
         ({"panorama_elevation_deg": [90.0, -90.0]}, "panorama_elevation_deg is for a single camera"),
         ({"panorama_elevation_deg": [10.0, 20.0]}, "panorama_elevation_deg must be the elevations"),
         ({"panorama_elevation_deg": [math.nan, 0.0]}, "panorama_elevation_deg must be the elevations"),
@@ -501,16 +502,17 @@ def test_the_pair_logger_keeps_the_images_as_they_came(tmp_path: Path) -> None:
             imu = b.publisher(Imu, "/imu")
             outputs = [front, left, *infos, fix, heading, imu]
             b.wait(lambda: all(o.get_subscription_count() for o in outputs), what="the inputs")
-            ns = time.time_ns()
-            while int(b.value("pairs") or 0) < 5:
-                ns += NS
+            start = time.time_ns()
+
+            def send(**changed: Any) -> None:
+                ns = start + (len(sent) + 1) * NS
                 pixels = scene(pinhole_rays(0.0), (3.0 * len(sent), 0.0))
-                jpeg = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 50 + len(sent) % 50])[
-                    1
-                ].tobytes()
+                quality = [cv2.IMWRITE_JPEG_QUALITY, 50 + len(sent) % 50]
+                jpeg = cv2.imencode(".jpg", pixels, quality)[1].tobytes()
                 sent[ns] = jpeg, pixels
-                raw = Image(width=WIDTH, height=HEIGHT, encoding="rgb8", step=3 * WIDTH)
-                raw.data = array.array("B", pixels.tobytes())
+                height = changed.get("height", HEIGHT)
+                raw = Image(width=WIDTH, height=height, encoding="rgb8", step=3 * WIDTH)
+                raw.data = array.array("B", pixels[:height].tobytes())
                 at = NavSatFix(latitude=LAT + 1e-4 * len(sent), longitude=LON)
                 at.status.status = 0
                 turn = tilt_quaternion(math.radians(5.0), math.radians(-3.0))
@@ -519,18 +521,32 @@ def test_the_pair_logger_keeps_the_images_as_they_came(tmp_path: Path) -> None:
                     (imu, Imu(orientation=turn), ns + NS // 50),
                     (fix, at, ns),
                     (heading, Imu(orientation=tilt_quaternion(0.0, 0.0, 0.4)), ns),
-                    *((info, calibration(), ns) for info in infos),
+                    *((info, calibration(**changed.get("info", {})), ns) for info in infos),
                     (front, CompressedImage(format="jpeg", data=array.array("B", jpeg)), ns),
                     (left, raw, ns + 2_000_000),
                 ):
                     message.header.stamp.sec, message.header.stamp.nanosec = divmod(stamp_ns, NS)
                     publisher.publish(message)
                 b.wait_diagnosis()
+
+            while int(b.value("pairs") or 0) < 5:
+                send()
             assert b.text() == "no_map: no map is named: pairs are stored without tiles"
+            # An image that cannot be used leaves the rig as it is.
+            while int(b.value("pairs") or 0) < 7:
+                send(height=HEIGHT - 2)
+            while int(b.value("pairs") or 0) < 9:
+                send()
+            # Another calibration would hold for all pairs of the bag.
+            wider = {"k": [20.0, 0.0, (WIDTH - 1) / 2, 0.0, 20.0, (HEIGHT - 1) / 2, 0.0, 0.0, 1.0]}
+            while not int(b.value("frames_rejected/camera_info_invalid") or 0):
+                send(info=wider)
+            assert "changed in a recording: call ~/stop and ~/start" in b.text()
     finally:
         assert node.stop() == 0, node.log
     assert "Traceback" not in node.log, node.log
     bag = PairBag(next((tmp_path / "bags").iterdir()))
+    assert len(list(bag.folder.glob("*.mcap"))) <= 2  # one more if a camera's calibration came later
     rig = bag.rig()
     assert rig is not None and rig.height == 0.3 and rig.cameras.keys() == {"front", "left"}
     assert rig.cameras["left"].position == (0.0, 0.3, 1.5)

@@ -36,7 +36,9 @@ from xview_loc.maps.store import TileStore
 from xview_loc.models import create_model
 from xview_loc.models.base import CrossViewModel, HeatMapGrid, HeatMaps
 from xview_loc.models.checkpoint import CheckpointError
+from xview_loc.models.inputs import normalise
 from xview_loc.models.specs import ModelSpec
+from xview_loc.rig import look_aside
 from xview_loc.vehicle.mounting import Mounting, in_enu
 
 LAT, LON = 48.2, 16.37
@@ -199,6 +201,17 @@ def test_tiles_turned_in_steps_are_kept_and_give_the_same_place() -> None:
     for _ in range(2):
         exact.localize(Observation(IMAGE, LAT, LON, heading=0.2, camera=CAMERA))
     assert model.encoded == 4
+
+
+@pytest.mark.parametrize("bins", [0, 8])
+def test_a_model_that_trusts_the_heading_sees_along_the_turned_tile(bins: int) -> None:
+    """Its image is turned by what the step leaves; a model with bins finds that by itself."""
+    model = FindsRed("pinhole", "left", bins=bins)
+    localizer = make_localizer(PaintedMap(place(8.0, 5.0)), model, turn_step_deg=4.0)
+    image = np.random.default_rng(0).integers(0, 255, IMAGE.shape, np.uint8)
+    localizer.localize(Observation(image, LAT, LON, heading=math.radians(10.5), camera=CAMERA))
+    seen = image if bins else look_aside(image, CAMERA, math.radians(1.5))
+    assert torch.equal(model.calls[0]["ground"], normalise(seen, model.spec))
 
 
 def test_a_known_heading_is_passed_through_and_no_orientation_asked_for() -> None:

@@ -32,6 +32,7 @@ from xview_loc.maps import open_map
 from xview_loc.maps.base import AerialTile, MapUnavailableError
 from xview_loc.maps.store import TileStore
 from xview_loc.models import create_model
+from xview_loc.models.specs import SPECS
 from xview_loc.recordings.importer import ImportOptions, import_bag
 from xview_loc.recordings.pair_reader import PairBag
 from xview_loc.recordings.tracks import read_timed_track
@@ -270,6 +271,13 @@ def test_missing_tiles_are_filled_in_later(aerial_path: Path, tmp_path: Path) ->
         PairDataset([tmp_path / "bare" / "a"], SPEC)[0]
     with open_map(str(aerial_path)) as aerial:
         second = import_bag(tmp_path / "bare" / "a", tmp_path / "full" / "a", aerial, OPTIONS)
+        # Tiles stay those of the model that they were cut for, unless another one is named.
+        ggcvt = ImportOptions(spec=SPECS["ggcvt-small"])
+        import_bag(tmp_path / "full" / "a", tmp_path / "larger", aerial, ggcvt)
+        import_bag(tmp_path / "larger", tmp_path / "same", aerial, ImportOptions())
+    for name in ("larger", "same"):
+        assert PairBag(tmp_path / name).tile_sizes() == {(192, 0.48)}
+        assert PairBag(tmp_path / name).session()["model"] == "ggcvt-small"
     assert second is not None and (second.pairs, second.without_tile) == (14, 0)
     bare, full = PairBag(tmp_path / "bare" / "a"), PairBag(tmp_path / "full" / "a")
     assert all(bare[k].image_bytes == full[k].image_bytes for k in range(14))

@@ -542,17 +542,25 @@ def test_it_loads_no_model_library() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-def test_images_for_a_pinhole_model_need_a_calibration(aerial: Path, tmp_path: Path) -> None:
-    """Without one, and without headings, pairs could not adapt it."""
+def test_a_pinhole_model_needs_headings(aerial: Path, tmp_path: Path) -> None:
     domain = DOMAIN + 5
-    words = {"map": str(aerial), "model": "ccvpe-pinhole-small"}
     with bench(domain) as here:
+        words = {"map": str(aerial), "model": "ccvpe-pinhole-small"}
         node = start(tmp_path, domain, use_heading=False, **words)
         try:
             here.wait_diagnosis("use_heading: false records no headings, but ccvpe-pinhole-small needs")
         finally:
             assert node.stop() == 0, node.log
-        node = start(tmp_path, domain, **words)
+
+
+@pytest.mark.parametrize(("model", "side"), [("ccvpe-small", 160), ("ccvpe-pinhole-small", 227)])
+def test_images_wait_for_a_calibration_that_is_published(
+    aerial: Path, tmp_path: Path, model: str, side: int
+) -> None:
+    """Without it, a pair would be taken for a panorama, or could not adapt a model for pinhole cameras."""
+    domain = DOMAIN + 5
+    with bench(domain) as here:
+        node = start(tmp_path, domain, map=str(aerial), model=model)
         try:
             rig = Rig(here)
             info = here.publisher(CameraInfo, "camera_info")
@@ -573,7 +581,7 @@ def test_images_for_a_pinhole_model_need_a_calibration(aerial: Path, tmp_path: P
         finally:
             assert node.stop() == 0, node.log
     bag = PairBag(newest(tmp_path))
-    assert bag.tile_sizes() - {None} == {(227, 0.48)}
+    assert bag.tile_sizes() - {None} == {(side, 0.48)}
     camera = bag[0].camera
     assert camera is not None and camera.k == tuple(matrix)
 

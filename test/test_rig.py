@@ -10,7 +10,7 @@ import pytest
 
 from xview_loc.camera import CameraError, CameraModel, PanoramaCamera
 from xview_loc.images import ImageError
-from xview_loc.rig import MountedCamera, Rig
+from xview_loc.rig import UNSEEN, MountedCamera, Rig, look_aside
 
 ELEVATION = (math.radians(30.0), math.radians(-60.0))
 SIZE = (64, 256)
@@ -62,6 +62,23 @@ def test_a_lens_whose_polynomial_bends_back_shows_nothing_twice() -> None:
     pixels, seen = camera.project(np.stack([np.sin(angle), 0 * angle, np.cos(angle)], 1))
     assert seen[:60].all() and not seen[-180:].any()
     assert (np.diff(pixels[seen, 0]) > 0).all()
+
+
+@pytest.mark.parametrize("angle", [0.03, -0.05])
+def test_a_camera_looks_aside(angle: float) -> None:
+    image = smooth_panorama()
+    lens = CameraModel(320, 120, (160, 0, 159.5, 0, 160, 50, 0, 0, 1))
+    rig = Rig({"all": MountedCamera(PanoramaCamera(1024, 512), (0.0, 0.0, 1.7))})
+    ahead, _ = rig.view({"all": image}, lens)
+    # What lies left of the middle comes to the middle.
+    aside, _ = rig.view({"all": np.roll(image, round(angle / (2 * np.pi) * 1024), axis=1)}, lens)
+    angle = round(angle / (2 * np.pi) * 1024) / 1024 * 2 * np.pi
+    turned = look_aside(ahead, lens, angle)
+    inside = slice(12, -12)
+    assert np.abs(turned.astype(int) - aside)[:, inside].mean() < 1.5
+    assert np.abs(ahead.astype(int) - aside)[:, inside].mean() > 3.0
+    edge = 0 if angle > 0 else -1
+    assert (turned[:, edge] == UNSEEN).all() and not (turned[:, -1 - edge] == UNSEEN).all(1).any()
 
 
 def test_a_tilted_panorama_is_levelled() -> None:

@@ -26,9 +26,12 @@ from xview_loc.images import decode_compressed
 from xview_loc.maps.base import AerialTile
 from xview_loc.models.inputs import denormalise, ground_image
 from xview_loc.models.specs import ModelSpec
+from xview_loc.recordings.importer import ImportOptions, import_bag
 from xview_loc.recordings.pair import Pair
+from xview_loc.recordings.pair_reader import PairBag
 from xview_loc.recordings.pair_writer import PairWriter
 from xview_loc.rig import MountedCamera, Rig, directions, facing, rotation_matrix, tilt_matrix
+from xview_loc.simulation.rigs import looking
 from xview_loc.training.turned_panoramas import turn_back, turn_panoramas
 from xview_loc.vehicle.mounting import Mounting
 from xview_loc.vehicle.rig_assembly import CameraImage
@@ -334,6 +337,29 @@ def test_pairs_that_do_not_fit_a_model_of_turned_tiles(world: np.ndarray, tmp_pa
         PairDataset([folder], PINHOLE)[0]
 
 
+def test_a_photograph_without_calibration_is_no_panorama(world: np.ndarray, tmp_path: Path) -> None:
+    one = pair(image_format="jpeg", image_bytes=jpeg(photograph(world, 0.0, None)), camera=None)
+    with pytest.raises(BagError, match=r"pair 0 of .*: an image of .* is no panorama from .*: publish its"):
+        ground(write(tmp_path / "a", one), spec=SPEC)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_camera_may_be_turned_afterwards(world: np.ndarray, tmp_path: Path, told: bool) -> None:
+    """What else the bag says of the mounting stays."""
+    stored = Mounting(antenna=(1.0, 0.0), camera=(2.0, 0.5), camera_yaw=0.3)
+    facts = stored.facts()
+    if told:  # it looks down, too
+        facts["camera_rotation"] = list(looking(math.degrees(0.3), 10.0))
+    one = pair(image_format="jpeg", image_bytes=jpeg(photograph(world, 0.3, None)), camera=CAMERA)
+    before = write(tmp_path / "a", one, facts=facts, tile_px=92)
+    import_bag(before, tmp_path / "b", None, ImportOptions(camera_yaw=-0.2))
+    bag = PairBag(tmp_path / "b")
+    assert Mounting.of(bag.session()) == replace(stored, camera_yaw=-0.2)
+    down = 10.0 if told else 0.0
+    wanted = rotation_matrix(looking(math.degrees(-0.2), down))
+    assert rotation_matrix(bag.camera_rotation()) == pytest.approx(wanted, abs=1e-9)
+
+
 def test_pairs_that_do_not_fit_say_so(world: np.ndarray, tmp_path: Path) -> None:
     image = photograph(world, 0.0, None)
     small = pair(images=(taken("front", image[:100]),))
@@ -345,5 +371,5 @@ def test_pairs_that_do_not_fit_say_so(world: np.ndarray, tmp_path: Path) -> None
     up = MountedCamera(CAMERA, rotation=(0.0, 0.0, 0.0, 1.0))
     sky = write(tmp_path / "sky", pair(images=(taken("up", image),)), rig=Rig({"up": up}))
     low = replace(SPEC, elevation_deg=(-10.0, -60.0))
-    with pytest.raises(BagError, match="the cameras show less than 0.5 % of what"):
+    with pytest.raises(BagError, match=r"the cameras show less than 0\.5 % of what"):
         PairDataset([sky], low)[0]

@@ -369,6 +369,11 @@ def test_pairs_of_a_rig_get_their_tiles_later(recording: Path, city: City, tmp_p
         moved = ImportOptions(antenna=(-1.0, 0.5))
         result = import_bag(tmp_path / "bare", tmp_path / "full", aerial, moved)
     full = PairBag(tmp_path / "full")
+    with (
+        open_map(str(tmp_path / "city.tif")) as aerial,
+        pytest.raises(BagError, match="has several cameras, with places of their own"),
+    ):
+        import_bag(tmp_path / "bare", tmp_path / "turned", aerial, ImportOptions(camera_yaw=1.0))
     # The antenna is elsewhere, the cameras are where they were.
     assert Mounting.of(full.session()) == Mounting((-1.0, 0.5), Mounting.of(bare.session()).camera)
     assert result is not None and (result.pairs, result.without_tile) == (COUNT, 0)

@@ -105,7 +105,7 @@ def test_a_vehicle_on_its_side_is_refused() -> None:
     assert vehicle.refused == ["tilt_implausible"]
     paired = vehicle.frame(1.0)
     vehicle.input.show_missing(paired)
-    assert "tilt_source tf says nothing" in vehicle.text() and "pitch_deg 1" in vehicle.text()
+    assert "no tilt from tf within" in vehicle.text() and "pitch_deg 1" in vehicle.text()
     assert vehicle.input.of(paired) == TiltSample(NS, 0.0, math.radians(1.0))
 
 

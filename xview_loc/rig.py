@@ -214,6 +214,18 @@ def directions(lens: Lens) -> NDArray[np.float64]:
     return rays
 
 
+def look_aside(image: Image, camera: CameraModel, angle: float) -> Image:
+    """Return what a level camera without distortion would see if it looked ``angle`` radians further left.
+
+    What the image does not show has the mean colour.
+    """
+    c, s = math.cos(angle), math.sin(angle)
+    to_image = camera.matrix @ [[c, 0.0, -s], [0.0, 1.0, 0.0], [s, 0.0, c]] @ np.linalg.inv(camera.matrix)
+    how = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    size = camera.width, camera.height
+    return np.asarray(cv2.warpPerspective(image, to_image, size, flags=how, borderValue=UNSEEN), np.uint8)
+
+
 def facing(yaw: float) -> Quaternion:
     """Return the rotation of a level camera that looks ``yaw`` radians left of the vehicle's x axis."""
     c, s = math.cos(yaw / 2.0), math.sin(yaw / 2.0)

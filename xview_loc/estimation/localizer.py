@@ -39,7 +39,7 @@ from xview_loc.maps.store import TileStore
 from xview_loc.models.base import CrossViewModel, HeatMaps
 from xview_loc.models.checkpoint import load_model
 from xview_loc.models.graph import FrameSettings
-from xview_loc.models.inputs import normalise, prepare_ground
+from xview_loc.models.inputs import ground_image, normalise
 from xview_loc.models.runtimes import (
     Backend,
     Precision,
@@ -48,6 +48,7 @@ from xview_loc.models.runtimes import (
     choose_backend,
     make_runtime,
 )
+from xview_loc.rig import look_aside
 from xview_loc.statistics import wrapped_variance
 
 # Radius of the search disc in standard deviations of the fix along its larger axis.
@@ -220,7 +221,7 @@ class Localizer:
         with _timed(timings, "tile"):
             tile = self._tile(observation)
         with _timed(timings, "ground"):
-            ground = self._ground(observation)
+            ground = self._ground(observation, tile)
         with _timed(timings, "encode"):
             features = self._encode(tile)
         with _timed(timings, "match"):
@@ -309,10 +310,15 @@ class Localizer:
                 return kept
         return tile.rotated(heading, self.spec.aerial_size)
 
-    def _ground(self, observation: Observation) -> Tensor:
+    def _ground(self, observation: Observation, tile: AerialTile) -> Tensor:
+        spec, lens = self.spec, self.spec.lens
         heading = observation.heading if self._turns_image else None
-        ground = prepare_ground(observation.image, self.spec, heading=heading, camera=observation.camera)
-        return self._to_model(ground)
+        image = ground_image(observation.image, spec, heading=heading, camera=observation.camera)
+        if self._turn_step and isinstance(lens, CameraModel) and spec.bins == 0:
+            # Without heading bins, models take the image to look exactly along the tile's rows.
+            assert observation.heading is not None
+            image = look_aside(image, lens, wrap_angle(tile.rotation - observation.heading))
+        return self._to_model(normalise(image, spec))
 
     def _to_model(self, image: Tensor) -> Tensor:
         return image.to(self._model_device, self._dtype, memory_format=torch.channels_last)

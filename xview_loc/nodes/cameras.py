@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from xview_loc.camera import CameraError, CameraModel, PanoramaCamera
+from xview_loc.camera import CameraError, CameraModel, Lens, PanoramaCamera
 from xview_loc.errors import shown
 from xview_loc.images import Image, ImageError
 from xview_loc.nodes.parameters import ParameterError
@@ -80,12 +80,15 @@ class Cameras:
                     raise ParameterError(f"{name} is for a single camera: leave it out, or empty cameras")
             if params["rig_file"]:
                 self._entries = read_rig_file(params["rig_file"])
-            if strangers := self._entries.keys() - set(self.names):
-                raise ParameterError(f"rig_file describes {min(strangers)}, which cameras does not name")
         elif params["rig_file"]:
             raise ParameterError("rig_file is set, but cameras is empty: name those to use")
         elif params["own_mask"]:
             self._entries = {"": CameraEntry(None, read_mask(Path(params["own_mask"]).expanduser()))}
+
+    @property
+    def unused(self) -> list[str]:
+        """The cameras that only the rig file names."""
+        return sorted(self._entries.keys() - {*self.names, ""})
 
     @property
     def unplaced(self) -> list[str]:
@@ -175,7 +178,7 @@ class Cameras:
         transforms: Transforms | None,
         elevation_deg: Callable[[Image], tuple[float, float]],
     ) -> MountedCamera:
-        camera: CameraModel | PanoramaCamera | None = frame.cameras.get(name)
+        camera: Lens | None = frame.cameras.get(name)
         if camera is None:
             if name or image is None:
                 raise RejectedInput("camera_info_missing", "no usable camera_info received")

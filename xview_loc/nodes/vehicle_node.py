@@ -278,6 +278,9 @@ class VehicleNode(LifecycleNode):
         self._agreeing = AgreeingFixes()
         self._checks = InputChecks(self._odometry, self._health, self.get_logger())
         self._cameras = self._named_cameras()
+        if unused := self._cameras.unused:
+            text = f"rig_file describes {', '.join(unused)}, not among cameras: not used"
+            self.get_logger().warning(shown(text))
         self._assembly = RigAssembly(self._cameras.names, p["rig_tolerance_s"])
         for name in self._calibrations:
             self._health.clear(_topic(name, "rectified"))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from xview_loc.camera import CameraModel, PanoramaCamera
+from xview_loc.camera import CameraModel, Lens, PanoramaCamera
 from xview_loc.rig import FORWARD, MountedCamera, Quaternion, Rig
 from xview_loc.simulation.city import City
 from xview_loc.simulation.objects import Cars, Image
@@ -109,7 +109,7 @@ def make_rig(name: str, scale: float = 1.0) -> Rig:
     return Rig({key: replace(one, camera=_scaled(one.camera, scale)) for key, one in RIGS[name].items()})
 
 
-def _scaled(one: CameraModel | PanoramaCamera, scale: float) -> CameraModel | PanoramaCamera:
+def _scaled(one: Lens, scale: float) -> Lens:
     width, height = max(1, round(one.width * scale)), max(1, round(one.height * scale))
     if isinstance(one, PanoramaCamera):
         return replace(one, width=width, height=height)

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from xview_loc.camera import CameraModel, PanoramaCamera
+from xview_loc.camera import CameraModel, Lens, PanoramaCamera
 from xview_loc.rig import MountedCamera, tilt_matrix
 from xview_loc.simulation.city import City
 from xview_loc.simulation.objects import Cars, Image
@@ -195,7 +195,7 @@ def render_camera(
 
 
 @lru_cache(maxsize=16)
-def _rays(camera: CameraModel | PanoramaCamera) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+def _rays(camera: Lens) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     return camera.rays()
 
 

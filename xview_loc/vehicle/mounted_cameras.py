@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 
 import numpy as np
 
-from xview_loc.camera import CameraError, CameraModel, PanoramaCamera
+from xview_loc.camera import CameraError, Lens
 from xview_loc.errors import shown
 from xview_loc.images import MAX_PIXELS
 from xview_loc.rig import FORWARD, LEAST_HEIGHT_M, MountedCamera, Rig
@@ -42,7 +42,7 @@ def check_height(rig: Rig) -> None:
         )
 
 
-def mount(camera: CameraModel | PanoramaCamera, pose: Transform) -> MountedCamera:
+def mount(camera: Lens, pose: Transform) -> MountedCamera:
     """Return a camera whose optical frame has this pose in ``base_link``."""
     (x, y, z), (qx, qy, qz, qw) = pose.translation.tolist(), pose.rotation.tolist()
     return MountedCamera(camera, (x, y, z), (qx, qy, qz, qw))
