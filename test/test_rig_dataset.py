@@ -211,9 +211,9 @@ def test_a_single_camera_has_a_mask(world: np.ndarray, tmp_path: Path) -> None:
     own = np.zeros((256, 1024), bool)
     own[200:] = True
     writer = PairWriter(tmp_path / "a", {}, BagLimits(min_free_bytes=0), own_mask=own)
-    for k, height in enumerate((256, 300)):
-        image = jpeg(world[171 : 171 + height])
-        one = pair(stamp_ns=T0 + k, image_format="jpeg", image_bytes=image)
+    whole = world[171 : 171 + 256]
+    for k, image in enumerate((whole, whole[::2, ::2])):
+        one = pair(stamp_ns=T0 + k, image_format="jpeg", image_bytes=jpeg(image))
         writer.add(one, AerialTile(texture(64, 64), LAT, LON, 0.5, 1.0))
     writer.close()
     seen = ground(tmp_path / "a")

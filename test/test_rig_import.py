@@ -444,7 +444,7 @@ NAN = {"x": math.nan, "y": 0.0, "z": 0.0, "w": 1.0}
         (same, {"imu": "/imu/data"}, "no Imu on /imu/data; its Imus: /imu$"),
         (without("/left/camera_info"), {"cameras": ("left",)}, "no camera left; .* beside them: /left/image"),
         (without("/left/camera_info"), {"cameras": ("a=/left/image/compressed",)}, "a has no /left/camera_"),
-        (without("/tf_static"), {}, "camera front: .* where its frame 'front_optical_frame' is in base_link"),
+        (without("/tf_static"), {}, "camera front: .* no transform from base_link to front_optical_frame"),
         (transforms(lambda t: vars(t.rotation).update(NAN)), {}, "camera left: .*nan.* is unusable"),
         (transforms(lambda t: vars(t.translation).update(y=1e12)), {}, "camera left is not on the vehicle"),
         (calibration(k=np.zeros(9)), {}, "camera left has no usable /left/camera_info: .* not calibrated"),
@@ -504,7 +504,7 @@ def test_cameras_that_are_no_part_of_the_rig_are_said(recording: Path, tmp_path:
     [
         (["--cameras", "all", "--camera-yaw", 90], "are for a single camera: leave them out"),
         (["--cameras", "front,,left"], "has an empty name"),
-        (["--base-height", 1], "are of a rig: name its --cameras"),
+        (["--base-height", 1], "are for a rig: name its --cameras"),
         (["--tilt", 40, 0], "at most 30 degrees either way"),
         (["--tilt", "nan", 0], "at most 30 degrees either way"),
     ],

@@ -164,7 +164,7 @@ class StaticTransforms:
         try:
             return optical_pose(self.pose, rig_frames(name, frame))
         except TransformError as error:
-            frames = " or ".join(rig_frames(name, frame))
+            frames = " or ".join(dict.fromkeys(rig_frames(name, frame)))
             text = f"camera {name}: {TF_STATIC} has no transform from {BASE_FRAME} to {frames}"
             raise BagError(f"{shown(text)} ({reason(error)}): say it in a rig file") from None
 
