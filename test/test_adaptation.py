@@ -51,7 +51,7 @@ from xview_loc.adaptation.verdict import Verdict, judge
 from xview_loc.bags.ros_types import header, message, quaternion, serialize
 from xview_loc.cli.commands import main
 from xview_loc.datasets import SimulatedDataset, simulated
-from xview_loc.datasets.base import DatasetError, PairSample, PairSource, true_from_fix
+from xview_loc.datasets.base import DatasetError, JoinedPairs, PairSample, PairSource, true_from_fix
 from xview_loc.datasets.pairs import PairDataset
 from xview_loc.errors import UserError
 from xview_loc.estimation.heat_map import HeatMap
@@ -1009,12 +1009,36 @@ def test_tiles_that_do_not_fit_are_cut_anew(cache: Path, tmp_path: Path) -> None
     assert "24 pairs with tiles for ggcvt-small\n" in printed and ": 22 pairs, about" in printed
     (copy,) = (out / "pairs").iterdir()
     assert PairBag(copy).tile_sizes() == {(192, 0.48)}
-    # It serves again, and ccvpe-small's smaller tiles are cut from it.
-    for model in ("ggcvt-small", "ccvpe-small"):
-        words[1], words[6] = str(copy), model
+    # It serves again, also as a bag of its own, and ccvpe-small's smaller tiles are cut from it.
+    for bag, model in ((words[1], "ggcvt-small"), (str(copy), "ggcvt-small"), (str(copy), "ccvpe-small")):
+        words[1], words[6] = bag, model
         code, printed, errors = xview_loc(cache, *words)
         assert code == 0 and "with tiles for" not in printed, errors
     assert list((out / "pairs").iterdir()) == [copy]
+
+
+def test_keys_of_a_map_stay_out_of_the_student(cache: Path, tmp_path: Path) -> None:
+    aerial = write_geotiff(tmp_path / "map.tif", texture(900, 900), 48.2, 16.37, 0.5, "EPSG:32633")
+    write_pairs(tmp_path / "pairs", 24)
+    words = ["adapt", str(tmp_path / "pairs"), "--out", str(tmp_path / "out"), "--model", "ccvpe-tiny"]
+    teacher = tmp_path / "teacher.safetensors"
+    save_checkpoint(create_model("ccvpe-tiny"), teacher)
+    words += ["--checkpoint", str(teacher), "--epochs", "1", "--accelerator", "cpu", "--map", str(aerial)]
+    code, _, errors = xview_loc(cache, *words, "--header", "Authorization: Bearer s3cr3t-t0ken")
+    assert code == 0, errors
+    command = load_checkpoint(tmp_path / "out" / "student.safetensors").metadata["command"]
+    assert "--header" in command and "s3cr3t" not in command
+    assert b"s3cr3t" not in (tmp_path / "out" / "student.safetensors").read_bytes()
+
+
+def test_pairs_may_be_validated_on_another_dataset(
+    teacher: Checkpoint, city: SimulatedDataset, tmp_path: Path
+) -> None:
+    """Their samples differ: those of a bag say how its tiles are turned."""
+    write_pairs(tmp_path / "pairs", 6)
+    both = JoinedPairs(PairDataset([tmp_path / "pairs"], SPEC), city)
+    labels = label_pairs(FABRIC, teacher.model, both, tmp_path / "l.npz", ReadOptions())
+    assert len(labels) == 6 + len(city) and (labels.turn == 0.0).all()
 
 
 def test_the_other_padding_is_noticed(

@@ -74,7 +74,7 @@ def test_a_drive_is_measured_frame_by_frame(heading: float | None) -> None:
     # Three metres off to the east, where the standard deviation is two.
     assert drive.mahalanobis[[0, 1, 3, 4]] == pytest.approx(np.full(4, 1.5), abs=1e-3)
     assert drive.nees == pytest.approx(2.25, abs=1e-3)
-    # To the east: ahead of who looks east, to the right of who looks north.
+    # An error to the east is ahead for a heading east, to the right for one north.
     if heading is not None:
         ahead, right = (3.0, 0.0) if heading == 0.0 else (0.0, 3.0)
         assert drive.longitudinal[[0, 1, 3, 4]] == pytest.approx(np.full(4, ahead), abs=1e-3)

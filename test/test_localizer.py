@@ -143,7 +143,7 @@ def metres_between(estimate: PoseEstimate, landmark: tuple[float, float]) -> flo
 
 
 def make_localizer(aerial_map: AerialMap, model: CrossViewModel, **options) -> Localizer:
-    return Localizer.open(aerial_map, model, **options)
+    return Localizer.open(aerial_map, model, **{"turn_step_deg": 0.0, **options})
 
 
 @pytest.mark.parametrize(("east", "north"), [(0.0, 0.0), (7.3, -4.1), (-9.0, 8.0)])

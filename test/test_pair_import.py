@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sqlite3
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -23,8 +25,10 @@ from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
 from xview_loc.bags.recovery import BagError, bag_files
-from xview_loc.bags.ros_types import deserialize
+from xview_loc.bags.ros_types import camera_info, deserialize
+from xview_loc.bags.writer import BagLimits
 from xview_loc.cli.commands import app
+from xview_loc.cli.console import UsageError
 from xview_loc.datasets import DatasetError
 from xview_loc.datasets.pairs import PairDataset
 from xview_loc.geodesy import LocalProjection
@@ -34,7 +38,9 @@ from xview_loc.maps.store import TileStore
 from xview_loc.models import create_model
 from xview_loc.models.specs import SPECS
 from xview_loc.recordings.importer import ImportOptions, import_bag
+from xview_loc.recordings.pair import Pair
 from xview_loc.recordings.pair_reader import PairBag
+from xview_loc.recordings.pair_writer import PairWriter
 from xview_loc.recordings.tracks import read_timed_track
 from xview_loc.simulation.city import build_city
 from xview_loc.simulation.drives import drive
@@ -67,11 +73,13 @@ def record(
     heading: bool = True,
     compass: bool = False,
     jump: tuple[int, int] = (0, 0),
+    calibrated: tuple[int, float] | None = None,
 ) -> Path:
     """A drive east, 1.1 m a frame, ten frames a second, as somebody else's tools would have recorded it.
 
     From the first frame of ``jump`` to the second, its fixes lie 500 m away. With ``compass``, it has
-    azimuths as well, 10 degrees off the Imu's heading, and wheels that give a twist.
+    azimuths as well, 10 degrees off the Imu's heading, and wheels that give a twist. From the first frame of
+    ``calibrated`` on, camera_info comes with each image, with this focal length.
     """
     store = get_typestore(Stores.ROS1_NOETIC if form == "ros1" else Stores.ROS2_HUMBLE)
     types = store.types
@@ -89,6 +97,8 @@ def record(
         del kinds["/imu"]
     if compass:
         kinds |= {"/compass": "std_msgs/msg/Float64", "/wheels": "geometry_msgs/msg/TwistStamped"}
+    if calibrated:
+        kinds |= {"/cam/camera_info": "sensor_msgs/msg/CameraInfo"}
     with writer:
         connections = {t: writer.add_connection(t, kind, typestore=store) for t, kind in kinds.items()}
         for k in range(30):
@@ -137,6 +147,13 @@ def record(
                 zero, speed = (types["geometry_msgs/msg/Vector3"](x=v, y=0.0, z=0.0) for v in (0.0, 11.0))
                 write("/compass", stamp, data=90.0 - math.degrees(0.2) + 350.0)
                 write("/wheels", stamp, twist=types["geometry_msgs/msg/Twist"](linear=speed, angular=zero))
+            if calibrated and k >= calibrated[0]:
+                given = calibrated[1], 0.0, 127.5, 0.0, calibrated[1], 31.5, 0.0, 0.0, 1.0
+                lens = camera_info(None, 256, 64, given if calibrated[1] else [0.0] * 9, [], "plumb_bob")
+                fields = {f.name: getattr(lens, f.name) for f in dataclasses.fields(lens)}
+                region = types["sensor_msgs/msg/RegionOfInterest"](0, 0, 0, 0, False)
+                del fields["header"]
+                write("/cam/camera_info", stamp, **{**fields, "roi": region})
             pixels = texture(64, 256, k)
             if image == "raw":
                 write(
@@ -284,6 +301,46 @@ def test_missing_tiles_are_filled_in_later(aerial_path: Path, tmp_path: Path) ->
     assert all(full.tile(k) is not None for k in range(14))
 
 
+def test_images_before_the_first_calibration_are_left_out(tmp_path: Path) -> None:
+    """They would be taken for panoramas; without a calibration that says anything, images are panoramas."""
+    source = record(tmp_path / "late", "mcap", calibrated=(10, 200.0))
+    result = import_bag(source, tmp_path / "pairs", None, OPTIONS)
+    assert result is not None and result.dropped["camera_info_missing"] == 10
+    bag = PairBag(tmp_path / "pairs")
+    assert len(bag) == result.pairs < 14 and all(bag[k].camera is not None for k in range(len(bag)))
+    assert bag[0].stamp_ns >= T0 + 10**9
+    source = record(tmp_path / "zeros", "mcap", calibrated=(0, 0.0))
+    result = import_bag(source, tmp_path / "zeros-pairs", None, OPTIONS)
+    assert result is not None and result.pairs == 14 and not result.dropped["camera_info_invalid"]
+    source = record(tmp_path / "a", "mcap")
+    pinhole = replace(OPTIONS, spec=SPECS["ccvpe-pinhole-small"])
+    with pytest.raises(BagError, match="has no camera_info, and ccvpe-pinhole-small needs it"):
+        import_bag(source, tmp_path / "pinhole", None, pinhole)
+    with pytest.raises(BagError, match="ccvpe-pinhole-small needs tiles turned to the heading"):
+        import_bag(source, tmp_path / "north", None, replace(pinhole, use_heading=False))
+
+
+def test_what_panoramas_show_may_be_said_afterwards(tmp_path: Path) -> None:
+    import_bag(record(tmp_path / "a", "mcap"), tmp_path / "pairs", None, OPTIONS)
+    words = ["pairs", tmp_path / "pairs", "--out", tmp_path / "new", "--panorama-elevation"]
+    command(*words, 60, -90)
+    assert PairBag(tmp_path / "new" / "pairs").session()["panorama_elevation_deg"] == [60.0, -90.0]
+    with pytest.raises(UsageError, match="--panorama-elevation takes two angles"):
+        command(*words, -90, 60)
+
+
+@pytest.mark.parametrize("antenna", [5, "xy", [1.0, 2.0, 3.0], [None, 1.0]])
+def test_a_mounting_from_a_stranger_is_one_line(tmp_path: Path, antenna: Any) -> None:
+    writer = PairWriter(tmp_path / "pairs", {"antenna": antenna}, BagLimits(min_free_bytes=0))
+    writer.add(Pair(T0, "jpeg", b"", 48.2, 16.37), None)
+    writer.close()
+    says = "the mounting in the session of .* cannot be used"
+    with pytest.raises(BagError, match=says):
+        import_bag(tmp_path / "pairs", tmp_path / "new", None, ImportOptions())
+    with pytest.raises(BagError, match=says):
+        PairDataset([tmp_path / "pairs"], SPEC)
+
+
 def test_interrupted_imports_start_over(tmp_path: Path) -> None:
     source = record(tmp_path / "a", "mcap")
 
@@ -363,7 +420,7 @@ def test_dataset_refuses_tiles_of_another_model(imported: Path) -> None:
     with pytest.raises(DatasetError, match="ccvpe-vigor needs 512 px"):
         PairDataset([imported], create_model("ccvpe-vigor").spec)[0]
     # Larger than its 512 px, since they are turned to the heading.
-    with pytest.raises(DatasetError, match="ccvpe-kitti needs 725 px"):
+    with pytest.raises(DatasetError, match="ccvpe-kitti needs 726 px"):
         PairDataset([imported], create_model("ccvpe-kitti").spec)[0]
 
 

@@ -553,7 +553,7 @@ def test_a_pinhole_model_needs_headings(aerial: Path, tmp_path: Path) -> None:
             assert node.stop() == 0, node.log
 
 
-@pytest.mark.parametrize(("model", "side"), [("ccvpe-small", 160), ("ccvpe-pinhole-small", 227)])
+@pytest.mark.parametrize(("model", "side"), [("ccvpe-small", 160), ("ccvpe-pinhole-small", 228)])
 def test_images_wait_for_a_calibration_that_is_published(
     aerial: Path, tmp_path: Path, model: str, side: int
 ) -> None:

@@ -74,7 +74,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_tiles_are_large_enough_to_be_turned(folder: Path) -> None:
     bag = PairBag(folder / "pairs" / "drive")
-    assert bag.tile_sizes() == {(227, 0.48)} and bag.session()["model"] == "ccvpe-pinhole-small"
+    assert bag.tile_sizes() == {(228, 0.48)} and bag.session()["model"] == "ccvpe-pinhole-small"
     pairs = PairDataset([bag.folder], SPECS["ccvpe-pinhole-small"])
     turns = np.array([float(pairs[k]["turn"]) for k in range(len(pairs))])
     headings = np.array([bag[k].heading for k in range(len(pairs))])

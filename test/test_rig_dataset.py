@@ -327,7 +327,7 @@ def test_pairs_for_a_model_of_tiles_turned_to_the_heading(
 def test_pairs_that_do_not_fit_a_model_of_turned_tiles(world: np.ndarray, tmp_path: Path) -> None:
     image = jpeg(photograph(world, 0.0, None))
     one = pair(image_format="jpeg", image_bytes=image, camera=CAMERA)
-    with pytest.raises(DatasetError, match=r"have 64 px .*, pin needs 91 px at 0.5 m/px: .* --model pin"):
+    with pytest.raises(DatasetError, match=r"have 64 px .*, pin needs 92 px at 0.5 m/px: .* --model pin"):
         PairDataset([write(tmp_path / "small", one)], PINHOLE)[0]
     folder = write(tmp_path / "north", replace(one, heading=None), tile_px=92)
     with pytest.raises(BagError, match=r"pair 0 of .* has no heading, and pin needs tiles turned to it"):

@@ -71,7 +71,8 @@ class DriveErrors:
 class Errors:
     """Mean, median and 95th percentile of distances in metres, over ``frames`` of them.
 
-    ``longitudinal_...`` and ``lateral_...`` are those of the parts along and across the road; NaN if unknown.
+    ``longitudinal_...`` and ``lateral_...`` are those of the parts in the camera's viewing direction and
+    across it: with a front camera, along and across the road. NaN if unknown.
     """
 
     frames: int

@@ -23,6 +23,7 @@ Quaternion = tuple[float, float, float, float]
 UNSEEN = (124, 116, 104)
 # A view of which the cameras show a smaller share shows nothing.
 LEAST_SEEN = 0.005
+NOTHING_SEEN = f"the cameras show less than {LEAST_SEEN:.1%} of what the model looks at"
 # Rotates a camera that looks along x with z up (REP-103's optical frame in the body's), as (x, y, z, w).
 FORWARD: Quaternion = (-0.5, 0.5, -0.5, 0.5)
 # Walls, trees and the sky are taken to be this far from the rig's centre, the ground at most, metres. Both
@@ -143,7 +144,7 @@ class Rig:
         colour = np.zeros((*size, 3), np.float32)
         for name, table in tables.items():
             camera, image = self.cameras[name].camera, images[name]
-            _check_size(name, image, camera)
+            check_size(name, image, camera)
             if not table.x.size:
                 continue
             if image.shape[:2] != table.size:
@@ -257,7 +258,8 @@ def rotation_matrix(quaternion: Quaternion | NDArray[np.float64]) -> NDArray[np.
     )
 
 
-def _check_size(name: str, image: Image, camera: Lens) -> None:
+def check_size(name: str, image: Image, camera: Lens) -> None:
+    """Raise ImageError if an image of the camera ``name`` does not have its calibration's size."""
     height, width = image.shape[:2]
     if (width, height) != (camera.width, camera.height):
         of = f" of camera {name}" if name else ""

@@ -3,10 +3,10 @@
 benchmarks/accuracy/pinhole.py [--model ccvpe-pinhole-small] [--style validation] [--cities 502-504]
     [--frames 400] [--json FILE]
 
-Drives through simulated cities with a front camera; all variants localise the same frames, each by itself.
-First with tiles turned to the heading in steps: a tile is at hand if it was turned to the same step before
-and is still kept. Then with cameras of other fields of view, 16 : 9: their images are warped to the model's
-lens (virtual camera), or resized to its images as if that lens had taken them.
+Drives through simulated cities with a front camera; each frame is localised by itself. All steps localise
+the same frames, and so do both variants of a field of view. First tiles are turned to the heading in steps:
+one is at hand if it was turned to the same step before and is still kept. Then cameras have other fields of
+view, 16 : 9: their images are warped to the model's lens (virtual camera), or resized as if of that.
 """
 
 from __future__ import annotations

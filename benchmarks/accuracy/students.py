@@ -145,7 +145,7 @@ class Cell:
 
 def summary(results: dict[str, dict[str, Row]], console: Console) -> None:
     """Print the tables of all cells."""
-    title = "mean / median / > 10 m, of labels and students (; along; across the road); gain over the teacher"
+    title = "mean / median / > 10 m; of students also along, across the road; gain over the teacher"
     table = Table(title=title)
     for column in ("cell", "row", "labels", "students", "gain, 95 %", "against the paper, 95 %"):
         table.add_column(column, no_wrap=True)

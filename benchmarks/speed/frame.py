@@ -87,7 +87,6 @@ class Frame:
     def __init__(self, name: str, known: bool, threads: int) -> None:
         import torch
 
-        from xview_loc.camera import CameraModel
         from xview_loc.models import create_model
         from xview_loc.models.checkpoint import load_model, shipped_checkpoint
         from xview_loc.models.graph import FrameSettings
@@ -104,12 +103,7 @@ class Frame:
         spec = model.spec
         torch.manual_seed(0)
         self.bins = spec.bins
-        extra = {"meters_per_pixel": (spec.gsd,)}
-        if isinstance(spec.lens, CameraModel):
-            extra["intrinsics"] = (tuple(map(tuple, spec.lens.matrix.tolist())),)
-        inputs = tuple((name, extra[name]) for name in model.extra_inputs)
-        prior = spec.matching_prior(0.0 if known else None)
-        self.settings = FrameSettings(prior, orientation=not known, inputs=inputs)
+        self.settings = FrameSettings.of(model, 0.0 if known else None)
         self.ground = torch.rand(1, 3, *spec.ground_size)
         self.aerial = torch.rand(1, 3, spec.aerial_size, spec.aerial_size)
 

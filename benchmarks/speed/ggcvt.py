@@ -3,8 +3,8 @@
 benchmarks/speed/ggcvt.py [--models ggcvt-vigor ...] [--runs 9] [--json FILE]
 
 The direct formulation, as published, encodes the tile with every frame, slides the overhead view over it with
-an ordinary convolution, and projects the keys and values of every cell again. ``cached`` keeps the tile, in
-PyTorch, ``openvino`` there.
+an ordinary convolution, and projects the keys and values of every cell again. ``cached`` keeps the tile
+and runs in PyTorch, ``openvino`` keeps it and runs in OpenVINO.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ def measure(name: str, formulation: str, threads: int, runs: int) -> dict[str, f
     import torch
     import torch.nn.functional as F
 
-    from xview_loc.camera import CameraModel
     from xview_loc.models import create_model
     from xview_loc.models.attention import CrossAttention
     from xview_loc.models.ggcvt import GGCVT
@@ -40,13 +39,7 @@ def measure(name: str, formulation: str, threads: int, runs: int) -> dict[str, f
     spec = model.spec
     ground = torch.rand(1, 3, *spec.ground_size)
     aerial = torch.rand(1, 3, spec.aerial_size, spec.aerial_size)
-    if isinstance(spec.lens, CameraModel):
-        inputs: tuple[tuple[str, Any], ...] = (
-            ("intrinsics", (tuple(map(tuple, spec.lens.matrix.tolist())),)),
-        )
-    else:
-        inputs = (("meters_per_pixel", (spec.gsd,)),)
-    settings = FrameSettings(0.0, inputs=inputs)
+    settings = FrameSettings.of(model, 0.0)
     camera = settings.extra()
 
     def attend(self: CrossAttention, cells: Any, columns: Any, plan: Any) -> Any:

@@ -383,7 +383,7 @@ class Distillation:
         return labels.errors_m(self.true_from_fix)
 
     def true_errors(self, labels: PseudoLabels, true_from_fix: Array) -> Errors:
-        """Summarise distances from true positions; along and across the road if tiles are turned to it."""
+        """Summarise distances from true positions; also by direction if tiles are turned to the camera's."""
         parts = None
         if self.teacher.model.spec.aerial_up == "left":
             ahead, left = labels.errors_on_tile_m(true_from_fix).T

@@ -79,8 +79,8 @@ def _seconds_per_pair(distillation: Distillation, levels: int) -> tuple[float, f
     index = distillation.training_index[: distillation.options.training.batch_size]
     start = time.perf_counter()
     views = label_views(fabric, model, source, index, ReadOptions(prior))
-    # Three views of each pair.
-    label_s = (time.perf_counter() - start) / len(index) / 3
+    view_count = 2 if views.turned is None else 3
+    label_s = (time.perf_counter() - start) / len(index) / view_count
     data = LabelledPairs(source, views.plain, "")
     batch = fabric.to_device(default_collate([data[row] for row in range(len(data))]))
     student = fabric.to_device(copy.deepcopy(model).train())

@@ -21,6 +21,7 @@ from rich.table import Table
 from xview_loc import __version__
 from xview_loc.cli.console import UsageError, console
 from xview_loc.cli.maps import Headers, KeyEnv, map_options
+from xview_loc.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,7 +49,7 @@ class _Shared:
         str,
         typer.Option(
             "--map",
-            help="Aerial map to cut tiles from anew, in copies of the bags, if theirs do not fit.",
+            help="Aerial map; bags whose tiles do not fit the model are copied, with tiles cut from it.",
         ),
     ] = ""
     header: Headers = None
@@ -113,7 +114,7 @@ class _Shared:
         more["heading_prior_deg"] = _heading_prior(self.heading)
         options = AdaptationOptions.published(teacher.model, **more)
         fabric = make_fabric(self.accelerator, self.devices, self.precision)
-        source = self.source(self.data, teacher.model, fabric)
+        source = self.source(self.data, teacher.model, fabric, progress)
         truth = _true_positions(source, self.truth, self.truth_topic, progress.first)
         spec, reach = teacher.model.spec, teacher.model.half_extent_m
         return Distillation(
@@ -127,7 +128,9 @@ class _Shared:
             on_progress=progress,
         )
 
-    def source(self, data: list[str], model: CrossViewModel, fabric: Fabric) -> PairSource:
+    def source(
+        self, data: list[str], model: CrossViewModel, fabric: Fabric, progress: _Progress
+    ) -> PairSource:
         """Open bags of pairs, or one dataset."""
         from xview_loc.datasets import open_dataset
         from xview_loc.datasets.pairs import PairDataset
@@ -136,13 +139,20 @@ class _Shared:
             return open_dataset(data[0], model.spec, half_extent_m=model.half_extent_m)
         folders = [Path(text) for text in data]
         if self.map_:
-            # One process copies what all read.
-            with fabric.rank_zero_first():
-                folders = self._with_tiles(folders, model.spec)
+            # One process copies what all read; where it fails, all do.
+            problem: Exception | None = None
+            if fabric.is_global_zero:
+                try:
+                    folders = self._with_tiles(folders, model.spec, progress)
+                except (UserError, OSError) as error:
+                    problem = error
+            folders, problem = fabric.broadcast((folders, problem))
+            if problem is not None:
+                raise problem
         return PairDataset(folders, model.spec)
 
-    def _with_tiles(self, folders: list[Path], spec: ModelSpec) -> list[Path]:
-        """Return the bags of pairs: copies, below ``out``, of those whose tiles do not fit the model."""
+    def _with_tiles(self, folders: list[Path], spec: ModelSpec, progress: _Progress) -> list[Path]:
+        """Return the bags; of those whose tiles do not fit the model, copies below ``out``."""
         from xview_loc.maps import open_map
         from xview_loc.recordings.importer import ImportOptions, import_bag
         from xview_loc.recordings.pair_reader import PairBag
@@ -155,10 +165,18 @@ class _Shared:
                     inputs = repr((bag.digest(), self.map_, spec)).encode()
                     digest = hashlib.sha256(inputs).hexdigest()[:12]
                     folder = self.out / "pairs" / f"{folder.resolve().name}-{digest}"
-                    done = import_bag(bag.folder, folder, aerial, ImportOptions(spec=spec))
+                    stage, count = f"tiles of {bag.folder.name}", len(bag)
+
+                    def cut(share: float, stage: str = stage, count: int = count) -> None:
+                        progress(stage, round(share * count), count)
+
+                    done = import_bag(bag.folder, folder, aerial, ImportOptions(spec=spec), cut)
                     if done is not None:
                         text = f"{folder}: {done.pairs} pairs with tiles for {spec.name}"
-                        text += f", {done.without_tile} without" if done.without_tile else ""
+                        text += f", {done.without_tile} of them without a tile" if done.without_tile else ""
+                        if done.failed_tiles:
+                            text += f" ({done.failed_tiles} could not be read: {done.tile_failure}; delete "
+                            text += "the folder to try again)"
                         console.print(text, soft_wrap=True)
                 bags.append(folder)
         return bags
@@ -185,7 +203,10 @@ def adapt(
     rounds: Annotated[
         int, typer.Option(min=1, help="Maximum number of rounds; each student labels the pairs for the next.")
     ] = 1,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and stop.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print what would be done, and stop; --map copies all the same."),
+    ] = False,
 ) -> None:
     """Train a better student from a teacher and pairs without ground truth, and judge whether to deploy it.
 
@@ -202,12 +223,15 @@ def adapt(
                 _print_plan(plan)
             return
         from xview_loc.adaptation.report import REPORT_FILE, STUDENT_FILE, write_results
+        from xview_loc.maps.base import redact
 
         _check_padding(distillation, progress.first)
         adapted = distillation.run()
         if not progress.first:
             return
-        facts = {"version": __version__, "command": shlex.join(["xview-loc", *sys.argv[1:]])}
+        secrets = [line.partition(":")[2].strip() for line in shared.header or ()]
+        words = [redact(word, secrets) for word in sys.argv[1:]]
+        facts = {"version": __version__, "command": shlex.join(["xview-loc", *words])}
         metrics = write_results(distillation, adapted, shared.out, facts)
     _print_metrics(metrics)
     console.print(f"{shared.out / STUDENT_FILE}, {shared.out / REPORT_FILE}", soft_wrap=True)
@@ -234,7 +258,7 @@ def ablate(
 
         measured = None
         if test is not None:
-            source = shared.source([test], distillation.teacher.model, distillation.fabric)
+            source = shared.source([test], distillation.teacher.model, distillation.fabric, progress)
             truth = _true_positions(source, test_truth, shared.truth_topic, progress.first)
             measured = None if truth is None else (source, truth)
         if measured is None and (test is not None or distillation.true_from_fix is None):

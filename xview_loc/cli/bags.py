@@ -104,7 +104,7 @@ def import_(
     model: Annotated[
         str | None,
         typer.Option(
-            help="Name of the model that tiles are cut for; default: ccvpe-small, for pairs their own."
+            help="Model to cut tiles for; default: the one that a bag of pairs names, else ccvpe-small."
         ),
     ] = None,
     declination: Annotated[float, typer.Option(help="Magnetic declination, degrees east.")] = 0.0,
@@ -119,6 +119,13 @@ def import_(
     ] = None,
     camera: Annotated[tuple[float, float] | None, _place("camera")] = None,
     antenna: Annotated[tuple[float, float] | None, _place("antenna")] = None,
+    panorama_elevation: Annotated[
+        tuple[float, float] | None,
+        typer.Option(
+            metavar="TOP BOTTOM",
+            help="Elevations of a panorama's edges, degrees; default: 90, -90 if 2:1, else the model's.",
+        ),
+    ] = None,
     rectified: Annotated[
         bool, typer.Option("--rectified", help="Images are free of distortion: P of camera_info is used.")
     ] = False,
@@ -165,8 +172,11 @@ def import_(
     from xview_loc.vehicle.rig_file import read_mask, read_rig_file
     from xview_loc.vehicle.tilt import MOST_TILT
 
-    if cameras and (image or camera_info or camera or camera_yaw is not None or own_mask):
-        single = "--image, --camera-info, --camera, --camera-yaw and --own-mask"
+    if panorama_elevation and not -90.0 <= panorama_elevation[1] < panorama_elevation[0] <= 90.0:
+        raise UsageError(f"--panorama-elevation takes two angles such as 90 -90, not {panorama_elevation}")
+    given = image or camera_info or camera or camera_yaw is not None or own_mask or panorama_elevation
+    if cameras and given:
+        single = "--image, --camera-info, --camera, --camera-yaw, --own-mask and --panorama-elevation"
         raise UsageError(f"{single} are for a single camera: leave them out with --cameras")
     if not cameras and (rig_file or base_height):
         raise UsageError("--rig-file and --base-height are for a rig: name its --cameras")
@@ -184,6 +194,7 @@ def import_(
         antenna=antenna,
         camera=camera,
         camera_yaw=None if camera_yaw is None else math.radians(camera_yaw),
+        panorama_elevation_deg=panorama_elevation,
         cameras=rig,
         rig_file=read_rig_file(rig_file) if rig_file else {},
         base_height_m=base_height,

@@ -337,7 +337,6 @@ def _on_drives(net: CrossViewModel, style: str, cities: str, frames: int, headin
             console.print(f"{line}; in its 50 / 68 / 95 % interval: {shares}", soft_wrap=True)
     content: dict[str, Any] = {"style": style, "cities": cities}
     content |= {name.replace(" ", "_"): asdict(errors) for name, errors in rows.items()}
-    content |= {"fix_m": drive.fix.tolist(), "estimate_m": drive.estimate.tolist()}
     metres = ("fix", "estimate", "longitudinal", "lateral")
     content |= {f"{name}_m": getattr(drive, name).tolist() for name in metres}
     sigmas = ("longitudinal_sigmas", "lateral_sigmas", "mahalanobis")

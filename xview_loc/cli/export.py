@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from xview_loc.cli.console import UsageError, console
+from xview_loc.cli.console import console
 from xview_loc.cli.evaluate import Heading, KnownHeading, ModelName, Weights, load
 
 
@@ -28,10 +28,7 @@ def export(
     check_writable(out)
     net = load(model, checkpoint, heading).model
     known = heading is Heading.known
-    if "intrinsics" in net.extra_inputs:
-        raise UsageError(f"{net.spec.name} cannot be exported here: its graph depends on the node's camera")
-    inputs = (("meters_per_pixel", (net.spec.gsd,)),) if net.extra_inputs else ()
-    settings = FrameSettings(0.0 if known else None, not known, inputs)
+    settings = FrameSettings.of(net, 0.0 if known else None)
     write_whole(out, export(net, settings))
     error = parity(OnnxRuntime(out), net, settings)
     console.print(

@@ -167,7 +167,7 @@ class JoinedPairs(PairSource):
     def __getitem__(self, index: int) -> PairSample:
         count = len(self._first)
         sample = self._first[index] if index < count else self._second[index - count]
-        return {**sample, "index": torch.tensor(index)}
+        return {"turn": torch.tensor(0.0), **sample, "index": torch.tensor(index)}
 
 
 def load_batches(batches: Iterable[T]) -> Iterator[T]:

@@ -26,13 +26,14 @@ from xview_loc.datasets.base import DatasetError, PairSample, PairSource, Track
 from xview_loc.errors import shown
 from xview_loc.images import Image, ImageError
 from xview_loc.maps.base import AerialTile
-from xview_loc.models.inputs import ground_image, is_upright, normalise, panorama_elevation, panorama_fault
+from xview_loc.models.inputs import ground_image, is_upright, normalise
+from xview_loc.models.panoramas import panorama_elevation, panorama_fault
 from xview_loc.models.specs import ModelSpec
 from xview_loc.recordings.pair import Pair
 from xview_loc.recordings.pair_messages import ODOMETRY, TOPICS
 from xview_loc.recordings.pair_reader import PairBag
 from xview_loc.recordings.rig_messages import rig_mounting
-from xview_loc.rig import LEAST_SEEN, MountedCamera, Rig
+from xview_loc.rig import LEAST_SEEN, NOTHING_SEEN, MountedCamera, Rig
 from xview_loc.vehicle.keyframes import SPEED_AGE_NS
 from xview_loc.vehicle.messages import VelocityReader
 from xview_loc.vehicle.mounting import Mounting, in_enu
@@ -191,7 +192,7 @@ class PairDataset(PairSource):
                 return ground_image(images[""], spec, heading=pair.heading, camera=None, mount_yaw=yaw), 0.0
         level, mask = rig.view(images, spec.lens, **angles)
         if mask.mean() < LEAST_SEEN:
-            raise ImageError("the cameras show less than 0.5 % of what the model looks at")
+            raise ImageError(NOTHING_SEEN)
         return ground_image(level, spec, heading=pair.heading, camera=None), rig.direction(spec.lens)
 
     def _rig_of_one(self, number: int, camera: CameraModel | None, image: Image) -> Rig:
@@ -228,7 +229,8 @@ class PairDataset(PairSource):
             )
 
     def _tiles_of(self, folder: Path) -> str:
-        return f"cut its tiles with xview-loc pairs {folder} --map MAP --model {self._spec.name} --out NEW"
+        words = f"xview-loc pairs {folder} --map MAP --model {self._spec.name} --out NEW"
+        return f"give --map MAP, or cut its tiles with {words}"
 
 
 def _same(a: Rig | None, b: Rig | None) -> bool:
@@ -239,7 +241,7 @@ def _same(a: Rig | None, b: Rig | None) -> bool:
 
 
 def _mounting(bag: PairBag, rig: Rig | None) -> Mounting:
-    mounting = Mounting.of(bag.session())
+    mounting = bag.mounting()
     return mounting if rig is None else rig_mounting(rig, mounting.antenna)
 
 

@@ -48,6 +48,7 @@ from xview_loc.models.runtimes import (
     choose_backend,
     make_runtime,
 )
+from xview_loc.models.specs import TURN_STEP_DEG
 from xview_loc.rig import look_aside
 from xview_loc.statistics import wrapped_variance
 
@@ -124,7 +125,7 @@ class Localizer:
         covariance_floor_m: float | None = None,
         device: str | torch.device = "cpu",
         features_mb: float = 256.0,
-        turn_step_deg: float = 0.0,
+        turn_step_deg: float = TURN_STEP_DEG,
         precompute: bool = True,
         backend: Backend = "torch",
         precision: Precision = "float32",
@@ -162,8 +163,8 @@ class Localizer:
         self._keeps = spec.aerial_up == "north" or turn_step_deg > 0.0
         # Graphs take precomputed tiles only.
         self._precompute = self.backend != "torch" or (precompute and self._keeps)
-        # The runtime of the latest settings.
-        self._runtime: tuple[FrameSettings, Runtime] | None = None
+        self._settings = FrameSettings.of(model, heading_prior_deg)
+        self._runtime: Runtime | None = None
         # A turned panorama faces north up to the prior.
         self._turns_image = spec.camera == "panorama" and heading_prior_deg is not None
         self._needs_heading = self._turns_image or spec.aerial_up == "left" or heading_prior_deg == 0
@@ -225,7 +226,7 @@ class Localizer:
         with _timed(timings, "encode"):
             features = self._encode(tile)
         with _timed(timings, "match"):
-            maps = self._match(ground, features, tile)
+            maps = self._match(ground, features)
             logits = maps.logits[0].float().cpu().numpy()
         with _timed(timings, "heat_map"):
             estimate = self._estimate(observation, tile, maps, logits)
@@ -270,7 +271,7 @@ class Localizer:
         ground = self._to_model(normalise(rng.integers(0, 256, (height, width, 3), np.uint8), self.spec))
         features = self._features_of(aerial)
         observation = Observation(aerial, 0.0, 0.0, heading=0.0)
-        maps = self._match(ground, features, tile)
+        maps = self._match(ground, features)
         found = self._estimate(observation, tile, maps, maps.logits[0].float().cpu().numpy())
         figures = [found.lat, found.lon, *found.covariance.flat, found.heading or 0.0, found.heading_variance]
         if not np.isfinite(figures).all():
@@ -343,27 +344,15 @@ class Localizer:
             return features
         return self._model.precompute(features, orientation=self._heading_prior_deg != 0)
 
-    def _match(self, ground: Tensor, features: Any, tile: AerialTile) -> HeatMaps:
-        inputs: dict[str, Any] = {}
-        if "meters_per_pixel" in self._model.extra_inputs:
-            inputs["meters_per_pixel"] = (tile.gsd,)
-        if "intrinsics" in self._model.extra_inputs:
-            lens = self.spec.lens
-            assert isinstance(lens, CameraModel)
-            inputs["intrinsics"] = (tuple(map(tuple, lens.matrix.tolist())),)
-        settings = FrameSettings(
-            self.spec.matching_prior(self._heading_prior_deg),
-            orientation=self._heading_prior_deg != 0,
-            inputs=tuple(inputs.items()),
-        )
+    def _match(self, ground: Tensor, features: Any) -> HeatMaps:
+        settings = self._settings
         if self.backend == "torch":
             prior, orientation = settings.heading_prior_deg, settings.orientation
             extra = {name: x.to(self._device) for name, x in settings.extra().items()}
             return self._model.match(ground, features, prior, orientation=orientation, **extra)
-        if self._runtime is None or self._runtime[0] != settings:
-            made = make_runtime(self._model, self.backend, settings, self._precision, self._device)
-            self._runtime = settings, made
-        return self._model.maps(self._runtime[1](ground, self._model.tile_tensors(features)), features)
+        if self._runtime is None:
+            self._runtime = make_runtime(self._model, self.backend, settings, self._precision, self._device)
+        return self._model.maps(self._runtime(ground, self._model.tile_tensors(features)), features)
 
     def _search(
         self, observation: Observation, shape: tuple[int, ...], maps: HeatMaps, tile: AerialTile

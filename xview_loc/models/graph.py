@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from xview_loc import __version__
+from xview_loc.camera import CameraModel
 from xview_loc.children import isolated_python
 from xview_loc.errors import UserError, reason
 from xview_loc.files import others_can_write, write_whole
@@ -58,6 +59,16 @@ class FrameSettings:
     heading_prior_deg: float | None = 0.0
     orientation: bool = False
     inputs: tuple[tuple[str, Any], ...] = ()
+
+    @classmethod
+    def of(cls, model: CrossViewModel, heading_prior_deg: float | None) -> FrameSettings:
+        """Return those of a localizer, for images of the model's lens and tiles of its resolution."""
+        spec, lens = model.spec, model.spec.lens
+        values: dict[str, Any] = {"meters_per_pixel": (spec.gsd,)}
+        if isinstance(lens, CameraModel):
+            values["intrinsics"] = (tuple(map(tuple, lens.matrix.tolist())),)
+        inputs = tuple((name, values[name]) for name in sorted(model.extra_inputs))
+        return cls(spec.matching_prior(heading_prior_deg), heading_prior_deg != 0, inputs)
 
     def extra(self) -> dict[str, Tensor]:
         """Return the extra inputs of :meth:`CrossViewModel.match`."""

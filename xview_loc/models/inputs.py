@@ -16,12 +16,10 @@ from xview_loc.camera import CameraModel, PanoramaCamera
 from xview_loc.images import Image, ImageError
 from xview_loc.models.base import NORMALISATIONS
 from xview_loc.models.specs import ModelSpec
-from xview_loc.rig import LEAST_SEEN, MountedCamera, Rig, tilt_matrix
+from xview_loc.rig import LEAST_SEEN, NOTHING_SEEN, MountedCamera, Rig, tilt_matrix
 
 # Panoramas that lean by less are level, radians.
 _LEVEL = math.radians(0.05)
-# Share by which a panorama's height may differ from what its elevations say.
-_SHAPE = 0.1
 
 
 def prepare_ground(
@@ -56,36 +54,13 @@ def ground_image(
             return _resize(image, spec.ground_size)
         level, mask = _level_rig(camera).view({"": image}, spec.lens)
         if mask.mean() < LEAST_SEEN:
-            raise ImageError("the camera sees nothing that the model looks at")
+            raise ImageError(NOTHING_SEEN)
         return level
     shift = 0.0 if heading is None else (math.pi / 2.0 - heading - mount_yaw) / (2.0 * math.pi)
     # Rotated at the larger of the two widths, where rounding to whole pixels costs less.
     if image.shape[1] > spec.ground_size[1]:
         return _resize(_roll(_average_rows(image, spec.ground_size[0]), shift), spec.ground_size)
     return _roll(_resize(image, spec.ground_size), shift)
-
-
-def panorama_elevation(image: Image, spec: ModelSpec) -> tuple[float, float]:
-    """Return the elevations of a panorama's upper and lower edge, degrees.
-
-    One that is twice as wide as high shows all directions, another one what the model expects.
-    """
-    height, width = image.shape[:2]
-    return (90.0, -90.0) if width == 2 * height else spec.elevation_deg
-
-
-def panorama_fault(image: Image, spec: ModelSpec) -> str:
-    """Return why an image does not look like a panorama of :func:`panorama_elevation`; "" if it does."""
-    height, width = image.shape[:2]
-    top, bottom = panorama_elevation(image, spec)
-    # Panoramas have as many pixels per degree across as down.
-    wanted = width * (top - bottom) / 360.0
-    if abs(height - wanted) <= _SHAPE * wanted:
-        return ""
-    return (
-        f"an image of {width} x {height} pixels is no panorama from {top:g} to {bottom:g} degrees: publish "
-        "its camera_info if it is no panorama, or set panorama_elevation_deg if it shows other elevations"
-    )
 
 
 def is_upright(rig: Rig, spec: ModelSpec, *, roll: float = 0.0, pitch: float = 0.0) -> bool:

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from xview_loc.camera import CameraModel, Lens, PanoramaCamera
 
+# Step in which tiles are turned to the heading, degrees; what it costs: docs/performance.md.
+TURN_STEP_DEG = 4.0
 Normalisation = Literal["imagenet", "unit"]
 # KITTI's satellite maps, m/px: Web Mercator, zoom 18, scale 2; the latitude of Karlsruhe for all of them.
 KITTI_GSD = 156543.03392 * math.cos(math.radians(49.015)) / 2**18 / 2
@@ -61,7 +63,11 @@ class ModelSpec:
     @property
     def tile_px(self) -> int:
         """Side of the north-up tile to cut from the map, pixels; larger than the model's if it is turned."""
-        return self.aerial_size if self.aerial_up == "north" else math.ceil(math.sqrt(2.0) * self.aerial_size)
+        if self.aerial_up == "north":
+            return self.aerial_size
+        # Even, so that models of the same resolution with smaller tiles can take them, too.
+        spare = math.ceil((math.sqrt(2.0) - 1.0) * self.aerial_size)
+        return self.aerial_size + spare + spare % 2
 
     @property
     def snap_m(self) -> float:

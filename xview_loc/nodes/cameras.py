@@ -16,7 +16,7 @@ from xview_loc.errors import shown
 from xview_loc.images import Image, ImageError
 from xview_loc.nodes.parameters import ParameterError
 from xview_loc.nodes.transforms import Transforms
-from xview_loc.rig import Mask, MountedCamera, Rig
+from xview_loc.rig import Mask, MountedCamera, Rig, check_size
 from xview_loc.vehicle.messages import rgb_from_cdr
 from xview_loc.vehicle.mounted_cameras import (
     FARTHEST_M,
@@ -135,7 +135,8 @@ class Cameras:
                     # stays the same.
                     try:
                         image = rgb_from_cdr(images[name].type, images[name].data, decode_other)
-                        _check_size(image, camera)
+                        if camera is not None:
+                            check_size(name, image, camera)
                     except ImageError as error:
                         image, problems[name] = None, RejectedInput("image_invalid", str(error))
                 cameras[name] = self._mounted(name, frame, image, transforms, elevation_deg)
@@ -206,13 +207,6 @@ class Cameras:
 
     def _entry(self, name: str) -> CameraEntry:
         return self._entries.get(name, CameraEntry())
-
-
-def _check_size(image: Image, camera: CameraModel | None) -> None:
-    """Raise ImageError if an image does not have the size of its calibration."""
-    if camera is not None and image.shape[:2] != (camera.height, camera.width):
-        text = f"the image has {image_size(image)} pixels, but its calibration is for"
-        raise ImageError(f"{text} {camera.width} x {camera.height}: publish the camera_info of these images")
 
 
 def image_size(image: NDArray[Any]) -> str:

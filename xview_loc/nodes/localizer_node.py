@@ -29,7 +29,8 @@ from xview_loc.images import Image, ImageError
 from xview_loc.maps.base import MapError, NoImageryError
 from xview_loc.models.base import CrossViewModel
 from xview_loc.models.graph import RuntimeUnavailableError
-from xview_loc.models.inputs import is_upright, panorama_elevation, panorama_fault
+from xview_loc.models.inputs import is_upright
+from xview_loc.models.panoramas import panorama_elevation
 from xview_loc.models.runtimes import choose_backend
 from xview_loc.nodes import parameters
 from xview_loc.nodes.checkpoints import Checkpoints
@@ -39,7 +40,7 @@ from xview_loc.nodes.outputs import FARTHEST_M, Outputs
 from xview_loc.nodes.process import run
 from xview_loc.nodes.requests import Requests
 from xview_loc.nodes.vehicle_node import PairedFrame, VehicleNode
-from xview_loc.rig import LEAST_SEEN
+from xview_loc.rig import LEAST_SEEN, NOTHING_SEEN
 from xview_loc.vehicle import messages as input_messages
 from xview_loc.vehicle.mounting import Mounting
 from xview_loc.vehicle.synchronisation import GnssFix, RejectedInput
@@ -331,8 +332,7 @@ class LocalizerNode(VehicleNode):
         frame, spec, mounting = paired.frame, self._spec, self._mounting()
         shows = partial(panorama_elevation, spec=spec)
         images, rig = self._cameras.see(frame, self._transforms, self._decode_other, shows)
-        known = self._cameras.lens_known(frame)
-        self._show_fault("no_panorama", "" if known else panorama_fault(images[""], spec))
+        self._check_panorama(frame, images.get(""))
         tilt = self._tilt.of(paired)
         angles = {"roll": tilt.roll, "pitch": tilt.pitch}
         if is_upright(rig, spec, **angles):
@@ -340,10 +340,7 @@ class LocalizerNode(VehicleNode):
         image, mask = rig.view(images, spec.lens, **angles)
         seen = float(mask.mean())
         if seen < LEAST_SEEN:
-            text = (
-                "the cameras show less than 0.5 % of what the model looks at: check their places and own_mask"
-            )
-            raise RejectedInput("nothing_seen", text)
+            raise RejectedInput("nothing_seen", f"{NOTHING_SEEN}: check their places and own_mask")
         self._health.value("seen", f"{seen:.2f}")
         x, y, _ = rig.centre.tolist()
         return image, seen, replace(mounting, camera=(x, y), camera_yaw=rig.direction(spec.lens))
@@ -380,12 +377,6 @@ class LocalizerNode(VehicleNode):
     def _compare_with_chance(self, estimate: PoseEstimate, observation: Observation) -> None:
         self._match.add(estimate, observation)
         self._show_fault("no_match", self._match.fault)
-
-    def _show_fault(self, key: str, fault: str) -> None:
-        if fault:
-            self._health.condition(key, WARN, fault)
-        else:
-            self._health.clear(key)
 
     def _check_confidence(self, estimate: PoseEstimate, localizer: Localizer, seen: float) -> None:
         """Raise RejectedInput if an estimate is not confident enough; ``seen``: share of the panorama."""

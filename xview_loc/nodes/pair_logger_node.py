@@ -1,6 +1,6 @@
 """The ``pair_logger`` node: records target-area pairs into a bag, to adapt a model with later.
 
-Needs no model and no GPU. The executor's thread picks the keyframes; one thread cuts their tiles and writes.
+Runs no model. The executor's thread picks the keyframes; one thread cuts their tiles and writes.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from xview_loc.nodes.vehicle_node import PairedFrame, VehicleNode
 from xview_loc.recordings.pair import Pair
 from xview_loc.recordings.pair_messages import IMAGE, ODOMETRY, TOPICS
 from xview_loc.recordings.pair_writer import PairWriter
+from xview_loc.rig import Rig, check_size
 from xview_loc.vehicle.keyframes import KeyframeRule, Keyframes, WheelSpeed
 from xview_loc.vehicle.messages import cdr_stamp_ns, odometry_cdr, rgb_from_cdr
 from xview_loc.vehicle.rig_assembly import CameraImage
@@ -62,8 +63,8 @@ class PairLoggerNode(VehicleNode):
         self._failing = threading.Lock()
         # Whether the bag's session says where antenna and camera are.
         self._mounted = False
-        # The bag that knows a rig's cameras, and their calibrations.
-        self._recorded: tuple[PairWriter | None, dict[str, Any]] = (None, {})
+        # The bag that knows a rig's cameras, and these.
+        self._recorded: tuple[PairWriter, Rig] | None = None
         super().__init__("pair_logger")
         self.create_service(Trigger, "~/start", self._on_start)
         self.create_service(Trigger, "~/split", self._on_split)
@@ -324,6 +325,9 @@ class PairLoggerNode(VehicleNode):
             pixels = rgb_from_cdr(image.type, image.data, self._decode_other)
             self._cameras.check_mask("", image_size(pixels))
             jpeg, camera = b"", paired.frame.camera
+            if camera is not None:
+                check_size("", pixels, camera)
+            self._check_panorama(paired.frame, pixels)
             if raw is None:
                 # A mask is stored as it is, in the size of the images.
                 width = 0 if self._cameras.own_mask is not None else self._params["max_width"]
@@ -344,19 +348,21 @@ class PairLoggerNode(VehicleNode):
         """
         frame = item.paired.frame
         pixels, rig = self._cameras.see(frame, self._transforms, self._decode_other)
-        known = self._recorded[1] if self._recorded[0] is item.writer else {}
+        before = self._recorded[1] if self._recorded and self._recorded[0] is item.writer else None
+        known = before.cameras if before else {}
         # Places are not compared: a camera that tf moves would begin a file with every keyframe.
-        found = {name: mounted.camera for name, mounted in rig.cameras.items()}
-        for name in known.keys() & found.keys():
-            if known[name] != found[name]:
+        for name in known.keys() & rig.cameras.keys():
+            if known[name].camera != rig.cameras[name].camera:
                 text = f"the calibration of camera {name} changed in a recording: call ~/stop and ~/start"
                 raise RejectedInput("camera_info_invalid", text)
-        if not found.keys() <= known.keys():
-            x, y, _ = rig.centre.tolist()
+        if not rig.cameras.keys() <= known.keys():
+            own = {**rig.own, **(before.own if before else {})}
+            whole = Rig({**rig.cameras, **known}, rig.height, own)
+            x, y, _ = whole.centre.tolist()
             item.writer.session.update(camera=(x, y), camera_yaw=0.0)
-            if not self._write(item, lambda: item.writer.set_rig(rig)):
+            if not self._write(item, lambda: item.writer.set_rig(whole)):
                 return None
-            self._recorded = item.writer, {**known, **found}
+            self._recorded = item.writer, whole
         return tuple(
             image if image.type == TOPICS[IMAGE] else self._compressed(image, pixels[image.name])
             for image in frame.images

@@ -16,6 +16,7 @@ from rclpy.node import Node
 from xview_loc.errors import reason
 from xview_loc.maps.base import MapOptions, api_key, default_cache_dir
 from xview_loc.models import MODEL_NAMES
+from xview_loc.models.specs import TURN_STEP_DEG
 from xview_loc.vehicle.input_types import AUTO, choices
 
 # As in models.runtimes, whose import would load torch into nodes that need no model.
@@ -59,7 +60,12 @@ _MAP: tuple[Parameter, ...] = (
     P("map_offline", False, "Use cached tiles only, never the network."),
     P("map_max_zoom", 0, "Deepest zoom level of the tile server; 0: as the source declares.", (0, 30)),
     P("map_deadline_s", 10.0, "Longest time to load one aerial tile, seconds.", (0.1, 120.0)),
-    P("snap_m", 0.0, "Spacing of tile centres, metres; 0: a quarter of the searched side.", (0.0, 1000.0)),
+    P(
+        "snap_m",
+        0.0,
+        "Spacing of tile centres, metres; 0: a quarter of what is searched or stored.",
+        (0.0, 1000.0),
+    ),
 )
 _INPUTS: tuple[Parameter, ...] = (
     P("image_transport", AUTO, "Type of the image topic; auto: as published.", choices=choices("image")),
@@ -176,8 +182,8 @@ LOCALIZER: tuple[Parameter, ...] = (
     P("heading_prior_deg", 72.0, "Half width of the search in mode prior, degrees.", (0.0, 180.0)),
     P(
         "turn_step_deg",
-        4.0,
-        "Models for pinhole cameras: step in which tiles are turned, degrees, and kept; 0: to each heading.",
+        TURN_STEP_DEG,
+        "Step in which tiles of pinhole models are turned, degrees, so that they can be kept; 0: none.",
         (0.0, 20.0),
     ),
     L(

@@ -21,9 +21,11 @@ from sensor_msgs.msg import CameraInfo, NavSatFix
 from xview_loc.camera import CameraModel
 from xview_loc.errors import shown
 from xview_loc.geodesy import LocalProjection
+from xview_loc.images import Image
 from xview_loc.maps import open_map
 from xview_loc.maps.base import AerialMap
 from xview_loc.maps.store import TileStore
+from xview_loc.models.panoramas import panorama_fault
 from xview_loc.models.specs import ModelSpec
 from xview_loc.nodes import parameters
 from xview_loc.nodes.cameras import Cameras, Frame
@@ -279,7 +281,7 @@ class VehicleNode(LifecycleNode):
         self._checks = InputChecks(self._odometry, self._health, self.get_logger())
         self._cameras = self._named_cameras()
         if unused := self._cameras.unused:
-            text = f"rig_file describes {', '.join(unused)}, not among cameras: not used"
+            text = f"cameras does not name {', '.join(unused)}, which rig_file describes: not used"
             self.get_logger().warning(shown(text))
         self._assembly = RigAssembly(self._cameras.names, p["rig_tolerance_s"])
         for name in self._calibrations:
@@ -523,6 +525,19 @@ class VehicleNode(LifecycleNode):
         text = f"{topic} stamps went back in time; collected inputs were discarded"
         self.get_logger().warning(shown(text), throttle_duration_sec=LOG_INTERVAL_S)
         self._health.condition("time_restart", WARN, text, for_s=RESTART_SHOWN_S)
+
+    def _show_fault(self, key: str, fault: str) -> None:
+        if fault:
+            self._health.condition(key, WARN, fault)
+        else:
+            self._health.clear(key)
+
+    def _check_panorama(self, frame: Frame, image: Image | None) -> None:
+        """Show if a single camera's image is taken for a panorama, but does not look like one."""
+        fault = ""
+        if image is not None and not self._cameras.lens_known(frame):
+            fault = panorama_fault(image, self._spec)
+        self._show_fault("no_panorama", fault)
 
     def _release(self) -> None:
         for images in self._assembly.overdue(time.monotonic_ns()):

@@ -31,7 +31,7 @@ from xview_loc.recordings.pair_reader import PairBag
 from xview_loc.recordings.pair_writer import PairWriter
 from xview_loc.recordings.recorded_rig import ALL, StaticTransforms, find_cameras, read_rig, uncalibrated
 from xview_loc.recordings.rig_messages import BASE_FRAME, rig_mounting
-from xview_loc.rig import Mask, Rig
+from xview_loc.rig import Mask, Rig, check_size
 from xview_loc.vehicle.input_types import INPUT_TYPES
 from xview_loc.vehicle.keyframes import KeyframeRule, Keyframes, WheelSpeed
 from xview_loc.vehicle.messages import (
@@ -89,6 +89,7 @@ class ImportOptions:
     antenna: Offset | None = None
     camera: Offset | None = None
     camera_yaw: float | None = None
+    panorama_elevation_deg: tuple[float, float] | None = None
     cameras: Sequence[str] = ()
     rig_file: Mapping[str, CameraEntry] = field(default_factory=dict)
     rig_tolerance_s: float = 0.05
@@ -107,7 +108,8 @@ class ImportOptions:
     @property
     def fit_pairs(self) -> bool:
         """Whether they fit a bag of pairs: they say nothing but the tiles and the mounting."""
-        kept = {name: getattr(self, name) for name in ("antenna", "camera", "camera_yaw", "spec")}
+        anew = ("antenna", "camera", "camera_yaw", "panorama_elevation_deg", "spec")
+        kept = {name: getattr(self, name) for name in anew}
         return self.own_mask is None and self == ImportOptions(**kept)
 
     def mounting(self, known: Mounting) -> Mounting:
@@ -165,13 +167,22 @@ def import_bag(
         bag = None
         if TILE in {connection.topic for connection in reader.connections}:
             bag = PairBag(source)
-        spec = options.spec or SPECS.get(str(bag.session().get("model")) if bag else "", _DEFAULT_SPEC)
+        spec = options.spec or (_own_spec(bag.session()) if bag else _DEFAULT_SPEC)
         tiles = resources.enter_context(closing(_TileCutter(aerial, spec, result)))
         if bag is not None:
             _complete(bag, partial, tiles, options, result, on_progress)
         else:
             _import_recording(source, reader, partial, tiles, options, result, on_progress)
     return result
+
+
+def _own_spec(session: Mapping[str, Any]) -> ModelSpec:
+    """Return the spec of the model that a bag's tiles were cut for."""
+    named, tile = SPECS.get(str(session.get("model"))), session.get("tile")
+    if named is None and isinstance(tile, dict):
+        size = tile.get("size"), tile.get("gsd")
+        named = next((spec for spec in SPECS.values() if (spec.tile_px, spec.gsd) == size), None)
+    return named or _DEFAULT_SPEC
 
 
 class _TileCutter:
@@ -238,18 +249,20 @@ def _complete(
     """Copy a bag of pairs, cutting the tiles that are missing, damaged, or of another size."""
     if not options.fit_pairs:
         raise BagError(
-            f"{bag.folder} is a bag of pairs: only --map, --model, --camera, --camera-yaw and --antenna "
-            "can be given anew, the other options are for recordings"
+            f"{bag.folder} is a bag of pairs: only --map, --model, --camera, --camera-yaw, --antenna "
+            "and --panorama-elevation can be given anew, the other options are for recordings"
         )
     before, rig = bag.session(), bag.rig()
-    session = {**before, "licence": tiles.licence or before.get("licence", "")}
+    session = {**before, **_panorama_facts(options)}
     if tiles.has_map:
-        session.update(tiles.facts())
-    if rig is not None and (options.camera is not None or options.camera_yaw is not None):
+        session.update(tiles.facts(), licence=tiles.licence or before.get("licence", ""))
+        session.pop("map", None)
+    single = options.camera, options.camera_yaw, options.panorama_elevation_deg
+    if rig is not None and single != (None, None, None):
         raise BagError(
-            f"{bag.folder} has several cameras, with places of their own: leave out --camera and --camera-yaw"
+            f"{bag.folder} has several cameras, with places of their own: leave out what is for a single one"
         )
-    known = Mounting.of(before)
+    known = bag.mounting()
     mounting = options.mounting(known)
     if options.camera_yaw is not None:
         turn = Transform.planar(0.0, 0.0, options.camera_yaw - known.camera_yaw)
@@ -284,6 +297,12 @@ def _complete(
             waiting = next(odometry, None)
 
 
+def _panorama_facts(options: ImportOptions) -> dict[str, Any]:
+    """Return what a session says of a single camera's panoramas, if it is given."""
+    edges = options.panorama_elevation_deg
+    return {} if edges is None else {"panorama_elevation_deg": list(edges)}
+
+
 def _readable(odometry: Iterator[tuple[int, bytes]], result: ImportResult) -> Iterator[tuple[int, bytes]]:
     try:
         yield from odometry
@@ -298,6 +317,9 @@ def _choose(source: Path, reader: AnyReader, options: ImportOptions) -> dict[str
         if name == "heading" and not options.use_heading:
             continue
         if name in ("image", "camera_info") and options.cameras:
+            continue
+        # Elevations are of a panorama, whatever is published for it.
+        if name == "camera_info" and options.panorama_elevation_deg:
             continue
         wanted = options.topics.get(name)
         # What the nodes subscribe to by default.
@@ -338,7 +360,12 @@ def _import_recording(
     result: ImportResult,
     on_progress: Callable[[float], object],
 ) -> None:
-    inputs = _choose(source, reader, options)
+    spec, inputs = tiles.spec, _choose(source, reader, options)
+    if spec.aerial_up == "left" and not options.use_heading:
+        raise BagError(f"{spec.name} needs tiles turned to the heading: import headings too")
+    calibrated = options.cameras or options.panorama_elevation_deg or "camera_info" in inputs
+    if spec.camera == "pinhole" and not calibrated:
+        raise BagError(f"{source} has no camera_info, and {spec.name} needs it")
     mounting = options.mounting(Mounting())
     try:
         rig, transforms = None, StaticTransforms()
@@ -369,11 +396,12 @@ def _import_recording(
         "recording": source.name,
         "licence": tiles.licence,
         **tiles.facts(),
+        **_panorama_facts(options),
         **mounting.facts(),
     }
     span = max(1, reader.end_time - reader.start_time)
     with closing(PairWriter(partial, session, BagLimits(min_free_bytes=0), rig, options.own_mask)) as writer:
-        importer = _Importer(reader, writer, tiles, rig, transforms, options, result)
+        importer = _Importer(reader, writer, tiles, rig, transforms, options, result, "camera_info" in inputs)
         for connection, now, data in _messages(reader, chosen, result):
             for name in names[connection.topic]:
                 importer.take(name, connection, data, now)
@@ -417,6 +445,7 @@ class _Importer:
         transforms: StaticTransforms,
         options: ImportOptions,
         result: ImportResult,
+        calibrated: bool,
     ) -> None:
         self._reader, self._writer, self._tiles = reader, writer, tiles
         self._rig, self._transforms = rig, transforms
@@ -434,6 +463,8 @@ class _Importer:
         )
         self._keyframes = Keyframes(options.keyframes)
         self._camera: CameraModel | None = None
+        # Images of a camera that is calibrated, but not yet, would be taken for panoramas.
+        self._uncalibrated = rig is not None or not calibrated
         self._velocities, self._wheels = VelocityReader(), WheelSpeed()
 
     def take(self, name: str, connection: Connection, data: bytes, now_ns: int) -> None:
@@ -461,7 +492,9 @@ class _Importer:
         elif name == "heading":
             self._pairing.add_heading(heading_from_message(message, options.heading, now_ns))
         elif name == "camera_info":
-            self._camera = camera_from_info(message, options.rectified)
+            # Zeros say that a camera is not calibrated: drivers of panorama cameras send them.
+            self._uncalibrated = self._tiles.spec.camera == "panorama" and not any(message.k)
+            self._camera = None if self._uncalibrated else camera_from_info(message, options.rectified)
         elif name == "odom":
             stamp = valid_stamp_ns(message)
             velocity = self._velocities.read(message)
@@ -475,6 +508,8 @@ class _Importer:
             camera = name.removesuffix("image").rstrip("/")
             image = CameraImage(camera, valid_stamp_ns(message), connection.msgtype, data, now_ns)
             if self._assembly is None:
+                if self._camera is None and not self._uncalibrated:
+                    raise RejectedInput("camera_info_missing", "no usable camera_info came before")
                 self._pairing.add_frame(_Frame(image.stamp_ns, (image,), self._camera), now_ns)
             else:
                 self._add_sets(self._assembly.add(image))
@@ -515,7 +550,7 @@ class _Importer:
         speed = self._wheels.at(frame.stamp_ns)
         if not self._keyframes.wants(frame.stamp_ns, fix.lat, fix.lon, yaw, speed):
             return
-        encoded = tuple(filter(None, map(self._encoded, frame.images)))
+        encoded = tuple(filter(None, (self._encoded(image, frame.camera) for image in frame.images)))
         if not encoded:
             return
         tile = self._tiles.around(fix.lat, fix.lon)
@@ -539,12 +574,12 @@ class _Importer:
             return pair
         return replace(pair, tilt=TiltSample(pair.stamp_ns, *self._options.tilt), tilt_source="fixed")
 
-    def _encoded(self, image: CameraImage) -> CameraImage | None:
+    def _encoded(self, image: CameraImage, camera: CameraModel | None) -> CameraImage | None:
         """Return an image as a CompressedImage: unchanged if it is one; None, and counted, if damaged."""
         try:
             message: Any = self._reader.deserialize(image.data, image.type)
             pixels = rgb_from_image(message)
-            self._check_size(image.name, pixels)
+            self._check_size(image.name, pixels, camera)
         except (ImageError, CameraError):
             self._result.dropped[f"{image.name}/image_invalid".lstrip("/")] += 1
             return None
@@ -557,13 +592,11 @@ class _Importer:
         made = ros_message(_COMPRESSED, header=head, format=image_format, data=data)
         return replace(image, type=_COMPRESSED, data=serialize(_COMPRESSED, made))
 
-    def _check_size(self, name: str, pixels: Image) -> None:
-        mask = self._options.own_mask
-        if self._rig is not None:
-            camera = self._rig.cameras[name].camera
-            if pixels.shape[:2] != (camera.height, camera.width):
-                raise ImageError(f"the image of camera {name} does not have the size of its calibration")
-        elif mask is not None and mask.shape != pixels.shape[:2]:
+    def _check_size(self, name: str, pixels: Image, camera: CameraModel | None) -> None:
+        mask, lens = self._options.own_mask, camera if self._rig is None else self._rig.cameras[name].camera
+        if lens is not None:
+            check_size(name, pixels, lens)
+        if mask is not None and mask.shape != pixels.shape[:2]:
             sizes = (f"{width} x {height}" for height, width in (mask.shape, pixels.shape[:2]))
             text = "{}: the mask of the vehicle has {} pixels, but the images have {}"
             raise BagError(text.format(self._reader.paths[0], *sizes))

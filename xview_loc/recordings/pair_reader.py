@@ -165,6 +165,11 @@ class PairBag:
             height = float(self.session().get("base_height", 0.0))
             return make_rig(dict(sorted(cameras.items())), own, height)
 
+    def mounting(self) -> Mounting:
+        """Return where antenna and camera are, 0 if the bag does not say it. Raises BagError."""
+        with _readable(f"the mounting in the session of {self.folder} cannot be used"):
+            return Mounting.of(self.session())
+
     def camera_rotation(self) -> Quaternion:
         """Return the rotation of a single camera's optical frame; it is level if the bag does not say it.
 
@@ -173,7 +178,7 @@ class PairBag:
         session = self.session()
         given = session.get("camera_rotation")
         if given is None:
-            return facing(Mounting.of(session).camera_yaw)
+            return facing(self.mounting().camera_yaw)
         try:
             x, y, z, w = map(float, given)
         except (TypeError, ValueError):
