@@ -344,3 +344,16 @@ def test_unusable_arguments_are_named(small: CCVPE) -> None:
 
 if __name__ == "__main__":
     record()
+
+
+@pytest.mark.parametrize("name", ["ccvpe-small", "ccvpe-pinhole-small"])
+def test_half_precision_on_a_kept_tile(name: str) -> None:
+    """As a node with precision bfloat16 runs it."""
+    torch.manual_seed(0)
+    model = create_model(name).to(torch.bfloat16)
+    spec = model.spec
+    ground = torch.rand(1, 3, *spec.ground_size, dtype=torch.bfloat16)
+    aerial = torch.rand(1, 3, spec.aerial_size, spec.aerial_size, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        maps = model.match(ground, model.precompute(model.encode_aerial(aerial)), spec.matching_prior(0.0))
+    assert maps.logits.dtype == torch.bfloat16 and bool(maps.logits.isfinite().all())

@@ -411,7 +411,8 @@ class CCVPE(CrossViewModel):
         scores = cells @ F.pad(descriptor, (0, channels - length))[:, source].mT
         if length < channels:
             window = (source < length).to(cells.dtype)
-            scores = scores / (cells.square() @ window.mT).float().clamp_min(_MIN_SQUARED_NORM).sqrt()
+            norm = (cells.square() @ window.mT).float().clamp_min(_MIN_SQUARED_NORM).sqrt()
+            scores = scores / norm.to(scores.dtype)
         return scores.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
 
     def _ascend(
