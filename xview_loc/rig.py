@@ -23,7 +23,7 @@ Quaternion = tuple[float, float, float, float]
 UNSEEN = (124, 116, 104)
 # A view of which the cameras show a smaller share shows nothing.
 LEAST_SEEN = 0.005
-NOTHING_SEEN = f"the cameras show less than {LEAST_SEEN:.1%} of what the model looks at"
+NOTHING_SEEN = f"the cameras show less than {100 * LEAST_SEEN:g} % of what the model looks at"
 # Rotates a camera that looks along x with z up (REP-103's optical frame in the body's), as (x, y, z, w).
 FORWARD: Quaternion = (-0.5, 0.5, -0.5, 0.5)
 # Walls, trees and the sky are taken to be this far from the rig's centre, the ground at most, metres. Both
