@@ -156,6 +156,8 @@ def start(folder: Path, domain: int, *, module: str = MODULE, **parameters: Any)
         "qos_depth": 1000,
         "model": "ccvpe-small",
         "min_free_mb": 0,
+        # Images have no panorama's shape.
+        "panorama_elevation_deg": [90.0, -90.0],
         # Longer than any fix is late.
         "max_wait_s": 5.0,
         "max_image_delay_s": 3600.0,
@@ -560,7 +562,7 @@ def test_images_wait_for_a_calibration_that_is_published(
     """Without it, a pair would be taken for a panorama, or could not adapt a model for pinhole cameras."""
     domain = DOMAIN + 5
     with bench(domain) as here:
-        node = start(tmp_path, domain, map=str(aerial), model=model)
+        node = start(tmp_path, domain, map=str(aerial), model=model, panorama_elevation_deg=[0.0, 0.0])
         try:
             rig = Rig(here)
             info = here.publisher(CameraInfo, "camera_info")

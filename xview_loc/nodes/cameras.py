@@ -136,7 +136,7 @@ class Cameras:
                     try:
                         image = rgb_from_cdr(images[name].type, images[name].data, decode_other)
                         if camera is not None:
-                            check_size(name, image, camera)
+                            check_size("", image, camera)
                     except ImageError as error:
                         image, problems[name] = None, RejectedInput("image_invalid", str(error))
                 cameras[name] = self._mounted(name, frame, image, transforms, elevation_deg)
