@@ -84,7 +84,14 @@ def width_of(colour: str, png: str) -> float:
     return np.ptp(columns) / picture.shape[1] if len(columns) else 0.0
 
 
-@pytest.mark.parametrize(("words", "cameras"), [((), "a panorama camera"), (("--rig", "six"), "'six'")])
+@pytest.mark.parametrize(
+    ("words", "cameras"),
+    [
+        ((), "a panorama camera"),
+        (("--rig", "six"), "'six'"),
+        (("--model", "ccvpe-pinhole-small"), "'one'"),
+    ],
+)
 def test_a_drive_is_localised_live(tmp_path: Path, words: tuple[str, ...], cameras: str) -> None:
     """The filtered pose is beside the single frames in table, curve, map and output."""
     log = finish(start(tmp_path, "-c", DRIVE, *words), timeout_s=800)
@@ -112,7 +119,11 @@ def test_a_drive_is_localised_live(tmp_path: Path, words: tuple[str, ...], camer
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("words", "cameras", "model"),
-    [((), "a panorama camera", "ccvpe-small"), (("--rig", "six"), "'six'", "ccvpe-rig-small")],
+    [
+        ((), "a panorama camera", "ccvpe-small"),
+        (("--rig", "six"), "'six'", "ccvpe-rig-small"),
+        (("--model", "ccvpe-pinhole-small"), "'one'", "ccvpe-pinhole-small"),
+    ],
 )
 def test_the_whole_loop(tmp_path: Path, words: tuple[str, ...], cameras: str, model: str) -> None:
     """So few pairs make no student worth deploying; --deploy-anyway deploys it."""
