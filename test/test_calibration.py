@@ -106,7 +106,7 @@ def test_random_cameras_are_of_simulated_cities(tmp_path: Path) -> None:
     words = ["calibrate", "--out", str(tmp_path / "a"), "--dataset", "vigor", "--root", "x", "--any-camera"]
     result = CliRunner().invoke(app, words)
     says = str(result.exception or result.output)
-    assert result.exit_code and "--any-camera is of simulated cities" in says
+    assert result.exit_code and "--any-camera is for simulated cities" in says
 
 
 @pytest.mark.slow

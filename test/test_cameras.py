@@ -85,11 +85,8 @@ def test_calibrations_may_change_while_driving() -> None:
     # That of a driver that halves its images, before it does.
     half = CameraModel(48, 36, (24.0, 0, 23.5, 0, 24.0, 17.5, 0, 0, 1))
     pixels, rig = both.see(replace(before, cameras={"front": CAMERA, "left": half}), tf, None)
-    assert pixels.keys() == rig.cameras.keys() == {"front"}
-    text = (
-        "the image has 96 x 72 pixels, but its calibration is for 48 x 36: publish the camera_info of these"
-    )
-    assert both.problems["left"].startswith(text)
+    assert pixels.keys() == {"front"} and rig.cameras.keys() == {"front", "left"}
+    assert both.problems["left"] == "the image has 96 x 72 pixels, but its calibration is for 48 x 36"
 
 
 def test_a_camera_that_tf_does_not_know_is_left_out_and_said() -> None:

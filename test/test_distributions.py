@@ -20,6 +20,7 @@ from rclpy.lifecycle import TransitionCallbackReturn
 from ros_harness import NodeProcess, bench, pick_domain
 from sensor_msgs.msg import Image, Imu, NavSatFix
 
+from xview_loc.models.specs import SPECS
 from xview_loc.nodes.parameters import PAIR_LOGGER
 from xview_loc.nodes.vehicle_node import VehicleNode
 from xview_loc.recordings.pair_reader import PairBag
@@ -100,6 +101,7 @@ class BrokenNode(VehicleNode):
 
     def configure(self) -> None:
         self.breaks("configure")
+        self._spec = SPECS["ccvpe-small"]
 
     def make_worker(self) -> Any:
         self.breaks("make_worker")

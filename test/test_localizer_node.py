@@ -510,7 +510,7 @@ def test_bad_configuration_is_said_and_survived(rig, tmp_path):
         (
             {"model": "ccvpe-vigor", "allow_untrained": False},
             "no weights are shipped for ccvpe-vigor: give a checkpoint (docs/benchmarks.md says where the "
-            "authors' are), or choose ccvpe-small or ccvpe-rig-small or ggcvt-small",
+            "authors' are), or choose ccvpe-small or ccvpe-rig-small or ccvpe-pinhole-small or ggcvt-small",
         ),
         ({"datum_lat": math.nan}, "both datum_lat and datum_lon"),
     ]

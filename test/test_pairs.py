@@ -281,9 +281,10 @@ def test_lever_arms_are_taken_out(tmp_path: Path) -> None:
     """In a bend, with the antenna 3 m behind the camera: the same as with fixes of the camera itself."""
     spec = ModelSpec("stub", "panorama", (32, 64), 64, 0.5, bins=8)
     mounting = Mounting((-1.0, 0.5), (2.0, 0.0), 0.2)
+    shows = {"panorama_elevation_deg": [90.0, -90.0]}
     writers = {
-        "antenna": PairWriter(tmp_path / "antenna", mounting.facts(), NO_FLOOR),
-        "camera": PairWriter(tmp_path / "camera", {"camera_yaw": 0.2}, NO_FLOOR),
+        "antenna": PairWriter(tmp_path / "antenna", {**mounting.facts(), **shows}, NO_FLOOR),
+        "camera": PairWriter(tmp_path / "camera", {"camera_yaw": 0.2, **shows}, NO_FLOOR),
     }
     cameras = []
     for k in range(20):

@@ -47,7 +47,6 @@ def xview_loc(*words: object) -> str:
     output, errors = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(errors):
         patch.setattr(sys, "argv", ["xview-loc", *map(str, words)])
-        patch.setenv("COLUMNS", "200")
         with pytest.raises(SystemExit) as ended:
             main()
     assert not ended.value.code, errors.getvalue()
@@ -91,13 +90,13 @@ def test_a_student_is_trained(folder: Path, tmp_path: Path, name: str, way: str)
     words += ["--truth", folder / "drive", "--truth-topic", "/truth/fix"]
     words += [way] if way == "--smooth" else []
     printed = xview_loc("adapt", folder / "pairs" / "drive", "--out", tmp_path / "out", *words)
-    assert "verdict" in printed and "longitudinal" in printed and "lateral" in printed
+    assert "verdict" in printed and "along" in printed and "across" in printed
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["unreadable"] == 0 and ("smoothing" in metrics) == (way == "--smooth")
     for errors in metrics["true_errors"].values():
         along, across = errors["longitudinal_mean"], errors["lateral_mean"]
         assert max(along, across) <= errors["mean"] <= along + across
-    assert "longitudinal mean" in (tmp_path / "out" / "report.html").read_text()
+    assert "along mean" in (tmp_path / "out" / "report.html").read_text()
     student = load_checkpoint(tmp_path / "out" / "student.safetensors").model
     pairs = zip(student.parameters(), model.parameters(), strict=True)
     assert any(not torch.equal(a, b) for a, b in pairs)
@@ -111,7 +110,7 @@ def test_the_ablation_says_both_directions(folder: Path, tmp_path: Path) -> None
     words += ["--accelerator", "cpu", "--epochs", 1, "--batch-size", 16, "--held-out", 0.4, "--sigma", 2]
     words += ["--truth", folder / "drive", "--truth-topic", "/truth/fix"]
     printed = xview_loc("ablate", folder / "pairs" / "drive", "--out", tmp_path / "out", *words)
-    assert "longitudinal mean" in printed
+    assert "along" in printed
     rows = json.loads((tmp_path / "out" / "ablation.json").read_text())
     assert all(row["errors"]["lateral_median"] > 0.0 for row in rows)
-    assert "longitudinal mean" in (tmp_path / "out" / "ablation.html").read_text()
+    assert "along mean" in (tmp_path / "out" / "ablation.html").read_text()

@@ -200,9 +200,15 @@ def _page(
 def error_table(errors: Mapping[str, Mapping[str, float | None]]) -> tuple[list[str], list[list[str]]]:
     """Return heads and rows of the metrics' ``true_errors``; by direction where that is known."""
     columns = {"mean": "mean", "median": "median", "95 %": "p95"}
-    parts = ("longitudinal_mean", "longitudinal_median", "lateral_mean", "lateral_median")
-    if any(e[part] is not None for e in errors.values() for part in parts):
-        columns |= {part.replace("_", " "): part for part in parts}
+    # Short names, so that the table fits a terminal.
+    parts = {
+        "along mean": "longitudinal_mean",
+        "along median": "longitudinal_median",
+        "across mean": "lateral_mean",
+        "across median": "lateral_median",
+    }
+    if any(e[part] is not None for e in errors.values() for part in parts.values()):
+        columns |= parts
     rows = [
         [name, str(e["frames"]), *("" if v is None else f"{v:.2f}" for v in map(e.get, columns.values()))]
         for name, e in errors.items()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from xview_loc.camera import CameraModel, Lens, PanoramaCamera
+if TYPE_CHECKING:
+    from xview_loc.camera import Lens
 
 # Step in which tiles are turned to the heading, degrees; what it costs: docs/performance.md.
 TURN_STEP_DEG = 4.0
@@ -54,6 +55,9 @@ class ModelSpec:
     @property
     def lens(self) -> Lens:
         """The level camera whose images the model takes."""
+        # Imported here: launch files read the nodes' parameters with a Python that may lack OpenCV.
+        from xview_loc.camera import CameraModel, PanoramaCamera
+
         height, width = self.ground_size
         if self.intrinsics is None:
             return PanoramaCamera(width, height, *map(math.radians, self.elevation_deg))
