@@ -281,7 +281,7 @@ def test_rectified_images_are_not_undistorted_twice(rig: Rig) -> None:
     with rig.configured(model="stub-pinhole"):
         b.wait(rig.info.get_subscription_count, what="the camera_info's subscription")
         rig.send_info(rig.ns, p=p, **raw)
-        assert b.wait_diagnosis("rectified: /camera/image_rect is undistorted").level == b"\x01"
+        assert b.wait_diagnosis("rectified: images on /camera/image_rect are corrected").level == b"\x01"
         assert b.set_parameter("/localizer", "rectified", True) == ""
         rig.send_info(rig.ns, p=p, **raw)
         b.wait(lambda: "rectified" not in b.text(), what="the warning's end")
