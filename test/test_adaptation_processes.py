@@ -140,7 +140,12 @@ def test_two_processes_smooth_the_same_labels(
     for name in ("moved_m", "std_m"):
         assert both["smoothing"][name] == pytest.approx(smoothed_whole["smoothing"][name], rel=1e-3)
     for name in ("pseudo ground truth", "teacher, held out"):
-        assert both["true_errors"][name] == pytest.approx(smoothed_whole["true_errors"][name], rel=1e-3)
+        # Errors along and across are unknown for panoramas.
+        found, wanted = (
+            {figure: value for figure, value in run["true_errors"][name].items() if value is not None}
+            for run in (both, smoothed_whole)
+        )
+        assert "mean" in wanted and found == pytest.approx(wanted, rel=1e-3)
     assert math.isfinite(both["epochs"]["student"][0]["loss"])
 
 
