@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import Affine2D
 from nav_msgs.msg import OccupancyGrid
 from numpy.typing import NDArray
 
@@ -128,15 +130,23 @@ def draw_heat_map(log: DriveLog, stamp: int, map_path: Path, datum: LocalProject
     info = grid.info
     side = info.width * info.resolution
     left, bottom = info.origin.position.x, info.origin.position.y
-    extent = (left, left + side, bottom, bottom + side)
+    # Turned about its lower left corner, with tiles that are turned to the heading.
+    turn = 2.0 * math.atan2(info.origin.orientation.z, info.origin.orientation.w)
+    cos, sin = math.cos(turn), math.sin(turn)
+    x, y = left + side / 2 * (cos - sin), bottom + side / 2 * (cos + sin)
+    half = side / 2 * (abs(cos) + abs(sin))
+    extent = (x - half, x + half, y - half, y + half)
     with open_map(str(map_path)) as aerial:
-        tile = aerial.tile(*datum.inverse(left + side / 2, bottom + side / 2), 512, side / 512)
+        tile = aerial.tile(*datum.inverse(x, y), 512, 2 * half / 512)
     figure = Figure(figsize=(9, 4.5))
     left_axes, right_axes = figure.subplots(1, 2, sharex=True, sharey=True)
     for axes in (left_axes, right_axes):
         axes.imshow(tile.image, extent=extent)
         axes.set(xlabel="east, m", xlim=extent[:2], ylim=extent[2:])
-    right_axes.imshow(np.flipud(_cells(grid)), extent=extent, cmap="inferno", alpha=0.65)
+    own = (left, left + side, bottom, bottom + side)
+    drawn = right_axes.imshow(np.flipud(_cells(grid)), extent=own, cmap="inferno", alpha=0.65)
+    drawn.set_transform(Affine2D().rotate_around(left, bottom, turn) + right_axes.transData)
+    right_axes.set(xlim=extent[:2], ylim=extent[2:])
     for name, places in {TRUTH: log.truth, **log.named}.items():
         if stamp in places:
             look: Any = {"color": COLOURS[name], "markersize": 9, "fillstyle": "none", "markeredgewidth": 2}
