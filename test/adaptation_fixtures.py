@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import math
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from xview_loc import models
+from xview_loc.cli.commands import main
 from xview_loc.datasets import SimulatedDataset, simulated
 from xview_loc.maps import open_map
 from xview_loc.models.ccvpe import CCVPE
@@ -96,6 +99,17 @@ def tiny_models() -> Iterator[None]:
         patch.setitem(models._CONSTRUCTORS, "ggcvt-pinhole-tiny", partial(GGCVT, _GGCVT_PINHOLE_TINY))
         patch.setitem(models._CONSTRUCTORS, "ggcvt-tiny", partial(GGCVT, _GGCVT_TINY))
         yield
+
+
+def xview_loc(*words: object) -> str:
+    """Run a command in this process, which knows the tiny models; return what it prints."""
+    output, errors = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(errors):
+        patch.setattr(sys, "argv", ["xview-loc", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+    assert not ended.value.code, errors.getvalue()
+    return output.getvalue()
 
 
 def small_city() -> City:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import json
-import sys
 from collections.abc import Iterator
-from contextlib import closing, redirect_stderr, redirect_stdout
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from adaptation_fixtures import tiny_models
+from adaptation_fixtures import tiny_models, xview_loc
 from rosbags.highlevel import AnyReader
 
 from xview_loc.bags.ros_types import STORE
 from xview_loc.bags.writer import BagWriter
-from xview_loc.cli.commands import main
 from xview_loc.datasets.pairs import PairDataset
 from xview_loc.models import create_model
 from xview_loc.models.checkpoint import load_checkpoint, save_checkpoint
@@ -40,17 +37,6 @@ RENAMED = {
 def _tiny_models() -> Iterator[None]:
     with tiny_models():
         yield
-
-
-def xview_loc(*words: object) -> str:
-    """Run a command in this process, which knows the tiny models; return what it prints."""
-    output, errors = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(errors):
-        patch.setattr(sys, "argv", ["xview-loc", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-    assert not ended.value.code, errors.getvalue()
-    return output.getvalue()
 
 
 @pytest.fixture(scope="module")

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import json
-import sys
 from collections.abc import Iterator
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from adaptation_fixtures import SPEC, tiny_models
+from adaptation_fixtures import SPEC, tiny_models, xview_loc
 from torch import nn
 from torch.utils.data import default_collate
 
 from xview_loc.adaptation.distillation import AdaptationOptions, Distillation
-from xview_loc.cli.commands import main
 from xview_loc.datasets.base import true_from_fix
 from xview_loc.datasets.pairs import PairDataset
 from xview_loc.models import create_model
@@ -33,17 +29,6 @@ FRAMES, TRAINED = 70, 56
 def _tiny_models() -> Iterator[None]:
     with tiny_models():
         yield
-
-
-def xview_loc(*words: object) -> str:
-    """Run a command in this process, which knows the tiny models; return what it prints."""
-    output, errors = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(errors):
-        patch.setattr(sys, "argv", ["xview-loc", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-    assert not ended.value.code, errors.getvalue()
-    return output.getvalue()
 
 
 @pytest.fixture(scope="module")
