@@ -1,10 +1,14 @@
-"""The loop of a model for pinhole cameras, from an ordinary recording of a front camera, by the commands."""
+"""The loop of a model for pinhole cameras, from an ordinary recording of a front camera."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +25,9 @@ from xview_loc.models.checkpoint import load_checkpoint, save_checkpoint
 from xview_loc.models.specs import SPECS
 from xview_loc.recordings.pair_reader import PairBag
 
+MODEL = "ccvpe-pinhole-small"
 FRAMES = 70
+NS = 1_000_000_000
 # Topics of the rig's only camera, and those of an ordinary recording.
 RENAMED = {
     "/front/image/compressed": "/image",
@@ -51,7 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with closing(writer):
             for connection, stamp, data in reader.messages(connections=kept):
                 writer.write(RENAMED[connection.topic], stamp, data)
-    words = ["--map", folder / "rig" / "city.tif", "--model", "ccvpe-pinhole-small", "--imu", "/imu"]
+    words = ["--map", folder / "rig" / "city.tif", "--model", MODEL, "--imu", "/imu"]
     done = xview_loc("pairs", folder / "drive", "--out", folder / "pairs", *words)
     assert "without" not in done
     return folder
@@ -59,8 +65,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_tiles_are_large_enough_to_be_turned(folder: Path) -> None:
     bag = PairBag(folder / "pairs" / "drive")
-    assert bag.tile_sizes() == {(228, 0.48)} and bag.session()["model"] == "ccvpe-pinhole-small"
-    pairs = PairDataset([bag.folder], SPECS["ccvpe-pinhole-small"])
+    assert bag.tile_sizes() == {(228, 0.48)} and bag.session()["model"] == MODEL
+    pairs = PairDataset([bag.folder], SPECS[MODEL])
     turns = np.array([float(pairs[k]["turn"]) for k in range(len(pairs))])
     headings = np.array([bag[k].heading for k in range(len(pairs))])
     assert np.abs(turns - headings).max() < 1e-6 and np.ptp(turns) > 1.0
@@ -100,3 +106,64 @@ def test_the_ablation_says_both_directions(folder: Path, tmp_path: Path) -> None
     rows = json.loads((tmp_path / "out" / "ablation.json").read_text())
     assert all(row["errors"]["lateral_median"] > 0.0 for row in rows)
     assert "along mean" in (tmp_path / "out" / "ablation.html").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_student_is_swapped_in_while_the_recording_plays(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("rclpy", reason="ROS 2's Python packages are not installed")
+    from builtin_interfaces.msg import Time
+    from geometry_msgs.msg import PoseWithCovarianceStamped
+    from ros_harness import NodeProcess, bench, environment, pick_domain
+    from rosgraph_msgs.msg import Clock
+
+    words: list[object] = ["--model", MODEL, "--smooth", "--sigma", 2, "--epochs", 1, "--batch-size", 8]
+    words += ["--accelerator", "cpu", "--held-out", 0.2]
+    xview_loc("adapt", folder / "pairs" / "drive", "--out", tmp_path / "out", *words)
+    student = tmp_path / "out" / "student.safetensors"
+    digest = hashlib.sha256(student.read_bytes()).hexdigest()[:12]
+    parameters: dict[str, object] = {"model": MODEL, "map": str(folder / "rig" / "city.tif")}
+    parameters |= {"tilt_source": "imu", "qos_reliability": "reliable", "use_sim_time": True}
+    parameters |= {"image_transport": "compressed", "torch_threads": 1}
+    parameters |= {"checkpoint_dirs": [str(tmp_path)]}
+    domain = pick_domain()
+    words = ["-r", "heading:=/imu"]
+    module = "xview_loc.nodes.localizer_node"
+    node = NodeProcess(domain, tmp_path / "node.txt", parameters, *words, module=module)
+    try:
+        with bench(domain) as here, AnyReader([folder / "drive"], default_typestore=STORE) as reader:
+            poses = here.listen(PoseWithCovarianceStamped, "/localizer/pose")
+            clock = here.publisher(Clock, "/clock")
+            outputs = {}
+            for connection in reader.connections:
+                package, _, kind = connection.msgtype.split("/")
+                message_type = getattr(import_module(f"{package}.msg"), kind)
+                outputs[connection.topic] = here.publisher(message_type, connection.topic)
+            inputs = ("/image", "/camera_info", "/fix", "/imu")
+            here.wait(lambda: all(outputs[t].get_subscription_count() for t in inputs), what="the inputs")
+            messages = reader.messages()
+
+            def localise(frames: int) -> None:
+                """Play on until so many more frames are localised."""
+                end = len(poses) + frames
+                while len(poses) < end:
+                    connection, stamp, data = next(messages)
+                    clock.publish(Clock(clock=Time(sec=stamp // NS, nanosec=stamp % NS)))
+                    outputs[connection.topic].publish(data)
+                    # The image is the last message of a frame. DDS may lose the first frames.
+                    if connection.topic == "/image":
+                        count = len(poses)
+                        with suppress(AssertionError):
+                            here.wait(lambda: len(poses) > count, 10.0)  # noqa: B023
+
+            localise(5)
+            command = [sys.executable, "-m", "xview_loc.cli", "deploy", str(student)]
+            pipe = subprocess.PIPE
+            deploying = subprocess.Popen(command, env=environment(domain), stdout=pipe, text=True)
+            here.wait(lambda: deploying.poll() is not None, what="the student")
+            assert deploying.returncode == 0, node.log
+            here.wait(lambda: digest in here.value("checkpoint"), what="the student's weights")
+            localise(5)
+    finally:
+        assert node.stop() == 0, node.log
+    assert "Traceback" not in node.log
