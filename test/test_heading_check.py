@@ -37,7 +37,8 @@ def judge(frames: list[Frame], wrong: Wrong) -> list[HeadingFault | None]:
     found: list[HeadingFault | None] = [None]
     for frame in frames:
         ns = START + frame.stamp_ns
-        odometry.add(VelocitySample(ns, frame.speed, 0.0, frame.yaw_rate))
+        for one in frame.wheels:
+            odometry.add(VelocitySample(START + one.stamp_ns, one.speed, 0.0, one.yaw_rate))
         check.add_heading(HeadingSample(ns, wrap_angle(wrong(frame.heading)), 0.05))
         covariance = np.eye(3)
         covariance[:2, :2] = frame.fix.covariance

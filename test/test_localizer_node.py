@@ -45,13 +45,14 @@ from sensor_msgs.msg import Image, Imu, NavSatFix
 from std_msgs.msg import Float64
 from stub_node import GSD, SeeingModel, write_stub
 
-from xview_loc.geodesy import LocalProjection
+from xview_loc.geodesy import LocalProjection, wrap_angle
 from xview_loc.nodes import outputs
 from xview_loc.nodes.deployment import DeploymentError, deploy
 from xview_loc.nodes.inputs import message_class
 from xview_loc.nodes.parameters import LOCALIZER, PAIR_LOGGER
 from xview_loc.vehicle import messages as input_messages
 from xview_loc.vehicle.input_types import INPUT_TYPES
+from xview_loc.vehicle.mounting import moved
 
 ROOT = Path(__file__).parent.parent
 DOMAIN = pick_domain()
@@ -459,6 +460,37 @@ def test_no_fix_no_heading_no_camera_info_and_unheard_publisher(rig):
         b.node.destroy_publisher(deaf)
         rig.send_info(rig.ns)
         rig.good_frame()
+
+
+def test_odometry_and_fixes_give_the_heading(rig):
+    b, yaw, lat, lon = rig.bench, math.radians(-50.0), LAT, LON
+    with rig.configured(heading_source="course"):
+        b.wait(rig.odom.get_subscription_count, what="the odometry's subscription")
+        before = len(rig.poses)
+        rig.step(60.0)
+
+        def drive_on() -> None:
+            """Drive five metres, with odometry, a fix and an image."""
+            nonlocal lat, lon
+            for _ in range(5):
+                forward = Odometry(child_frame_id="base_link")
+                forward.twist.twist.linear.x = 10.0
+                rig.odom.publish(rig.header(forward, rig.step(0.1)))
+            lat, lon = moved(lat, lon, (5.0, 0.0), yaw)
+            rig.send_fix(rig.ns, lat, lon)
+            rig.send_image(rig.ns)
+            b.wait_diagnosis()
+
+        drive_on()
+        b.wait_diagnosis("the heading is not known yet", "drive some tens of metres")
+        assert len(rig.poses) == before
+        while len(rig.poses) < before + 3:
+            drive_on()
+        q = rig.poses[-1].pose.pose.orientation
+        found = 2.0 * math.atan2(q.z, q.w) - DATUM.convergence(lat, lon)
+        assert abs(wrap_angle(found - yaw)) < math.radians(3.0)
+        b.wait_diagnosis()
+        assert "not known yet" not in b.text() and not rig.heading.get_subscription_count()
 
 
 def test_images_missing_between_stamps_are_counted_and_said(rig):

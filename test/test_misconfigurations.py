@@ -211,7 +211,7 @@ class Vehicle:
         try:
             due = time.monotonic()
             for k, frame in enumerate(self.frames):
-                for topic, data in frame_messages(frame, time.time_ns()):
+                for topic, _, data in frame_messages(frame, time.time_ns()):
                     if topic in outputs:
                         message = mistake.change(topic, deserialize_message(data, sent[topic]), k)
                         if message is not None:

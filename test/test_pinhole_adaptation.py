@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +22,7 @@ from rosbags.highlevel import AnyReader
 from xview_loc.bags.ros_types import STORE
 from xview_loc.bags.writer import BagWriter
 from xview_loc.datasets.pairs import PairDataset
+from xview_loc.geodesy import wrap_angle
 from xview_loc.models import create_model
 from xview_loc.models.checkpoint import load_checkpoint, save_checkpoint
 from xview_loc.models.specs import SPECS
@@ -92,6 +95,28 @@ def test_a_student_is_trained(folder: Path, tmp_path: Path, name: str, way: str)
     student = load_checkpoint(tmp_path / "out" / "student.safetensors").model
     pairs = zip(student.parameters(), model.parameters(), strict=True)
     assert any(not torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_vehicle_without_a_compass(folder: Path, tmp_path: Path) -> None:
+    """Odometry and fixes give the headings that tiles are turned to."""
+    words: list[object] = ["--map", folder / "rig" / "city.tif", "--model", MODEL, "--imu", "/imu"]
+    xview_loc("pairs", folder / "drive", "--out", tmp_path / "pairs", *words, "--heading", "none")
+    bare = tmp_path / "pairs" / "drive"
+    printed = xview_loc("pairs", "info", bare)
+    assert re.search(r"headings +0 measured, \d+ from odometry and fixes \(\+-\d\.\d deg\)", printed)
+    found = {}
+    for bag in (folder / "pairs" / "drive", bare):
+        pairs = PairDataset([bag], SPECS[MODEL])
+        found[bag] = dict(zip(pairs.track().stamp_ns, (float(p["turn"]) for p in pairs), strict=True))
+    measured, reckoned = found.values()
+    off = [abs(wrap_angle(turn - measured[stamp])) for stamp, turn in reckoned.items() if stamp in measured]
+    assert len(off) > FRAMES / 2 and math.degrees(max(off)) < 15.0 and math.degrees(np.mean(off)) < 4.0
+    save_checkpoint(create_model("ccvpe-pinhole-tiny"), tmp_path / "teacher.safetensors")
+    words = ["--model", "ccvpe-pinhole-tiny", "--checkpoint", tmp_path / "teacher.safetensors"]
+    words += ["--accelerator", "cpu", "--epochs", 1, "--batch-size", 8, "--held-out", 0.2, "--sigma", 2]
+    printed = xview_loc("adapt", bare, "--out", tmp_path / "out", *words, "--smooth")
+    assert "from odometry and fixes" in printed and "verdict" in printed
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["unreadable"] == 0
 
 
 @pytest.mark.slow

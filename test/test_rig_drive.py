@@ -72,7 +72,7 @@ def test_a_drive_with_a_rig(tmp_path: Path) -> None:
                 known = accounted(b)
                 while accounted(b) == known:  # DDS may lose the first
                     stamp += NS
-                    for topic, data in frame_messages(frame, stamp, rig):
+                    for topic, _, data in frame_messages(frame, stamp, rig):
                         outputs[topic].publish(deserialize_message(data, kinds[topic]))
                     b.wait_diagnosis()
                 at = [fix for fix in fixes if NS * fix.header.stamp.sec + fix.header.stamp.nanosec == stamp]

@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from pyproj import Geod, Transformer
 from pyproj.enums import TransformDirection
 
@@ -90,6 +91,22 @@ class LocalProjection:
         e1, n1 = self.forward(north, lon)
         angle = np.arctan2(-(e1 - e0), n1 - n0)
         return float(angle) if angle.ndim == 0 else angle
+
+
+def steps_between(lat: NDArray[np.float64], lon: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return metres (N, 2) east and north from each position's predecessor, degrees; zero for the first.
+
+    Each step is in its own true-north axes. Meant for steps of at most some hundred metres.
+    """
+    latitude = np.radians(lat[1:])
+    # The WGS-84 ellipsoid's local metres per degree.
+    e2 = 6.69437999014e-3
+    curve = 1 - e2 * np.sin(latitude) ** 2
+    north = np.radians(np.diff(lat)) * 6378137.0 * (1 - e2) / curve**1.5
+    east = np.radians(np.diff(lon)) * 6378137.0 / np.sqrt(curve) * np.cos(latitude)
+    steps = np.zeros((len(lat), 2))
+    steps[1:] = np.stack([east, north], 1)
+    return steps
 
 
 def wrap_angle(angle: float) -> float:

@@ -77,16 +77,28 @@ def make_pairs(seed: int, folder: Path, count: int = FRAMES) -> None:
         pair_drive(folder, name)
 
 
-def pair_drive(folder: Path, name: str, spec: ModelSpec = TILES_FOR, rig: Rig | None = None) -> None:
-    """Make a bag of pairs, with tiles for ``spec``, of a drive recorded in the city of ``folder``."""
-    topics = {"fix": "/fix", "heading": "/heading", "odom": "/odom"}
-    options = ImportOptions(topics=topics, keyframes=KeyframeRule(distance_m=4.0), spec=spec)
+def pair_drive(
+    folder: Path,
+    name: str,
+    spec: ModelSpec = TILES_FOR,
+    rig: Rig | None = None,
+    *,
+    drive: str = "",
+    use_heading: bool = True,
+) -> None:
+    """Make a bag of pairs, with tiles for ``spec``, of a drive recorded in the city of ``folder``.
+
+    ``drive`` is its name, by default that of the pairs.
+    """
+    topics = {"fix": "/fix", "odom": "/odom"} | ({"heading": "/heading"} if use_heading else {})
+    keyframes = KeyframeRule(distance_m=4.0)
+    options = ImportOptions(topics=topics, use_heading=use_heading, keyframes=keyframes, spec=spec)
     if rig is None:
         options = replace(options, topics={**topics, "image": "/image"})
     else:
         options = replace(options, cameras=("all",), imu="/imu")
     with open_map(str(folder / "city.tif")) as aerial:
-        import_bag(folder / f"{name}-drive", folder / name, aerial, options, lambda share: None)
+        import_bag(folder / f"{drive or name}-drive", folder / name, aerial, options, lambda share: None)
 
 
 def write_drive(frames: Iterable[Frame], folder: Path, rig: Rig | None = None) -> None:
@@ -96,11 +108,11 @@ def write_drive(frames: Iterable[Frame], folder: Path, rig: Rig | None = None) -
     write_bag(frames, folder, rig=rig)
 
 
-def open_pairs(folder: Path, name: str, spec: ModelSpec) -> Source:
-    """Open a bag of pairs, with the metres from coarse fixes to true places."""
+def open_pairs(folder: Path, name: str, spec: ModelSpec, drive: str = "") -> Source:
+    """Open a bag of pairs of a drive, with the metres from coarse fixes to true places."""
     source = PairDataset([folder / name], spec)
     track = source.track()
-    truth = read_timed_track(folder / f"{name}-drive", "/truth/fix")
+    truth = read_timed_track(folder / f"{drive or name}-drive", "/truth/fix")
     return source, true_from_fix(track, *truth.at(track.stamp_ns))
 
 

@@ -142,7 +142,8 @@ class Drive:
             heading = HeadingSample(frame.stamp_ns, frame.heading, frame.heading_std)
 
             started = time.thread_time()
-            odometry.add(VelocitySample(frame.stamp_ns, frame.speed, 0.0, frame.yaw_rate))
+            for one in frame.wheels:
+                odometry.add(VelocitySample(one.stamp_ns, one.speed, 0.0, one.yaw_rate))
             looked = position.move(
                 frame.stamp_ns,
                 None if outage else fix,

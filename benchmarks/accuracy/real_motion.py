@@ -31,7 +31,7 @@ from xview_loc.geodesy import LocalProjection, wrap_angle
 from xview_loc.models.checkpoint import load_model
 from xview_loc.models.specs import ModelSpec
 from xview_loc.simulation.city import City, build_city
-from xview_loc.simulation.drives import DriveOptions, Fix, Frame, Truth
+from xview_loc.simulation.drives import DriveOptions, Fix, Frame, Truth, Wheels
 from xview_loc.simulation.styles import style_for
 from xview_loc.simulation.views import CameraPose, PanoramaView, render_panorama
 
@@ -115,6 +115,7 @@ def frames(city: City, motion: Motion, scale: float) -> Iterator[Frame]:
         fix = place + ahead * motion.error[k] * scale
         fix_lat, fix_lon = (float(x) for x in city.to_latlon(fix.real, fix.imag))
         pose = CameraPose(place.real, place.imag, yaw, city.style.camera_height_m)
+        wheel_speed = speed * speed_scale + options.speed_noise * rng.normal()
         yield Frame(
             stamp_ns=round(motion.seconds[k] * 1e9),
             image=render_panorama(city, pose, PanoramaView(64, 256), rng=rng),
@@ -122,8 +123,7 @@ def frames(city: City, motion: Motion, scale: float) -> Iterator[Frame]:
             fix=Fix(fix_lat, fix_lon, np.eye(2) * (CLAIMED_M * scale) ** 2),
             heading=wrap_angle(heading + heading_bias + options.heading_noise * rng.normal()),
             heading_std=math.hypot(options.heading_bias, options.heading_noise),
-            speed=speed * speed_scale + options.speed_noise * rng.normal(),
-            yaw_rate=0.0,
+            wheels=(Wheels(round(motion.seconds[k] * 1e9), wheel_speed, 0.0),),
         )
 
 

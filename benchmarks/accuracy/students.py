@@ -13,8 +13,9 @@ Models for pinhole cameras get a front camera of 90 degrees on a vehicle that ti
 
 Rows: ``teacher``; ``paper``, filtered maxima, the first K' levels; ``smoothed``, labels from whole drives,
 all levels; ``rounds``, the smoothed student labels the pairs again; ``oracle``, true positions, all levels;
-then smoothed labels with inputs degraded as in ``smoothing.py``. Jumping fixes have their own tiles, and
-therefore their own rows of teacher and paper. Results are kept in the work folder, where an interrupted run
+then smoothed labels with inputs degraded as in ``smoothing.py``; ``no heading``, pairs of the same drive
+without measured headings, which odometry and fixes replace. Jumping fixes have their own tiles, and therefore
+their own rows of teacher and paper. Results are kept in the work folder, where an interrupted run
 continues.
 """
 
@@ -24,6 +25,7 @@ import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -39,6 +41,7 @@ from xview_loc.adaptation.labels import PseudoLabels, reliable
 from xview_loc.adaptation.smoothing import smooth
 from xview_loc.models.checkpoint import Checkpoint, load_model
 from xview_loc.models.specs import ModelSpec
+from xview_loc.rig import Rig
 from xview_loc.simulation.city import build_city
 from xview_loc.simulation.drives import Area, DriveOptions, drive
 from xview_loc.simulation.rigs import make_rig
@@ -56,7 +59,12 @@ AREAS: dict[str, tuple[Area, int]] = {
     "pairs": ((-_HALF, -_HALF, 120.0, _HALF), 1100),
     "held": ((180.0, -_HALF, _HALF, _HALF), 450),
 }
-ROWS = ("paper", "smoothed", "rounds", "oracle", "no odometry", "scale, drift", "gaps", "short", "jumps")
+ROWS = (
+    *("paper", "smoothed", "rounds", "oracle", "no odometry", "scale, drift", "gaps", "short"),
+    *("no heading", "jumps"),
+)
+# Rows that have pairs of their own, and the rows of these.
+OWN_PAIRS = {"jumps": ("paper", "smoothed"), "no heading": ("smoothed",)}
 
 
 def make_cell(style: str, city_seed: int, folder: Path, spec: ModelSpec) -> None:
@@ -70,13 +78,19 @@ def make_cell(style: str, city_seed: int, folder: Path, spec: ModelSpec) -> None
     folder.mkdir(parents=True, exist_ok=True)
     city.write_geotiff(folder / "city.tif")
     options = DriveOptions(rate_hz=1.0)
-    # Half the size of its images: more than the models see.
-    rig = make_rig("one", 0.5) if spec.camera == "pinhole" else None
-    tiles_for = TILES_FOR if rig is None else spec
+    tiles_for, rig = _setup(spec)
     for name, (area, frames) in AREAS.items():
         seen = drive(city, frames, city_seed, options=options, view=rig or PanoramaView(64, 256), area=area)
         write_drive(seen, folder / f"{name}-drive", rig)
         pair_drive(folder, name, tiles_for, rig)
+
+
+def _setup(spec: ModelSpec) -> tuple[ModelSpec, Rig | None]:
+    """Return what the tiles of a model's pairs are cut for, and its vehicle's rig."""
+    if spec.camera == "panorama":
+        return TILES_FOR, None
+    # Half the size of its images: more than the models see.
+    return spec, make_rig("one", 0.5)
 
 
 class Cell:
@@ -210,15 +224,19 @@ def main() -> None:
             camera = "-pinhole" if teacher.model.spec.camera == "pinhole" else ""
             folder = arguments.work / f"{style}-{CITIES[style] + seed}{camera}"
             make_cell(style, CITIES[style] + seed, folder, teacher.model.spec)
-            wanted = {"pairs": [r for r in arguments.rows if r != "jumps"]}
-            if "jumps" in arguments.rows:
-                make_jumping_pairs(folder)
-                wanted["jumps"] = ["paper", "smoothed"]
+            wanted = {"pairs": tuple(row for row in arguments.rows if row not in OWN_PAIRS)}
+            wanted |= {row: OWN_PAIRS[row] for row in arguments.rows if row in OWN_PAIRS}
             for pairs, rows in wanted.items():
                 spec = teacher.model.spec
+                if pairs == "jumps":
+                    make_jumping_pairs(folder)
+                if pairs == "no heading" and not (folder / pairs).exists():
+                    how: dict[str, Any] = {"drive": "pairs", "use_heading": False}
+                    pair_drive(folder, pairs, *_setup(spec), **how)
                 held = open_pairs(folder, "held", spec)
-                cell = Cell(teacher, open_pairs(folder, pairs, spec), held, folder / spec.name, seed)
-                name = folder.name + (", jumps" if pairs == "jumps" else "")
+                source = open_pairs(folder, pairs, spec, "" if pairs == "jumps" else "pairs")
+                cell = Cell(teacher, source, held, folder / spec.name, seed)
+                name = folder.name + ("" if pairs == "pairs" else f", {pairs}")
                 for row in ("teacher", *rows):
                     results.setdefault(name, {})[row] = cell.row(row)
                     console.print(name, row, *map(_text, results[name][row].values()))

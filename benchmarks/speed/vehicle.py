@@ -164,7 +164,10 @@ class RigVehicle(Vehicle):
 
     def prepare(self, frames: list[Frame]) -> None:
         """See :meth:`Vehicle.prepare`."""
-        self._messages = {f.stamp_ns: frame_messages(f, 0, self._rig) for f in frames}
+        for frame in frames:
+            ns, stamped = frame.stamp_ns, frame_messages(frame, frame.stamp_ns, self._rig)
+            # All get one stamp when they are published.
+            self._messages[ns] = [(topic, data) for topic, stamp, data in stamped if stamp == ns]
 
     def publish(self, frame: Frame) -> int:
         """See :meth:`Vehicle.publish`."""

@@ -8,13 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xview_loc.datasets.base import Track
+from xview_loc.vehicle.course import fix_step_variance
 
 Array = NDArray[np.float64]
 Complex = NDArray[np.complex128]
 
-# Correlation time of a receiver's errors, and the independent noise of each fix.
-FIX_CORRELATION_S = 30.0
-_FIX_NOISE_M = 0.7
 # Longest step that fixes alone can bridge.
 _LONGEST_S = 20.0
 # Noise of odometry: variance per step, m^2, and per metre driven, m^2 / m.
@@ -50,14 +48,12 @@ class Steps:
 def steps_along(track: Track, fix_std: Array, gain: Complex | None = None, looseness: float = 1.0) -> Steps:
     """Fuse odometry, much the more precise where there is any, with the steps between fixes.
 
-    The error of a fix is a slow random walk, so two consecutive fixes measure a step better than a position.
     Without odometry, velocities from fixes are smoothed, which also bridges a jump of the fixes. ``fix_std``
     (N,) is in metres, ``gain`` (N,) multiplies odometry's steps, ``looseness`` their variance.
     """
     seconds = np.diff(track.stamp_ns, prepend=track.stamp_ns[0]) / 1e9
     same = (np.diff(track.drive, prepend=-1) == 0) & (seconds > 0.0)
-    walked = 2.0 * np.maximum(fix_std, np.roll(fix_std, 1)) ** 2 * np.minimum(seconds / FIX_CORRELATION_S, 1)
-    fix_variance = walked + 2.0 * _FIX_NOISE_M**2
+    fix_variance = fix_step_variance(np.maximum(fix_std, np.roll(fix_std, 1)), seconds)
     fix_steps = track.fix_steps
     linked = same & (seconds <= _LONGEST_S)
     mean, variance = np.zeros((len(same), 2)), np.zeros(len(same))

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 
 from xview_loc.adaptation.heat_map_store import CELL_M, HeatMapStore
 from xview_loc.adaptation.labels import PairTable, PseudoLabels
-from xview_loc.adaptation.motion import FIX_CORRELATION_S, Steps, chains, odometry_gain, steps_along
+from xview_loc.adaptation.motion import Steps, chains, odometry_gain, steps_along
 from xview_loc.datasets.base import Track
 from xview_loc.estimation.belief import BeliefGrid, Grid
+from xview_loc.vehicle.course import FIX_CORRELATION_S
 
 Array = NDArray[np.float64]
 

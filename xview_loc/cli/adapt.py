@@ -149,7 +149,10 @@ class _Shared:
             folders, problem = fabric.broadcast((folders, problem))
             if problem is not None:
                 raise problem
-        return PairDataset(folders, model.spec)
+        pairs = PairDataset(folders, model.spec)
+        for line in pairs.remarks if progress.first else ():
+            console.print(line, soft_wrap=True)
+        return pairs
 
     def _with_tiles(self, folders: list[Path], spec: ModelSpec, progress: _Progress) -> list[Path]:
         """Return the bags; of those whose tiles do not fit the model, copies below ``out``."""

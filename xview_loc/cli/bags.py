@@ -255,6 +255,7 @@ def info(
     """Print a summary of a bag of pairs, and draw the pairs' positions."""
     from xview_loc.camera import CameraModel
     from xview_loc.files import write_whole
+    from xview_loc.recordings.drive import read_drive
     from xview_loc.recordings.pair_reader import PairBag
     from xview_loc.recordings.statistics import draw_places, pair_statistics
     from xview_loc.report import png
@@ -266,6 +267,7 @@ def info(
     console.print(f"track        {facts.length_m:.0f} m in {facts.seconds:.0f} s")
     box = ",".join(f"{degrees:.6f}" for degrees in facts.bounds)
     console.print(f"area         {box} (south,west,north,east)")
+    console.print(f"headings     {read_drive(pairs, pairs.mounting()).headings_text}")
     claims = f"{facts.fix_sigma_m:.1f} m (median of the receiver's claims)"
     console.print(f"fix sigma    {'unknown' if math.isnan(facts.fix_sigma_m) else claims}")
     for name in pairs.cameras:

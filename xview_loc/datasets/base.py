@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from xview_loc.errors import UserError
-from xview_loc.geodesy import LocalProjection
+from xview_loc.geodesy import LocalProjection, steps_between
 
 T = TypeVar("T")
 # Stacked samples: the fields of PairSample or Sample.
@@ -83,15 +83,7 @@ class Track:
     @property
     def fix_steps(self) -> NDArray[np.float64]:
         """Metres (N, 2) east and north from the previous coarse fix; zero for the first pair."""
-        latitude = np.radians(self.lat[1:])
-        # Steps are short, so the WGS-84 ellipsoid's local metres per degree are precise enough.
-        e2 = 6.69437999014e-3
-        curve = 1 - e2 * np.sin(latitude) ** 2
-        north = np.radians(np.diff(self.lat)) * 6378137.0 * (1 - e2) / curve**1.5
-        east = np.radians(np.diff(self.lon)) * 6378137.0 / np.sqrt(curve) * np.cos(latitude)
-        steps = np.zeros((len(self.lat), 2))
-        steps[1:] = np.stack([east, north], 1)
-        return steps
+        return steps_between(self.lat, self.lon)
 
 
 def true_from_fix(track: Track, lat: NDArray[np.float64], lon: NDArray[np.float64]) -> NDArray[np.float64]:

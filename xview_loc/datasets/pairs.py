@@ -7,20 +7,17 @@ import hashlib
 import math
 import os
 import tempfile
-from array import array
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from xview_loc.bags.recovery import BagError
-from xview_loc.bags.ros_types import deserialize
 from xview_loc.camera import CameraError, CameraModel, Lens, PanoramaCamera
 from xview_loc.datasets.base import DatasetError, PairSample, PairSource, Track
 from xview_loc.errors import shown
@@ -29,15 +26,12 @@ from xview_loc.maps.base import AerialTile
 from xview_loc.models.inputs import ground_image, is_upright, normalise
 from xview_loc.models.panoramas import panorama_elevation, panorama_fault
 from xview_loc.models.specs import ModelSpec
+from xview_loc.recordings.drive import Drive, read_drive
 from xview_loc.recordings.pair import Pair
-from xview_loc.recordings.pair_messages import ODOMETRY, TOPICS
 from xview_loc.recordings.pair_reader import PairBag
 from xview_loc.recordings.rig_messages import rig_mounting
 from xview_loc.rig import LEAST_SEEN, NOTHING_SEEN, MountedCamera, Rig
-from xview_loc.vehicle.keyframes import SPEED_AGE_NS
-from xview_loc.vehicle.messages import VelocityReader
-from xview_loc.vehicle.mounting import Mounting, in_enu
-from xview_loc.vehicle.synchronisation import RejectedInput
+from xview_loc.vehicle.mounting import Mounting
 from xview_loc.vehicle.tilt import TiltSample
 
 # Disk space left to others.
@@ -101,13 +95,20 @@ class PairDataset(PairSource):
         self._spec = spec
         self._bags = [PairBag(folder) for folder in folders]
         digest = hashlib.sha256("".join(bag.digest() for bag in self._bags).encode()).hexdigest()
-        self.name = f"pairs:{digest[:16]}"
         self._rigs: list[Rig | None] = []
         for bag in self._bags:
             rig = bag.rig()
             # Drives of one vehicle share its rig, which keeps large look-up tables.
             self._rigs.append(next((known for known in self._rigs if _same(known, rig)), rig))
         self._mountings = list(map(_mounting, self._bags, self._rigs))
+        # Of bags without measured headings, which the nodes record for all pairs of a bag or for none.
+        self._drives = {
+            number: read_drive(bag, self._mountings[number])
+            for number, bag in enumerate(self._bags)
+            if len(bag) and bag[0].heading is None
+        }
+        reckoned = any(np.isfinite(drive.heading).any() for drive in self._drives.values())
+        self.name = f"pairs:{digest[:16]}{'-reckoned' if reckoned else ''}"
         self._elevations = list(map(_elevation, self._bags))
         self._rotations = [bag.camera_rotation() for bag in self._bags]
         self._masks = [bag.own_mask() for bag in self._bags]
@@ -122,6 +123,13 @@ class PairDataset(PairSource):
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
+
+    @property
+    def remarks(self) -> list[str]:
+        """What to know of bags without measured headings, one line each."""
+        return [
+            f"{self._bags[n].folder}: headings: {drive.headings_text}" for n, drive in self._drives.items()
+        ]
 
     def __getitem__(self, index: int) -> PairSample:
         """Return a pair. Raises IndexError, BagError if it is damaged, DatasetError if it does not fit."""
@@ -149,7 +157,7 @@ class PairDataset(PairSource):
         number = bisect.bisect_right(self._ends, index)
         bag = self._bags[number]
         within = index - (self._ends[number - 1] if number else 0)
-        pair, tile = bag[within], bag.tile(within)
+        pair, tile = self._pair(number, within), bag.tile(within)
         if tile is None:
             raise DatasetError(f"pair {within} of {bag.folder} has no tile: {self._tiles_of(bag.folder)}")
         self._check_tile(tile, bag.folder)
@@ -164,7 +172,8 @@ class PairDataset(PairSource):
         if self._spec.aerial_up == "left":
             if pair.heading is None:
                 needs = f"{self._spec.name} needs tiles turned to it"
-                raise BagError(f"pair {within} of {bag.folder} has no heading, and {needs}")
+                reckoned = "nor do odometry and fixes give one"
+                raise BagError(f"pair {within} of {bag.folder} has no heading, {reckoned}, and {needs}")
             tile = tile.rotated(pair.heading + looking, self._spec.aerial_size)
         cut, side = (tile.size_px - self._spec.aerial_size) // 2, self._spec.aerial_size
         record["aerial"] = tile.image[cut : cut + side, cut : cut + side]
@@ -176,6 +185,14 @@ class PairDataset(PairSource):
         record["heading_known"] = pair.heading is not None
         record["meters_per_pixel"] = tile.gsd
         return record
+
+    def _pair(self, number: int, within: int) -> Pair:
+        """Return a pair of a bag, with its reckoned heading if none was measured."""
+        pair, drive = self._bags[number][within], self._drives.get(number)
+        if pair.heading is not None or drive is None or math.isnan(drive.heading[within]):
+            return pair
+        heading, std = float(drive.heading[within]), float(drive.reckoned_std[within])
+        return replace(pair, heading=heading, heading_std=std)
 
     def _ground(self, number: int, pair: Pair) -> tuple[Image, float]:
         """Return the model's ground image, and where it looks, radians left of the vehicle's x axis.
@@ -216,7 +233,8 @@ class PairDataset(PairSource):
     def track(self) -> Track:
         """See :meth:`PairSource.track`; each bag is a drive. Raises BagError if a pair is damaged."""
         bags = enumerate(zip(self._bags, self._mountings, strict=True))
-        parts = [_bag_track(number, bag, mounting) for number, (bag, mounting) in bags]
+        drives = {n: self._drives[n] if n in self._drives else read_drive(bag, m) for n, (bag, m) in bags}
+        parts = [_track(number, drive, self._mountings[number]) for number, drive in drives.items()]
         return Track(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(Track)))
 
     def _check_tile(self, tile: AerialTile, folder: Path) -> None:
@@ -261,48 +279,15 @@ def _elevation(bag: PairBag) -> tuple[float, float] | None:
     return top, bottom
 
 
-def _bag_track(number: int, bag: PairBag, mounting: Mounting) -> Track:
+def _track(number: int, drive: Drive, mounting: Mounting) -> Track:
     """Return the camera's track, as far as headings are known: fixes are the antenna's."""
-    poses = bag.poses()
-    stamps = np.array([stamp for stamp, *_ in poses], np.int64)
-    yaws = np.array([math.nan if yaw is None else yaw for *_, yaw in poses])
-    moved = np.full((len(poses), 2), math.nan)
-    # The direction of a step is the mean of the headings at both ends.
-    direction = np.exp(1j * yaws[1:]) + np.exp(1j * yaws[:-1])
-    angle = np.angle(direction)
-    moved[1:] = _driven(bag, stamps)[:, None] * np.stack([np.cos(angle), np.sin(angle)], 1)
+    moved = drive.moved.copy()
     # The camera swings about the vehicle's origin.
-    swing = np.array([in_enu(mounting.camera, yaw) for yaw in yaws]).reshape(-1, 2)
-    moved[1:] += np.diff(swing, axis=0)
+    moved[1:] += np.diff(complex(*mounting.camera) * np.exp(1j * drive.heading))
     cameras = [
-        (lat, lon) if yaw is None else mounting.camera_from_antenna(lat, lon, yaw)
-        for _, lat, lon, yaw in poses
+        (lat, lon) if math.isnan(yaw) else mounting.camera_from_antenna(lat, lon, yaw)
+        for lat, lon, yaw in zip(drive.lat, drive.lon, drive.heading, strict=True)
     ]
     lat, lon = np.array(cameras).reshape(-1, 2).T
-    return Track(np.full(len(poses), number), stamps, lat, lon, moved)
-
-
-def _driven(bag: PairBag, stamps: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return metres (N - 1,) driven between stamps (N,), by odometry; NaN where it is missing."""
-    # Arrays, as hours of odometry are millions of messages.
-    reader, times, speeds = VelocityReader(), array("q"), array("d")
-    for _, data in bag.odometry():
-        with suppress(RejectedInput):
-            velocity = reader.read(deserialize(TOPICS[ODOMETRY], data))
-            if velocity is not None:
-                times.append(velocity.stamp_ns)
-                speeds.append(velocity.forward)
-    if len(times) < 2:
-        return np.full(max(0, len(stamps) - 1), math.nan)
-    order = np.argsort(times, kind="stable")
-    known, forward = np.array(times)[order], np.array(speeds)[order]
-    seconds = (known - known[0]) / 1e9
-    steps = np.diff(seconds) * (forward[1:] + forward[:-1]) / 2
-    # The distance driven within a gap is unknown, and so is every step that touches one.
-    gaps = np.diff(seconds) * 1e9 > 2 * SPEED_AGE_NS
-    at = (stamps - known[0]) / 1e9
-    driven, missing = (
-        np.interp(at, seconds, np.concatenate([[0.0], np.cumsum(x)]), math.nan, math.nan)
-        for x in (np.where(gaps, 0.0, steps), gaps.astype(np.float64))
-    )
-    return np.where(np.diff(missing) == 0, np.diff(driven), math.nan)
+    steps = np.stack([moved.real, moved.imag], 1)
+    return Track(np.full(len(steps), number), drive.stamp_ns, lat, lon, steps)

@@ -17,6 +17,7 @@ from xview_loc.estimation.localizer import SEARCH_SIGMAS, UNKNOWN_HEADING_VARIAN
 from xview_loc.estimation.observation import PoseEstimate
 from xview_loc.geodesy import LocalProjection, wrap_angle
 from xview_loc.statistics import mahalanobis
+from xview_loc.vehicle.course import FIX_CORRELATION_S
 from xview_loc.vehicle.mounting import Mounting, in_enu, moved
 from xview_loc.vehicle.odometry import Motion, Odometry
 from xview_loc.vehicle.synchronisation import NS, GnssFix, HeadingSample
@@ -30,8 +31,6 @@ _FIX_VARIANCE = 15.0**2
 # Added to the belief's variance for a search around it, so that images can correct it, m^2.
 _SEARCH_VARIANCE = 10.0**2
 _UNKNOWN_ALTITUDE = 1e6
-# Correlation time of a receiver's errors: fixes closer together add little.
-_FIX_CORRELATION_S = 30.0
 # Distance in standard deviations from which a fix is rejected ...
 _FIX_SIGMAS = 5.0
 # ... until fixes have been rejected for this long while heat maps did not support the belief: then the filter
@@ -267,7 +266,7 @@ class PositionFilter:
             covariance = covariance + self._belief.cell_m**2 * np.eye(2)
             far = mahalanobis(offset, covariance + self._belief.covariance) > _FIX_SIGMAS
             if not far:
-                weight = min(1.0, (self._stamp_ns - self._fix_ns) / NS / _FIX_CORRELATION_S)
+                weight = min(1.0, (self._stamp_ns - self._fix_ns) / NS / FIX_CORRELATION_S)
                 likelihood = self._belief.normal_likelihood(place, covariance)
                 self._belief.multiply(np.maximum(likelihood, _LEAST_LIKELIHOOD), weight)
                 self._fix_ns = self._trusted_ns = self._stamp_ns

@@ -13,7 +13,7 @@ from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile
 
 from xview_loc.rig import Rig
-from xview_loc.simulation.drives import Frame
+from xview_loc.simulation.drives import Frame, Wheels
 from xview_loc.simulation.messages import frame_messages, static_message, topics
 
 _POLL_S = 0.05
@@ -65,20 +65,30 @@ def publish_drive(frames: Iterable[Frame], rate_hz: float, speed: float = 1.0, r
             if now != listeners:
                 listeners, due = now, time.monotonic() + _SETTLE_S
         for frame in frames:
-            while (wait := due - time.monotonic()) > 0:
-                executor.spin_once(wait)
-            due = max(due + 1.0 / (rate_hz * speed), time.monotonic())
-            stamp_ns = node.get_clock().now().nanoseconds
+            due = max(due, time.monotonic())
+            stamp_ns = node.get_clock().now().nanoseconds + round(1e9 * (due - time.monotonic()))
             if speed != 1.0:
                 first_ns = first_ns or stamp_ns - frame.stamp_ns
                 stamp_ns = first_ns + frame.stamp_ns
             elif last_ns:
                 # A late frame's way took longer: odometry must say so.
                 share = min(1.0, 1e9 / rate_hz / (stamp_ns - last_ns))
-                frame = replace(frame, speed=share * frame.speed, yaw_rate=share * frame.yaw_rate)
+                wheels = [
+                    Wheels(
+                        frame.stamp_ns - round((frame.stamp_ns - one.stamp_ns) / share),
+                        share * one.speed,
+                        share * one.yaw_rate,
+                    )
+                    for one in frame.wheels
+                ]
+                frame = replace(frame, wheels=tuple(wheels))
             last_ns = stamp_ns
-            for topic, data in frame_messages(frame, stamp_ns, rig):
+            for topic, at_ns, data in frame_messages(frame, stamp_ns, rig):
+                # Odometry comes between frames.
+                while (wait := due - (stamp_ns - at_ns) / 1e9 / speed - time.monotonic()) > 0:
+                    executor.spin_once(wait)
                 outputs[topic].publish(data)
+            due += 1.0 / (rate_hz * speed)
             count += 1
         # Messages just published are lost if the process ends at once.
         executor.spin_once(_LAST_MESSAGES_S)

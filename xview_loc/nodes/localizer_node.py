@@ -185,17 +185,20 @@ class LocalizerNode(VehicleNode):
         return self._filter is None or not self._filter.started
 
     def extra_inputs(self) -> list[Input]:
-        """Add odometry for the filter or a shadow trial."""
+        """Add odometry for the filter, a shadow trial or the heading."""
         inputs = super().extra_inputs()
-        wanted = self._params["filter"] or self.get_parameter("shadow_checkpoint").value
+        wanted = self._needs_odometry() or self.get_parameter("shadow_checkpoint").value
         return [*inputs, self._odometry_input()] if wanted else inputs
+
+    def _needs_odometry(self) -> bool:
+        return bool(self._params["filter"] or self._course is not None)
 
     def _odometry_input(self) -> Input:
         return Input("odom", self._on_odom, self._params["odom_source"])
 
     def _listen_to_odometry(self, for_candidate: bool) -> None:
         """Subscribe to odometry of an active node, or end that, as a shadow trial begins or ends."""
-        wanted = self._params["filter"] or for_candidate
+        wanted = self._needs_odometry() or for_candidate
         if self._inputs is not None and wanted != ("odom" in self._inputs):
             if wanted:
                 self._inputs.listen(self._odometry_input())

@@ -38,6 +38,7 @@ from xview_loc.recordings.pair import Pair
 from xview_loc.recordings.pair_messages import IMAGE, ODOMETRY, TOPICS
 from xview_loc.recordings.pair_writer import PairWriter
 from xview_loc.rig import Rig, check_size
+from xview_loc.vehicle.input_types import COURSE
 from xview_loc.vehicle.keyframes import KeyframeRule, Keyframes, WheelSpeed
 from xview_loc.vehicle.messages import cdr_stamp_ns, odometry_cdr, rgb_from_cdr
 from xview_loc.vehicle.rig_assembly import CameraImage
@@ -78,10 +79,14 @@ class PairLoggerNode(VehicleNode):
         """Open the map; without it, or while it is out of reach, pairs are recorded without tiles."""
         p = self._params
         self._spec = SPECS[p["model"]]
-        if self._spec.aerial_up == "left" and not p["use_heading"]:
-            raise parameters.ParameterError(
-                f"use_heading: false records no headings, but {p['model']} needs tiles turned to them"
-            )
+        if not (self.wants_heading() or p["use_odometry"]):
+            if p["heading_source"] == COURSE:
+                raise parameters.ParameterError("heading_source: course needs odometry; set use_odometry")
+            if self._spec.aerial_up == "left":
+                raise parameters.ParameterError(
+                    f"without headings and odometry (use_heading, use_odometry) {p['model']} has no tiles "
+                    "turned to them"
+                )
         self._attribution = ""
         for problem in ("no_map", "map"):
             self._health.clear(problem)
@@ -113,8 +118,8 @@ class PairLoggerNode(VehicleNode):
         return self._recorder
 
     def wants_heading(self) -> bool:
-        """Return True if headings are recorded."""
-        return bool(self._params["use_heading"])
+        """Return True if headings are recorded; those of odometry and fixes are found in the recording."""
+        return bool(self._params["use_heading"]) and self._params["heading_source"] != COURSE
 
     def extra_inputs(self) -> list[Input]:
         """Add odometry if it is to be recorded."""

@@ -17,7 +17,7 @@ from xview_loc.errors import reason
 from xview_loc.maps.base import MapOptions, api_key, default_cache_dir
 from xview_loc.models import MODEL_NAMES
 from xview_loc.models.specs import TURN_STEP_DEG
-from xview_loc.vehicle.input_types import AUTO, choices
+from xview_loc.vehicle.input_types import AUTO, COURSE, choices
 
 # As in models.runtimes, whose import would load torch into nodes that need no model.
 BACKENDS = ("auto", "torch", "openvino", "onnxruntime")
@@ -73,8 +73,9 @@ _INPUTS: tuple[Parameter, ...] = (
     P(
         "heading_source",
         AUTO,
-        "Type of the heading topic; auto: as published; degrees: a Float64, clockwise from north.",
-        choices=choices("heading"),
+        "Type of the heading topic; auto: as published; degrees: a Float64, clockwise from north; course: no "
+        "topic, but odometry's turns, aligned with the course of the fixes.",
+        choices=(*choices("heading"), COURSE),
     ),
     P("odom_source", AUTO, "Type of the odom topic; auto: as published.", choices=choices("odom")),
     L("heading_std_deg", 3.0, "Standard deviation of headings that come without one, degrees.", (0.0, 180.0)),

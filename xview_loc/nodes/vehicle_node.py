@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import math
 import time
+from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol
 
@@ -38,12 +39,20 @@ from xview_loc.nodes.tilt_input import TiltInput
 from xview_loc.nodes.transforms import Transforms
 from xview_loc.nodes.transitions import transition
 from xview_loc.vehicle import messages as input_messages
+from xview_loc.vehicle.course import CourseHeadings
 from xview_loc.vehicle.fix_gate import AgreeingFixes
+from xview_loc.vehicle.input_types import COURSE
 from xview_loc.vehicle.mounting import Mounting
 from xview_loc.vehicle.odometry import Odometry, VelocitySample
 from xview_loc.vehicle.pairing import Paired, Pairing
 from xview_loc.vehicle.rig_assembly import CameraImage, RigAssembly, middle_ns
-from xview_loc.vehicle.synchronisation import NS, GnssFix, RejectedInput, StampNotNewerError
+from xview_loc.vehicle.synchronisation import (
+    NS,
+    GnssFix,
+    HeadingSample,
+    RejectedInput,
+    StampNotNewerError,
+)
 from xview_loc.vehicle.transforms import Transform
 
 # States in which parameters are in use.
@@ -277,6 +286,8 @@ class VehicleNode(LifecycleNode):
         )
         self._odometry = Odometry(MAX_ODOMETRY_GAP_S)
         self._velocities = input_messages.VelocityReader()
+        reckoned = self.wants_heading() and p["heading_source"] == COURSE
+        self._course = CourseHeadings(self._odometry) if reckoned else None
         self._agreeing = AgreeingFixes()
         self._checks = InputChecks(self._odometry, self._health, self.get_logger())
         self._cameras = self._named_cameras()
@@ -355,7 +366,9 @@ class VehicleNode(LifecycleNode):
             image = Input(topic, take, p["image_transport"], raw=True, lost=lose, or_topic=compressed)
             self._inputs.listen(image)
         self._inputs.listen(Input("fix", self._on_fix))
-        if self.wants_heading():
+        if self._course is not None:
+            self._show_course_unknown(self._course)
+        elif self.wants_heading():
             self._inputs.listen(Input("heading", self._on_heading, p["heading_source"]))
 
     def _stop(self) -> None:
@@ -369,6 +382,7 @@ class VehicleNode(LifecycleNode):
             self._worker.close()
             self._worker = None
             self._checks.restart()
+            self._health.clear("course_unknown")
             self.stopped()
 
     def close(self) -> None:
@@ -398,14 +412,19 @@ class VehicleNode(LifecycleNode):
         self._health.clear("fix")
         self._agreeing.add(fix)
         self._checks.add_fix(fix)
+        if self._course is not None:
+            with suppress(RejectedInput):  # frames are refused for the same reason
+                self._course.add_fix(fix, self._mounting().antenna)
         self._release()
 
     def _on_heading(self, message: Any) -> None:
         now = self.get_clock().now().nanoseconds
-        heading = input_messages.heading_from_message(message, self._heading_convention(), now)
+        self._add_heading(input_messages.heading_from_message(message, self._heading_convention(), now))
+        self._health.clear("heading")
+
+    def _add_heading(self, heading: HeadingSample) -> None:
         self._pairing.add_heading(heading)
         self._checks.add_heading(heading)
-        self._health.clear("heading")
         if self._pairing.waiting:
             self._release()
 
@@ -429,7 +448,22 @@ class VehicleNode(LifecycleNode):
         if velocity is not None and not self._odometry.add(velocity):
             raise StampNotNewerError("odom")
         self._health.clear("odom")
+        if velocity is not None and self._course is not None:
+            self._reckon_heading(self._course, velocity)
         return velocity
+
+    def _reckon_heading(self, course: CourseHeadings, velocity: VelocitySample) -> None:
+        heading = course.add_velocity(velocity)
+        if heading is not None:
+            self._health.clear("course_unknown")
+            self._add_heading(heading)
+        else:
+            self._show_course_unknown(course)
+
+    def _show_course_unknown(self, course: CourseHeadings) -> None:
+        known = f" (+-{math.degrees(course.std):.0f} deg so far)" if course.std < math.pi / 2 else ""
+        text = f"the heading is not known yet{known}: drive some tens of metres with odometry and fixes"
+        self._health.condition("course_unknown", WARN, text)
 
     def _on_camera_info(self, name: str, message: CameraInfo) -> None:
         others = {other: camera for other, camera in self._calibrations.items() if other != name}
@@ -522,6 +556,8 @@ class VehicleNode(LifecycleNode):
         self._velocities = input_messages.VelocityReader()
         self._agreeing.clear()
         self._checks.restart()
+        if self._course is not None:
+            self._course.restart()
         text = f"{topic} stamps went back in time; collected inputs were discarded"
         self.get_logger().warning(shown(text), throttle_duration_sec=LOG_INTERVAL_S)
         self._health.condition("time_restart", WARN, text, for_s=RESTART_SHOWN_S)

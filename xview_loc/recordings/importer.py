@@ -361,8 +361,9 @@ def _import_recording(
     on_progress: Callable[[float], object],
 ) -> None:
     spec, inputs = tiles.spec, _choose(source, reader, options)
-    if spec.aerial_up == "left" and not options.use_heading:
-        raise BagError(f"{spec.name} needs tiles turned to the heading: import headings too")
+    if spec.aerial_up == "left" and not options.use_heading and "odom" not in inputs:
+        needs = f"{spec.name} needs tiles turned to the heading"
+        raise BagError(f"{needs}: import headings or odometry too")
     calibrated = options.cameras or options.panorama_elevation_deg or "camera_info" in inputs
     if spec.camera == "pinhole" and not calibrated:
         raise BagError(f"{source} has no camera_info, and {spec.name} needs it")

@@ -109,6 +109,14 @@ def read_pair(stamp: int, found: Mapping[str, Any], images: tuple[CameraImage, .
     )
 
 
+def read_sigma(fix: Any) -> float:
+    """Return the standard deviation of a pair's fix along its larger axis, metres; NaN if unknown."""
+    if fix.position_covariance_type != COVARIANCE_KNOWN:
+        return math.nan
+    horizontal = fix.position_covariance.reshape(3, 3)[:2, :2]
+    return math.sqrt(max(0.0, float(np.linalg.eigvalsh(horizontal)[-1])))
+
+
 def read_heading(heading: Any) -> float | None:
     """Return the heading of a pair, true-north ENU yaw in radians; None if it is unknown."""
     return None if heading.orientation_covariance[0] == UNMEASURED else yaw_of(heading.orientation)

@@ -37,6 +37,7 @@ from xview_loc.recordings.pair_messages import (
     decode_tile,
     read_heading,
     read_pair,
+    read_sigma,
 )
 from xview_loc.recordings.rig_messages import (
     camera_names,
@@ -209,20 +210,22 @@ class PairBag:
                 for _, _, found in self._reader(number).iter_messages(topics=[ODOMETRY]):
                     yield found.log_time, found.data
 
-    def poses(self) -> list[tuple[int, float, float, float | None]]:
-        """Return every pair's stamp (ns), lat, lon (degrees) and heading (radians or None), in order.
+    def poses(self) -> list[tuple[int, float, float, float, float | None]]:
+        """Return every pair's (stamp, lat, lon, sigma, heading), in order.
+
+        Nanoseconds and degrees; the fix's standard deviation in metres, NaN if unknown; radians or None.
 
         Reads each file once from end to end. Raises BagError if the bag is damaged.
         """
         # Numbers alone: the messages of a long recording would fill the memory.
-        fixes: dict[tuple[int, int], tuple[float, float]] = {}
+        fixes: dict[tuple[int, int], tuple[float, float, float]] = {}
         headings: dict[tuple[int, int], float | None] = {}
         for number, path in enumerate(self._paths):
             with _readable(f"{path} is damaged"):
                 for _, channel, found in self._reader(number).iter_messages(topics=[FIX, HEADING]):
                     key, value = (found.log_time, number), deserialize(TOPICS[channel.topic], found.data)
                     if channel.topic == FIX:
-                        fixes[key] = value.latitude, value.longitude
+                        fixes[key] = value.latitude, value.longitude, read_sigma(value)
                     else:
                         headings[key] = read_heading(value)
         try:

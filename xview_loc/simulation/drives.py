@@ -26,6 +26,8 @@ Area = tuple[float, float, float, float]
 
 _STEP_M = 0.5  # between points of the route
 _MARGIN_M = 70.0  # between the route and the border, so that no tile reaches beyond the city
+_WHEELS_HZ = 10.0  # least rate of odometry
+_TURN_S = 0.4  # over which yaw rates are averaged: routes have kinks that no vehicle drives
 
 
 class RouteError(UserError, ValueError):
@@ -39,7 +41,8 @@ class DriveOptions:
     The error of fixes is a Gauss-Markov bias plus white noise. The bias has a standard deviation per axis of
     ``bias_open_m`` under an open sky, up to ``bias_canyon_m`` between tall buildings, and the correlation
     time ``bias_time_s``. With ``dynamics`` the vehicle tilts in curves, when braking, on slopes and bumps;
-    without, only by noise, ``tilt``. None: with dynamics if the drive's view is a rig.
+    without, only by noise, ``tilt``. None: with dynamics if the drive's view is a rig. ``yaw_rate_bias`` is
+    the standard deviation of the gyroscope's constant error, rad/s.
     """
 
     rate_hz: float = 5.0
@@ -55,6 +58,7 @@ class DriveOptions:
     speed_scale: float = 0.01
     speed_noise: float = 0.05
     yaw_rate_noise: float = 0.005
+    yaw_rate_bias: float = math.radians(1.0) / 60.0
     tilt: float = math.radians(0.6)
     height_noise_m: float = 0.04
     attitude_bias: float = math.radians(0.3)
@@ -91,12 +95,22 @@ class Fix:
 
 
 @dataclass(frozen=True)
+class Wheels:
+    """What wheel odometry and a gyroscope measure, m/s forward and rad/s; stamp in nanoseconds."""
+
+    stamp_ns: int
+    speed: float
+    yaw_rate: float
+
+
+@dataclass(frozen=True)
 class Frame:
     """All measurements of one instant, and the truth.
 
-    ``heading`` is the measured true-north ENU yaw with standard deviation ``heading_std``, radians; ``speed``
-    and ``yaw_rate`` come from wheel odometry, ``roll`` and ``pitch`` from an inertial unit, with standard
-    deviation ``tilt_std``. A rig has ``images``, one of each camera, instead of ``image``.
+    ``heading`` is the measured true-north ENU yaw with standard deviation ``heading_std``, radians; ``roll``
+    and ``pitch`` come from an inertial unit, with standard deviation ``tilt_std``. ``wheels`` are measured
+    at least ten times a second, since the frame before and last at this one. A rig has ``images``, one of
+    each camera, instead of ``image``.
     """
 
     stamp_ns: int
@@ -105,8 +119,7 @@ class Frame:
     fix: Fix
     heading: float
     heading_std: float
-    speed: float
-    yaw_rate: float
+    wheels: tuple[Wheels, ...]
     roll: float = 0.0
     pitch: float = 0.0
     tilt_std: float = 0.0
@@ -227,7 +240,9 @@ def drive(
     """
     options = options or DriveOptions()
     rng = np.random.default_rng([seed, city.seed, 4])
-    camera_rng, attitude_rng, road_rng = (np.random.default_rng([seed, city.seed, n]) for n in (5, 6, 7))
+    camera_rng, attitude_rng, road_rng, wheels_rng = (
+        np.random.default_rng([seed, city.seed, n]) for n in (5, 6, 7, 8)
+    )
     period = 1.0 / options.rate_hz
     route = plan_route(city, frames * period * options.top_speed + 10.0, rng, area)
     speeds, yaws = _speed_profile(route, options)
@@ -239,6 +254,14 @@ def drive(
     bias = rng.normal(size=2)
     heading_bias = rng.normal() * options.heading_bias
     speed_scale = 1.0 + rng.normal() * options.speed_scale
+    gyro_bias = wheels_rng.normal() * options.yaw_rate_bias
+    wheel_steps = max(1, math.ceil(_WHEELS_HZ / options.rate_hz))
+    wheel_period = period / wheel_steps
+
+    def turning(time_s: float) -> float:
+        before, after = np.interp((time_s - _TURN_S / 2, time_s + _TURN_S / 2), times, yaws)
+        return float(after - before) / _TURN_S
+
     wander, tilt = float(rng.normal()) * 0.2, rng.normal(size=2) * options.tilt
     dynamics = isinstance(view, Rig) if options.dynamics is None else options.dynamics
     if dynamics:
@@ -247,7 +270,6 @@ def drive(
     attitude_bias = attitude_rng.normal(size=2) * options.attitude_bias
     ground = view.height if isinstance(view, Rig) else city.style.camera_height_m
     blocked = sky_blocked(city, *route[0])
-    previous_yaw: float | None = None
     for k in range(frames):
         time_s = k * period
         position = np.interp(min(time_s, times[-1]), times, s_of_time) / _STEP_M
@@ -260,8 +282,7 @@ def drive(
         east = float(place[0] - wander * math.sin(yaw))
         north = float(place[1] + wander * math.cos(yaw))
         speed = float((1 - f) * speeds[i] + f * speeds[i + 1])
-        yaw_rate = 0.0 if previous_yaw is None else (yaw - previous_yaw) / period
-        previous_yaw = yaw
+        yaw_rate = turning(time_s)
         lat, lon = (float(v) for v in city.to_latlon(east, north))
         # `yaw` is in the axes of the plane; true north differs by the meridian convergence.
         heading = wrap_angle(yaw - city.projection.convergence(lat, lon))
@@ -276,8 +297,15 @@ def drive(
         fix_lat, fix_lon = (float(v) for v in city.to_latlon(east + error[0], north + error[1]))
         variance = sigma**2 + options.fix_noise_m**2
         measured = wrap_angle(heading + heading_bias + options.heading_noise * rng.normal())
-        measured_speed = speed * speed_scale + options.speed_noise * rng.normal()
-        measured_rate = yaw_rate + options.yaw_rate_noise * rng.normal()
+        wheels = []
+        for left in range(0 if k == 0 else wheel_steps - 1, -1, -1):
+            # The last one's noise comes from the frames' own random numbers.
+            noise, moment = (wheels_rng, time_s - left * wheel_period) if left else (rng, time_s)
+            moving = float(np.interp(moment, times, speeds)) * speed_scale
+            turned = turning(moment) + gyro_bias
+            moving += options.speed_noise * noise.normal()
+            turned += options.yaw_rate_noise * noise.normal()
+            wheels.append(Wheels(round(moment * 1e9), moving, turned))
         measured_tilt = attitude_bias + (roll, pitch) + options.attitude_noise * attitude_rng.normal(size=2)
         height = ground + options.height_noise_m * rng.normal()
         pose = (east, north, yaw, height, pitch, roll)
@@ -298,8 +326,7 @@ def drive(
             fix=Fix(fix_lat, fix_lon, np.eye(2) * variance),
             heading=measured,
             heading_std=math.hypot(options.heading_bias, options.heading_noise),
-            speed=measured_speed,
-            yaw_rate=measured_rate,
+            wheels=tuple(wheels),
             roll=float(measured_tilt[0]),
             pitch=float(measured_tilt[1]),
             tilt_std=math.hypot(options.attitude_bias, options.attitude_noise),

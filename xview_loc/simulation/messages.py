@@ -24,7 +24,7 @@ from xview_loc.camera import CameraModel
 from xview_loc.files import whole_folder
 from xview_loc.images import encode_jpeg
 from xview_loc.rig import Rig
-from xview_loc.simulation.drives import Frame
+from xview_loc.simulation.drives import Frame, Wheels
 
 # Start of bags, 14 November 2023: fixed, so that equal drives give equal bags. In ROS, zero means no time.
 START_NS = 1_700_000_000 * 1_000_000_000
@@ -56,15 +56,20 @@ def topics(rig: Rig | None = None) -> dict[str, str]:
     return images | infos | rest | tilt
 
 
-def frame_messages(frame: Frame, stamp_ns: int, rig: Rig | None = None) -> list[tuple[str, bytes]]:
-    """Return (topic, CDR bytes) of the messages of a frame, stamped ``stamp_ns``; images come last.
+def frame_messages(frame: Frame, stamp_ns: int, rig: Rig | None = None) -> list[tuple[str, int, bytes]]:
+    """Return (topic, stamp, CDR bytes) of the messages of a frame, stamped ``stamp_ns``; images come last.
 
-    Headings are true-north ENU yaws. ``/odom`` holds the twist of the wheels; its pose is marked as unknown.
-    ``rig`` is that of the drive: its images are JPEGs, and ``/imu`` has heading, roll and pitch.
+    Those of ``/odom`` since the frame before come first, with stamps of their own: they hold the twist of the
+    wheels, and mark their pose as unknown. Headings are true-north ENU yaws. ``rig`` is that of the drive:
+    its images are JPEGs, and ``/imu`` has heading, roll and pitch.
     """
     fix, truth = frame.fix, frame.truth
+    kinds, start_ns = topics(rig), stamp_ns - frame.stamp_ns
+    wheels = [
+        ("/odom", start_ns + one.stamp_ns, serialize(kinds["/odom"], _odometry(one, start_ns)))
+        for one in frame.wheels
+    ]
     messages = [
-        ("/odom", _odometry(frame, stamp_ns)),
         ("/truth/fix", _fix(stamp_ns, truth.lat, truth.lon, np.zeros((2, 2)), BASE_FRAME)),
         ("/truth/heading", _heading(stamp_ns, truth.heading)),
         ("/heading", _heading(stamp_ns, frame.heading)),
@@ -82,8 +87,7 @@ def frame_messages(frame: Frame, stamp_ns: int, rig: Rig | None = None) -> list[
             data = np.frombuffer(encode_jpeg(image, _JPEG_QUALITY), np.uint8)
             jpeg = message("sensor_msgs/msg/CompressedImage", header=head, format="jpeg", data=data)
             messages.append((image_topic(name), jpeg))
-    kinds = topics(rig)
-    return [(topic, serialize(kinds[topic], value)) for topic, value in messages]
+    return wheels + [(topic, stamp_ns, serialize(kinds[topic], value)) for topic, value in messages]
 
 
 def static_message(rig: Rig, stamp_ns: int) -> bytes:
@@ -108,8 +112,7 @@ def write_bag(
         if rig is not None:
             writer.write("/tf_static", start_ns, static_message(rig, start_ns))
         for frame in frames:
-            stamp = start_ns + frame.stamp_ns
-            for topic, data in frame_messages(frame, stamp, rig):
+            for topic, stamp, data in frame_messages(frame, start_ns + frame.stamp_ns, rig):
                 writer.write(topic, stamp, data)
 
 
@@ -133,18 +136,20 @@ def _imu(frame: Frame, stamp_ns: int) -> Any:
     return imu(header(stamp_ns, BASE_FRAME), orientation, np.diag(variances))
 
 
-def _odometry(frame: Frame, stamp_ns: int) -> Any:
+def _odometry(wheels: Wheels, start_ns: int) -> Any:
     def vector(x: float = 0.0, z: float = 0.0) -> Any:
         return message("geometry_msgs/msg/Vector3", x=x, y=0.0, z=z)
 
     origin = message("geometry_msgs/msg/Point", x=0.0, y=0.0, z=0.0)
     pose = message("geometry_msgs/msg/Pose", position=origin, orientation=quaternion(0.0))
     unknown = np.diag(np.full(6, 1e6)).reshape(36)
-    twist = message("geometry_msgs/msg/Twist", linear=vector(x=frame.speed), angular=vector(z=frame.yaw_rate))
+    twist = message(
+        "geometry_msgs/msg/Twist", linear=vector(x=wheels.speed), angular=vector(z=wheels.yaw_rate)
+    )
     noise = np.diag([0.05**2, 0.01**2, 1e6, 1e6, 1e6, 0.005**2]).reshape(36)
     return message(
         "nav_msgs/msg/Odometry",
-        header=header(stamp_ns, ODOM_FRAME),
+        header=header(start_ns + wheels.stamp_ns, ODOM_FRAME),
         child_frame_id=BASE_FRAME,
         pose=message("geometry_msgs/msg/PoseWithCovariance", pose=pose, covariance=unknown),
         twist=message("geometry_msgs/msg/TwistWithCovariance", twist=twist, covariance=noise),

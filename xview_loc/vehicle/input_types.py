@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 AUTO = "auto"
+# What a heading's choice may say besides: none is published, odometry and fixes give it.
+COURSE = "course"
 # By input: the names that parameters choose from, preferred first, and the types.
 INPUT_TYPES = {
     "image": {"compressed": "sensor_msgs/msg/CompressedImage", "raw": "sensor_msgs/msg/Image"},

@@ -1,0 +1,161 @@
+"""Headings without a compass: of a vehicle on the way, of a recorded drive, and of the node."""
+
+from __future__ import annotations
+
+import cmath
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from xview_loc.geodesy import LocalProjection, wrap_angle
+from xview_loc.simulation.city import build_city
+from xview_loc.simulation.drives import DriveOptions, Frame, drive
+from xview_loc.vehicle.course import MAX_STD, CourseHeadings, headings_of_drive
+from xview_loc.vehicle.mounting import Offset, moved
+from xview_loc.vehicle.odometry import Odometry, VelocitySample
+from xview_loc.vehicle.synchronisation import NS, GnssFix, HeadingSample
+
+START = 1_700_000_000 * NS
+SECONDS = 240
+
+
+@pytest.fixture(scope="module")
+def frames() -> list[Frame]:
+    """Four minutes among streets: fixes some metres off, a gyroscope with noise and a constant error."""
+    city = build_city(301, size_m=620.0, gsd=0.6)
+    return list(drive(city, SECONDS, 2, options=DriveOptions(rate_hz=1.0), view=None))
+
+
+def fix_of(frame: Frame, antenna: Offset = (0.0, 0.0)) -> GnssFix:
+    covariance = np.eye(3)
+    covariance[:2, :2] = frame.fix.covariance
+    lat, lon = moved(frame.fix.lat, frame.fix.lon, antenna, frame.truth.heading)
+    return GnssFix(START + frame.stamp_ns, lat, lon, 0.0, covariance)
+
+
+def velocities(frame: Frame) -> list[VelocitySample]:
+    return [VelocitySample(START + w.stamp_ns, w.speed, 0.0, w.yaw_rate) for w in frame.wheels]
+
+
+class Vehicle:
+    """Takes fixes and odometry as they come."""
+
+    def __init__(self) -> None:
+        self.odometry = Odometry(1.0)
+        self.course = CourseHeadings(self.odometry)
+
+    def take(
+        self, samples: Iterable[VelocitySample], fix: GnssFix | None, antenna: Offset = (0.0, 0.0)
+    ) -> HeadingSample | None:
+        heading = None
+        if fix is not None:
+            self.course.add_fix(fix, antenna)
+        for sample in samples:
+            if self.odometry.add(sample):
+                heading = self.course.add_velocity(sample)
+        return heading
+
+
+def errors_deg(frames: list[Frame], found: list[HeadingSample | None]) -> np.ndarray:
+    """Of the known headings; NaN for others."""
+    pairs = zip(found, frames, strict=True)
+    off = [math.nan if h is None else abs(wrap_angle(h.yaw - f.truth.heading)) for h, f in pairs]
+    return np.degrees(off)
+
+
+def test_headings_of_an_ordinary_drive(frames: list[Frame]) -> None:
+    vehicle = Vehicle()
+    found = [vehicle.take(velocities(f), fix_of(f)) for f in frames]
+    off = errors_deg(frames, found)
+    first = int(np.isfinite(off).argmax())
+    assert found[0] is None and first < 30
+    assert np.isfinite(off[first:]).all()
+    assert np.nanmean(off) < 3.0 and np.nanmax(off) < 12.0
+    sigmas = [o / math.degrees(h.std) for o, h in zip(off, found, strict=True) if h is not None]
+    assert 0.3 < np.sqrt(np.mean(np.square(sigmas))) < 1.5
+
+
+def test_steps_after_a_place_count_as_well(frames: list[Frame]) -> None:
+    """A recorded drive has headings from its first pair on, better ones than on the way."""
+    vehicle = Vehicle()
+    live = errors_deg(frames, [vehicle.take(velocities(f), fix_of(f)) for f in frames])
+    samples = [one for f in frames for one in velocities(f)]
+    yaw, place, yaws, places = 0.0, 0j, [], []
+    stamps = {START + f.stamp_ns for f in frames}
+    for before, after in pairwise([samples[0], *samples]):
+        seconds = (after.stamp_ns - before.stamp_ns) / NS
+        turn = seconds * (before.yaw_rate + after.yaw_rate) / 2
+        place += seconds * (before.forward + after.forward) / 2 * cmath.rect(1.0, yaw + turn / 2)
+        yaw += turn
+        if after.stamp_ns in stamps:
+            yaws.append(yaw)
+            places.append(place)
+    plane = LocalProjection(frames[0].fix.lat, frames[0].fix.lon)
+    fixes = np.array([complex(*plane.forward(f.fix.lat, f.fix.lon)) for f in frames])
+    sigma = np.array([math.sqrt(f.fix.covariance[0, 0]) for f in frames])
+    given = np.array(yaws), np.array(places), fixes, sigma, np.arange(SECONDS, dtype=float)
+    heading, std = headings_of_drive(*given)
+    off = np.degrees([abs(wrap_angle(h - f.truth.heading)) for h, f in zip(heading, frames, strict=True)])
+    assert std.max() < MAX_STD and off.max() < 10.0
+    assert off.mean() < np.nanmean(live)
+    unknown = headings_of_drive(*given[:3], np.full(SECONDS, math.nan), given[4])[0]
+    assert np.degrees(np.abs(np.angle(np.exp(1j * (unknown - heading))))).mean() < 3.0
+
+
+def test_a_vehicle_that_stands_has_no_heading(frames: list[Frame]) -> None:
+    vehicle, frame = Vehicle(), frames[0]
+    for second in range(60):
+        at = START + second * NS
+        fix = replace(fix_of(frame), stamp_ns=at)
+        assert vehicle.take([VelocitySample(at, 0.0, 0.0, 0.0)], fix) is None
+    assert vehicle.course.std == math.inf
+
+
+def test_odometry_without_yaw_rates_gives_no_wrong_heading_for_long(frames: list[Frame]) -> None:
+    vehicle = Vehicle()
+    found = [vehicle.take((replace(v, yaw_rate=0.0) for v in velocities(f)), fix_of(f)) for f in frames]
+    off = errors_deg(frames, found)
+    assert np.mean(off > 20.0) < 0.25
+
+
+def test_a_vehicle_that_reverses_looks_backwards(frames: list[Frame]) -> None:
+    vehicle = Vehicle()
+    found = [vehicle.take((replace(v, forward=-v.forward) for v in velocities(f)), fix_of(f)) for f in frames]
+    pairs = [(h, f) for h, f in zip(found, frames, strict=True) if h is not None]
+    off = [abs(wrap_angle(h.yaw - f.truth.heading - math.pi)) for h, f in pairs]
+    assert len(off) > SECONDS / 2 and np.degrees(np.mean(off)) < 3.0
+
+
+def test_fixes_that_jump_change_little(frames: list[Frame]) -> None:
+    vehicle, found = Vehicle(), []
+    for second, frame in enumerate(frames):
+        fix = fix_of(frame)
+        if second % 40 >= 30:
+            lat, lon = moved(fix.lat, fix.lon, (60.0, 0.0), second // 40)
+            fix = replace(fix, lat=lat, lon=lon)
+        found.append(vehicle.take(velocities(frame), fix))
+    assert np.nanmean(errors_deg(frames, found)) < 4.0
+
+
+def test_an_antenna_off_the_origin_swings(frames: list[Frame]) -> None:
+    antenna = (-4.0, 1.0)
+    vehicle = Vehicle()
+    found = [vehicle.take(velocities(f), fix_of(f, antenna), antenna) for f in frames]
+    assert np.nanmean(errors_deg(frames, found)) < 3.0
+
+
+def test_a_gap_in_odometry_begins_anew(frames: list[Frame]) -> None:
+    vehicle = Vehicle()
+    for frame in frames[:60]:
+        known = vehicle.take(velocities(frame), fix_of(frame))
+    assert known is not None
+    found = [vehicle.take(velocities(f), fix_of(f)) for f in frames[63:]]
+    assert found[0] is None and found[-1] is not None
+    assert np.nanmean(errors_deg(frames[63:], found)) < 4.0
+    # A recording that is played again.
+    again = [vehicle.take(velocities(f), fix_of(f)) for f in frames[:60]]
+    assert again[1] is None and again[-1] is not None
