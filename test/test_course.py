@@ -74,7 +74,7 @@ def test_headings_of_an_ordinary_drive(frames: list[Frame]) -> None:
     first = int(np.isfinite(off).argmax())
     assert found[0] is None and first < 30
     assert np.isfinite(off[first:]).all()
-    assert np.nanmean(off) < 3.0 and np.nanmax(off) < 12.0
+    assert np.nanmean(off) < 3.0 and np.nanquantile(off, 0.95) < 8.0
     sigmas = [o / math.degrees(h.std) for o, h in zip(off, found, strict=True) if h is not None]
     assert 0.3 < np.sqrt(np.mean(np.square(sigmas))) < 1.5
 
@@ -100,7 +100,7 @@ def test_steps_after_a_place_count_as_well(frames: list[Frame]) -> None:
     given = np.array(yaws), np.array(places), fixes, sigma, np.arange(SECONDS, dtype=float)
     heading, std = headings_of_drive(*given)
     off = np.degrees([abs(wrap_angle(h - f.truth.heading)) for h, f in zip(heading, frames, strict=True)])
-    assert std.max() < MAX_STD and off.max() < 10.0
+    assert std.max() < MAX_STD and np.quantile(off, 0.95) < 6.0
     assert off.mean() < np.nanmean(live)
     unknown = headings_of_drive(*given[:3], np.full(SECONDS, math.nan), given[4])[0]
     assert np.degrees(np.abs(np.angle(np.exp(1j * (unknown - heading))))).mean() < 3.0

@@ -2,15 +2,17 @@
 
 benchmarks/accuracy/filter.py [--cities 970 971 972 973] [--seconds 150] [--json FILE]
 
-Drives at 4 Hz are rendered once and localised in four scenarios: ``plain``; ``corrupted``, with 15 % wrong
+Drives at 4 Hz are rendered once and localised in several scenarios: ``plain``; ``corrupted``, with 15 % wrong
 images, half of them blind (black or noise), half ambiguous (the panorama of another place of the drive);
-``outage``, corrupted and 60 s without a fix in the middle; ``no heading``, corrupted and with all headings
-searched. The filter gets its input as in the node. Figures leave out the first 5 s.
+``outage``, corrupted and 60 s without a fix in the middle; and, corrupted, with other headings than measured
+ones: ``course``, those of odometry and fixes; ``no heading``, all are searched; ``compass``, 20 degrees off.
+The filter gets its input as in the node. Figures leave out the first 5 s.
 
 Single frames are localised at their own fixes in every scenario, also in the outage, where a vehicle without
 the filter would have none. NEES is the mean squared Mahalanobis distance of the truth from the filtered pose;
-2 for correct normal errors. ``lost`` counts frames without a filtered pose; ``ms`` is the processor time of
-the filter per frame.
+2 for correct normal errors. ``lost`` counts frames without a filtered pose; ``right after`` is the time from
+which on all poses are within 3 m and 5 degrees, of the slowest drive; ``ms`` is the processor time of the
+filter per frame.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -36,7 +38,7 @@ from xview_loc.estimation.localizer import Localizer
 from xview_loc.estimation.observation import LocalizationError, Observation, PoseEstimate
 from xview_loc.estimation.position_filter import PositionFilter
 from xview_loc.evaluation import Errors, distance_m
-from xview_loc.geodesy import LocalProjection
+from xview_loc.geodesy import LocalProjection, wrap_angle
 from xview_loc.images import Image
 from xview_loc.maps import open_map
 from xview_loc.maps.base import AerialMap, MapError
@@ -46,6 +48,7 @@ from xview_loc.simulation.city import build_city
 from xview_loc.simulation.drives import DriveOptions, Frame, drive
 from xview_loc.simulation.views import PanoramaView
 from xview_loc.statistics import coverage, mahalanobis
+from xview_loc.vehicle.course import CourseHeadings
 from xview_loc.vehicle.mounting import Mounting
 from xview_loc.vehicle.odometry import Odometry, VelocitySample
 from xview_loc.vehicle.synchronisation import GnssFix, HeadingSample
@@ -56,6 +59,7 @@ CORRUPTED = 0.15
 # Least distance to the place that an ambiguous image shows.
 ELSEWHERE_M = 30.0
 WITHIN_M = 5.0
+RIGHT_M, RIGHT_DEG = 3.0, 5.0
 
 
 @dataclass(frozen=True)
@@ -63,26 +67,38 @@ class Scenario:
     name: str
     corrupted: bool = True
     outage: bool = False
-    heading_known: bool = True
+    heading: Literal["measured", "course", "unknown"] = "measured"
+    heading_error: float = 0.0
+
+    @property
+    def heading_known(self) -> bool:
+        return self.heading != "unknown"
 
 
 SCENARIOS = (
     Scenario("plain", corrupted=False),
     Scenario("corrupted"),
     Scenario("outage", outage=True),
-    Scenario("no heading", heading_known=False),
+    Scenario("course", heading="course"),
+    Scenario("no heading", heading="unknown"),
+    Scenario("compass", heading_error=math.radians(20.0)),
 )
 
 
 @dataclass(frozen=True)
 class Series:
-    """Values per frame: errors in metres and in standard deviations, in the outage or not, milliseconds."""
+    """Values per frame: errors in metres, in standard deviations and in degrees, in the outage or not, ms.
+
+    ``right_after_s``: of each drive.
+    """
 
     single_m: NDArray[np.float64]
     filtered_m: NDArray[np.float64]
     mahalanobis: NDArray[np.float64]
+    heading_deg: NDArray[np.float64]
     outage: NDArray[np.bool_]
     filter_ms: NDArray[np.float64]
+    right_after_s: NDArray[np.float64]
 
     @classmethod
     def joined(cls, parts: Iterable[Series]) -> Series:
@@ -100,6 +116,8 @@ class Series:
             "ratio": filtered.mean / single.mean,
             "coverage": {percent: coverage(sigmas, percent / 100) for percent in (50, 68, 95)},
             "nees": float((sigmas**2).mean()),
+            "heading_deg": float(np.nanmean(self.heading_deg)),
+            "right_after_s": self.right_after_s.tolist(),
             "outage": self._outage() if self.outage.any() else None,
             "filter_ms": float(self.filter_ms.mean()),
         }
@@ -125,11 +143,12 @@ class Drive:
             known: Localizer.open(aerial, net, heading_prior_deg=0.0 if known else None)
             for known in (True, False)
         }
-        self._at_fix: dict[tuple[int, bool, bool], PoseEstimate | None] = {}
+        self._at_fix: dict[tuple[int, bool, float | None], PoseEstimate | None] = {}
 
     def measure(self, scenario: Scenario) -> Series:
         middle, half = len(self._frames) // 2, round(OUTAGE_S * RATE_HZ / 2)
         odometry, mounting = Odometry(1.0), Mounting()
+        course = CourseHeadings(odometry)
         position = PositionFilter(odometry)
         rows = []
         for i, frame in enumerate(self._frames):
@@ -138,22 +157,29 @@ class Drive:
             covariance = np.zeros((3, 3))
             covariance[:2, :2] = frame.fix.covariance
             fix = GnssFix(frame.stamp_ns, frame.fix.lat, frame.fix.lon, 0.0, covariance)
-            single = self._localize(i, fix, scenario, at_fix=True)
-            heading = HeadingSample(frame.stamp_ns, frame.heading, frame.heading_std)
-
             started = time.thread_time()
+            if not outage:
+                course.add_fix(fix)
             for one in frame.wheels:
-                odometry.add(VelocitySample(one.stamp_ns, one.speed, 0.0, one.yaw_rate))
-            looked = position.move(
-                frame.stamp_ns,
-                None if outage else fix,
-                heading if scenario.heading_known else None,
-                mounting,
-            )
+                velocity = VelocitySample(one.stamp_ns, one.speed, 0.0, one.yaw_rate)
+                odometry.add(velocity)
+                reckoned = course.add_velocity(velocity)
+            heading: HeadingSample | None = None
+            if scenario.heading == "course":
+                heading = reckoned
+            elif scenario.heading == "measured":
+                measured = wrap_angle(frame.heading + scenario.heading_error)
+                heading = HeadingSample(frame.stamp_ns, measured, frame.heading_std)
+            # Without a heading that it needs, the node refuses a frame.
+            refused = heading is None and scenario.heading_known
+            looked = None
+            if not refused:
+                looked = position.move(frame.stamp_ns, None if outage else fix, heading, mounting)
             spent = time.thread_time() - started
+            single = None if refused else self._localize(i, fix, scenario, heading, at_fix=True)
             estimate = single
             if looked is not fix:
-                estimate = None if looked is None else self._localize(i, looked, scenario)
+                estimate = None if looked is None else self._localize(i, looked, scenario, heading)
             started = time.thread_time()
             if estimate is not None:
                 position.observe(estimate, mounting, scenario.heading_known)
@@ -163,29 +189,37 @@ class Drive:
             alone = math.nan
             if single is not None:
                 alone = distance_m(single.lat, single.lon, truth.lat, truth.lon)
-            error = sigmas = math.nan
-            if pose is not None:
+            error = sigmas = turned = math.nan
+            if pose is not None and not refused:
                 offset = np.array(LocalProjection(truth.lat, truth.lon).forward(pose.lat, pose.lon))
                 error, sigmas = math.hypot(*offset), mahalanobis(offset, pose.covariance)
-            rows.append((alone, error, sigmas, outage, 1e3 * spent))
-        single_m, filtered_m, distances, outages, ms = np.array(rows)[round(SKIPPED_S * RATE_HZ) :].T
-        return Series(single_m, filtered_m, distances, outages.astype(bool), ms)
+                if pose.heading is not None:
+                    turned = math.degrees(abs(wrap_angle(pose.heading - truth.heading)))
+            rows.append((alone, error, sigmas, turned, outage, 1e3 * spent))
+        columns = np.array(rows).T
+        wrong = np.flatnonzero(~((columns[1] < RIGHT_M) & (columns[3] < RIGHT_DEG)))
+        right_after = np.array([(wrong[-1] + 1) / RATE_HZ if len(wrong) else 0.0])
+        single_m, filtered_m, distances, headings, outages, ms = columns[:, round(SKIPPED_S * RATE_HZ) :]
+        return Series(single_m, filtered_m, distances, headings, outages.astype(bool), ms, right_after)
 
     def _localize(
-        self, i: int, place: GnssFix, scenario: Scenario, at_fix: bool = False
+        self,
+        i: int,
+        place: GnssFix,
+        scenario: Scenario,
+        heading: HeadingSample | None,
+        at_fix: bool = False,
     ) -> PoseEstimate | None:
-        frame, image = self._frames[i], self._good[i]
+        image = self._good[i]
         if scenario.corrupted:
             image = self._corrupted[i]
         # Scenarios share the estimates of single frames.
-        key = (i, image is not self._good[i], scenario.heading_known)
+        key = (i, image is not self._good[i], None if heading is None else heading.yaw)
         if at_fix and key in self._at_fix:
             return self._at_fix[key]
         assert place.covariance is not None
-        heading = frame.heading if scenario.heading_known else None
-        observation = Observation(
-            image, place.lat, place.lon, place.covariance[:2, :2], heading, frame.heading_std
-        )
+        yaw, std = (None, 0.0) if heading is None else (heading.yaw, heading.std)
+        observation = Observation(image, place.lat, place.lon, place.covariance[:2, :2], yaw, std)
         estimate: PoseEstimate | None = None
         try:
             estimate = self._localizers[scenario.heading_known].localize(observation)
@@ -231,6 +265,7 @@ def table_of(style: str, rows: list[dict[str, Any]]) -> Table:
     for column in ("scenario", "city", "single frame", "filtered", "ratio", "in 50/68/95 %, NEES"):
         table.add_column(column, no_wrap=True)
     table.add_column("outage: mean / max, < 5 m", no_wrap=True)
+    table.add_column("heading, right after", no_wrap=True)
     table.add_column("lost", justify="right")
     table.add_column("ms", justify="right")
     for row in rows:
@@ -246,6 +281,7 @@ def table_of(style: str, rows: list[dict[str, Any]]) -> Table:
             f"{row['ratio']:.2f}",
             f"{'/'.join(f'{100 * share:.0f}' for share in row['coverage'].values())}, {row['nees']:.1f}",
             during,
+            f"{row['heading_deg']:.1f} deg, {max(row['right_after_s']):.0f} s",
             str(row["lost"]),
             f"{row['filter_ms']:.1f}",
             end_section=row["seed"] is None,
