@@ -27,7 +27,7 @@ Area = tuple[float, float, float, float]
 _STEP_M = 0.5  # between points of the route
 _MARGIN_M = 70.0  # between the route and the border, so that no tile reaches beyond the city
 _WHEELS_HZ = 10.0  # least rate of odometry
-_TURN_S = 0.4  # over which yaw rates are averaged: routes have kinks that no vehicle drives
+_TURN_S = 0.6  # over which yaw rates are averaged: routes have kinks that no vehicle drives
 
 
 class RouteError(UserError, ValueError):
