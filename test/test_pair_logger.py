@@ -544,13 +544,21 @@ def test_it_loads_no_model_library() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-def test_a_pinhole_model_needs_headings(aerial: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "given", [{"model": "ccvpe-pinhole-small", "use_heading": False}, {"heading_source": "course"}]
+)
+def test_headings_are_recorded_or_reckoned(aerial: Path, tmp_path: Path, given: dict[str, Any]) -> None:
     domain = DOMAIN + 5
     with bench(domain) as here:
-        words = {"map": str(aerial), "model": "ccvpe-pinhole-small"}
-        node = start(tmp_path, domain, use_heading=False, **words)
+        node = start(tmp_path, domain, map=str(aerial), use_odometry=False, **given)
         try:
-            here.wait_diagnosis("use_heading: false records no headings, but ccvpe-pinhole-small needs")
+            here.wait_diagnosis("headings are neither recorded nor can they be reckoned", "set use_odometry")
+        finally:
+            assert node.stop() == 0, node.log
+        (tmp_path / "second").mkdir()
+        node = start(tmp_path / "second", domain, map=str(aerial), **given)
+        try:
+            here.wait_diagnosis("/odom has no publisher")
         finally:
             assert node.stop() == 0, node.log
 

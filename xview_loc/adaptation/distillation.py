@@ -55,7 +55,7 @@ Array = NDArray[np.float64]
 # Part of every stage's digest: raise it when the content of stages changes.
 _FORMAT = 3
 # The same, for smoothed labels only.
-_SMOOTHING_FORMAT = 2
+_SMOOTHING_FORMAT = 3
 # (stage, pairs or steps done, total)
 OnProgress = Callable[[str, int, int], object]
 

@@ -217,7 +217,7 @@ class _Drives:
         row, col = (one.at((grid.corner - self.fix[k])[None])[0] - pixels.origin) / pixels.scale
         # How column and row of the heat map grow with the grid's, eastwards and northwards.
         cos, sin = step * math.cos(one.turn[0]), step * math.sin(one.turn[0])
-        seen = grid.resampled(heat_map, np.array([[cos, sin, col], [sin, -cos, row]]), outside=1.0)
+        seen = grid.resampled(heat_map, np.array([[cos, sin, col], [sin, -cos, row]]))
         return np.asarray((1.0 - _OUTLIER) * seen + _OUTLIER, np.float32)
 
     def _fix(self, k: int, grid: BeliefGrid) -> Grid:

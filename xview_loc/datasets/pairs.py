@@ -101,12 +101,12 @@ class PairDataset(PairSource):
             # Drives of one vehicle share its rig, which keeps large look-up tables.
             self._rigs.append(next((known for known in self._rigs if _same(known, rig)), rig))
         self._mountings = list(map(_mounting, self._bags, self._rigs))
-        # Of bags without measured headings, which the nodes record for all pairs of a bag or for none.
-        self._drives = {
-            number: read_drive(bag, self._mountings[number])
-            for number, bag in enumerate(self._bags)
-            if len(bag) and bag[0].heading is None
-        }
+        # Of bags without measured headings.
+        self._drives: dict[int, Drive] = {}
+        for number, bag in enumerate(self._bags):
+            with suppress(BagError):  # damaged pairs are found later, one by one
+                if len(bag) and bag[0].heading is None:
+                    self._drives[number] = read_drive(bag, self._mountings[number])
         reckoned = any(np.isfinite(drive.heading).any() for drive in self._drives.values())
         self.name = f"pairs:{digest[:16]}{'-reckoned' if reckoned else ''}"
         self._elevations = list(map(_elevation, self._bags))

@@ -116,9 +116,9 @@ class BeliefGrid:
         """Return the likelihood (n, n) of a heat map: each cell's probability relative to a uniform map's.
 
         plane: the grid's plane. offset: (x, y) from the tracked point to the camera, metres. Cells outside
-        the map get 0.
+        the map or its search disc get 1: nothing is known of them.
         """
-        pixels = heat_map.probability * float(heat_map.searched)
+        pixels = heat_map.relative
         # Average areas first if several pixels fall into a cell.
         step = max(1, round(self.cell_m / heat_map.metres_per_pixel))
         height, width = (side // step for side in pixels.shape)
@@ -133,14 +133,14 @@ class BeliefGrid:
         to_pixel = cv2.getAffineTransform(cells.astype(np.float32), source.astype(np.float32))
         return self.resampled(np.asarray(means, np.float32), np.asarray(to_pixel, np.float64))
 
-    def resampled(self, image: Grid, to_pixel: Array, outside: float = 0.0) -> Grid:
-        """Return the image's values at the cells, interpolated linearly, ``outside`` beyond its edges.
+    def resampled(self, image: Grid, to_pixel: Array) -> Grid:
+        """Return a heat map's values at the cells, interpolated linearly; 1 beyond its edges.
 
         to_pixel: affine map (2, 3) from a cell's (column, row) to the image's.
         """
         flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
         size = self.probability.shape[::-1]
-        return np.asarray(cv2.warpAffine(image, to_pixel, size, flags=flags, borderValue=outside), np.float32)
+        return np.asarray(cv2.warpAffine(image, to_pixel, size, flags=flags, borderValue=1.0), np.float32)
 
     @property
     def axes(self) -> tuple[Array, Array]:

@@ -121,6 +121,16 @@ class HeatMap:
         return row + down, col + right
 
     @cached_property
+    def relative(self) -> NDArray[np.float32]:
+        """Probability (H, W) relative to a uniform map's; 1 outside the disc, of which nothing is known."""
+        relative = self.probability * np.float32(self.searched)
+        if self.search is not None:
+            rows, cols = np.ogrid[: relative.shape[0], : relative.shape[1]]
+            outside = _distance(rows, cols, self.grid, self.tile, self.search) > self.search.radius_m
+            relative[outside] = 1.0
+        return relative
+
+    @cached_property
     def mode(self) -> NDArray[np.bool_]:
         """Mask (H, W) of the winning mode."""
         return winning_mode(self.probability, self.metres_per_pixel)

@@ -15,6 +15,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import rclpy
 import torch
 
@@ -322,6 +323,8 @@ class LocalizerNode(VehicleNode):
         try:
             self._compare_with_chance(estimate, observation)
             self._check_confidence(estimate, localizer, seen)
+            if self._course is not None:
+                self._course.add_estimate(_base_fix(estimate, mounting))
             self._publish(outputs, paired, fix, mounting, estimate)
         finally:
             # After the pose, which must not wait for it, and also if the pose is withheld.
@@ -417,6 +420,15 @@ class LocalizerNode(VehicleNode):
         else:
             text = "the fix lies far from the filter's position, around which images are searched instead"
         self._health.condition("filter", WARN, text, for_s=3.0)
+
+
+def _base_fix(estimate: PoseEstimate, mounting: Mounting) -> GnssFix:
+    """Return base_link's position by an image."""
+    lat, lon, covariance = estimate.lat, estimate.lon, np.zeros((3, 3))
+    if estimate.heading is not None:
+        lat, lon = mounting.base_from_camera(lat, lon, mounting.heading(estimate.heading))
+    covariance[:2, :2] = estimate.covariance
+    return GnssFix(estimate.stamp_ns, lat, lon, 0.0, covariance)
 
 
 def main(args: list[str] | None = None) -> int:

@@ -79,14 +79,11 @@ class PairLoggerNode(VehicleNode):
         """Open the map; without it, or while it is out of reach, pairs are recorded without tiles."""
         p = self._params
         self._spec = SPECS[p["model"]]
-        if not (self.wants_heading() or p["use_odometry"]):
-            if p["heading_source"] == COURSE:
-                raise parameters.ParameterError("heading_source: course needs odometry; set use_odometry")
-            if self._spec.aerial_up == "left":
-                raise parameters.ParameterError(
-                    f"without headings and odometry (use_heading, use_odometry) {p['model']} has no tiles "
-                    "turned to them"
-                )
+        if self._reckons_headings() and not p["use_odometry"]:
+            raise parameters.ParameterError(
+                "headings are neither recorded nor can they be reckoned from odometry: set use_odometry, or "
+                "use_heading and a heading_source other than course"
+            )
         self._attribution = ""
         for problem in ("no_map", "map"):
             self._health.clear(problem)
@@ -125,9 +122,14 @@ class PairLoggerNode(VehicleNode):
         """Add odometry if it is to be recorded."""
         inputs = super().extra_inputs()
         if self._params["use_odometry"]:
-            source = self._params["odom_source"]
-            inputs.append(Input("odom", self._on_odom, source, raw=True, optional=True))
+            source, optional = self._params["odom_source"], not self._reckons_headings()
+            inputs.append(Input("odom", self._on_odom, source, raw=True, optional=optional))
         return inputs
+
+    def _reckons_headings(self) -> bool:
+        """Return True if headings will be needed that are not recorded."""
+        needed = self._params["use_heading"] or self._spec.aerial_up == "left"
+        return bool(needed) and not self.wants_heading()
 
     def hand_over(self, paired: PairedFrame) -> bool:
         """Queue a frame if it is a keyframe; return True if it was dropped because too many wait."""
@@ -292,7 +294,7 @@ class PairLoggerNode(VehicleNode):
 
     def _is_keyframe(self, paired: PairedFrame) -> bool:
         assert paired.fix is not None  # this node needs fixes
-        stamp, yaw = paired.frame.stamp_ns, None if paired.heading is None else paired.heading.yaw
+        stamp, yaw = paired.frame.stamp_ns, self._wheels.yaw if paired.heading is None else paired.heading.yaw
         return self._keyframes.wants(stamp, paired.fix.lat, paired.fix.lon, yaw, self._wheels.at(stamp))
 
     # Writing: the worker's thread

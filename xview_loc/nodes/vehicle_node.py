@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import math
 import time
-from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol
 
@@ -42,17 +41,11 @@ from xview_loc.vehicle import messages as input_messages
 from xview_loc.vehicle.course import CourseHeadings
 from xview_loc.vehicle.fix_gate import AgreeingFixes
 from xview_loc.vehicle.input_types import COURSE
-from xview_loc.vehicle.mounting import Mounting
+from xview_loc.vehicle.mounting import Mounting, Offset
 from xview_loc.vehicle.odometry import Odometry, VelocitySample
 from xview_loc.vehicle.pairing import Paired, Pairing
 from xview_loc.vehicle.rig_assembly import CameraImage, RigAssembly, middle_ns
-from xview_loc.vehicle.synchronisation import (
-    NS,
-    GnssFix,
-    HeadingSample,
-    RejectedInput,
-    StampNotNewerError,
-)
+from xview_loc.vehicle.synchronisation import NS, GnssFix, RejectedInput, StampNotNewerError
 from xview_loc.vehicle.transforms import Transform
 
 # States in which parameters are in use.
@@ -330,13 +323,16 @@ class VehicleNode(LifecycleNode):
 
     def _mounting(self) -> Mounting:
         """Return where antenna and camera are now. Raises RejectedInput if tf does not know."""
-        p = self._params
-        antenna = p["antenna_x"], p["antenna_y"]
-        if self._transforms is not None and p["antenna_frame"]:
-            antenna = _across(self._transforms.pose(p["antenna_frame"]))
         camera = self._cameras.pose("", self._transforms)
         # An optical frame looks along its z axis.
-        return Mounting(antenna, _across(camera), camera.direction(2))
+        return Mounting(self._antenna(), _across(camera), camera.direction(2))
+
+    def _antenna(self) -> Offset:
+        """Return where the antenna is now. Raises RejectedInput if tf does not know."""
+        p = self._params
+        if self._transforms is not None and p["antenna_frame"]:
+            return _across(self._transforms.pose(p["antenna_frame"]))
+        return p["antenna_x"], p["antenna_y"]
 
     def _open_map(self, size_px: int, gsd: float, snap_m: float) -> TileStore:
         """Open the parameters' map for tiles of this size; ``snap_m``: spacing if the parameter is 0."""
@@ -367,7 +363,7 @@ class VehicleNode(LifecycleNode):
             self._inputs.listen(image)
         self._inputs.listen(Input("fix", self._on_fix))
         if self._course is not None:
-            self._show_course_unknown(self._course)
+            self._show_course_unknown(self._course.doubt)
         elif self.wants_heading():
             self._inputs.listen(Input("heading", self._on_heading, p["heading_source"]))
 
@@ -413,18 +409,18 @@ class VehicleNode(LifecycleNode):
         self._agreeing.add(fix)
         self._checks.add_fix(fix)
         if self._course is not None:
-            with suppress(RejectedInput):  # frames are refused for the same reason
-                self._course.add_fix(fix, self._mounting().antenna)
+            try:
+                self._course.add_fix(fix, self._antenna())
+            except RejectedInput as error:
+                self._show_course_unknown(str(error))
         self._release()
 
     def _on_heading(self, message: Any) -> None:
         now = self.get_clock().now().nanoseconds
-        self._add_heading(input_messages.heading_from_message(message, self._heading_convention(), now))
-        self._health.clear("heading")
-
-    def _add_heading(self, heading: HeadingSample) -> None:
+        heading = input_messages.heading_from_message(message, self._heading_convention(), now)
         self._pairing.add_heading(heading)
         self._checks.add_heading(heading)
+        self._health.clear("heading")
         if self._pairing.waiting:
             self._release()
 
@@ -454,16 +450,18 @@ class VehicleNode(LifecycleNode):
 
     def _reckon_heading(self, course: CourseHeadings, velocity: VelocitySample) -> None:
         heading = course.add_velocity(velocity)
-        if heading is not None:
-            self._health.clear("course_unknown")
-            self._add_heading(heading)
-        else:
-            self._show_course_unknown(course)
+        if heading is None:
+            self._show_course_unknown(course.doubt)
+            return
+        self._health.clear("course_unknown")
+        self._pairing.add_heading(heading)
+        if self._pairing.waiting:
+            self._release()
 
-    def _show_course_unknown(self, course: CourseHeadings) -> None:
-        known = f" (+-{math.degrees(course.std):.0f} deg so far)" if course.std < math.pi / 2 else ""
-        text = f"the heading is not known yet{known}: drive some tens of metres with odometry and fixes"
-        self._health.condition("course_unknown", WARN, text)
+    def _show_course_unknown(self, doubt: str) -> None:
+        text = f"the heading is not known: {doubt}"
+        if self._health.condition("course_unknown", WARN, text):
+            self.get_logger().warning(shown(text), throttle_duration_sec=LOG_INTERVAL_S)
 
     def _on_camera_info(self, name: str, message: CameraInfo) -> None:
         others = {other: camera for other, camera in self._calibrations.items() if other != name}

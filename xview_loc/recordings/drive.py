@@ -55,23 +55,25 @@ class Drive:
 
 
 def read_drive(bag: PairBag, mounting: Mounting) -> Drive:
-    """Read a bag's drive; headings that were not measured are reckoned where possible. Raises BagError."""
+    """Read a bag's drive. Raises BagError.
+
+    Headings are recorded for all pairs of a bag or for none: without any, they are reckoned where possible.
+    """
     poses = bag.poses()
     stamps = np.array([stamp for stamp, *_ in poses], np.int64)
     numbers = [(*place, math.nan if yaw is None else yaw) for _, *place, yaw in poses]
     lat, lon, sigma, heading = np.array(numbers, np.float64).reshape(-1, 4).T.copy()
     path = _read_odometry(bag, stamps)
     std = np.full(len(poses), math.nan)
-    if np.isnan(heading).any():
+    if len(poses) and np.isnan(heading).all():
         seconds = (stamps - stamps[0]) / 1e9
         fixes = np.cumsum(steps_between(lat, lon) @ (1.0, 1j))
         antenna = path.place + complex(*mounting.antenna) * np.exp(1j * path.yaw)
         for rows in path.stretches():
             columns = path.yaw[rows], antenna[rows], fixes[rows], sigma[rows], seconds[rows]
             found, spread = headings_of_drive(*columns)
-            use = np.isnan(heading[rows]) & (spread <= MAX_STD)
-            heading[rows] = np.where(use, found, heading[rows])
-            std[rows] = np.where(use, spread, math.nan)
+            heading[rows] = np.where(spread <= MAX_STD, found, math.nan)
+            std[rows] = np.where(spread <= MAX_STD, spread, math.nan)
     # From odometry's axes to true north, by the mean of the angles at both ends.
     turn = np.exp(1j * (heading - path.yaw))
     moved = np.full(len(poses), complex(math.nan, math.nan))
@@ -116,7 +118,10 @@ def _read_odometry(bag: PairBag, stamps: NDArray[np.int64]) -> _Path:
         unknown = np.full(len(stamps), math.nan)
         return _Path(unknown, unknown.astype(np.complex128), unknown)
     order = np.argsort(times, kind="stable")
+    # Nodes record odometry after the first pair: held for a moment at both ends.
+    order = np.concatenate([order[:1], order, order[-1:]])
     known = np.array(times)[order]
+    known[[0, -1]] += np.array([-1, 1]) * SPEED_AGE_NS
     forward, left, rate = (np.array(column)[order] for column in velocities)
     seconds = (known - known[0]) / 1e9
     lasted = np.diff(seconds)

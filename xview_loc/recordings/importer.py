@@ -547,7 +547,7 @@ class _Importer:
     def _write(self, paired: Paired[_Frame]) -> None:
         frame, fix, heading = paired.frame, paired.fix, paired.heading
         assert fix is not None  # required
-        yaw = None if heading is None else heading.yaw
+        yaw = self._wheels.yaw if heading is None else heading.yaw
         speed = self._wheels.at(frame.stamp_ns)
         if not self._keyframes.wants(frame.stamp_ns, fix.lat, fix.lon, yaw, speed):
             return

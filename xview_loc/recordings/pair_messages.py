@@ -114,6 +114,8 @@ def read_sigma(fix: Any) -> float:
     if fix.position_covariance_type != COVARIANCE_KNOWN:
         return math.nan
     horizontal = fix.position_covariance.reshape(3, 3)[:2, :2]
+    if not np.isfinite(horizontal).all():
+        return math.nan
     return math.sqrt(max(0.0, float(np.linalg.eigvalsh(horizontal)[-1])))
 
 

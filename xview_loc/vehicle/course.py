@@ -29,14 +29,17 @@ FIX_CORRELATION_S = 30.0
 _FIX_NOISE_M = 0.7
 # Standard deviation of a fix that comes without one, metres.
 _UNKNOWN_SIGMA_M = 15.0
-# A step is this long, unless that takes longer than the time.
+# A step is this long; one that takes longer does not count.
 _STEP_M, _LONGEST_STEP_S = 10.0, 20.0
 # Variance that odometry's drift adds to the angle, rad^2 / s.
 _DRIFT = math.radians(0.3) ** 2
 # Standard deviations beyond which the length of a step shows that the fix jumped.
 _SIGMAS = 5.0
-# Steps over which the misfit of odometry and fixes is averaged.
-_MISFIT_STEPS = 10
+# Squared deviation from which on a step surprises; so many surprises in a row are none.
+_SURPRISE, _SURPRISES = 9.0, 3
+# Steps that the recent past is made of; squared difference of its angle from the whole past's, in variances,
+# that is a contradiction; and steps until one counts half, and is forgiven.
+_RECENT, _CONTRADICTION, _FORGIVEN = 5, 9.0, 35
 # Standard deviation from which on a heading is of use: models bear errors of ten degrees.
 MAX_STD = math.radians(8.0)
 
@@ -57,14 +60,20 @@ class Alignment:
 
     def __init__(self) -> None:
         self.resultant = 0j
-        # Mean squared residual per axis over its variance, at least 1: how odometry and fixes fit.
-        self.misfit = 1.0
+        self._recent = 0j
+        self._surprises = 0
+        # How often the angle has changed lately, though odometry did not say so.
+        self._contradictions = 0.0
+
+    @property
+    def contradicted(self) -> bool:
+        """True if odometry's turns contradicted the course within the last steps."""
+        return self._contradictions > 0.5
 
     @property
     def std(self) -> float:
         """Standard deviation of the angle, radians; infinite if nothing is known."""
-        concentration = abs(self.resultant)
-        return math.sqrt(max(1.0, self.misfit) / concentration) if concentration > 0.0 else math.inf
+        return 1.0 / math.sqrt(abs(self.resultant)) if self.resultant else math.inf
 
     def drift(self, seconds: float) -> None:
         """Let odometry drift for a time."""
@@ -73,96 +82,140 @@ class Alignment:
     def add(self, reckoned: complex, seen: complex, variance: float) -> None:
         """Add a step of the path and the same step between fixes, metres; variance per axis, m^2.
 
-        A step of another length than the path's is a jump of the fixes, and is left out.
+        A step that surprises, or has another length than the path's, is left out as a jump of the fixes.
         """
         if (abs(seen) - abs(reckoned)) ** 2 > _SIGMAS**2 * variance:
             return
         if self.resultant:
-            direction = self.resultant / abs(self.resultant)
-            squared = abs(seen - direction * reckoned) ** 2 / (
-                2.0 * variance + abs(reckoned) ** 2 * self.std**2
-            )
-            self.misfit += (squared - self.misfit) / _MISFIT_STEPS
-        self.resultant += reckoned.conjugate() * seen / variance
+            off = seen - reckoned * self.resultant / abs(self.resultant)
+            squared = abs(off) ** 2 / (2.0 * variance + abs(reckoned) ** 2 * self.std**2)
+            self._surprises = self._surprises + 1 if squared > _SURPRISE else 0
+            if 0 < self._surprises < _SURPRISES:
+                return
+        step = reckoned.conjugate() * seen / variance
+        self._recent += step - self._recent / _RECENT
+        self.resultant += step
+        self._contradictions *= 0.5 ** (1.0 / _FORGIVEN)
+        if _apart(self._recent, self.resultant) > _CONTRADICTION:
+            self.resultant = self._recent
+            self._contradictions += 1.0
 
 
-class _Place(NamedTuple):
+def _apart(a: Any, b: Any) -> Any:
+    """Return the squared difference of two angles over its variance; both as resultants."""
+    return np.angle(a * np.conj(b)) ** 2 / (1.0 / np.abs(a) + 1.0 / np.abs(b))
+
+
+class _Fix(NamedTuple):
+    """A position of a place on the vehicle: by GNSS, or by an image, whose errors are independent."""
+
     fix: GnssFix
-    yaw: float  # in odometry's axes
+    place: Offset
+    by_image: bool
+
+
+class _Start(NamedTuple):
+    """Where a step begins; the yaw is in odometry's axes."""
+
+    fix: GnssFix
+    yaw: float
 
 
 class CourseHeadings:
-    """Headings of a vehicle on the way, from its odometry and fixes as they come. Not thread-safe.
+    """Headings of a vehicle on the way, from its odometry and positions as they come.
 
-    Odometry must give yaw rates. ``odometry`` is what keeps the samples that :meth:`add_velocity` takes.
+    Odometry must give yaw rates. ``odometry`` is what keeps the samples that :meth:`add_velocity` takes. For
+    one thread; another may call :meth:`add_estimate`.
     """
 
     def __init__(self, odometry: Odometry) -> None:
         self._odometry = odometry
-        # Fixes later than odometry, with the antenna's place on the vehicle.
-        self._waiting: deque[tuple[GnssFix, Offset]] = deque(maxlen=100)
+        self._waiting: deque[_Fix] = deque(maxlen=100)
         self.restart()
 
     def restart(self) -> None:
         """Forget everything."""
         self._alignment = Alignment()
         self._waiting.clear()
-        self._start: _Place | None = None
+        # By source: whether the positions are those of images.
+        self._starts: dict[bool, _Start] = {}
         # Heading in odometry's axes, and when.
         self._yaw, self._stamp_ns = 0.0, 0
 
     @property
-    def std(self) -> float:
-        """Standard deviation of headings now, radians; infinite before the vehicle moved."""
-        return self._alignment.std
+    def doubt(self) -> str:
+        """Why the heading is not known; "" if it is."""
+        alignment = self._alignment
+        if alignment.contradicted:
+            return (
+                "odometry's turns contradict the course of the fixes: its yaw rates are missing, scaled or "
+                "of the wrong sign"
+            )
+        if not self._starts:
+            return "it takes odometry without gaps of a second, and fixes by the same clock"
+        if alignment.std > MAX_STD:
+            return "drive some tens of metres"
+        return ""
 
     def add_fix(self, fix: GnssFix, antenna: Offset = (0.0, 0.0)) -> None:
         """Take a fix; ``antenna`` is its place on the vehicle."""
-        self._waiting.append((fix, antenna))
+        self._waiting.append(_Fix(fix, antenna, False))
+
+    def add_estimate(self, fix: GnssFix) -> None:
+        """Take base_link's position by an image: it keeps the heading where there are no fixes."""
+        self._waiting.append(_Fix(fix, (0.0, 0.0), True))
 
     def add_velocity(self, sample: VelocitySample) -> HeadingSample | None:
         """Take a sample that odometry keeps already; return the heading then, None while it is unknown."""
-        while self._waiting and self._waiting[0][0].stamp_ns <= sample.stamp_ns:
-            fix, antenna = self._waiting.popleft()
-            self._turn(max(fix.stamp_ns, self._stamp_ns))
-            self._take(fix, antenna)
+        for _ in range(len(self._waiting)):
+            one = self._waiting.popleft()
+            if one.fix.stamp_ns > sample.stamp_ns:
+                self._waiting.append(one)
+                continue
+            self._turn(max(one.fix.stamp_ns, self._stamp_ns))
+            self._take(one)
         self._turn(sample.stamp_ns)
-        if self.std > MAX_STD:
+        if self.doubt:
             return None
         yaw = wrap_angle(self._yaw + cmath.phase(self._alignment.resultant))
-        return HeadingSample(sample.stamp_ns, yaw, self.std)
+        return HeadingSample(sample.stamp_ns, yaw, self._alignment.std)
 
     def _turn(self, stamp_ns: int) -> None:
         """Go on to a stamp."""
         motion = self._odometry.between(self._stamp_ns, stamp_ns) if self._stamp_ns else None
         if motion is None:
-            self._alignment, self._start = Alignment(), None
+            self._alignment, self._starts = Alignment(), {}
         else:
             self._yaw += motion.turn
             self._alignment.drift((stamp_ns - self._stamp_ns) / NS)
         self._stamp_ns = stamp_ns
 
-    def _take(self, fix: GnssFix, antenna: Offset) -> None:
+    def _take(self, one: _Fix) -> None:
+        fix, start = one.fix, self._starts.get(one.by_image)
         since = self._odometry.between(fix.stamp_ns, self._stamp_ns)
         if since is None:
             return
-        here, start = _Place(fix, self._yaw - since.turn), self._start
-        seconds = 0.0 if start is None else (fix.stamp_ns - start.fix.stamp_ns) / NS
-        if start is None or not 0.0 < seconds <= _LONGEST_STEP_S:
-            self._start = here
-            return
-        motion = self._odometry.between(start.fix.stamp_ns, fix.stamp_ns)
-        if motion is None:
-            self._start = here
+        here = _Start(fix, self._yaw - since.turn)
+        motion, seconds = None, 0.0
+        if start is not None:
+            seconds = (fix.stamp_ns - start.fix.stamp_ns) / NS
+            if 0.0 < seconds <= _LONGEST_STEP_S:
+                motion = self._odometry.between(start.fix.stamp_ns, fix.stamp_ns)
+        if start is None or motion is None:
+            self._starts[one.by_image] = here
             return
         before, after = cmath.rect(1.0, start.yaw), cmath.rect(1.0, here.yaw)
         # The antenna swings about the vehicle's origin.
-        reckoned = complex(motion.forward, motion.left) * before + complex(*antenna) * (after - before)
-        if abs(reckoned) >= _STEP_M:
-            seen = complex(*LocalProjection(start.fix.lat, start.fix.lon).forward(fix.lat, fix.lon))
-            sigma = max(start.fix.sigma or _UNKNOWN_SIGMA_M, fix.sigma or _UNKNOWN_SIGMA_M)
-            self._alignment.add(reckoned, seen, float(fix_step_variance(sigma, seconds)))
-            self._start = here
+        reckoned = complex(motion.forward, motion.left) * before + complex(*one.place) * (after - before)
+        if abs(reckoned) < _STEP_M:
+            return
+        seen = complex(*LocalProjection(start.fix.lat, start.fix.lon).forward(fix.lat, fix.lon))
+        sigmas = start.fix.sigma or _UNKNOWN_SIGMA_M, fix.sigma or _UNKNOWN_SIGMA_M
+        variance = sigmas[0] ** 2 + sigmas[1] ** 2
+        if not one.by_image:
+            variance = float(fix_step_variance(max(sigmas), seconds))
+        self._alignment.add(reckoned, seen, variance)
+        self._starts[one.by_image] = here
 
 
 def headings_of_drive(
@@ -170,14 +223,15 @@ def headings_of_drive(
 ) -> tuple[Array, Array]:
     """Return true-north headings (N,) along a recorded drive, and their standard deviations, radians.
 
-    Steps before and after each place count. ``yaw`` and ``path`` are the vehicle's heading and the antenna's
-    place by odometry, without gaps; ``fixes`` east + i north, ``sigma`` of these or NaN, metres.
+    Steps before and after each place count; where these contradict each other, or odometry, deviations are
+    infinite. ``yaw`` and ``path`` are the vehicle's heading and the antenna's place by odometry, without
+    gaps; ``fixes`` east + i north, ``sigma`` of these or NaN, metres.
     """
     count = len(yaw)
     known = np.where(np.isnan(sigma), _UNKNOWN_SIGMA_M, sigma)
 
-    def pass_over(order: Iterable[int]) -> tuple[Complex, Array]:
-        alignment, resultants, misfits = Alignment(), np.zeros(count, complex), np.ones(count)
+    def pass_over(order: Iterable[int]) -> tuple[Complex, NDArray[np.bool_]]:
+        alignment, resultants, contradicted = Alignment(), np.zeros(count, complex), np.zeros(count, bool)
         start = last = None
         for k in order:
             if start is None or last is None:
@@ -191,11 +245,13 @@ def headings_of_drive(
                 start = k
             elif step_s > _LONGEST_STEP_S:
                 start = k
-            resultants[k], misfits[k], last = alignment.resultant, alignment.misfit, k
-        return resultants, misfits
+            resultants[k], contradicted[k], last = alignment.resultant, alignment.contradicted, k
+        return resultants, contradicted
 
-    (before, misfit), (after, other) = pass_over(range(count)), pass_over(range(count - 1, -1, -1))
+    (before, early), (after, late) = pass_over(range(count)), pass_over(range(count - 1, -1, -1))
     resultant = before + after
     with np.errstate(divide="ignore"):
-        std = np.sqrt(np.maximum(1.0, np.maximum(misfit, other)) / np.abs(resultant))
+        std = 1.0 / np.sqrt(np.abs(resultant))
+        # Where odometry slips, either side is sure of its own angle.
+        std[(early & late) | (_apart(before, after) > _CONTRADICTION)] = math.inf
     return np.angle(np.exp(1j * (yaw + np.angle(resultant)))), std

@@ -36,13 +36,17 @@ class _Keyframe:
 
 
 class WheelSpeed:
-    """The latest speed of the wheels."""
+    """The latest speed of the wheels, and the sum of their turns."""
 
     def __init__(self) -> None:
         self._latest: tuple[int, float] | None = None
+        # Radians, from any start.
+        self.yaw = 0.0
 
     def add(self, velocity: VelocitySample) -> None:
-        """Keep the speed of a velocity."""
+        """Keep the speed of a velocity, and turn by its yaw rate since the one before."""
+        if self._latest is not None and 0 < velocity.stamp_ns - self._latest[0] <= SPEED_AGE_NS:
+            self.yaw += velocity.yaw_rate * (velocity.stamp_ns - self._latest[0]) / 1e9
         self._latest = (velocity.stamp_ns, math.hypot(velocity.forward, velocity.left))
 
     def at(self, stamp_ns: int) -> float | None:
@@ -70,7 +74,8 @@ class Keyframes:
     ) -> bool:
         """Return True if this frame is a keyframe; the next one is measured from it.
 
-        lat, lon: degrees. yaw: radians, None if unknown. speed: of the wheels, m/s, None if unknown.
+        lat, lon: degrees. yaw: radians, from any direction; None if unknown. speed: of the wheels, m/s, None
+        if unknown.
         """
         if self._seen_ns is not None and speed is not None:
             self._driven += abs(speed) * (stamp_ns - self._seen_ns) / 1e9
