@@ -19,6 +19,7 @@ from xview_loc.bags.recovery import BagError, bag_files, recover_bag
 from xview_loc.bags.ros_types import deserialize, header, message, quaternion, serialize
 from xview_loc.bags.writer import BagLimits
 from xview_loc.camera import CameraModel
+from xview_loc.cli.bags import _headings_text
 from xview_loc.datasets.pairs import PairDataset
 from xview_loc.geodesy import LocalProjection
 from xview_loc.maps.base import AerialTile
@@ -204,6 +205,25 @@ def test_damage_is_told_and_the_rest_is_read(tmp_path: Path) -> None:
     recover_bag(tmp_path / "cut", tmp_path / "saved")
     with pytest.raises(BagError, match="holds no"):
         PairBag(tmp_path / "nothing").session()
+
+
+def test_damage_leaves_pairs_without_reckoned_headings(tmp_path: Path) -> None:
+    writer = PairWriter(tmp_path / "bag", {}, NO_FLOOR)
+    for k in range(8):
+        writer.add(pair(k, heading=None, camera=None), tile(0))
+        writer.bag.flush()
+    writer.close()
+    (path,) = bag_files(tmp_path / "bag")
+    data = bytearray(path.read_bytes())
+    with path.open("rb") as file:
+        summary = make_reader(file).get_summary()
+    assert summary is not None
+    data[summary.chunk_indexes[5].chunk_start_offset + 300] ^= 4
+    path.write_bytes(data)
+    spec = ModelSpec("stub", "panorama", (24, 96), 64, 0.5, 8)
+    source = PairDataset([tmp_path / "bag"], spec)
+    assert len(source) == 8 and source.remarks == []
+    assert _headings_text(PairBag(tmp_path / "bag")) == "unknown, the bag is damaged"
 
 
 @pytest.mark.parametrize("k", range(3))
