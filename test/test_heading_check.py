@@ -13,7 +13,8 @@ import pytest
 from xview_loc.geodesy import LocalProjection, wrap_angle
 from xview_loc.simulation.city import build_city
 from xview_loc.simulation.drives import DriveOptions, Frame, drive
-from xview_loc.vehicle.heading_check import HeadingCheck, HeadingFault
+from xview_loc.vehicle.course import CourseHeadings
+from xview_loc.vehicle.heading_check import HeadingCheck, HeadingFault, OffsetCheck
 from xview_loc.vehicle.odometry import Odometry, VelocitySample
 from xview_loc.vehicle.synchronisation import NS, GnssFix, HeadingSample
 
@@ -115,3 +116,28 @@ def test_a_real_drive(turned: float) -> None:
             alarms += check.fault is not None
             next_fix += 1
     assert (alarms == 0) if not turned else (check.fault is not None and abs(check.fault.angle) > 1.4)
+
+
+@pytest.mark.parametrize("offset_deg", [0.0, 15.0, -25.0])
+def test_odometry_and_fixes_tell_a_small_offset(frames: list[Frame], offset_deg: float) -> None:
+    odometry = Odometry(1.0)
+    course, check = CourseHeadings(odometry), OffsetCheck()
+    found: list[HeadingFault | None] = []
+    for frame in frames:
+        ns = START + frame.stamp_ns
+        covariance = np.eye(3)
+        covariance[:2, :2] = frame.fix.covariance
+        course.add_fix(GnssFix(ns, frame.fix.lat, frame.fix.lon, 0.0, covariance))
+        for one in frame.wheels:
+            sample = VelocitySample(START + one.stamp_ns, one.speed, 0.0, one.yaw_rate)
+            odometry.add(sample)
+            course.add_velocity(sample)
+        if (reckoned := course.at(ns)) is not None:
+            check.add(HeadingSample(ns, wrap_angle(frame.heading + math.radians(offset_deg)), 0.05), reckoned)
+        found.append(check.fault)
+    if offset_deg == 0.0:
+        assert not any(found)
+        return
+    first = next(k for k, fault in enumerate(found) if fault)
+    assert frames[first].stamp_ns < 40 * 10**9 and all(found[first:])
+    assert all(abs(math.degrees(fault.angle) - offset_deg) < 8.0 for fault in found[first:] if fault)

@@ -495,6 +495,31 @@ def test_odometry_and_fixes_give_the_heading(rig):
         assert "not known" not in b.text() and not rig.heading.get_subscription_count()
 
 
+def test_a_compass_that_is_off_is_replaced(rig):
+    """By odometry and fixes, which the filter hears."""
+    b, yaw, lat, lon = rig.bench, math.radians(-50.0), LAT, LON
+    with rig.configured(filter=True):
+        b.wait(rig.odom.get_subscription_count, what="the odometry's subscription")
+        rig.step(60.0)
+        for _ in range(200):
+            for _ in range(5):
+                forward = Odometry(child_frame_id="base_link")
+                forward.twist.twist.linear.x = 10.0
+                rig.odom.publish(rig.header(forward, rig.step(0.1)))
+                rig.send_heading(rig.ns, yaw + math.radians(16.0))
+            lat, lon = moved(lat, lon, (5.0, 0.0), yaw)
+            rig.send_fix(rig.ns, lat, lon)
+            rig.send_image(rig.ns)
+            b.wait_diagnosis()
+            if b.value("heading_from") == "course":
+                break
+        assert "heading is +16 deg off the course" in b.text()
+        b.wait(lambda: stamp(rig.poses[-1]) == rig.ns, what="the last image's pose")
+        q = rig.poses[-1].pose.pose.orientation
+        found = 2.0 * math.atan2(q.z, q.w) - DATUM.convergence(lat, lon)
+        assert abs(wrap_angle(found - yaw)) < math.radians(4.0)
+
+
 def test_images_missing_between_stamps_are_counted_and_said(rig):
     with rig.configured(qos_depth=100):
         for k in range(100):

@@ -51,6 +51,7 @@ from xview_loc.simulation.drives import DriveOptions, Frame, drive
 from xview_loc.simulation.views import PanoramaView
 from xview_loc.statistics import coverage, mahalanobis
 from xview_loc.vehicle.course import CourseHeadings
+from xview_loc.vehicle.heading_check import OffsetCheck
 from xview_loc.vehicle.mounting import Mounting
 from xview_loc.vehicle.odometry import Odometry, VelocitySample
 from xview_loc.vehicle.synchronisation import GnssFix, HeadingSample
@@ -153,7 +154,7 @@ class Drive:
     def measure(self, scenario: Scenario) -> Series:
         middle, half = len(self._frames) // 2, round(scenario.outage_s * RATE_HZ / 2)
         odometry, mounting = Odometry(1.0), Mounting()
-        course = CourseHeadings(odometry)
+        course, check, replaced = CourseHeadings(odometry), OffsetCheck(), False
         least = self._localizers[True].calibration.min_confidence
         position = PositionFilter(odometry)
         rows = []
@@ -177,6 +178,13 @@ class Drive:
             elif scenario.heading == "measured":
                 measured = wrap_angle(frame.heading + scenario.heading_error)
                 heading = HeadingSample(frame.stamp_ns, measured, frame.heading_std)
+                if reckoned is not None:
+                    check.add(heading, reckoned)
+                    if check.fault:
+                        heading = reckoned
+                if bool(check.fault) > replaced:
+                    position.restart()
+                replaced = bool(check.fault)
             # Without a heading that it needs, the node refuses a frame.
             refused = heading is None and scenario.heading_known
             looked = None

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from xview_loc.nodes.diagnostics import WARN, Health
-from xview_loc.vehicle.heading_check import HeadingCheck
+from xview_loc.vehicle.course import CourseHeadings
+from xview_loc.vehicle.heading_check import HeadingCheck, OffsetCheck
 from xview_loc.vehicle.lost_images import LostImages
 from xview_loc.vehicle.motion_check import MotionCheck
 from xview_loc.vehicle.odometry import Odometry
@@ -16,15 +17,16 @@ from xview_loc.vehicle.synchronisation import GnssFix, HeadingSample
 class InputChecks:
     """Checks images, fixes, headings and odometry, all of them good ones. For the executor's thread."""
 
-    def __init__(self, odometry: Odometry, health: Health, log: Any) -> None:
-        self._odometry, self._health, self._log = odometry, health, log
+    def __init__(self, odometry: Odometry, course: CourseHeadings | None, health: Health, log: Any) -> None:
+        """``course``: to compare headings with."""
+        self._odometry, self._course, self._health, self._log = odometry, course, health, log
         self._shown: set[str] = set()
         self.restart()
 
     @property
     def heading_fault(self) -> str:
         """What is wrong with the headings; "" for nothing."""
-        return str(self._heading.fault or "")
+        return str(self._heading.fault or self._offset.fault or "")
 
     def image_fault(self, camera: str) -> str:
         """Return what is wrong with the images of a camera, "" of a single one; "" for nothing."""
@@ -38,14 +40,18 @@ class InputChecks:
     def restart(self) -> None:
         """Forget everything, and clear the conditions."""
         self._heading, self._motion = HeadingCheck(self._odometry), MotionCheck(self._odometry)
+        self._offset = OffsetCheck()
         # By camera.
         self._images: dict[str, LostImages] = {}
         self._still: dict[str, StillImage] = {}
         self._show()
 
     def add_heading(self, heading: HeadingSample) -> None:
-        """Take a heading."""
+        """Take a measured heading."""
         self._heading.add_heading(heading)
+        reckoned = None if self._course is None else self._course.at(heading.stamp_ns)
+        if reckoned is not None:
+            self._offset.add(heading, reckoned)
 
     def add_fix(self, fix: GnssFix) -> None:
         """Take a fix, and set or clear the conditions."""

@@ -133,6 +133,7 @@ class LocalizerNode(VehicleNode):
         localizer = self._first_localizer(model)
         self._limits = self._new_limits()
         self._match, self._fix_check = MatchCheck(), FixCheck()
+        self._heading_replaced = False
         self._filter = PositionFilter(self._odometry, self._filter_options()) if p["filter"] else None
         if p["publish_tf"] != "none":
             self.listen_to_tf("publish_tf is set")
@@ -185,6 +186,23 @@ class LocalizerNode(VehicleNode):
         """Return False while the filter knows the position."""
         return self._filter is None or not self._filter.started
 
+    def hand_over(self, paired: PairedFrame) -> bool:
+        """Hand it over with the heading of odometry and fixes, if the measured one disagrees with it."""
+        better = None
+        if paired.heading is not None and self._course is not None and self._checks.heading_fault:
+            better = self._course.at(paired.frame.stamp_ns)
+        if better is not None:
+            paired = replace(paired, heading=better)
+        replaced = better is not None
+        if replaced != self._heading_replaced:
+            self._heading_replaced = replaced
+            if self._filter is not None and replaced:
+                # The wrong heading has carried it away.
+                self._filter.restart()
+        source = "course" if replaced or self.takes_course() else "measured"
+        self._health.value("heading_from", source if paired.heading is not None else "")
+        return super().hand_over(paired)
+
     def extra_inputs(self) -> list[Input]:
         """Add odometry for the filter, a shadow trial or the heading."""
         inputs = super().extra_inputs()
@@ -192,7 +210,7 @@ class LocalizerNode(VehicleNode):
         return [*inputs, self._odometry_input()] if wanted else inputs
 
     def _needs_odometry(self) -> bool:
-        return bool(self._params["filter"] or self._course is not None)
+        return bool(self._params["filter"] or self.takes_course())
 
     def _odometry_input(self) -> Input:
         return Input("odom", self._on_odom, self._params["odom_source"])

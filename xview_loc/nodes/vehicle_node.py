@@ -190,6 +190,10 @@ class VehicleNode(LifecycleNode):
         """Return True if every frame needs a heading."""
         raise NotImplementedError
 
+    def takes_course(self) -> bool:
+        """Return True if odometry and fixes give the heading."""
+        return self.wants_heading() and bool(self._params["heading_source"] == COURSE)
+
     def needs_fix(self) -> bool:
         """Return True if every frame needs a fix."""
         return True
@@ -279,10 +283,10 @@ class VehicleNode(LifecycleNode):
         )
         self._odometry = Odometry(MAX_ODOMETRY_GAP_S)
         self._velocities = input_messages.VelocityReader()
-        reckoned = self.wants_heading() and p["heading_source"] == COURSE
-        self._course = CourseHeadings(self._odometry) if reckoned else None
+        # The heading, or what a measured one is compared with.
+        self._course = CourseHeadings(self._odometry) if self.wants_heading() else None
         self._agreeing = AgreeingFixes()
-        self._checks = InputChecks(self._odometry, self._health, self.get_logger())
+        self._checks = InputChecks(self._odometry, self._course, self._health, self.get_logger())
         self._cameras = self._named_cameras()
         if unused := self._cameras.unused:
             text = f"cameras does not name {', '.join(unused)}, which rig_file describes: not used"
@@ -362,7 +366,7 @@ class VehicleNode(LifecycleNode):
             image = Input(topic, take, p["image_transport"], raw=True, lost=lose, or_topic=compressed)
             self._inputs.listen(image)
         self._inputs.listen(Input("fix", self._on_fix))
-        if self._course is not None:
+        if self._course is not None and self.takes_course():
             self._show_course_unknown(self._course.doubt)
         elif self.wants_heading():
             self._inputs.listen(Input("heading", self._on_heading, p["heading_source"]))
@@ -412,7 +416,8 @@ class VehicleNode(LifecycleNode):
             try:
                 self._course.add_fix(fix, self._antenna())
             except RejectedInput as error:
-                self._show_course_unknown(str(error))
+                if self.takes_course():
+                    self._show_course_unknown(str(error))
         self._release()
 
     def _on_heading(self, message: Any) -> None:
@@ -450,6 +455,8 @@ class VehicleNode(LifecycleNode):
 
     def _reckon_heading(self, course: CourseHeadings, velocity: VelocitySample) -> None:
         heading = course.add_velocity(velocity)
+        if not self.takes_course():
+            return
         if heading is None:
             self._show_course_unknown(course.doubt)
             return

@@ -19,7 +19,14 @@ from numpy.typing import NDArray
 from xview_loc.geodesy import LocalProjection, wrap_angle
 from xview_loc.vehicle.mounting import Offset
 from xview_loc.vehicle.odometry import Odometry, VelocitySample
-from xview_loc.vehicle.synchronisation import NS, GnssFix, HeadingSample
+from xview_loc.vehicle.synchronisation import (
+    NS,
+    GnssFix,
+    HeadingSample,
+    History,
+    RejectedInput,
+    blend_heading,
+)
 
 Array = NDArray[np.float64]
 Complex = NDArray[np.complex128]
@@ -40,6 +47,8 @@ _SURPRISE, _SURPRISES = 9.0, 3
 # Steps that the recent past is made of; squared difference of its angle from the whole past's, in variances,
 # that is a contradiction; and steps until one counts half, and is forgiven.
 _RECENT, _CONTRADICTION, _FORGIVEN = 5, 9.0, 35
+# How far from a stamp a heading may be known that is taken for it.
+_AT_MOST_APART_S = 0.5
 # Standard deviation from which on a heading is of use: models bear errors of ten degrees.
 MAX_STD = math.radians(8.0)
 
@@ -131,12 +140,14 @@ class CourseHeadings:
     def __init__(self, odometry: Odometry) -> None:
         self._odometry = odometry
         self._waiting: deque[_Fix] = deque(maxlen=100)
+        self._known = History("heading", blend_heading, _AT_MOST_APART_S)
         self.restart()
 
     def restart(self) -> None:
         """Forget everything."""
         self._alignment = Alignment()
         self._waiting.clear()
+        self._known.clear()
         # By source: whether the positions are those of images.
         self._starts: dict[bool, _Start] = {}
         # Heading in odometry's axes, and when.
@@ -178,13 +189,23 @@ class CourseHeadings:
         if self.doubt:
             return None
         yaw = wrap_angle(self._yaw + cmath.phase(self._alignment.resultant))
-        return HeadingSample(sample.stamp_ns, yaw, self._alignment.std)
+        heading = HeadingSample(sample.stamp_ns, yaw, self._alignment.std)
+        self._known.add(heading)
+        return heading
+
+    def at(self, stamp_ns: int) -> HeadingSample | None:
+        """Return the heading at a recent stamp; None if it was unknown."""
+        try:
+            return self._known.at(stamp_ns)
+        except RejectedInput:
+            return None
 
     def _turn(self, stamp_ns: int) -> None:
         """Go on to a stamp."""
         motion = self._odometry.between(self._stamp_ns, stamp_ns) if self._stamp_ns else None
         if motion is None:
             self._alignment, self._starts = Alignment(), {}
+            self._known.clear()
         else:
             self._yaw += motion.turn
             self._alignment.drift((stamp_ns - self._stamp_ns) / NS)
