@@ -496,18 +496,19 @@ def test_odometry_and_fixes_give_the_heading(rig):
 
 
 def test_a_compass_that_is_off_is_replaced(rig):
-    """By odometry and fixes, which the filter hears."""
+    """By odometry and fixes, which the filter hears. The vehicle drives in a circle."""
     b, yaw, lat, lon = rig.bench, math.radians(-50.0), LAT, LON
     with rig.configured(filter=True, qos_depth=1000):
         b.wait(rig.odom.get_subscription_count, what="the odometry's subscription")
         rig.step(60.0)
         for k in range(400):
             for _ in range(5):
-                forward = Odometry(child_frame_id="base_link")
-                forward.twist.twist.linear.x = 10.0
-                rig.odom.publish(rig.header(forward, rig.step(0.1)))
+                lat, lon = moved(lat, lon, (1.0, 0.0), yaw)
+                yaw += 0.01
+                twist = Odometry(child_frame_id="base_link")
+                twist.twist.twist.linear.x, twist.twist.twist.angular.z = 10.0, 0.1
+                rig.odom.publish(rig.header(twist, rig.step(0.1)))
                 rig.send_heading(rig.ns, yaw + math.radians(16.0))
-            lat, lon = moved(lat, lon, (5.0, 0.0), yaw)
             rig.send_fix(rig.ns, lat, lon)
             rig.send_image(rig.ns)
             if k % 10 == 9:
@@ -518,7 +519,7 @@ def test_a_compass_that_is_off_is_replaced(rig):
         b.wait(lambda: stamp(rig.poses[-1]) == rig.ns, what="the last image's pose")
         q = rig.poses[-1].pose.pose.orientation
         found = 2.0 * math.atan2(q.z, q.w) - DATUM.convergence(lat, lon)
-        assert abs(wrap_angle(found - yaw)) < math.radians(4.0)
+        assert abs(wrap_angle(found - yaw)) < math.radians(5.0)
 
 
 def test_images_missing_between_stamps_are_counted_and_said(rig):

@@ -150,8 +150,9 @@ class CourseHeadings:
         self._known.clear()
         # By source: whether the positions are those of images.
         self._starts: dict[bool, _Start] = {}
-        # Heading in odometry's axes, and when.
+        # Heading in odometry's axes, and when; the last fix.
         self._yaw, self._stamp_ns = 0.0, 0
+        self._fixed_ns = 0
 
     @property
     def doubt(self) -> str:
@@ -173,7 +174,10 @@ class CourseHeadings:
         self._waiting.append(_Fix(fix, antenna, False))
 
     def add_estimate(self, fix: GnssFix) -> None:
-        """Take base_link's position by an image: it keeps the heading where there are no fixes."""
+        """Take base_link's position by an image: such positions keep the heading where there are no fixes.
+
+        With fixes they are left out: in an unfamiliar city a model may be sure and wrong.
+        """
         self._waiting.append(_Fix(fix, (0.0, 0.0), True))
 
     def add_velocity(self, sample: VelocitySample) -> HeadingSample | None:
@@ -217,6 +221,10 @@ class CourseHeadings:
         if since is None:
             return
         here = _Start(fix, self._yaw - since.turn)
+        if not one.by_image:
+            self._fixed_ns = fix.stamp_ns
+        elif fix.stamp_ns - self._fixed_ns < _LONGEST_STEP_S * NS:
+            start = None
         motion, seconds = None, 0.0
         if start is not None:
             seconds = (fix.stamp_ns - start.fix.stamp_ns) / NS
