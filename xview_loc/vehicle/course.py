@@ -87,6 +87,7 @@ class Alignment:
     def drift(self, seconds: float) -> None:
         """Let odometry drift for a time."""
         self.resultant /= 1.0 + abs(self.resultant) * _DRIFT * seconds
+        self._recent /= 1.0 + abs(self._recent) * _DRIFT * seconds
 
     def add(self, reckoned: complex, seen: complex, variance: float) -> None:
         """Add a step of the path and the same step between fixes, metres; variance per axis, m^2.
