@@ -117,7 +117,7 @@ def test_a_vehicle_that_stands_has_no_heading(frames: list[Frame]) -> None:
         at = START + second * NS
         fix = replace(fix_of(frame), stamp_ns=at)
         assert vehicle.take([VelocitySample(at, 0.0, 0.0, 0.0)], fix) is None
-    assert vehicle.course.doubt == "drive some tens of metres"
+    assert vehicle.course.doubt == "drive some tens of metres with fixes"
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.5, -1.0])

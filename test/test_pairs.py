@@ -222,7 +222,8 @@ def test_damage_leaves_pairs_without_reckoned_headings(tmp_path: Path) -> None:
     path.write_bytes(data)
     spec = ModelSpec("stub", "panorama", (24, 96), 64, 0.5, 8)
     source = PairDataset([tmp_path / "bag"], spec)
-    assert len(source) == 8 and source.remarks == []
+    assert len(source) == 8
+    assert source.remarks == [f"{tmp_path / 'bag'}: headings: unknown, the bag is damaged"]
     assert _headings_text(PairBag(tmp_path / "bag")) == "unknown, the bag is damaged"
 
 

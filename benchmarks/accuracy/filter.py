@@ -178,13 +178,16 @@ class Drive:
             elif scenario.heading == "measured":
                 measured = wrap_angle(frame.heading + scenario.heading_error)
                 heading = HeadingSample(frame.stamp_ns, measured, frame.heading_std)
-                if reckoned is not None:
-                    check.add(heading, reckoned)
-                    if check.fault:
-                        heading = reckoned
-                if bool(check.fault) > replaced:
-                    position.restart()
-                replaced = bool(check.fault)
+                if course.contradicted:
+                    check = OffsetCheck()
+                motion = odometry.between(frame.stamp_ns - round(1e9 / RATE_HZ), frame.stamp_ns)
+                if reckoned is not None and motion is not None:
+                    check.add(heading, reckoned, motion.length)
+                if check.fault and reckoned is not None:
+                    heading = reckoned
+                    if not replaced and not outage:
+                        position.restart()
+                replaced = check.fault is not None
             # Without a heading that it needs, the node refuses a frame.
             refused = heading is None and scenario.heading_known
             looked = None

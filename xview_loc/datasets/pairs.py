@@ -88,7 +88,8 @@ class PairDataset(PairSource):
     size (:class:`RecordCache`), so a data loader's worker holds the bags' index and one pair with its tile at
     a time. Stored tiles must have the spec's ground sample distance and at least its size; larger ones are
     cropped to their middle, or turned to the camera's heading, as the spec says.
-    Raises BagError if a bag cannot be read, DatasetError if its tiles do not fit.
+    Raises BagError if a bag cannot be read, DatasetError if its tiles do not fit. ``remarks`` say of each bag
+    without measured headings how many it has nevertheless.
     """
 
     def __init__(self, folders: Sequence[Path], spec: ModelSpec) -> None:
@@ -103,10 +104,16 @@ class PairDataset(PairSource):
         self._mountings = list(map(_mounting, self._bags, self._rigs))
         # Of bags without measured headings.
         self._drives: dict[int, Drive] = {}
+        self.remarks: list[str] = []
         for number, bag in enumerate(self._bags):
-            with suppress(BagError):  # damaged pairs are found later, one by one
-                if len(bag) and bag[0].heading is None:
-                    self._drives[number] = read_drive(bag, self._mountings[number])
+            try:
+                if not len(bag) or bag[0].heading is not None:
+                    continue
+                drive = self._drives[number] = read_drive(bag, self._mountings[number])
+                text = drive.headings_text
+            except BagError:
+                text = "unknown, the bag is damaged"
+            self.remarks.append(f"{bag.folder}: headings: {text}")
         reckoned = any(np.isfinite(drive.heading).any() for drive in self._drives.values())
         self.name = f"pairs:{digest[:16]}{'-reckoned' if reckoned else ''}"
         self._elevations = list(map(_elevation, self._bags))
@@ -123,13 +130,6 @@ class PairDataset(PairSource):
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
-
-    @property
-    def remarks(self) -> list[str]:
-        """What to know of bags without measured headings, one line each."""
-        return [
-            f"{self._bags[n].folder}: headings: {drive.headings_text}" for n, drive in self._drives.items()
-        ]
 
     def __getitem__(self, index: int) -> PairSample:
         """Return a pair. Raises IndexError, BagError if it is damaged, DatasetError if it does not fit."""

@@ -40,7 +40,7 @@ class InputChecks:
     def restart(self) -> None:
         """Forget everything, and clear the conditions."""
         self._heading, self._motion = HeadingCheck(self._odometry), MotionCheck(self._odometry)
-        self._offset = OffsetCheck()
+        self._offset, self._heading_ns = OffsetCheck(), 0
         # By camera.
         self._images: dict[str, LostImages] = {}
         self._still: dict[str, StillImage] = {}
@@ -49,9 +49,15 @@ class InputChecks:
     def add_heading(self, heading: HeadingSample) -> None:
         """Take a measured heading."""
         self._heading.add_heading(heading)
-        reckoned = None if self._course is None else self._course.at(heading.stamp_ns)
-        if reckoned is not None:
-            self._offset.add(heading, reckoned)
+        if self._course is None:
+            return
+        if self._course.contradicted:
+            self._offset = OffsetCheck()
+        reckoned = self._course.at(heading.stamp_ns)
+        motion = self._odometry.between(self._heading_ns, heading.stamp_ns)
+        self._heading_ns = heading.stamp_ns
+        if reckoned is not None and motion is not None:
+            self._offset.add(heading, reckoned, motion.length)
 
     def add_fix(self, fix: GnssFix) -> None:
         """Take a fix, and set or clear the conditions."""

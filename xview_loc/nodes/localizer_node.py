@@ -187,20 +187,22 @@ class LocalizerNode(VehicleNode):
         return self._filter is None or not self._filter.started
 
     def hand_over(self, paired: PairedFrame) -> bool:
-        """Hand it over with the heading of odometry and fixes, if the measured one disagrees with it."""
+        """Give it to the worker, a heading that disagrees replaced by that of odometry and fixes."""
         better = None
         if paired.heading is not None and self._course is not None and self._checks.heading_fault:
             better = self._course.at(paired.frame.stamp_ns)
+        elif not self._checks.heading_fault:
+            self._heading_replaced = False
         if better is not None:
             paired = replace(paired, heading=better)
-        replaced = better is not None
-        if replaced != self._heading_replaced:
-            self._heading_replaced = replaced
-            if self._filter is not None and replaced:
-                # The wrong heading has carried it away.
-                self._filter.restart()
-        source = "course" if replaced or self.takes_course() else "measured"
-        self._health.value("heading_from", source if paired.heading is not None else "")
+            if not self._heading_replaced:
+                self._heading_replaced = True
+                self.get_logger().warning("the heading of odometry and fixes is used instead")
+                if self._filter is not None and paired.fix is not None:
+                    # The wrong heading has carried it away.
+                    self._filter.restart()
+        measured = better is None and not self.takes_course()
+        self._health.value("heading_from", "measured" if measured else "course")
         return super().hand_over(paired)
 
     def extra_inputs(self) -> list[Input]:
@@ -341,7 +343,7 @@ class LocalizerNode(VehicleNode):
         try:
             self._compare_with_chance(estimate, observation)
             self._check_confidence(estimate, localizer, seen)
-            if self._course is not None:
+            if self._course is not None and not estimate.at_search_border:
                 self._course.add_estimate(_base_fix(estimate, mounting))
             self._publish(outputs, paired, fix, mounting, estimate)
         finally:

@@ -297,6 +297,7 @@ class VehicleNode(LifecycleNode):
         self._calibrations, self._uncalibrated = {}, False
         self._motion_start: GnssFix | None = None
         self._last_image_at: float | None = None
+        self._last_odometry_at = 0.0
         for name in ("antenna_frame", "camera_frame", "heading_frame"):
             if p[name]:
                 self.listen_to_tf(f"{name} is set")
@@ -382,6 +383,8 @@ class VehicleNode(LifecycleNode):
             self._worker.close()
             self._worker = None
             self._checks.restart()
+            if self._course is not None:
+                self._course.restart()
             self._health.clear("course_unknown")
             self.stopped()
 
@@ -412,13 +415,9 @@ class VehicleNode(LifecycleNode):
         self._health.clear("fix")
         self._agreeing.add(fix)
         self._checks.add_fix(fix)
-        if self._course is not None:
-            try:
-                self._course.add_fix(fix, self._antenna())
-            except RejectedInput as error:
-                if self.takes_course():
-                    self._show_course_unknown(str(error))
         self._release()
+        if self._course is not None:
+            self._course.add_fix(fix, self._antenna())
 
     def _on_heading(self, message: Any) -> None:
         now = self.get_clock().now().nanoseconds
@@ -449,6 +448,7 @@ class VehicleNode(LifecycleNode):
         if velocity is not None and not self._odometry.add(velocity):
             raise StampNotNewerError("odom")
         self._health.clear("odom")
+        self._last_odometry_at = time.monotonic()
         if velocity is not None and self._course is not None:
             self._reckon_heading(self._course, velocity)
         return velocity
@@ -637,6 +637,10 @@ class VehicleNode(LifecycleNode):
             self._health.condition("no_clock", WARN, "use_sim_time is set, but /clock is silent")
         else:
             self._health.clear("no_clock")
+        if self._state == "active" and self.takes_course():
+            silent = time.monotonic() - max(self._last_odometry_at, self._active_since)
+            if silent > SILENT_AFTER_S:
+                self._show_course_unknown(f"no odometry for {silent:.0f} s")
         if self._state == "active":
             silent = time.monotonic() - (self._last_image_at or self._active_since)
             if silent > SILENT_AFTER_S:

@@ -42,13 +42,18 @@ _STEP_M, _LONGEST_STEP_S = 10.0, 20.0
 _DRIFT = math.radians(0.3) ** 2
 # Standard deviations beyond which the length of a step shows that the fix jumped.
 _SIGMAS = 5.0
-# Squared deviation from which on a step surprises; so many surprises in a row are none.
-_SURPRISE, _SURPRISES = 9.0, 3
-# Steps that the recent past is made of; squared difference of its angle from the whole past's, in variances,
-# that is a contradiction; and steps until one counts half, and is forgiven.
-_RECENT, _CONTRADICTION, _FORGIVEN = 5, 9.0, 35
-# How far from a stamp a heading may be known that is taken for it.
-_AT_MOST_APART_S = 0.5
+# Squared deviation, in variances, from which on a step is a surprise.
+_SURPRISE = 9.0
+# After this many surprises in a row, steps are believed.
+_SURPRISES = 3
+# Number of steps that the recent past is made of.
+_RECENT = 5
+# Squared difference, in variances, of the recent past's angle from the whole past's that is a contradiction.
+_CONTRADICTION = 9.0
+# Number of steps after which a contradiction counts half, and the heading is trusted again.
+_FORGIVEN = 35
+# Longest time between a stamp and the heading used for it.
+_MAX_AGE_S = 0.5
 # Standard deviation from which on a heading is of use: models bear errors of ten degrees.
 MAX_STD = math.radians(8.0)
 
@@ -141,7 +146,7 @@ class CourseHeadings:
     def __init__(self, odometry: Odometry) -> None:
         self._odometry = odometry
         self._waiting: deque[_Fix] = deque(maxlen=100)
-        self._known = History("heading", blend_heading, _AT_MOST_APART_S)
+        self._known = History("heading", blend_heading, _MAX_AGE_S)
         self.restart()
 
     def restart(self) -> None:
@@ -156,18 +161,23 @@ class CourseHeadings:
         self._fixed_ns = 0
 
     @property
+    def contradicted(self) -> bool:
+        """True if odometry's turns contradicted the course within the last steps."""
+        return self._alignment.contradicted
+
+    @property
     def doubt(self) -> str:
         """Why the heading is not known; "" if it is."""
         alignment = self._alignment
         if alignment.contradicted:
             return (
                 "odometry's turns contradict the course of the fixes: its yaw rates are missing, scaled or "
-                "of the wrong sign"
+                "of the wrong sign, or its stamps differ from those of the fixes"
             )
         if not self._starts:
             return "it takes odometry without gaps of a second, and fixes by the same clock"
         if alignment.std > MAX_STD:
-            return "drive some tens of metres"
+            return "drive some tens of metres with fixes"
         return ""
 
     def add_fix(self, fix: GnssFix, antenna: Offset = (0.0, 0.0)) -> None:

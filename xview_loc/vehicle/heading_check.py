@@ -29,9 +29,10 @@ _LEAST_LEGS, _LEAST_M, _LEGS, _RECENT_LEGS = 5, 60.0, 20, 6
 _FAULT, _RIGHT, _ERRATIC = math.radians(20.0), math.radians(15.0), math.radians(45.0)
 # Mean deviations below which a heading counts as constant, and an offset.
 _CONSTANT, _CONSTANT_OFFSET = math.radians(8.0), math.radians(25.0)
-# Offset from headings of odometry and fixes that is too large; the time over which it is averaged, so that
-# a slip of odometry is none; how often it is too large for a fault, and for none any more.
-_OFFSET, _OFFSET_NS, _OFTEN, _SELDOM = math.radians(10.0), 8 * NS, 0.8, 0.3
+# Offset from the headings of odometry and fixes that is too large, and one that legs tell. Way over which it
+# is averaged, so that a slip of odometry is no fault. Shares of the way that make a fault, and end it.
+_OFFSET, _LEGS_TELL = math.radians(10.0), math.radians(22.0)
+_OFFSET_M, _OFTEN, _SELDOM = 100.0, 0.8, 0.3
 # Distance over which one plane serves.
 _PLANE_M = 5000.0
 
@@ -167,26 +168,25 @@ class HeadingCheck:
 
 
 class OffsetCheck:
-    """Compares headings with those of odometry and fixes, which tell smaller offsets than legs do."""
+    """Compares headings with those of odometry and fixes, which tell smaller offsets than legs do.
+
+    Larger offsets that legs do not tell are rather odometry's.
+    """
 
     def __init__(self) -> None:
         self.fault: HeadingFault | None = None
-        # Averages over time: the offset, and how often it is too large.
+        # Averages over the way: the offset, and the share of the way on which it is too large.
         self._offset, self._large = 0j, 0.0
-        self._last_ns = 0
 
-    def add(self, heading: HeadingSample, reckoned: HeadingSample) -> None:
-        """Take both headings at a stamp, later than the last one; :attr:`fault` may change with it."""
-        share = (heading.stamp_ns - self._last_ns) / _OFFSET_NS
-        self._last_ns = heading.stamp_ns
-        if not 0.0 < share < 1.0:
-            return
+    def add(self, heading: HeadingSample, reckoned: HeadingSample, driven_m: float) -> None:
+        """Take both headings after a way driven; :attr:`fault` may change with it."""
+        share = min(1.0, driven_m / _OFFSET_M)
         offset = wrap_angle(heading.yaw - reckoned.yaw)
-        large = abs(offset) > max(_OFFSET, 3.0 * reckoned.std, 2.0 * heading.std)
+        least = max(_OFFSET, 3.0 * reckoned.std, 2.0 * heading.std)
         self._offset += share * (cmath.rect(1.0, offset) - self._offset)
-        self._large += share * (large - self._large)
+        self._large += share * ((least < abs(offset) < _LEGS_TELL) - self._large)
         if self._large > _OFTEN:
-            self.fault = HeadingFault("offset", cmath.phase(self._offset))
+            self.fault = HeadingFault("offset", cmath.phase(self._offset), sure=False)
         elif self._large < _SELDOM:
             self.fault = None
 
