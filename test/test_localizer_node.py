@@ -525,7 +525,7 @@ def test_a_compass_that_is_off_is_replaced(rig):
             b.wait_diagnosis()
             if "heading_disagrees" in b.text():
                 break
-        assert re.search(r"heading is \+1\d deg off the course", b.text())
+        assert re.search(r"heading is \+1\d deg off that of odometry", b.text())
         before = len(rig.poses)
         for _ in range(20):
             drive_on()

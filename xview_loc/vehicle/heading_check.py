@@ -42,7 +42,8 @@ class HeadingFault:
     """What is wrong with the headings.
 
     cause: "offset", "sign" (counted the wrong way round), "constant" (the heading does not change while the
-    course does) or "erratic". angle: radians; of an offset, heading minus course, else the mean difference.
+    course does), "erratic", or "small offset" (from the heading of odometry and fixes). angle: radians; of an
+    offset, heading minus course, else the mean difference.
     sure: False if the other causes fit the offset as well, as the course has not changed enough.
     """
 
@@ -52,6 +53,11 @@ class HeadingFault:
 
     def __str__(self) -> str:
         degrees = math.degrees(self.angle)
+        if self.cause == "small offset":
+            return (
+                f"heading is {degrees:+.0f} deg off that of odometry and fixes: the sensor is mounted turned, or "
+                "declination (heading_offset_deg), or odometry's yaw rates are wrong"
+            )
         if self.cause == "offset":
             unsure = "" if self.sure else "; or a constant value, or the wrong sign: turns will tell"
             return (
@@ -186,7 +192,7 @@ class OffsetCheck:
         self._offset += share * (cmath.rect(1.0, offset) - self._offset)
         self._large += share * ((least < abs(offset) < _LEGS_TELL) - self._large)
         if self._large > _OFTEN:
-            self.fault = HeadingFault("offset", cmath.phase(self._offset), sure=False)
+            self.fault = HeadingFault("small offset", cmath.phase(self._offset))
         elif self._large < _SELDOM:
             self.fault = None
 
