@@ -148,6 +148,24 @@ def test_a_slip_of_odometry_hides_the_headings_around_it(frames: list[Frame]) ->
     assert np.mean(used) > 0.4 and np.degrees(off[used]).max() < 20.0
 
 
+def test_a_vehicle_that_stands_tells_the_gyroscopes_error(frames: list[Frame]) -> None:
+    """Of 40 degrees a minute, as cheap ones have."""
+    bias, off = math.radians(40.0) / 60.0, {}
+    for stops in (False, True):
+        vehicle, found = Vehicle(), []
+        if stops:
+            for second in range(-20, 0):
+                at = START + second * NS
+                samples = [VelocitySample(at + k * NS // 10, 0.0, 0.0, bias) for k in range(10)]
+                vehicle.take(samples, replace(fix_of(frames[0]), stamp_ns=at))
+        for frame in frames:
+            samples = [replace(v, yaw_rate=v.yaw_rate + bias) for v in velocities(frame)]
+            found.append(vehicle.take(samples, fix_of(frame)))
+        off[stops] = errors_deg(frames, found)
+    assert np.nanmean(off[True]) < 3.0 < 8.0 < np.nanmean(off[False])
+    assert np.isfinite(off[True]).mean() > 0.8
+
+
 def test_a_vehicle_that_reverses_looks_backwards(frames: list[Frame]) -> None:
     vehicle = Vehicle()
     found = [vehicle.take((replace(v, forward=-v.forward) for v in velocities(f)), fix_of(f)) for f in frames]

@@ -15,7 +15,7 @@ from xview_loc.bags.ros_types import deserialize
 from xview_loc.geodesy import steps_between
 from xview_loc.recordings.pair_messages import ODOMETRY, TOPICS
 from xview_loc.recordings.pair_reader import PairBag
-from xview_loc.vehicle.course import MAX_STD, headings_of_drive
+from xview_loc.vehicle.course import MAX_STD, headings_of_drive, stands
 from xview_loc.vehicle.keyframes import SPEED_AGE_NS
 from xview_loc.vehicle.messages import VelocityReader
 from xview_loc.vehicle.mounting import Mounting
@@ -123,6 +123,10 @@ def _read_odometry(bag: PairBag, stamps: NDArray[np.int64]) -> _Path:
     known = np.array(times)[order]
     known[[0, -1]] += np.array([-1, 1]) * SPEED_AGE_NS
     forward, left, rate = (np.array(column)[order] for column in velocities)
+    standing = stands(forward, left, rate)
+    if standing.any():
+        # Then it is the gyroscope's error.
+        rate = rate - np.median(rate[standing])
     seconds = (known - known[0]) / 1e9
     lasted = np.diff(seconds)
     # Motion within a gap is unknown, and so is every step that touches one.

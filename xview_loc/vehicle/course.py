@@ -52,6 +52,9 @@ _RECENT = 5
 _CONTRADICTION = 9.0
 # Number of steps after which a contradiction counts half, and the heading is trusted again.
 _FORGIVEN = 35
+# Speed, m/s, and yaw rate, rad/s, below which a vehicle stands: its yaw rate is then the gyroscope's error,
+# averaged over this time.
+_STANDING, _STANDING_RATE, _BIAS_S = 0.05, math.radians(2.0), 5.0
 # Longest time between a stamp and the heading used for it.
 _MAX_AGE_S = 0.5
 # Standard deviation from which on a heading is of use: models bear errors of ten degrees.
@@ -64,6 +67,11 @@ def fix_step_variance(sigma: Any, seconds: Any) -> Any:
     The error of a fix is a slow random walk, so a step is more precise than a position.
     """
     return 2.0 * sigma**2 * np.minimum(seconds / FIX_CORRELATION_S, 1.0) + 2.0 * _FIX_NOISE_M**2
+
+
+def stands(forward: Any, left: Any, yaw_rate: Any) -> Any:
+    """Return True where a vehicle stands by its odometry, m/s and rad/s, but for the gyroscope's error."""
+    return (np.hypot(forward, left) < _STANDING) & (np.abs(yaw_rate) < _STANDING_RATE)
 
 
 class Alignment:
@@ -156,8 +164,9 @@ class CourseHeadings:
         self._known.clear()
         # By source: whether the positions are those of images.
         self._starts: dict[bool, _Start] = {}
-        # Heading in odometry's axes, and when; the last fix.
+        # Heading in odometry's axes, and when; the gyroscope's constant error, rad/s; the last fix.
         self._yaw, self._stamp_ns = 0.0, 0
+        self._bias = 0.0
         self._fixed_ns = 0
 
     @property
@@ -200,7 +209,10 @@ class CourseHeadings:
                 continue
             self._turn(max(one.fix.stamp_ns, self._stamp_ns))
             self._take(one)
+        seconds = (sample.stamp_ns - self._stamp_ns) / NS
         self._turn(sample.stamp_ns)
+        if stands(sample.forward, sample.left, sample.yaw_rate):
+            self._bias += min(1.0, max(0.0, seconds / _BIAS_S)) * (sample.yaw_rate - self._bias)
         if self.doubt:
             return None
         yaw = wrap_angle(self._yaw + cmath.phase(self._alignment.resultant))
@@ -222,8 +234,9 @@ class CourseHeadings:
             self._alignment, self._starts = Alignment(), {}
             self._known.clear()
         else:
-            self._yaw += motion.turn
-            self._alignment.drift((stamp_ns - self._stamp_ns) / NS)
+            seconds = (stamp_ns - self._stamp_ns) / NS
+            self._yaw += motion.turn - self._bias * seconds
+            self._alignment.drift(seconds)
         self._stamp_ns = stamp_ns
 
     def _take(self, one: _Fix) -> None:

@@ -55,8 +55,8 @@ class HeadingFault:
         degrees = math.degrees(self.angle)
         if self.cause == "small offset":
             return (
-                f"heading is {degrees:+.0f} deg off that of odometry and fixes: the sensor is mounted turned, or "
-                "declination (heading_offset_deg), or odometry's yaw rates are wrong"
+                f"heading is {degrees:+.0f} deg off that of odometry and fixes: the sensor is mounted "
+                "turned, or declination (heading_offset_deg), or odometry's yaw rates are wrong"
             )
         if self.cause == "offset":
             unsure = "" if self.sure else "; or a constant value, or the wrong sign: turns will tell"
