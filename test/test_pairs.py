@@ -181,19 +181,25 @@ def test_a_bag_can_be_sent_to_another_process(bag: Path) -> None:
     assert pairs[3].lat == pickle.loads(pickle.dumps(pairs))[3].lat
 
 
+def damage_chunk(folder: Path, number: int) -> bytes:
+    """Flip a bit of a chunk of a bag of one file; return the file."""
+    (path,) = bag_files(folder)
+    data = bytearray(path.read_bytes())
+    with path.open("rb") as file:
+        summary = make_reader(file).get_summary()
+    assert summary is not None and len(summary.chunk_indexes) > number
+    data[summary.chunk_indexes[number].chunk_start_offset + 300] ^= 4
+    path.write_bytes(data)
+    return bytes(data)
+
+
 def test_damage_is_told_and_the_rest_is_read(tmp_path: Path) -> None:
     writer = PairWriter(tmp_path / "bag", {}, NO_FLOOR)
     for k in range(8):
         writer.add(pair(k), tile(0))
         writer.bag.flush()
     writer.close()
-    (path,) = bag_files(tmp_path / "bag")
-    data = bytearray(path.read_bytes())
-    with path.open("rb") as file:
-        summary = make_reader(file).get_summary()
-    assert summary is not None and len(summary.chunk_indexes) >= 8
-    data[summary.chunk_indexes[5].chunk_start_offset + 300] ^= 4
-    path.write_bytes(data)
+    data = damage_chunk(tmp_path / "bag", 5)
     pairs = PairBag(tmp_path / "bag")
     with pytest.raises(BagError, match=r"pair 5 .* is damaged"):
         pairs[5]
@@ -213,13 +219,7 @@ def test_damage_leaves_pairs_without_reckoned_headings(tmp_path: Path) -> None:
         writer.add(pair(k, heading=None, camera=None), tile(0))
         writer.bag.flush()
     writer.close()
-    (path,) = bag_files(tmp_path / "bag")
-    data = bytearray(path.read_bytes())
-    with path.open("rb") as file:
-        summary = make_reader(file).get_summary()
-    assert summary is not None
-    data[summary.chunk_indexes[5].chunk_start_offset + 300] ^= 4
-    path.write_bytes(data)
+    damage_chunk(tmp_path / "bag", 5)
     spec = ModelSpec("stub", "panorama", (24, 96), 64, 0.5, 8)
     source = PairDataset([tmp_path / "bag"], spec)
     assert len(source) == 8
