@@ -84,6 +84,7 @@ class Rig:
     def __post_init__(self) -> None:
         b = self.bench
         self.compressed = False
+        self.hears_headings = True
         self.image = b.publisher(Image, self.image_topic)
         self.fix = b.publisher(NavSatFix, "/fix")
         self.heading = b.publisher(Imu, "/heading")
@@ -126,7 +127,8 @@ class Rig:
             self.compressed = kind is CompressedImage
             self.image = self.bench.publisher(kind, self.image_topic)
         self.change_state(*START)
-        self.ready(heading=parameters.get("heading_source") != "course")
+        self.hears_headings = parameters.get("heading_source") != "course"
+        self.ready()
 
     def change_state(self, *transitions: int) -> None:
         for transition in transitions:
@@ -149,14 +151,14 @@ class Rig:
         self.bench.wait(call.done, what="the parameter")
         return call.result().values[0].string_value
 
-    def ready(self, heading: bool = True) -> None:
+    def ready(self) -> None:
         """Wait until node and bench know each other."""
         outputs = ("/localizer/pose", "/localizer/fix", "/localizer/heat_map")
         self.bench.wait(
             lambda: (
                 self.image.get_subscription_count()
                 and self.fix.get_subscription_count()
-                and (not heading or self.heading.get_subscription_count())
+                and (not self.hears_headings or self.heading.get_subscription_count())
                 and all(self.bench.node.count_publishers(topic) for topic in outputs)
             ),
             PATIENCE_S,
