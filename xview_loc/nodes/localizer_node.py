@@ -201,8 +201,9 @@ class LocalizerNode(VehicleNode):
                 if self._filter is not None and paired.fix is not None:
                     # The wrong heading has carried it away.
                     self._filter.restart()
-        measured = better is None and not self.takes_course()
-        self._health.value("heading_from", "measured" if measured else "course")
+        if paired.heading is not None:
+            measured = better is None and not self.takes_course()
+            self._health.value("heading_from", "measured" if measured else "course")
         return super().hand_over(paired)
 
     def extra_inputs(self) -> list[Input]:
