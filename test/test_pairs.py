@@ -19,11 +19,11 @@ from xview_loc.bags.recovery import BagError, bag_files, recover_bag
 from xview_loc.bags.ros_types import deserialize, header, message, quaternion, serialize
 from xview_loc.bags.writer import BagLimits
 from xview_loc.camera import CameraModel
-from xview_loc.cli.bags import _headings_text
 from xview_loc.datasets.pairs import PairDataset
 from xview_loc.geodesy import LocalProjection
 from xview_loc.maps.base import AerialTile
 from xview_loc.models.specs import ModelSpec
+from xview_loc.recordings.drive import find_headings
 from xview_loc.recordings.pair import Pair
 from xview_loc.recordings.pair_messages import CONVENTIONS, TOPICS, decode_tile, encode_tile
 from xview_loc.recordings.pair_reader import PairBag
@@ -224,7 +224,8 @@ def test_damage_leaves_pairs_without_reckoned_headings(tmp_path: Path) -> None:
     source = PairDataset([tmp_path / "bag"], spec)
     assert len(source) == 8
     assert source.remarks == [f"{tmp_path / 'bag'}: headings: unknown, the bag is damaged"]
-    assert _headings_text(PairBag(tmp_path / "bag")) == "unknown, the bag is damaged"
+    found = find_headings(PairBag(tmp_path / "bag"), Mounting())
+    assert found == (None, "unknown, the bag is damaged")
 
 
 @pytest.mark.parametrize("k", range(3))

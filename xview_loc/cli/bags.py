@@ -17,7 +17,6 @@ from xview_loc.errors import shown
 
 if TYPE_CHECKING:
     from xview_loc.recordings.importer import ImportResult
-    from xview_loc.recordings.pair_reader import PairBag
 
 bag_app = typer.Typer(no_args_is_help=True, help="Recover recordings.")
 
@@ -246,18 +245,6 @@ def import_(
         raise BagError(f"{len(failures)} of {len(bags)} recordings could not be imported")
 
 
-def _headings_text(bag: PairBag) -> str:
-    from xview_loc.bags.recovery import BagError
-    from xview_loc.recordings.drive import read_drive
-
-    try:
-        if len(bag) and bag[0].heading is not None:
-            return "measured"
-        return read_drive(bag, bag.mounting()).headings_text
-    except BagError:
-        return "unknown, the bag is damaged"
-
-
 @pairs_app.command()
 def info(
     bag: Annotated[Path, typer.Argument(help="Bag of pairs.")],
@@ -268,6 +255,7 @@ def info(
     """Print a summary of a bag of pairs, and draw the pairs' positions."""
     from xview_loc.camera import CameraModel
     from xview_loc.files import write_whole
+    from xview_loc.recordings.drive import find_headings
     from xview_loc.recordings.pair_reader import PairBag
     from xview_loc.recordings.statistics import draw_places, pair_statistics
     from xview_loc.report import png
@@ -279,7 +267,7 @@ def info(
     console.print(f"track        {facts.length_m:.0f} m in {facts.seconds:.0f} s")
     box = ",".join(f"{degrees:.6f}" for degrees in facts.bounds)
     console.print(f"area         {box} (south,west,north,east)")
-    console.print(f"headings     {_headings_text(pairs)}")
+    console.print(f"headings     {find_headings(pairs, pairs.mounting())[1]}")
     claims = f"{facts.fix_sigma_m:.1f} m (median of the receiver's claims)"
     console.print(f"fix sigma    {'unknown' if math.isnan(facts.fix_sigma_m) else claims}")
     for name in pairs.cameras:

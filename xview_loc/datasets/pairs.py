@@ -26,7 +26,7 @@ from xview_loc.maps.base import AerialTile
 from xview_loc.models.inputs import ground_image, is_upright, normalise
 from xview_loc.models.panoramas import panorama_elevation, panorama_fault
 from xview_loc.models.specs import ModelSpec
-from xview_loc.recordings.drive import Drive, read_drive
+from xview_loc.recordings.drive import Drive, find_headings, read_drive
 from xview_loc.recordings.pair import Pair
 from xview_loc.recordings.pair_reader import PairBag
 from xview_loc.recordings.rig_messages import rig_mounting
@@ -106,14 +106,11 @@ class PairDataset(PairSource):
         self._drives: dict[int, Drive] = {}
         self.remarks: list[str] = []
         for number, bag in enumerate(self._bags):
-            try:
-                if not len(bag) or bag[0].heading is not None:
-                    continue
-                drive = self._drives[number] = read_drive(bag, self._mountings[number])
-                text = drive.headings_text
-            except BagError:
-                text = "unknown, the bag is damaged"
-            self.remarks.append(f"{bag.folder}: headings: {text}")
+            drive, text = find_headings(bag, self._mountings[number])
+            if drive is not None:
+                self._drives[number] = drive
+            if text != "measured":
+                self.remarks.append(f"{bag.folder}: headings: {text}")
         reckoned = any(np.isfinite(drive.heading).any() for drive in self._drives.values())
         self.name = f"pairs:{digest[:16]}{'-reckoned' if reckoned else ''}"
         self._elevations = list(map(_elevation, self._bags))

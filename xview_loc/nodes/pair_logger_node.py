@@ -39,7 +39,7 @@ from xview_loc.recordings.pair_messages import IMAGE, ODOMETRY, TOPICS
 from xview_loc.recordings.pair_writer import PairWriter
 from xview_loc.rig import Rig, check_size
 from xview_loc.vehicle.input_types import COURSE
-from xview_loc.vehicle.keyframes import KeyframeRule, Keyframes, WheelSpeed
+from xview_loc.vehicle.keyframes import KeyframeRule, Keyframes, WheelMotion
 from xview_loc.vehicle.messages import cdr_stamp_ns, odometry_cdr, rgb_from_cdr
 from xview_loc.vehicle.rig_assembly import CameraImage
 from xview_loc.vehicle.synchronisation import GnssFix, RejectedInput
@@ -93,7 +93,7 @@ class PairLoggerNode(VehicleNode):
         else:
             self._health.condition("no_map", WARN, "no map is named: pairs are stored without tiles")
         self._keyframes = Keyframes(self._keyframe_rule())
-        self._wheels = WheelSpeed()
+        self._wheels = WheelMotion()
         self._rate = (time.monotonic(), 0)
 
     def apply_parameters(self, values: dict[str, Any]) -> None:

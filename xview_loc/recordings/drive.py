@@ -11,6 +11,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from xview_loc.bags.recovery import BagError
 from xview_loc.bags.ros_types import deserialize
 from xview_loc.geodesy import steps_between
 from xview_loc.recordings.pair_messages import ODOMETRY, TOPICS
@@ -79,6 +80,20 @@ def read_drive(bag: PairBag, mounting: Mounting) -> Drive:
     moved = np.full(len(poses), complex(math.nan, math.nan))
     moved[1:] = path.steps * np.exp(1j * np.angle(turn[1:] + turn[:-1]))
     return Drive(stamps, lat, lon, heading, std, moved)
+
+
+def find_headings(bag: PairBag, mounting: Mounting) -> tuple[Drive | None, str]:
+    """Return the drive of a bag without measured headings, None of others, and say what is known of headings.
+
+    A damaged bag has no drive.
+    """
+    try:
+        if len(bag) and bag[0].heading is not None:
+            return None, "measured"
+        drive = read_drive(bag, mounting)
+    except BagError:
+        return None, "unknown, the bag is damaged"
+    return drive, drive.headings_text
 
 
 @dataclass(frozen=True, eq=False)

@@ -33,7 +33,7 @@ from xview_loc.recordings.recorded_rig import ALL, StaticTransforms, find_camera
 from xview_loc.recordings.rig_messages import BASE_FRAME, rig_mounting
 from xview_loc.rig import Mask, Rig, check_size
 from xview_loc.vehicle.input_types import INPUT_TYPES
-from xview_loc.vehicle.keyframes import KeyframeRule, Keyframes, WheelSpeed
+from xview_loc.vehicle.keyframes import KeyframeRule, Keyframes, WheelMotion
 from xview_loc.vehicle.messages import (
     HeadingConvention,
     VelocityReader,
@@ -466,7 +466,7 @@ class _Importer:
         self._camera: CameraModel | None = None
         # Images of a camera that is calibrated, but not yet, would be taken for panoramas.
         self._uncalibrated = rig is not None or not calibrated
-        self._velocities, self._wheels = VelocityReader(), WheelSpeed()
+        self._velocities, self._wheels = VelocityReader(), WheelMotion()
 
     def take(self, name: str, connection: Connection, data: bytes, now_ns: int) -> None:
         """Process a message of an input, recorded at ``now_ns``. Raises MapError and OSError only."""

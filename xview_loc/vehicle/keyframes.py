@@ -35,7 +35,7 @@ class _Keyframe:
     yaw: float | None
 
 
-class WheelSpeed:
+class WheelMotion:
     """The latest speed of the wheels, and the sum of their turns."""
 
     def __init__(self) -> None:
