@@ -193,7 +193,7 @@ def test_an_operator_gives_the_pose_pauses_and_searches_anew(rig: Rig) -> None:
     with rig.configured(filter=True):
         for message, says in (
             (pose(frame="odom"), "it is in frame 'odom', 'map' is expected"),
-            (pose(covariance=np.eye(2) * 1e4), "at most 25 m"),
+            (pose(covariance=np.eye(2) * 1e5), "at most 167 m"),
             (pose(east=math.nan), "not finite"),
             (pose(east=1e9), "more than 50 km"),
         ):
@@ -226,6 +226,16 @@ def test_an_operator_gives_the_pose_pauses_and_searches_anew(rig: Rig) -> None:
         image(fix=True)
         assert off() < 15.0
         b.wait(lambda: "disabled" not in b.text(), what="the warning's end")
+        # Too rough to start from.
+        click.publish(pose(covariance=np.eye(2) * 900.0))
+        b.wait(lambda: b.value("initialpose_received") == "8", what="the pose")
+        while "searching: no fix: the place is searched within 90 m" not in b.text():
+            ns = rig.step()
+            rig.send_heading(ns)
+            rig.send_image(ns)
+            b.wait_diagnosis()
+        image(fix=True)
+        b.wait(lambda: "searching" not in b.text(), what="its end")
 
 
 def test_cv_bridge_converts_what_is_not_known_here_and_is_not_believed_where_it_is_wrong(rig: Rig) -> None:

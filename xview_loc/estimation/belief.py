@@ -118,7 +118,16 @@ class BeliefGrid:
         plane: the grid's plane. offset: (x, y) from the tracked point to the camera, metres. Cells outside
         the map or its search disc get 1: nothing is known of them.
         """
-        pixels = heat_map.relative
+        return self.averages(heat_map.relative, heat_map, plane, offset)
+
+    def averages(
+        self,
+        pixels: Grid,
+        heat_map: HeatMap,
+        plane: LocalProjection,
+        offset: tuple[float, float] = (0.0, 0.0),
+    ) -> Grid:
+        """Return the values at the cells (n, n) of an image with the pixels of a heat map; 1 beyond it."""
         # Average areas first if several pixels fall into a cell.
         step = max(1, round(self.cell_m / heat_map.metres_per_pixel))
         height, width = (side // step for side in pixels.shape)

@@ -1,10 +1,13 @@
-"""What a localizer remembers from one start to the next: its checkpoint, the one before, who put it there."""
+"""What a localizer remembers from one start to the next: its checkpoint, the one before, and its place."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from xview_loc.errors import UserError, reason
 from xview_loc.files import others_can_write, state_folder, write_whole
@@ -45,20 +48,15 @@ class DeploymentRecord:
 
     def save(self, path: Path) -> None:
         """Write the file, whole or not at all. Raises RecordError."""
-        try:
-            path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-            write_whole(path, json.dumps(asdict(self), indent=2).encode())
-        except OSError as error:
-            raise RecordError(f"cannot write {path}: {error.strerror or error}") from None
+        _write(path, asdict(self))
 
     @classmethod
     def load(cls, path: Path) -> DeploymentRecord | None:
         """Read the file; None if there is none. Raises RecordError, also if another user can change it."""
-        try:
-            for place in (path.parent, path):
-                if others_can_write(place):
-                    raise PermissionError(f"another user can write to {place}")
-            content = json.loads(path.read_bytes())
+        with _naming(path):
+            content = _read(path)
+            if content is None:
+                return None
             previous = content["previous"]
             return cls(
                 str(content["model"]),
@@ -66,10 +64,56 @@ class DeploymentRecord:
                 Weights(**content["active"]),
                 None if previous is None else Weights(**previous),
             )
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RecordError(f"cannot read {path}, which is written anew: {reason(error)}") from None
+
+
+@dataclass(frozen=True)
+class LastPlace:
+    """Where the vehicle was last, degrees."""
+
+    lat: float
+    lon: float
+
+    def __post_init__(self) -> None:
+        if not (abs(self.lat) <= 90.0 and abs(self.lon) <= 180.0):
+            raise ValueError(f"no place on earth: {self.lat!r} {self.lon!r}")
+
+    def save(self, path: Path) -> None:
+        """Write the file, whole or not at all. Raises RecordError."""
+        _write(path, asdict(self))
+
+    @classmethod
+    def load(cls, path: Path) -> LastPlace | None:
+        """Read the file; None if there is none. Raises RecordError, also if another user can change it."""
+        with _naming(path):
+            content = _read(path)
+            return None if content is None else cls(float(content["lat"]), float(content["lon"]))
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    try:
+        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        write_whole(path, json.dumps(content, indent=2).encode())
+    except OSError as error:
+        raise RecordError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def _read(path: Path) -> Any:
+    try:
+        for place in (path.parent, path):
+            if others_can_write(place):
+                raise PermissionError(f"another user can write to {place}")
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Raise RecordError for what is wrong with a file."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RecordError(f"cannot read {path}, which is written anew: {reason(error)}") from None
 
 
 def absolute(path: str) -> str:
@@ -77,6 +121,9 @@ def absolute(path: str) -> str:
     return str(Path(path).absolute()) if path else ""
 
 
-def record_path(node: str) -> Path:
-    """Return where the node of this full name keeps its record: below ``$ROS_HOME``, by default ~/.ros."""
-    return state_folder() / f"{node.strip('/').replace('/', '__')}.json"
+def record_path(node: str, kind: str = "") -> Path:
+    """Return where the node of this full name keeps its record: below ``$ROS_HOME``, by default ~/.ros.
+
+    ``kind``: "" for the checkpoint's, ".place" for that of the last place.
+    """
+    return state_folder() / f"{node.strip('/').replace('/', '__')}{kind}.json"

@@ -7,6 +7,7 @@ and degrees.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -205,6 +206,37 @@ class HeatMap:
     def from_latlon(self, lat: Any, lon: Any) -> tuple[Any, Any]:
         """Convert degrees to (row, col), which may lie off the map."""
         return _from_latlon(self.grid, self.tile, lat, lon)
+
+
+@dataclass(frozen=True, eq=False)
+class TileScores:
+    """A model's scores of the places on a tile: logits (H, W), as of :meth:`HeatMap.from_logits`.
+
+    cos, sin (H, W): the heading of the image's centre column there (ENU); None if it was known.
+    """
+
+    logits: NDArray[np.float32]
+    grid: HeatMapGrid
+    tile: AerialTile
+    cos: NDArray[np.float32] | None = None
+    sin: NDArray[np.float32] | None = None
+
+
+def joint_heat_maps(scores: Sequence[TileScores], calibration: Calibration = UNCALIBRATED) -> list[HeatMap]:
+    """Return heat maps of one image on several tiles; their probabilities sum to 1 together.
+
+    Raises HeatMapError if a logit is not finite.
+    """
+    values = np.stack([one.logits for one in scores]).astype(np.float32)
+    if not np.isfinite(values).all():
+        raise HeatMapError("the heat map has values that are not finite")
+    contrast = float(values.max()) - float(values.mean(dtype=np.float64))
+    values = np.exp((values - values.max()) / calibration.temperature(contrast))
+    values /= values.sum(dtype=np.float64)
+    return [
+        HeatMap(value, one.grid, one.tile, None, values.size, contrast)
+        for value, one in zip(values, scores, strict=True)
+    ]
 
 
 def winning_mode(probability: NDArray[np.float32], metres_per_pixel: float) -> NDArray[np.bool_]:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xview_loc.camera import CameraModel
-from xview_loc.estimation.heat_map import HeatMap, SearchDisc, room_around
+from xview_loc.estimation.heat_map import HeatMap, SearchDisc, TileScores, room_around
 from xview_loc.estimation.observation import (
     FixOutsideTileError,
     HeadingRequiredError,
@@ -65,6 +65,8 @@ UNKNOWN_HEADING_VARIANCE = math.pi**2 / 3.0
 # Most tiles whose features are kept.
 TILES_ENCODED = 8
 TILES_TAKEN_OVER = 3
+# ... and of those that a search without a fix compares.
+TILES_SCANNED = 1000
 
 
 def search_radius(fix_covariance: NDArray[np.float64]) -> float:
@@ -212,12 +214,7 @@ class Localizer:
         Raises a subclass of LocalizationError if the observation gives none, ImageError if the image does not
         fit the model or its calibration, MapError without an aerial tile within ``tile_wait_s``.
         """
-        if self._needs_heading and observation.heading is None:
-            raise HeadingRequiredError(f"{self.spec.name} needs a heading, and the observation has none")
-        if self.spec.camera == "pinhole" and observation.camera is None:
-            raise IntrinsicsRequiredError(
-                f"{self.spec.name} needs the camera's intrinsics, which are missing"
-            )
+        self._check_inputs(observation)
         timings: dict[str, float] = {}
         with _timed(timings, "tile"):
             tile = self._tile(observation)
@@ -231,6 +228,44 @@ class Localizer:
         with _timed(timings, "heat_map"):
             estimate = self._estimate(observation, tile, maps, logits)
         return replace(estimate, timings_ms=timings)
+
+    @torch.inference_mode()
+    def score(self, observation: Observation) -> TileScores:
+        """Return the scores of all places on the tile around the observation's position.
+
+        The features of such tiles are kept up to ``features_mb``, whatever their number. Raises as
+        :meth:`localize`.
+        """
+        self._check_inputs(observation)
+        tile = self._tile(observation)
+        maps = self._match(self._ground(observation, tile), self._encode(tile, TILES_SCANNED))
+        logits = maps.logits[0].float().cpu().numpy()
+        return TileScores(logits, maps.grid, tile, *self._headings(observation, maps, tile))
+
+    def _check_inputs(self, observation: Observation) -> None:
+        """Raise LocalizationError if heading or intrinsics are needed and missing."""
+        if self._needs_heading and observation.heading is None:
+            raise HeadingRequiredError(f"{self.spec.name} needs a heading, and the observation has none")
+        if self.spec.camera == "pinhole" and observation.camera is None:
+            raise IntrinsicsRequiredError(
+                f"{self.spec.name} needs the camera's intrinsics, which are missing"
+            )
+
+    def _headings(
+        self, observation: Observation, maps: HeatMaps, tile: AerialTile
+    ) -> tuple[NDArray[np.float32] | None, NDArray[np.float32] | None]:
+        """Return cosine and sine of the camera's heading at each pixel; None if it is known."""
+        if maps.orientation is None:
+            return None, None
+        cos, sin = maps.orientation[0].float().cpu().numpy()
+        if self.spec.aerial_up == "left":
+            turn, sin = tile.rotation + math.pi / 2.0, -sin
+        else:
+            turn = math.pi / 2.0
+            if self._turns_image:
+                assert observation.heading is not None
+                turn = observation.heading
+        return math.cos(turn) * cos - math.sin(turn) * sin, math.sin(turn) * cos + math.cos(turn) * sin
 
     def _estimate(
         self, observation: Observation, tile: AerialTile, maps: HeatMaps, logits: NDArray[np.float32]
@@ -324,7 +359,7 @@ class Localizer:
     def _to_model(self, image: Tensor) -> Tensor:
         return image.to(self._model_device, self._dtype, memory_format=torch.channels_last)
 
-    def _encode(self, tile: AerialTile) -> Any:
+    def _encode(self, tile: AerialTile, most: int = TILES_ENCODED) -> Any:
         known = self._features
         if self._keeps and tile.key in known:
             known.move_to_end(tile.key)
@@ -334,7 +369,7 @@ class Localizer:
             known[tile.key] = (tile, features)
             # All tiles of a model take the same memory.
             room = max(1, int(self._features_mb / max(_megabytes(features), 1e-3)))
-            while len(known) > min(room, TILES_ENCODED):
+            while len(known) > min(room, most):
                 known.popitem(last=False)
         return features
 

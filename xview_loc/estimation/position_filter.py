@@ -41,7 +41,7 @@ _SUPPORT, _SUPPORT_IMAGES = math.log(2.0), 10
 # Lower limit of a fix's likelihood: distant positions stay possible.
 _LEAST_LIKELIHOOD = np.float32(1e-4)
 # Correlation length of a heading's error.
-_HEADING_CORRELATION_M = 100.0
+HEADING_CORRELATION_M = 100.0
 # Standard deviation above which the belief is dropped: it is useless, and would not fit its grid.
 WIDEST_M = 25.0
 # Variance added to the yaw per second with odometry and without, rad^2 / s; least variance of an image's yaw.
@@ -236,7 +236,7 @@ class PositionFilter:
             # A heading's error is correlated, so it adds up along the way, whatever the image rate.
             rate = self.options.drift_m**2 / 100.0
             if self._yaw_variance < _SURE_YAW:
-                rate += _HEADING_CORRELATION_M * self._yaw_variance / 2.0
+                rate += HEADING_CORRELATION_M * self._yaw_variance / 2.0
                 self._spread(step, rate * motion.length)
             else:
                 # In an uncertain direction: the mean step, and the variance of unseen motion.

@@ -17,6 +17,8 @@ LOG = logging.getLogger(__name__)
 
 HORIZON_S = 20.0
 TILES_AHEAD = 2
+# Tiles that are kept.
+MEMORY_MB, LEAST_TILES = 64.0, 16
 RETRY_AFTER_S = 5.0
 CLOSE_WAIT_S = 0.5
 
@@ -31,9 +33,18 @@ class TileStore:
     """
 
     def __init__(
-        self, map: AerialMap, size_px: int, gsd: float, snap_m: float | None = None, memory_tiles: int = 16
+        self,
+        map: AerialMap,
+        size_px: int,
+        gsd: float,
+        snap_m: float | None = None,
+        memory_tiles: int | None = None,
     ) -> None:
-        """``snap_m``: grid spacing in metres, by default a quarter of a tile."""
+        """``snap_m``: grid spacing in metres, by default a quarter of a tile. ``memory_tiles``: number of
+        tiles kept, by default as many as take 64 MB.
+        """
+        if memory_tiles is None:
+            memory_tiles = max(LEAST_TILES, int(MEMORY_MB * 1e6 / (3 * size_px**2)))
         if memory_tiles < 1:
             raise ValueError(f"memory_tiles must be at least 1, got {memory_tiles}")
         self.map = map

@@ -22,9 +22,15 @@ import torch
 from xview_loc.camera import CameraError, CameraModel
 from xview_loc.errors import shown
 from xview_loc.estimation.fix_check import FixCheck
+from xview_loc.estimation.heat_map import TileScores
 from xview_loc.estimation.localizer import Limits, Localizer
 from xview_loc.estimation.match_check import MatchCheck
-from xview_loc.estimation.observation import LocalizationError, Observation, PoseEstimate
+from xview_loc.estimation.observation import (
+    LocalizationError,
+    LowImageryError,
+    Observation,
+    PoseEstimate,
+)
 from xview_loc.estimation.position_filter import FilterOptions, PositionFilter
 from xview_loc.images import Image, ImageError
 from xview_loc.maps.base import MapError, NoImageryError
@@ -38,6 +44,7 @@ from xview_loc.nodes.checkpoints import Checkpoints
 from xview_loc.nodes.diagnostics import LOG_INTERVAL_S, WARN
 from xview_loc.nodes.inputs import Input
 from xview_loc.nodes.outputs import FARTHEST_M, Outputs
+from xview_loc.nodes.place_finder import PlaceFinder
 from xview_loc.nodes.process import run
 from xview_loc.nodes.requests import Requests
 from xview_loc.nodes.vehicle_node import PairedFrame, VehicleNode
@@ -82,6 +89,11 @@ class _NewestFrame:
             self._changed.notify()
         return dropped
 
+    @property
+    def closing(self) -> bool:
+        """True once the thread is to end."""
+        return self._closed
+
     def close(self) -> None:
         """Finish the current frame, drop the waiting one, and end the thread."""
         with self._changed:
@@ -109,12 +121,14 @@ class LocalizerNode(VehicleNode):
     def __init__(self) -> None:
         self._outputs: Outputs | None = None
         self._filter: PositionFilter | None = None
+        self._finder: PlaceFinder | None = None
         super().__init__("localizer")
         self._checkpoints = Checkpoints(self, self._health, self._permissions, self._listen_to_odometry)
         self._requests = Requests(
             self,
             self._health,
             lambda: self._filter if self._state == "active" else None,
+            lambda: self._finder,
             lambda: None if self._outputs is None else self._outputs.datum,
         )
 
@@ -135,6 +149,10 @@ class LocalizerNode(VehicleNode):
         self._match, self._fix_check = MatchCheck(), FixCheck()
         self._heading_replaced = False
         self._filter = PositionFilter(self._odometry, self._filter_options()) if p["filter"] else None
+        self._finder = None
+        if p["filter"]:
+            # Tiles overlap by half: what lies at their edges is matched worse.
+            self._finder = PlaceFinder(self, self._health, self._odometry, model.half_extent_m)
         if p["publish_tf"] != "none":
             self.listen_to_tf("publish_tf is set")
         self._outputs = Outputs(self, p, self._health, self._transforms)
@@ -183,8 +201,10 @@ class LocalizerNode(VehicleNode):
         return bool(self._params["heading_mode"] != "unknown")
 
     def needs_fix(self) -> bool:
-        """Return False while the filter knows the position."""
-        return self._filter is None or not self._filter.started
+        """Return False while the filter knows the position, or can search for it."""
+        if self._filter is None or self._finder is None:
+            return True
+        return not (self._filter.started or self._finder.possible)
 
     def hand_over(self, paired: PairedFrame) -> bool:
         """Give it to the worker, a heading that disagrees replaced by that of odometry and fixes."""
@@ -226,6 +246,11 @@ class LocalizerNode(VehicleNode):
                 self._inputs.listen(self._odometry_input())
             else:
                 self._inputs.unlisten("odom")
+
+    def stopped(self) -> None:
+        """Remember the place."""
+        if self._finder is not None:
+            self._finder.save()
 
     def release(self) -> None:
         """Close the outputs, and abandon a change of checkpoint."""
@@ -320,6 +345,8 @@ class LocalizerNode(VehicleNode):
             if used is not given:
                 fix, limits = used, self._limits
                 self._warn_of_unused_fix(paired)
+            if self._finder is not None:
+                self._find(self._finder, moving, paired, image, mounting)
         if fix is None:
             raise RejectedInput("fix_missing", "no usable fix, and the filter has no position either")
         self._prefetch(fix)
@@ -350,6 +377,45 @@ class LocalizerNode(VehicleNode):
         finally:
             # After the pose, which must not wait for it, and also if the pose is withheld.
             shadow.saw(observation, paired.fix, heading, mounting)
+
+    def _find(
+        self,
+        finder: PlaceFinder,
+        moving: PositionFilter,
+        paired: PairedFrame,
+        image: Image,
+        mounting: Mounting,
+    ) -> None:
+        """Search for the place if the filter has none and no fix to start from. Raises RejectedInput then."""
+        pose, fix, stamp_ns = moving.pose, paired.fix, paired.frame.stamp_ns
+        if pose is not None:
+            finder.settled(pose)
+            return
+        if fix is not None:
+            finder.around(fix)
+        assert self._checkpoints.swap is not None
+        localizer = self._checkpoints.swap.active.localizer
+        localizer.limits = self._limits
+
+        def score(lat: float, lon: float) -> TileScores | None:
+            if isinstance(self._worker, _NewestFrame) and self._worker.closing:
+                raise RejectedInput("stopped", "the search was interrupted")
+            place = GnssFix(stamp_ns, lat, lon, 0.0, None)
+            try:
+                return localizer.score(self._observation(paired, place, image, mounting))
+            except (LowImageryError, NoImageryError):
+                return None
+
+        known = self._params["heading_mode"] == "known"
+        heading = paired.heading if known else None
+        found = finder.step(stamp_ns, heading, score, localizer.calibration, mounting)
+        if found is not None:
+            text = f"found at {found.lat:.6f} {found.lon:.6f}"
+            self.get_logger().info(f"the place was {text}")
+            moving.restart(found)
+            if self._outputs is not None and self._outputs.datum is None:
+                self._outputs.set_datum(found.lat, found.lon)
+        raise RejectedInput("searching", "the place is searched" if found is None else text)
 
     def _look(self, paired: PairedFrame) -> tuple[Image, float, Mounting]:
         """Return the image that the model takes, the share of it that is seen, and where it was taken.

@@ -218,6 +218,19 @@ LOCALIZER: tuple[Parameter, ...] = (
         "Filter: distance after which the errors of heat maps are independent, metres.",
         (0.1, 1000.0),
     ),
+    P(
+        "start_lat",
+        math.nan,
+        "Where the vehicle is at the start if there is no fix, degrees; nan: as remembered.",
+    ),
+    P("start_lon", math.nan, "The same, longitude."),
+    L(
+        "start_radius_m",
+        100.0,
+        "Radius searched around the start, or where the way was lost, without fixes, metres; 0: none.",
+        (0.0, 500.0),
+    ),
+    L("place_persist", True, "Remember the place for a start without a fix."),
     L("shadow_checkpoint", "", "Candidate to compare with checkpoint, without using its poses; empty: none."),
     L("shadow_every", 5, "Shadow: compare every n-th frame, if 10 m were driven since the last.", (1, 100)),
     L("shadow_frames", 200, "Shadow: number of frames compared before the verdict.", (100, 10000)),
@@ -331,6 +344,12 @@ def read(node: Node, parameters: tuple[Parameter, ...]) -> dict[str, Any]:
     check_choices(parameters, values)
     if "datum_lat" in values and math.isfinite(values["datum_lat"]) != math.isfinite(values["datum_lon"]):
         raise ParameterError("set both datum_lat and datum_lon, or neither")
+    if "start_lat" in values:
+        start = values["start_lat"], values["start_lon"]
+        if math.isfinite(start[0]) != math.isfinite(start[1]):
+            raise ParameterError("set both start_lat and start_lon, or neither")
+        if abs(start[0]) > 90.0 or abs(start[1]) > 180.0:
+            raise ParameterError("start_lat and start_lon must be degrees: at most 90 and 180")
     if values.get("publish_tf") == "map_to_odom":
         if not values["filter"]:
             raise ParameterError("publish_tf: map_to_odom sends the filter's pose: set filter: true as well")

@@ -12,11 +12,14 @@ from std_srvs.srv import SetBool, Trigger
 
 from xview_loc.bags.ros_types import stamp_ns
 from xview_loc.errors import reason, shown
+from xview_loc.estimation.localizer import SEARCH_SIGMAS, search_radius
+from xview_loc.estimation.place_search import LARGEST_M, SearchArea
 from xview_loc.estimation.position_filter import WIDEST_M, FilteredPose, PositionFilter
 from xview_loc.geodesy import LocalProjection
 from xview_loc.nodes.diagnostics import LOG_INTERVAL_S, WARN, Health
 from xview_loc.nodes.inputs import read_message
 from xview_loc.nodes.outputs import FARTHEST_M
+from xview_loc.nodes.place_finder import PlaceFinder
 from xview_loc.vehicle.messages import yaw_of
 from xview_loc.vehicle.synchronisation import RejectedInput
 
@@ -34,12 +37,13 @@ class Requests:
         node: Node,
         health: Health,
         position_filter: Callable[[], PositionFilter | None],
+        place_finder: Callable[[], PlaceFinder | None],
         datum: Callable[[], LocalProjection | None],
     ) -> None:
-        """position_filter, datum: return those of the active node; None if there is none."""
+        """position_filter, place_finder, datum: return those of the active node; None if there is none."""
         self.enabled = True
         self._node, self._health = node, health
-        self._filter, self._datum = position_filter, datum
+        self._filter, self._finder, self._datum = position_filter, place_finder, datum
         # A click in RViz: one message, which must arrive.
         node.create_subscription(PoseWithCovarianceStamped, "initialpose", self._on_initial_pose, 1, raw=True)
         node.create_service(SetBool, "~/set_enabled", self._on_set_enabled)
@@ -66,9 +70,16 @@ class Requests:
             self._health.condition("initialpose", WARN, text, REFUSAL_SHOWN_S)
             self._node.get_logger().warning(shown(text), throttle_duration_sec=LOG_INTERVAL_S)
             return
-        place.restart(pose)
         self._health.clear("initialpose")
+        finder, sigma = self._finder(), math.sqrt(float(np.linalg.eigvalsh(pose.covariance)[-1]))
         text = f"the filter starts from the initial pose {pose.lat:.7f} {pose.lon:.7f}"
+        if sigma > WIDEST_M and finder is not None:
+            radius = search_radius(pose.covariance)
+            finder.expect(SearchArea(pose.lat, pose.lon, radius))
+            place.restart()
+            text = f"the place is searched within {radius:.0f} m of the initial pose, unless a fix comes"
+        else:
+            place.restart(pose)
         self._node.get_logger().info(text, throttle_duration_sec=LOG_INTERVAL_S)
 
     def _on_set_enabled(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:
@@ -115,9 +126,10 @@ def pose_on_earth(message: PoseWithCovarianceStamped, datum: LocalProjection, fr
         raise RejectedInput("not_finite", "its numbers are not finite, or its quaternion is no rotation")
     if math.hypot(position.x, position.y) > FARTHEST_M:
         raise RejectedInput("too_far", f"it is more than {FARTHEST_M / 1e3:.0f} km from the map's origin")
+    widest = LARGEST_M / SEARCH_SIGMAS
     least, largest = np.linalg.eigvalsh((covariance + covariance.T) / 2.0)
-    if least < 0.0 or variance < 0.0 or largest > WIDEST_M**2:
-        text = f"its standard deviation must be at most {WIDEST_M:g} m, and its covariance no less than zero"
+    if least < 0.0 or variance < 0.0 or largest > widest**2:
+        text = f"its standard deviation must be at most {widest:.0f} m, and its covariance no less than zero"
         raise RejectedInput("covariance", text)
     lat, lon = (float(v) for v in datum.inverse(position.x, position.y))
     convergence = float(datum.convergence(lat, lon))

@@ -1,0 +1,198 @@
+"""Measure how soon a vehicle without fixes finds its place in simulated cities.
+
+benchmarks/accuracy/start.py [--cities 970 971 972 973] [--radii 100 200 500] [--json FILE]
+
+Vehicles start anywhere in a disc, at several times of a drive at 4 Hz, and drive on for 120 s, by odometry
+and images alone: with measured headings (``known``), or without any (``unknown``). With ``--moved``, they are
+that far from the middle of the disc instead: moved while switched off. Images are taken when the search has
+time: a tile takes 20 ms, which was measured with ``ccvpe-small`` on two threads of a shared processor.
+
+``right`` after 30, 60 and 120 s: found, within 5 m. ``wrong``: found, farther off. The time is that of those
+found; the heading's error is that of unknown headings when found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from xview_loc.estimation.heat_map import TileScores
+from xview_loc.estimation.localizer import Localizer
+from xview_loc.estimation.observation import LowImageryError, Observation
+from xview_loc.estimation.place_search import PlaceSearch, SearchArea
+from xview_loc.geodesy import LocalProjection, distance_m, wrap_angle
+from xview_loc.maps import open_map
+from xview_loc.maps.base import NoImageryError
+from xview_loc.models.base import CrossViewModel
+from xview_loc.models.checkpoint import load_model
+from xview_loc.simulation.city import build_city
+from xview_loc.simulation.drives import DriveOptions, Frame, drive
+from xview_loc.simulation.views import PanoramaView
+from xview_loc.vehicle.mounting import Mounting
+from xview_loc.vehicle.odometry import Odometry, VelocitySample
+from xview_loc.vehicle.synchronisation import HeadingSample
+
+RATE_HZ, SECONDS = 4.0, 120.0
+TILE_S = 0.02
+RIGHT_M = 5.0
+AFTER_S = (30, 60, 120)
+# Features of a search of 500 m, MB.
+FEATURES_MB = 2000.0
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a search ended: seconds, metres, degrees; NaN if it did not. widened: how often its area grew."""
+
+    style: str
+    city: int
+    radius_m: float
+    heading: str
+    seconds: float = math.nan
+    error_m: float = math.nan
+    heading_deg: float = math.nan
+    widened: int = 0
+
+
+def search(
+    localizer: Localizer, frames: list[Frame], area: SearchArea, spacing_m: float, known: bool
+) -> tuple[float, float, float, int]:
+    """Drive until the place is found; return seconds, errors in metres and degrees, number of widenings."""
+    odometry, widened, free_s = Odometry(1.0), 0, 0.0
+    one = PlaceSearch(area, odometry, spacing_m)
+    for frame in frames:
+        for wheels in frame.wheels:
+            odometry.add(VelocitySample(wheels.stamp_ns, wheels.speed, 0.0, wheels.yaw_rate))
+        seconds = (frame.stamp_ns - frames[0].stamp_ns) / 1e9
+        if seconds < free_s:
+            continue
+        heading = HeadingSample(frame.stamp_ns, frame.heading, frame.heading_std) if known else None
+        one.move(frame.stamp_ns, heading)
+        scan: list[TileScores] = []
+        places = one.centres()
+        assert frame.image is not None
+        yaw, std = (frame.heading, frame.heading_std) if known else (None, 0.0)
+        for lat, lon in places:
+            with suppress(LowImageryError, NoImageryError):
+                scan.append(localizer.score(Observation(frame.image, lat, lon, None, yaw, std)))
+        one.observe(scan, localizer.calibration, Mounting())
+        free_s = seconds + TILE_S * len(places)
+        if (pose := one.found) is not None and pose.heading is not None:
+            error = distance_m(pose.lat, pose.lon, frame.truth.lat, frame.truth.lon)
+            turned = math.degrees(abs(wrap_angle(pose.heading - frame.truth.heading)))
+            return free_s, error, turned, widened
+        if one.given_up:
+            widened += 1
+            one = PlaceSearch(one.area.widened, odometry, spacing_m)
+    return math.nan, math.nan, math.nan, widened
+
+
+def measure(net: CrossViewModel, style: str, number: int, arguments: argparse.Namespace) -> list[Start]:
+    """Measure all starts in one city."""
+    city = build_city(number, style, size_m=arguments.size)
+    view = PanoramaView(*net.spec.ground_size)
+    apart = round(arguments.apart * RATE_HZ)
+    count = round(SECONDS * RATE_HZ) + apart * (arguments.starts - 1)
+    frames = list(drive(city, count, 3, options=DriveOptions(rate_hz=RATE_HZ), view=view))
+    found: list[Start] = []
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        open_map(str(city.write_geotiff(Path(folder) / "city.tif"))) as aerial,
+    ):
+        for heading in arguments.headings:
+            known = heading == "known"
+            options: dict[str, Any] = {"features_mb": FEATURES_MB, "backend": arguments.backend}
+            with Localizer.open(
+                aerial, net, heading_prior_deg=0.0 if known else None, **options
+            ) as localizer:
+                for radius in arguments.radii:
+                    rng = np.random.default_rng([number, int(radius)])
+                    for k in range(arguments.starts):
+                        drives = frames[k * apart : k * apart + round(SECONDS * RATE_HZ)]
+                        away = arguments.moved or radius * math.sqrt(rng.uniform())
+                        direction = rng.uniform(0.0, 2.0 * math.pi)
+                        at = drives[0].truth
+                        east, north = away * math.cos(direction), away * math.sin(direction)
+                        lat, lon = (float(v) for v in LocalProjection(at.lat, at.lon).inverse(east, north))
+                        area = SearchArea(lat, lon, radius)
+                        result = search(localizer, drives, area, net.half_extent_m, known)
+                        found.append(Start(style, number, radius, heading, *result))
+                    print(f"{style}, city {number}, {heading}, {radius:g} m: done", file=sys.stderr)
+    return found
+
+
+def table_of(starts: list[Start]) -> Table:
+    table = Table(title="starts without fixes")
+    for column in ("style", "heading", "radius", "starts", *(f"right, {s} s" for s in AFTER_S), "wrong"):
+        table.add_column(column)
+    table.add_column("seconds: median / 95 %")
+    table.add_column("error, m: median / 95 %")
+    table.add_column("heading, deg")
+    table.add_column("widened")
+    for style, heading, radius in dict.fromkeys((s.style, s.heading, s.radius_m) for s in starts):
+        rows = [s for s in starts if (s.style, s.heading, s.radius_m) == (style, heading, radius)]
+        seconds, error = (np.array([getattr(s, name) for s in rows]) for name in ("seconds", "error_m"))
+        ended = np.isfinite(seconds)
+        figures = ["", "", ""]
+        if ended.any():
+            figures = [
+                f"{np.median(seconds[ended]):.0f} / {np.percentile(seconds[ended], 95):.0f}",
+                f"{np.median(error[ended]):.2f} / {np.percentile(error[ended], 95):.2f}",
+                f"{np.mean([s.heading_deg for s in rows if math.isfinite(s.seconds)]):.1f}",
+            ]
+        table.add_row(
+            style,
+            heading,
+            f"{radius:g} m",
+            str(len(rows)),
+            *(f"{((seconds <= after) & (error < RIGHT_M)).mean():.0%}" for after in AFTER_S),
+            str(int((error >= RIGHT_M).sum())),
+            *figures,
+            f"{np.mean([s.widened for s in rows]):.1f}",
+        )
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="ccvpe-small")
+    parser.add_argument("--checkpoint", type=Path, default=None)
+    parser.add_argument("--backend", default="openvino")
+    parser.add_argument("--styles", nargs="+", default=("source", "target"))
+    parser.add_argument("--cities", type=int, nargs="+", default=(970, 971, 972, 973))
+    parser.add_argument("--size", type=float, default=1020.0, help="side of the cities, metres")
+    parser.add_argument("--headings", nargs="+", choices=("known", "unknown"), default=("known", "unknown"))
+    parser.add_argument("--radii", type=float, nargs="+", default=(100.0, 200.0, 500.0))
+    parser.add_argument("--moved", type=float, default=0.0, help="distance from the disc's middle, metres")
+    parser.add_argument("--starts", type=int, default=8, help="starts of each drive")
+    parser.add_argument("--apart", type=float, default=20.0, help="seconds between them")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all starts to this file")
+    arguments = parser.parse_args()
+    cv2.setNumThreads(1)
+    net = load_model(arguments.model, arguments.checkpoint).model
+    starts: list[Start] = []
+    for style in arguments.styles:
+        for number in arguments.cities:
+            starts += measure(net, style, number, arguments)
+            if arguments.json:
+                text = json.dumps([asdict(start) for start in starts], indent=1)
+                arguments.json.write_text(text + "\n")
+    Console(width=None if sys.stdout.isatty() else 200).print(table_of(starts))
+
+
+if __name__ == "__main__":
+    main()
