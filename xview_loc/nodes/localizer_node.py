@@ -392,6 +392,8 @@ class LocalizerNode(VehicleNode):
             finder.settled(pose)
             return
         if fix is not None:
+            if not finder.enabled:
+                return
             finder.around(fix)
         assert self._checkpoints.swap is not None
         localizer = self._checkpoints.swap.active.localizer

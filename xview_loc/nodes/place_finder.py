@@ -46,9 +46,14 @@ class PlaceFinder:
         self._place: LastPlace | None = None
 
     @property
+    def enabled(self) -> bool:
+        """False if the parameters rule out a search."""
+        return self._radius() > 0.0
+
+    @property
     def possible(self) -> bool:
         """True if there is an area to search."""
-        return self._area is not None and self._radius() > 0.0
+        return self._area is not None and self.enabled
 
     def expect(self, area: SearchArea) -> None:
         """Search this area from the next image without a fix on."""
@@ -124,6 +129,9 @@ class PlaceFinder:
             raise failure
         search.observe(scan, calibration, mounting)
         self._health.count("images_searched")
+        with self._lock:
+            if self._search is not search:
+                return None  # another area was named meanwhile
         if search.given_up:
             self._widen(search)
         return search.found
