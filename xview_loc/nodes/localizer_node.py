@@ -248,9 +248,9 @@ class LocalizerNode(VehicleNode):
                 self._inputs.unlisten("odom")
 
     def stopped(self) -> None:
-        """Remember the place."""
+        """End a search, and remember the place."""
         if self._finder is not None:
-            self._finder.save()
+            self._finder.stop()
 
     def release(self) -> None:
         """Close the outputs, and abandon a change of checkpoint."""
@@ -389,7 +389,8 @@ class LocalizerNode(VehicleNode):
         """Search for the place if the filter has none and no fix to start from. Raises RejectedInput then."""
         pose, fix, stamp_ns = moving.pose, paired.fix, paired.frame.stamp_ns
         if pose is not None:
-            finder.settled(pose)
+            if moving.started:  # it is not to be forgotten
+                finder.settled(pose)
             return
         if fix is not None:
             if not finder.enabled:

@@ -69,23 +69,16 @@ class PlaceFinder:
 
     def settled(self, pose: FilteredPose) -> None:
         """End the search: there is a filtered pose. It is where a later search begins."""
-        self._search, self._missing_ns = None, None
-        self._health.clear("searching")
+        self._end()
         self._area = SearchArea(pose.lat, pose.lon, self._radius())
         self._place = LastPlace(pose.lat, pose.lon)
         if time.monotonic() - self._saved_at > SAVE_EVERY_S:
-            self.save()
+            self._save()
 
-    def save(self) -> None:
-        """Write the last place to its file."""
-        if self._place is None or not self._node.get_parameter("place_persist").value:
-            return
-        self._saved_at = time.monotonic()
-        try:
-            self._place.save(self._file)
-            self._health.clear("place_not_saved")
-        except RecordError as error:
-            self._health.condition("place_not_saved", WARN, str(error))
+    def stop(self) -> None:
+        """End the search; write the last place to its file."""
+        self._end()
+        self._save()
 
     def step(
         self,
@@ -135,6 +128,20 @@ class PlaceFinder:
         if search.given_up:
             self._widen(search)
         return search.found
+
+    def _end(self) -> None:
+        self._search, self._missing_ns = None, None
+        self._health.clear("searching")
+
+    def _save(self) -> None:
+        if self._place is None or not self._node.get_parameter("place_persist").value:
+            return
+        self._saved_at = time.monotonic()
+        try:
+            self._place.save(self._file)
+            self._health.clear("place_not_saved")
+        except RecordError as error:
+            self._health.condition("place_not_saved", WARN, str(error))
 
     def _say(self, search: PlaceSearch) -> None:
         area = search.area

@@ -75,8 +75,9 @@ class Requests:
         text = f"the filter starts from the initial pose {pose.lat:.7f} {pose.lon:.7f}"
         if sigma > WIDEST_M and finder is not None:
             radius = search_radius(pose.covariance)
-            finder.expect(SearchArea(pose.lat, pose.lon, radius))
+            # In this order: what the filter still has is not to replace the area.
             place.restart()
+            finder.expect(SearchArea(pose.lat, pose.lon, radius))
             text = f"the place is searched within {radius:.0f} m of the initial pose, unless a fix comes"
         else:
             place.restart(pose)
