@@ -112,7 +112,7 @@ def _naming(path: Path) -> Iterator[None]:
     """Raise RecordError for what is wrong with a file."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise RecordError(f"cannot read {path}, which is written anew: {reason(error)}") from None
 
 

@@ -178,7 +178,7 @@ class PlaceSearch:
     @property
     def given_up(self) -> bool:
         """True if the vehicle is not in the area."""
-        return self.elsewhere > GIVEN_UP
+        return not self.elsewhere <= GIVEN_UP or (not self._layers and self._stamp_ns is not None)
 
     def _begin(self, heading: HeadingSample | None) -> None:
         cells = 2 * math.ceil((self.area.radius_m + _MARGIN_M) / _CELL_M) + 1
@@ -213,14 +213,15 @@ class _Mosaic:
     def __init__(
         self, scan: Sequence[TileScores], calibration: Calibration, plane: LocalProjection, spacing_m: float
     ) -> None:
-        half = math.ceil(spacing_m / 2.0 / _CELL_M)
+        # The nearest stored tile may be a quarter of the spacing away.
+        half = math.ceil(0.75 * spacing_m / _CELL_M)
         middles = np.array([plane.forward(one.tile.lat, one.tile.lon) for one in scan])
         first = np.round(middles / _CELL_M).astype(int) - half
         low = first.min(0)
         width, height = first.max(0) - low + 2 * half + 1
         self.corner = low * _CELL_M
         self.relative = np.ones((height, width), np.float32)
-        shown = np.zeros((height, width), bool)
+        self.shown = np.zeros((height, width), bool)
         self.cos: Grid | None = None
         self.sin: Grid | None = None
         if scan[0].cos is not None:
@@ -231,13 +232,13 @@ class _Mosaic:
             window = BeliefGrid(np.ones((side, side), np.float32), np.array([x, y]) * _CELL_M, _CELL_M)
             cells = slice(y - low[1], y - low[1] + side), slice(x - low[0], x - low[0] + side)
             self.relative[cells] = window.heat_map_likelihood(heat_map, plane)
-            shown[cells] = True
+            self.shown[cells] = True
             if self.cos is not None and self.sin is not None and one.cos is not None and one.sin is not None:
                 self.cos[cells] = window.averages(one.cos, heat_map, plane)
                 self.sin[cells] = window.averages(one.sin, heat_map, plane)
 
         # Relative to what is shown here, the middles of the tiles: models prefer these.
-        self.relative[shown] /= self.relative[shown].mean()
+        self.relative[self.shown] /= self.relative[self.shown].mean()
 
     def likelihood(self, belief: BeliefGrid, lever: Array, yaw: float | None) -> Grid:
         """Return the likelihood of the cells of ``belief``, for a camera that looks along ``yaw``."""
@@ -249,6 +250,7 @@ class _Mosaic:
         aligned = math.cos(yaw) * self.cos + math.sin(yaw) * self.sin
         density = np.exp(_CONCENTRATION * (aligned - 1.0)) * _PEAK
         density = (1.0 - _HEADING_OUTLIER) * density + _HEADING_OUTLIER
+        density[~self.shown] = 1.0
         return relative * belief.resampled(density.astype(np.float32), to_pixel)
 
 
