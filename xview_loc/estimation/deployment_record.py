@@ -53,7 +53,7 @@ class DeploymentRecord:
     @classmethod
     def load(cls, path: Path) -> DeploymentRecord | None:
         """Read the file; None if there is none. Raises RecordError, also if another user can change it."""
-        with _naming(path):
+        with _record_errors(path):
             content = _read(path)
             if content is None:
                 return None
@@ -84,7 +84,7 @@ class LastPlace:
     @classmethod
     def load(cls, path: Path) -> LastPlace | None:
         """Read the file; None if there is none. Raises RecordError, also if another user can change it."""
-        with _naming(path):
+        with _record_errors(path):
             content = _read(path)
             return None if content is None else cls(float(content["lat"]), float(content["lon"]))
 
@@ -108,7 +108,7 @@ def _read(path: Path) -> Any:
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def _record_errors(path: Path) -> Iterator[None]:
     """Raise RecordError for what is wrong with a file."""
     try:
         yield

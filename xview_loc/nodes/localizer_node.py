@@ -412,13 +412,13 @@ class LocalizerNode(VehicleNode):
         known = self._params["heading_mode"] == "known"
         heading = paired.heading if known else None
         found = finder.step(stamp_ns, heading, score, localizer.calibration, mounting)
-        if found is not None:
-            text = f"found at {found.lat:.6f} {found.lon:.6f}"
-            self.get_logger().info(f"the place was {text}")
-            moving.restart(found)
-            if self._outputs is not None and self._outputs.datum is None:
-                self._outputs.set_datum(found.lat, found.lon)
-        raise RejectedInput("searching", "the place is searched" if found is None else text)
+        if found is None:
+            raise RejectedInput("searching", "the vehicle's place is not known yet")
+        self.get_logger().info(f"the place was found at {found.lat:.6f} {found.lon:.6f}")
+        moving.restart(found)
+        if self._outputs is not None and self._outputs.datum is None:
+            self._outputs.set_datum(found.lat, found.lon)
+        raise RejectedInput("searching", "the place was found; poses begin with the next image")
 
     def _look(self, paired: PairedFrame) -> tuple[Image, float, Mounting]:
         """Return the image that the model takes, the share of it that is seen, and where it was taken.
