@@ -229,7 +229,7 @@ def test_an_operator_gives_the_pose_pauses_and_searches_anew(rig: Rig) -> None:
         # Too rough to start from.
         click.publish(pose(covariance=np.eye(2) * 900.0))
         b.wait(lambda: b.value("initialpose_received") == "8", what="the pose")
-        while "searching: no fix: the place is searched within 90 m" not in b.text():
+        while "searching: no fix: searching for the vehicle within 90 m" not in b.text():
             ns = rig.step()
             rig.send_heading(ns)
             rig.send_image(ns)

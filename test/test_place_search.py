@@ -73,7 +73,7 @@ class Vehicle:
     def see(self, search: PlaceSearch) -> None:
         heading = HeadingSample(self.ns, self.yaw, math.radians(2.0)) if self.known else None
         search.move(self.ns, heading)
-        scan = [self.score(*centre) for centre in search.centres()]
+        scan = [self.score(*centre) for centre in search.centres(self.mounting)]
         search.observe(scan, Calibration(), self.mounting)
 
     def area(self, radius_m: float, away_m: float = 0.0) -> SearchArea:
@@ -94,12 +94,12 @@ def test_the_place_is_found(seed: int, known: bool) -> None:
     first = None
     for _ in range(12):
         vehicle.see(search)
-        first = first or len(search.centres())
+        first = first or len(search.centres(vehicle.mounting))
         if search.found is not None:
             break
         vehicle.drive(3.0)
     assert search.images >= FOUND_IMAGES and vehicle.error(search) < 3.0
-    assert len(search.centres()) <= 2 < first
+    assert len(search.centres(vehicle.mounting)) <= 2 < first
     pose = search.found
     assert pose is not None and pose.heading is not None and pose.stamp_ns == vehicle.ns
     assert abs(wrap_angle(pose.heading - vehicle.yaw)) < math.radians(10.0)
@@ -129,7 +129,32 @@ def test_a_vehicle_elsewhere_is_not_found(known: bool) -> None:
     raise AssertionError(f"only {search.elsewhere:.2f} lies elsewhere")
 
 
-def test_a_gap_in_odometry_begins_anew() -> None:
+@pytest.mark.parametrize("known", [True, False])
+def test_the_area_follows_the_vehicle(known: bool) -> None:
+    vehicle = Vehicle(3, known=known)
+    heading = HeadingSample(vehicle.ns, vehicle.yaw, 0.03) if known else None
+    search = PlaceSearch(vehicle.area(100.0), vehicle.odometry, HALF_M)
+    start = vehicle.at
+    for seconds in (0.0, 10.0, 10.0, 10.0):
+        vehicle.drive(seconds)
+        if heading is not None:
+            heading = HeadingSample(vehicle.ns, vehicle.yaw, 0.03)
+        assert search.move(vehicle.ns, heading)
+    driven = float(np.hypot(*(vehicle.at - start)))
+    assert driven > 150.0
+    away = float(np.hypot(*(np.array(PLANE.forward(search.area.lat, search.area.lon)) - vehicle.at)))
+    if known:
+        assert away < 3.0 and search.area.radius_m == 100.0
+    else:
+        assert math.isclose(search.area.radius_m, 100.0 + driven, rel_tol=0.02)
+    # Twice the area is that of the start, moved along.
+    search.widen()
+    x, y = PLANE.forward(*np.array(search.centres(Mounting())).T)
+    nearest, farthest = (f(np.hypot(x - vehicle.at[0], y - vehicle.at[1])) for f in (np.min, np.max))
+    assert nearest < HALF_M and (farthest < 260.0 if known else farthest > 300.0)
+
+
+def test_a_gap_in_odometry_begins_anew_in_a_larger_area() -> None:
     vehicle = Vehicle(3)
     search = PlaceSearch(vehicle.area(100.0), vehicle.odometry, HALF_M)
     for _ in range(3):
@@ -138,21 +163,43 @@ def test_a_gap_in_odometry_begins_anew() -> None:
     assert search.move(vehicle.ns, HeadingSample(vehicle.ns, vehicle.yaw, 0.03))
     vehicle.ns += 5 * NS
     assert not search.move(vehicle.ns, HeadingSample(vehicle.ns, vehicle.yaw, 0.03))
-    assert search.images == 0.0 and search.found is None
+    assert search.images == 0.0 and search.found is None and search.area.radius_m == 175.0
+
+
+def test_a_vehicle_outside_is_found_in_a_wider_area() -> None:
+    vehicle = Vehicle(6)
+    search = PlaceSearch(vehicle.area(60.0, away_m=100.0), vehicle.odometry, HALF_M)
+    for _ in range(40):
+        vehicle.see(search)
+        if search.found is not None:
+            break
+        if search.given_up:
+            search.widen()
+        vehicle.drive(3.0)
+    assert vehicle.error(search) < 3.0
+
+
+def test_tiles_are_those_around_the_camera() -> None:
+    vehicle = Vehicle(7)
+    search = PlaceSearch(vehicle.area(1.0), vehicle.odometry, 1.0)
+    search.move(vehicle.ns, HeadingSample(vehicle.ns, vehicle.yaw, 0.03))
+    mounting = Mounting(antenna=(-9.0, 3.0), camera=(30.0, 0.0))
+    x, y = PLANE.forward(*np.array(search.centres(mounting)).T)
+    assert np.hypot(x - 30.0 * math.cos(vehicle.yaw), y - 30.0 * math.sin(vehicle.yaw)).max() < 3.0
 
 
 def test_tiles_that_show_nothing_leave_their_places_possible() -> None:
     vehicle = Vehicle(4)
     search = PlaceSearch(vehicle.area(100.0, away_m=60.0), vehicle.odometry, HALF_M)
     search.move(vehicle.ns, HeadingSample(vehicle.ns, vehicle.yaw, 0.03))
-    before = search.centres()
+    before = search.centres(vehicle.mounting)
     search.observe([], Calibration(), Mounting())
-    assert search.centres() == before and search.images == 0.0
+    assert search.centres(vehicle.mounting) == before and search.images == 0.0
     east, north = PLANE.forward(*np.array(before).T)
     far = np.hypot(east - vehicle.at[0], north - vehicle.at[1]) > 80.0
     search.observe([vehicle.score(*before[k]) for k in np.flatnonzero(far)], Calibration(), Mounting())
     # The best of wrong places is not the place.
-    assert search.found is None and len(search.centres()) >= np.count_nonzero(~far)
+    assert search.best[1] < 0.9 and len(search.centres(Mounting())) >= np.count_nonzero(~far)
 
 
 def test_joint_maps_share_their_probability() -> None:

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,8 +66,8 @@ UNKNOWN_HEADING_VARIANCE = math.pi**2 / 3.0
 # Most tiles whose features are kept.
 TILES_ENCODED = 8
 TILES_TAKEN_OVER = 3
-# ... and of those that a search without a fix compares.
-TILES_SCANNED = 1000
+# Memory for the features of tiles that a search without a fix compares, MB.
+SCAN_MB = 1000.0
 
 
 def search_radius(fix_covariance: NDArray[np.float64]) -> float:
@@ -197,6 +198,22 @@ class Localizer:
             localizer._resources = resources.pop_all()
         return localizer
 
+    @cached_property
+    def of_all_headings(self) -> Localizer:
+        """A localizer of the same model and tiles that searches all headings.
+
+        Raises ValueError if the model cannot.
+        """
+        return Localizer(
+            self._tiles,
+            self._model,
+            heading_prior_deg=None,
+            device=self._device,
+            backend=self.backend,
+            precision=self._precision,
+            tile_wait_s=self._tile_wait_s,
+        )
+
     def close(self) -> None:
         """Close what :meth:`open` opened."""
         self._resources.close()
@@ -224,7 +241,7 @@ class Localizer:
             features = self._encode(tile)
         with _timed(timings, "match"):
             maps = self._match(ground, features)
-            logits = maps.logits[0].float().cpu().numpy()
+            logits = self._finite(maps.logits[0], "heat map")
         with _timed(timings, "heat_map"):
             estimate = self._estimate(observation, tile, maps, logits)
         return replace(estimate, timings_ms=timings)
@@ -233,14 +250,20 @@ class Localizer:
     def score(self, observation: Observation) -> TileScores:
         """Return the scores of all places on the tile around the observation's position.
 
-        The features of such tiles are kept up to ``features_mb``, whatever their number. Raises as
+        The features of such tiles take up to ``SCAN_MB``, until :meth:`localize` is called again. Raises as
         :meth:`localize`.
         """
         self._check_inputs(observation)
         tile = self._tile(observation)
-        maps = self._match(self._ground(observation, tile), self._encode(tile, TILES_SCANNED))
-        logits = maps.logits[0].float().cpu().numpy()
-        return TileScores(logits, maps.grid, tile, *self._headings(observation, maps, tile))
+        maps = self._match(self._ground(observation, tile), self._encode(tile, scanned=True))
+        logits = self._finite(maps.logits[0], "heat map")
+        if maps.orientation is None:
+            return TileScores(logits, maps.grid, tile)
+        cos, sin = self._finite(maps.orientation[0], "orientation field")
+        turn, sign = self._turn(observation, tile)
+        sin = sign * sin
+        cos, sin = math.cos(turn) * cos - math.sin(turn) * sin, math.sin(turn) * cos + math.cos(turn) * sin
+        return TileScores(logits, maps.grid, tile, cos, sin)
 
     def _check_inputs(self, observation: Observation) -> None:
         """Raise LocalizationError if heading or intrinsics are needed and missing."""
@@ -251,27 +274,26 @@ class Localizer:
                 f"{self.spec.name} needs the camera's intrinsics, which are missing"
             )
 
-    def _headings(
-        self, observation: Observation, maps: HeatMaps, tile: AerialTile
-    ) -> tuple[NDArray[np.float32] | None, NDArray[np.float32] | None]:
-        """Return cosine and sine of the camera's heading at each pixel; None if it is known."""
-        if maps.orientation is None:
-            return None, None
-        cos, sin = maps.orientation[0].float().cpu().numpy()
+    def _finite(self, values: Tensor, what: str) -> NDArray[np.float32]:
+        """Return a model's values as an array. Raises NonFiniteHeatMapError."""
+        array = values.float().cpu().numpy()
+        if not np.isfinite(array).all():
+            raise NonFiniteHeatMapError(f"the {what} of {self.spec.name} has values that are not finite")
+        return array
+
+    def _turn(self, observation: Observation, tile: AerialTile) -> tuple[float, int]:
+        """Return (turn, sign): the camera's heading (ENU) is turn + sign * angle, of the model's angle."""
         if self.spec.aerial_up == "left":
-            turn, sin = tile.rotation + math.pi / 2.0, -sin
-        else:
-            turn = math.pi / 2.0
-            if self._turns_image:
-                assert observation.heading is not None
-                turn = observation.heading
-        return math.cos(turn) * cos - math.sin(turn) * sin, math.sin(turn) * cos + math.cos(turn) * sin
+            # Clockwise from the tile's top, which faces left of the direction of growing columns.
+            return tile.rotation + math.pi / 2.0, -1
+        if not self._turns_image:
+            return math.pi / 2.0, 1
+        assert observation.heading is not None
+        return observation.heading, 1
 
     def _estimate(
         self, observation: Observation, tile: AerialTile, maps: HeatMaps, logits: NDArray[np.float32]
     ) -> PoseEstimate:
-        if not np.isfinite(logits).all():
-            raise NonFiniteHeatMapError(f"the heat map of {self.spec.name} has values that are not finite")
         search = self._search(observation, logits.shape, maps, tile)
         heat_map = HeatMap.from_logits(logits, maps.grid, tile, search, self.calibration)
         lat, lon = heat_map.to_latlon(*heat_map.peak)
@@ -307,7 +329,7 @@ class Localizer:
         features = self._features_of(aerial)
         observation = Observation(aerial, 0.0, 0.0, heading=0.0)
         maps = self._match(ground, features)
-        found = self._estimate(observation, tile, maps, maps.logits[0].float().cpu().numpy())
+        found = self._estimate(observation, tile, maps, self._finite(maps.logits[0], "heat map"))
         figures = [found.lat, found.lon, *found.covariance.flat, found.heading or 0.0, found.heading_variance]
         if not np.isfinite(figures).all():
             raise NonFiniteHeatMapError(f"the pose of {self.spec.name} has values that are not finite")
@@ -359,7 +381,7 @@ class Localizer:
     def _to_model(self, image: Tensor) -> Tensor:
         return image.to(self._model_device, self._dtype, memory_format=torch.channels_last)
 
-    def _encode(self, tile: AerialTile, most: int = TILES_ENCODED) -> Any:
+    def _encode(self, tile: AerialTile, scanned: bool = False) -> Any:
         known = self._features
         if self._keeps and tile.key in known:
             known.move_to_end(tile.key)
@@ -368,8 +390,8 @@ class Localizer:
         if self._keeps:
             known[tile.key] = (tile, features)
             # All tiles of a model take the same memory.
-            room = max(1, int(self._features_mb / max(_megabytes(features), 1e-3)))
-            while len(known) > min(room, most):
+            room = (SCAN_MB if scanned else self._features_mb) / max(_megabytes(features), 1e-3)
+            while len(known) > max(1, room if scanned else min(room, TILES_ENCODED)):
                 known.popitem(last=False)
         return features
 
@@ -418,11 +440,9 @@ class Localizer:
             if observation.heading is None:
                 return None, UNKNOWN_HEADING_VARIANCE
             return wrap_angle(observation.heading), observation.heading_std**2
-        cos, sin = maps.orientation[0].float().cpu().numpy()
+        cos, sin = self._finite(maps.orientation[0], "orientation field")
         weight = heat_map.probability * heat_map.mode
         cos, sin = float((weight * cos).sum()), float((weight * sin).sum())
-        if not (math.isfinite(cos) and math.isfinite(sin)):
-            raise NonFiniteHeatMapError(f"the orientation field of {self.spec.name} is not finite")
         angle = math.atan2(sin, cos)
         resultant = min(1.0, math.hypot(cos, sin) / float(weight.sum()))
         variance = min(wrapped_variance(resultant) + HEADING_STD_FLOOR**2, UNKNOWN_HEADING_VARIANCE)
@@ -435,12 +455,8 @@ class Localizer:
             width = 2.0 * math.pi / self.spec.bins
             if abs(wrap_angle(angle - binned)) > width:
                 angle, variance = binned, width**2 / 12.0 + HEADING_STD_FLOOR**2
-        if self.spec.aerial_up == "left":
-            # Clockwise from the tile's top, which faces left of the direction of growing columns.
-            return wrap_angle(heat_map.tile.rotation + math.pi / 2.0 - angle), variance
-        nominal = observation.heading if self._turns_image else math.pi / 2.0
-        assert nominal is not None
-        return wrap_angle(nominal + angle), variance
+        turn, sign = self._turn(observation, heat_map.tile)
+        return wrap_angle(turn + sign * angle), variance
 
 
 def _megabytes(features: Any) -> float:

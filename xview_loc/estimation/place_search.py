@@ -6,6 +6,7 @@ heading, holds what images have left of the area; odometry moves it along with t
 
 from __future__ import annotations
 
+import cmath
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from xview_loc.models.base import Calibration
 from xview_loc.statistics import wrapped_variance
 from xview_loc.vehicle.mounting import Mounting, in_enu
 from xview_loc.vehicle.odometry import Odometry
-from xview_loc.vehicle.synchronisation import HeadingSample
+from xview_loc.vehicle.synchronisation import NS, HeadingSample
 
 Array = NDArray[np.float64]
 
@@ -40,12 +41,16 @@ _SCANNED, _LEAST = 0.999, 1e-6
 # Distance after which images are independent, metres: more than in the filter, as a whole street can
 # resemble another one.
 _APART_M = 20.0
+# An image nearer than this to the one before is not worth a scan, metres.
+_LEAST_APART_M = 2.0
+# Speed that a vehicle may have had where its motion is not known, m/s.
+_UNSEEN_SPEED = 15.0
 # Prior probability that the vehicle is not in the area.
 _ELSEWHERE = 0.05
 # The place is found if this share lies within this distance of the maximum, after so many images ...
 FOUND_SHARE, FOUND_M, FOUND_IMAGES = 0.999, 10.0, 4
 # ... and the area is given up once so much lies elsewhere.
-GIVEN_UP = 0.99
+GIVEN_UP = 0.5
 
 
 @dataclass(frozen=True)
@@ -56,60 +61,86 @@ class SearchArea:
     lon: float
     radius_m: float
 
-    @property
-    def widened(self) -> SearchArea:
-        """The disc of twice the radius, at most ``LARGEST_M``."""
-        return replace(self, radius_m=min(2.0 * self.radius_m, LARGEST_M))
+    def larger(self, by_m: float) -> SearchArea:
+        """Return the disc of a larger radius, at most ``LARGEST_M``."""
+        return replace(self, radius_m=max(self.radius_m, min(self.radius_m + by_m, LARGEST_M)))
 
 
 class PlaceSearch:
     """Belief about a position in an area, moved on from image to image; for use by one thread.
 
-    Call :meth:`move` for each image, scan the tiles around :meth:`centres`, then call :meth:`observe`.
+    Call :meth:`move` for each image. If the search ``wants`` it, scan the tiles around :meth:`centres`, then
+    call :meth:`observe`.
     """
 
     def __init__(
         self, area: SearchArea, odometry: Odometry, spacing_m: float, options: FilterOptions | None = None
     ) -> None:
-        """``spacing_m``: that of the scanned tiles, metres."""
-        self.area = area
+        """area: that of the first image. spacing_m: that of the scanned tiles, metres."""
         self._odometry = odometry
         self._spacing_m = spacing_m
         self._options = options or FilterOptions()
+        # Disc at first. Then the way driven, and base_link's yaw: true to north if headings are measured,
+        # else in the axes that each layer turns by its angle.
+        self._first = area
         self._plane = LocalProjection(area.lat, area.lon)
+        self._way, self._yaw, self._measured = 0j, 0.0, False
         self._stamp_ns: int | None = None
         self._layers: list[_Layer] = []
-        self.elsewhere = _ELSEWHERE
-        self.images = 0.0
-        self._driven = math.inf
+        self.elsewhere, self.images, self._driven = _ELSEWHERE, 0.0, math.inf
+
+    @property
+    def area(self) -> SearchArea:
+        """A disc that the vehicle is in now if it was in the first one."""
+        if not self._measured:
+            return self._first.larger(abs(self._way))
+        lat, lon = (float(v) for v in self._plane.inverse(self._way.real, self._way.imag))
+        return SearchArea(lat, lon, self._first.radius_m)
+
+    @property
+    def wants(self) -> bool:
+        """True if the vehicle has driven since the last image far enough for the present one to count."""
+        return self._driven >= _LEAST_APART_M
 
     def move(self, stamp_ns: int, heading: HeadingSample | None) -> bool:
-        """Move on to an image's stamp; return False if its motion is unknown: the search then starts anew."""
-        known = heading is not None
-        motion = None if self._stamp_ns is None else self._odometry.between(self._stamp_ns, stamp_ns)
+        """Move on to an image's stamp; return False if the motion is not known: the search begins anew."""
+        measured = heading is not None
         began, self._stamp_ns = self._stamp_ns, stamp_ns
-        if motion is None or any(layer.measured != known for layer in self._layers):
-            self._begin(heading)
-            return began is None
-        rate = self._options.drift_m**2 / 100.0
+        motion = None if began is None else self._odometry.between(began, stamp_ns)
+        if motion is None or measured != self._measured:
+            area = self.area
+            if motion is None and began is not None:
+                area = area.larger(_UNSEEN_SPEED * abs(stamp_ns - began) / NS)
+            self._first, self._plane = area, LocalProjection(area.lat, area.lon)
+            self._way, self._yaw, self._measured = 0j, 0.0 if heading is None else heading.yaw, measured
+            self._spread_out()
+            return motion is not None or began is None
+        before = self._yaw if heading is None else heading.yaw - motion.turn
+        step = complex(motion.forward, motion.left) * cmath.exp(1j * before)
+        self._way += step
+        self._yaw = before + motion.turn
+        variance = _WIDTH**2 / 12.0 if heading is None else heading.std**2
+        rate = self._options.drift_m**2 / 100.0 + HEADING_CORRELATION_M * variance / 2.0
         for layer in self._layers:
-            turn = motion.turn
-            yaw = layer.yaw
-            layer.yaw = yaw + turn if heading is None else heading.yaw
-            variance = _WIDTH**2 / 12.0 if heading is None else heading.std**2
-            if heading is not None:
-                yaw = layer.yaw - turn
-            step = np.array(in_enu((motion.forward, motion.left), yaw))
-            spread = (rate + HEADING_CORRELATION_M * variance / 2.0) * motion.length
-            layer.belief.move(step, spread, corner=layer.belief.corner + step)
+            shift = layer.turned(step)
+            layer.belief.move(shift, rate * motion.length, corner=layer.belief.corner + shift)
         self._driven += motion.length
         return True
 
-    def centres(self) -> list[tuple[float, float]]:
-        """Return the positions (lat, lon), degrees, to scan tiles around; the likeliest first."""
+    def widen(self) -> None:
+        """Begin anew in the disc of twice the radius, which the vehicle may have been in instead."""
+        self._first = self._first.larger(self._first.radius_m)
+        self._spread_out()
+
+    def centres(self, mounting: Mounting) -> list[tuple[float, float]]:
+        """Return the camera's positions (lat, lon), degrees, to scan tiles around; the likeliest first."""
         shares: dict[tuple[int, int], float] = {}
         for layer in self._layers:
-            (columns, right), (rows, up) = (_runs(axis / self._spacing_m) for axis in layer.belief.axes)
+            lever = in_enu(mounting.camera, layer.angle + self._yaw)
+            (columns, right), (rows, up) = (
+                _runs((axis + offset) / self._spacing_m)
+                for axis, offset in zip(layer.belief.axes, lever, strict=True)
+            )
             sums = np.add.reduceat(np.add.reduceat(layer.belief.probability, rows, 0), columns, 1)
             for i, y in enumerate(up):
                 for k, x in enumerate(right):
@@ -130,9 +161,10 @@ class PlaceSearch:
         mosaic = _Mosaic(scan, calibration, self._plane, self._spacing_m)
         outlier = self._options.outlier
         for layer in self._layers:
-            lever = np.array(in_enu(mounting.camera, layer.yaw))
-            yaw = None if layer.measured else mounting.looking(layer.yaw)
-            likelihood = mosaic.likelihood(layer.belief, lever, yaw)
+            yaw = layer.angle + self._yaw
+            lever = np.array(in_enu(mounting.camera, yaw))
+            looking = None if self._measured else mounting.looking(yaw)
+            likelihood = mosaic.likelihood(layer.belief, lever, looking)
             layer.weight *= layer.belief.multiply(((1.0 - outlier) * likelihood + outlier) ** weight)
         total = sum(layer.weight for layer in self._layers) + self.elsewhere
         for layer in self._layers:
@@ -156,7 +188,7 @@ class PlaceSearch:
             moment += (mass.sum(0) @ dx, mass.sum(1) @ dy)
             cross = dy @ mass @ dx
             second += [[mass.sum(0) @ dx**2, cross], [cross, mass.sum(1) @ dy**2]]
-            direction += float(mass.sum()) * np.exp(1j * layer.yaw)
+            direction += float(mass.sum()) * cmath.exp(1j * (layer.angle + self._yaw))
         mean = moment / share
         covariance = second / share - np.outer(mean, mean) + _CELL_M**2 / 12.0 * np.eye(2)
         lat, lon = (float(v) for v in self._plane.inverse(*(peak + mean)))
@@ -180,28 +212,34 @@ class PlaceSearch:
         """True if the vehicle is not in the area."""
         return not self.elsewhere <= GIVEN_UP or (not self._layers and self._stamp_ns is not None)
 
-    def _begin(self, heading: HeadingSample | None) -> None:
-        cells = 2 * math.ceil((self.area.radius_m + _MARGIN_M) / _CELL_M) + 1
+    def _spread_out(self) -> None:
+        """Make all places in the disc likely, moved by the way driven since, under each heading."""
+        radius = self._first.radius_m
+        cells = 2 * math.ceil((radius + _MARGIN_M) / _CELL_M) + 1
         corner = np.full(2, -(cells - 1) / 2 * _CELL_M)
         axis = corner[0] + np.arange(cells) * _CELL_M
-        disc = (axis[None, :] ** 2 + axis[:, None] ** 2 <= self.area.radius_m**2).astype(np.float32)
+        disc = (axis[None, :] ** 2 + axis[:, None] ** 2 <= radius**2).astype(np.float32)
         disc /= disc.sum()
-        yaws = np.arange(_HEADINGS) * _WIDTH if heading is None else [heading.yaw]
-        share = (1.0 - _ELSEWHERE) / len(yaws)
-        self._layers = [
-            _Layer(BeliefGrid(disc, corner, _CELL_M), float(yaw), share, heading is not None) for yaw in yaws
-        ]
+        angles = [0.0] if self._measured else [k * _WIDTH for k in range(_HEADINGS)]
+        share = (1.0 - _ELSEWHERE) / len(angles)
+        self._layers = [_Layer(BeliefGrid(disc, corner, _CELL_M), angle, share) for angle in angles]
+        for layer in self._layers:
+            layer.belief.corner = corner + layer.turned(self._way)
         self.elsewhere, self.images, self._driven = _ELSEWHERE, 0.0, math.inf
 
 
 @dataclass
 class _Layer:
-    """Belief under one hypothesis of base_link's yaw, radians; ``weight``: its probability."""
+    """Belief under one hypothesis of the heading; ``weight``: its probability; angle: radians."""
 
     belief: BeliefGrid
-    yaw: float
+    angle: float
     weight: float
-    measured: bool
+
+    def turned(self, step: complex) -> Array:
+        """Return a step (x, y) under this hypothesis, metres."""
+        step *= cmath.exp(1j * self.angle)
+        return np.array([step.real, step.imag])
 
 
 class _Mosaic:

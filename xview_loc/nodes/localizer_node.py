@@ -6,6 +6,7 @@ publishes.
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 import threading
@@ -50,8 +51,9 @@ from xview_loc.nodes.requests import Requests
 from xview_loc.nodes.vehicle_node import PairedFrame, VehicleNode
 from xview_loc.rig import LEAST_SEEN, NOTHING_SEEN
 from xview_loc.vehicle import messages as input_messages
+from xview_loc.vehicle.course import MAX_STD
 from xview_loc.vehicle.mounting import Mounting
-from xview_loc.vehicle.synchronisation import GnssFix, RejectedInput
+from xview_loc.vehicle.synchronisation import GnssFix, HeadingSample, RejectedInput
 
 # Longest wait for an aerial tile, which goes on loading for later images. Shorter with the filter, whose pose
 # waits for the heat map.
@@ -127,8 +129,7 @@ class LocalizerNode(VehicleNode):
         self._requests = Requests(
             self,
             self._health,
-            lambda: self._filter if self._state == "active" else None,
-            lambda: self._finder,
+            lambda: self._finder if self._state == "active" else None,
             lambda: None if self._outputs is None else self._outputs.datum,
         )
 
@@ -148,11 +149,11 @@ class LocalizerNode(VehicleNode):
         self._limits = self._new_limits()
         self._match, self._fix_check = MatchCheck(), FixCheck()
         self._heading_replaced = False
-        self._filter = PositionFilter(self._odometry, self._filter_options()) if p["filter"] else None
-        self._finder = None
+        self._filter = self._finder = None
         if p["filter"]:
+            self._filter = PositionFilter(self._odometry, self._filter_options())
             # Tiles overlap by half: what lies at their edges is matched worse.
-            self._finder = PlaceFinder(self, self._health, self._odometry, model.half_extent_m)
+            self._finder = PlaceFinder(self, self._health, self._odometry, model.half_extent_m, self._filter)
         if p["publish_tf"] != "none":
             self.listen_to_tf("publish_tf is set")
         self._outputs = Outputs(self, p, self._health, self._transforms)
@@ -205,6 +206,11 @@ class LocalizerNode(VehicleNode):
         if self._filter is None or self._finder is None:
             return True
         return not (self._filter.started or self._finder.possible)
+
+    def needs_heading(self) -> bool:
+        """Return False if a search for the place finds the heading of odometry, too."""
+        searches_all = self._spec.bins > 0 and self._spec.aerial_up == "north"
+        return not (searches_all and self._filter is not None and self.takes_course())
 
     def hand_over(self, paired: PairedFrame) -> bool:
         """Give it to the worker, a heading that disagrees replaced by that of odometry and fixes."""
@@ -337,6 +343,7 @@ class LocalizerNode(VehicleNode):
             # One of the two would carry the filter away: it starts anew once they agree.
             moving.restart()
             moving = None
+            self._health.clear("searching")
         limits = self._doubtful() if self._fix_check.fault else self._limits
         if moving is not None:
             # A covariance that is not believed would pin the filter to the fix.
@@ -389,33 +396,35 @@ class LocalizerNode(VehicleNode):
         """Search for the place if the filter has none and no fix to start from. Raises RejectedInput then."""
         pose, fix, stamp_ns = moving.pose, paired.fix, paired.frame.stamp_ns
         if pose is not None:
-            if moving.started:  # it is not to be forgotten
-                finder.settled(pose)
+            finder.settled(pose)
             return
         if fix is not None:
-            if not finder.enabled:
-                return
+            if not finder.enabled or self._odometry.between(stamp_ns, stamp_ns) is None:
+                return  # a single image is better than none
             finder.around(fix)
         assert self._checkpoints.swap is not None
         localizer = self._checkpoints.swap.active.localizer
+        known = self._params["heading_mode"] == "known"
+        heading = paired.heading if known else None
+        if known and heading is None:
+            localizer = localizer.of_all_headings
         localizer.limits = self._limits
+        observation = self._observation(paired, GnssFix(stamp_ns, 0.0, 0.0, 0.0, None), image, mounting)
 
         def score(lat: float, lon: float) -> TileScores | None:
             if isinstance(self._worker, _NewestFrame) and self._worker.closing:
                 raise RejectedInput("stopped", "the search was interrupted")
-            place = GnssFix(stamp_ns, lat, lon, 0.0, None)
             try:
-                return localizer.score(self._observation(paired, place, image, mounting))
+                return localizer.score(replace(observation, lat=lat, lon=lon))
             except (LowImageryError, NoImageryError):
                 return None
 
-        known = self._params["heading_mode"] == "known"
-        heading = paired.heading if known else None
         found = finder.step(stamp_ns, heading, score, localizer.calibration, mounting)
-        if found is None:
-            raise RejectedInput("searching", "the vehicle's place is not known yet")
         self.get_logger().info(f"the place was found at {found.lat:.6f} {found.lon:.6f}")
-        moving.restart(found)
+        if self._course is not None and known and heading is None and found.heading is not None:
+            # With a larger deviation it would count as unknown; images make it more precise soon.
+            std = min(math.sqrt(found.heading_variance), 0.75 * MAX_STD)
+            self._course.add_heading(HeadingSample(found.stamp_ns, found.heading, std))
         if self._outputs is not None and self._outputs.datum is None:
             self._outputs.set_datum(found.lat, found.lon)
         raise RejectedInput("searching", "the place was found; poses begin with the next image")

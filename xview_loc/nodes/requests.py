@@ -14,7 +14,7 @@ from xview_loc.bags.ros_types import stamp_ns
 from xview_loc.errors import reason, shown
 from xview_loc.estimation.localizer import SEARCH_SIGMAS, search_radius
 from xview_loc.estimation.place_search import LARGEST_M, SearchArea
-from xview_loc.estimation.position_filter import WIDEST_M, FilteredPose, PositionFilter
+from xview_loc.estimation.position_filter import WIDEST_M, FilteredPose
 from xview_loc.geodesy import LocalProjection
 from xview_loc.nodes.diagnostics import LOG_INTERVAL_S, WARN, Health
 from xview_loc.nodes.inputs import read_message
@@ -36,14 +36,13 @@ class Requests:
         self,
         node: Node,
         health: Health,
-        position_filter: Callable[[], PositionFilter | None],
         place_finder: Callable[[], PlaceFinder | None],
         datum: Callable[[], LocalProjection | None],
     ) -> None:
-        """position_filter, place_finder, datum: return those of the active node; None if there is none."""
+        """place_finder, datum: return those of the active node; None without a filter, or a datum."""
         self.enabled = True
         self._node, self._health = node, health
-        self._filter, self._finder, self._datum = position_filter, place_finder, datum
+        self._finder, self._datum = place_finder, datum
         # A click in RViz: one message, which must arrive.
         node.create_subscription(PoseWithCovarianceStamped, "initialpose", self._on_initial_pose, 1, raw=True)
         node.create_service(SetBool, "~/set_enabled", self._on_set_enabled)
@@ -53,8 +52,8 @@ class Requests:
         self._health.count("initialpose_received")
         try:
             message = read_message(data, PoseWithCovarianceStamped)
-            place = self._filter()
-            if place is None:
+            finder = self._finder()
+            if finder is None:
                 raise RejectedInput("no_filter", "it starts the filter: set filter: true, and activate")
             datum = self._datum()
             if datum is None:
@@ -64,6 +63,10 @@ class Requests:
                 pose = pose_on_earth(message, datum, frame)
             except (ArithmeticError, ValueError, np.linalg.LinAlgError) as error:
                 raise RejectedInput("damaged", reason(error)) from None
+            rough = float(np.linalg.eigvalsh(pose.covariance)[-1]) > WIDEST_M**2
+            if rough and not finder.enabled:
+                text = f"its standard deviation must be at most {WIDEST_M:.0f} m while start_radius_m is 0"
+                raise RejectedInput("covariance", text)
         except RejectedInput as error:
             self._health.count(f"initialpose_rejected/{error.reason}")
             text = f"initial pose refused: {error}"
@@ -71,16 +74,13 @@ class Requests:
             self._node.get_logger().warning(shown(text), throttle_duration_sec=LOG_INTERVAL_S)
             return
         self._health.clear("initialpose")
-        finder, sigma = self._finder(), math.sqrt(float(np.linalg.eigvalsh(pose.covariance)[-1]))
         text = f"the filter starts from the initial pose {pose.lat:.7f} {pose.lon:.7f}"
-        if sigma > WIDEST_M and finder is not None:
+        if rough:
             radius = search_radius(pose.covariance)
-            # In this order: what the filter still has is not to replace the area.
-            place.restart()
             finder.expect(SearchArea(pose.lat, pose.lon, radius))
-            text = f"the place is searched within {radius:.0f} m of the initial pose, unless a fix comes"
+            text = f"searching within {radius:.0f} m of the initial pose, unless a fix comes"
         else:
-            place.restart(pose)
+            finder.start_from(pose)
         self._node.get_logger().info(text, throttle_duration_sec=LOG_INTERVAL_S)
 
     def _on_set_enabled(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:
@@ -88,6 +88,7 @@ class Requests:
         if self.enabled:
             self._health.clear("disabled")
         else:
+            self._health.clear("searching")
             self._health.condition(
                 "disabled", WARN, "images are ignored: ~/set_enabled was called with false"
             )
@@ -96,15 +97,14 @@ class Requests:
         return response
 
     def _on_relocalize(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
-        place = self._filter()
-        if place is None:
+        finder = self._finder()
+        if finder is None:
             response.message = "no filter is active: images are searched around their fixes anyway"
             return response
-        place.restart()
-        response.success, response.message = (
-            True,
-            "the position is forgotten; the next fix is the new start",
-        )
+        area = finder.forget()
+        response.success, response.message = True, "the position is forgotten; the next fix is the new start"
+        if area is not None:
+            response.message += f"; without one, images are searched within {area.radius_m:.0f} m"
         self._node.get_logger().info(response.message)
         return response
 

@@ -198,6 +198,10 @@ class VehicleNode(LifecycleNode):
         """Return True if every frame needs a fix."""
         return True
 
+    def needs_heading(self) -> bool:
+        """Return True if a frame without a fix needs a heading, where headings are used."""
+        return True
+
     def extra_inputs(self) -> list[Input]:
         """Return inputs besides image, fix and heading."""
         # Elevations are of a panorama, whatever is published for it.
@@ -583,7 +587,8 @@ class VehicleNode(LifecycleNode):
     def _release(self) -> None:
         for images in self._assembly.overdue(time.monotonic_ns()):
             self._add_set(images)
-        for result in self._pairing.ready(time.monotonic_ns(), fix_required=self.needs_fix()):
+        required = {"fix_required": self.needs_fix(), "heading_required": self.needs_heading()}
+        for result in self._pairing.ready(time.monotonic_ns(), **required):
             if isinstance(result, RejectedInput):
                 self._reject(result.reason, str(result))
                 continue

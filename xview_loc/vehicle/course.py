@@ -136,6 +136,10 @@ class _Fix(NamedTuple):
     place: Offset
     by_image: bool
 
+    @property
+    def stamp_ns(self) -> int:
+        return self.fix.stamp_ns
+
 
 class _Start(NamedTuple):
     """Where a step begins; the yaw is in odometry's axes."""
@@ -153,7 +157,7 @@ class CourseHeadings:
 
     def __init__(self, odometry: Odometry) -> None:
         self._odometry = odometry
-        self._waiting: deque[_Fix] = deque(maxlen=100)
+        self._waiting: deque[_Fix | HeadingSample] = deque(maxlen=100)
         self._known = History("heading", blend_heading, _MAX_AGE_S)
         self.restart()
 
@@ -183,11 +187,11 @@ class CourseHeadings:
                 "odometry's turns contradict the course of the fixes: its yaw rates are missing, scaled or "
                 "of the wrong sign, or its stamps differ from those of the fixes"
             )
+        if alignment.std <= MAX_STD:
+            return ""
         if not self._starts:
             return "it takes odometry without gaps of a second, and fixes by the same clock"
-        if alignment.std > MAX_STD:
-            return "drive some tens of metres with fixes"
-        return ""
+        return "drive some tens of metres with fixes"
 
     def add_fix(self, fix: GnssFix, antenna: Offset = (0.0, 0.0)) -> None:
         """Take a fix; ``antenna`` is its place on the vehicle."""
@@ -200,15 +204,27 @@ class CourseHeadings:
         """
         self._waiting.append(_Fix(fix, (0.0, 0.0), True))
 
+    def add_heading(self, heading: HeadingSample) -> None:
+        """Take a heading that images have found; what was known before is forgotten."""
+        self._waiting.append(heading)
+
     def add_velocity(self, sample: VelocitySample) -> HeadingSample | None:
         """Take a sample that odometry keeps already; return the heading then, None while it is unknown."""
         for _ in range(len(self._waiting)):
             one = self._waiting.popleft()
-            if one.fix.stamp_ns > sample.stamp_ns:
+            if one.stamp_ns > sample.stamp_ns:
                 self._waiting.append(one)
                 continue
-            self._turn(max(one.fix.stamp_ns, self._stamp_ns))
-            self._take(one)
+            self._turn(max(one.stamp_ns, self._stamp_ns))
+            since = self._odometry.between(one.stamp_ns, self._stamp_ns)
+            if since is None:
+                continue
+            yaw = self._yaw - since.turn
+            if isinstance(one, HeadingSample):
+                self._alignment = Alignment()
+                self._alignment.resultant = cmath.rect(1.0 / one.std**2, one.yaw - yaw)
+            else:
+                self._take(one, yaw)
         seconds = (sample.stamp_ns - self._stamp_ns) / NS
         self._turn(sample.stamp_ns)
         if stands(sample.forward, sample.left, sample.yaw_rate):
@@ -239,12 +255,9 @@ class CourseHeadings:
             self._alignment.drift(seconds)
         self._stamp_ns = stamp_ns
 
-    def _take(self, one: _Fix) -> None:
+    def _take(self, one: _Fix, yaw: float) -> None:
         fix, start = one.fix, self._starts.get(one.by_image)
-        since = self._odometry.between(fix.stamp_ns, self._stamp_ns)
-        if since is None:
-            return
-        here = _Start(fix, self._yaw - since.turn)
+        here = _Start(fix, yaw)
         if not one.by_image:
             self._fixed_ns = fix.stamp_ns
         elif fix.stamp_ns - self._fixed_ns < _LONGEST_STEP_S * NS:

@@ -30,7 +30,8 @@ F = TypeVar("F", bound=Stamped)
 class Paired(Generic[F]):
     """A frame with the fix, heading and tilt at its stamp.
 
-    fix: None only if not required. heading: None if not used. tilt: None if not used, or not known.
+    fix: None only if not required. heading: None if not used, or neither it nor a fix is required. tilt: None
+    if not used, or not known.
     """
 
     frame: F
@@ -127,11 +128,13 @@ class Pairing(Generic[F]):
         self.last_frame_ns = frame.stamp_ns
         self._waiting.append((frame, now_ns))
 
-    def ready(self, now_ns: int, *, fix_required: bool = True) -> Iterator[Paired[F] | RejectedInput]:
+    def ready(
+        self, now_ns: int, *, fix_required: bool = True, heading_required: bool = True
+    ) -> Iterator[Paired[F] | RejectedInput]:
         """Release frames, oldest first, whose samples are complete or that waited long enough.
 
-        Yields each with its fix, heading and tilt, or a RejectedInput with the reason why it has no fix or
-        heading.
+        heading_required: False to release a frame that has neither fix nor heading. Yields each with its fix,
+        heading and tilt, or a RejectedInput with the reason why it has no fix or heading.
         """
         while self._waiting:
             frame, arrived_ns = self._waiting[0]
@@ -139,7 +142,7 @@ class Pairing(Generic[F]):
             if not overdue and not self._complete(frame.stamp_ns):
                 return
             self._waiting.popleft()
-            yield self._pair(frame, fix_required)
+            yield self._pair(frame, fix_required, heading_required)
 
     def _complete(self, stamp_ns: int) -> bool:
         return (
@@ -148,17 +151,20 @@ class Pairing(Generic[F]):
             and (not self._use_tilt or self._tilts.reaches(stamp_ns))
         )
 
-    def _pair(self, frame: F, fix_required: bool) -> Paired[F] | RejectedInput:
+    def _pair(self, frame: F, fix_required: bool, heading_required: bool) -> Paired[F] | RejectedInput:
         fix: GnssFix | None = None
         try:
             fix = self._fixes.at(frame.stamp_ns)
         except RejectedInput as error:
             if fix_required:
                 return error
+        heading: HeadingSample | None = None
         try:
-            heading = self._headings.at(frame.stamp_ns) if self._use_heading else None
+            if self._use_heading:
+                heading = self._headings.at(frame.stamp_ns)
         except RejectedInput as error:
-            return error
+            if heading_required or fix is not None:
+                return error
         tilt: TiltSample | None = None
         if self._use_tilt:
             with suppress(RejectedInput):
