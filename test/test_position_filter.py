@@ -127,6 +127,22 @@ def test_wrong_heat_maps_are_outvoted() -> None:
     assert np.mean(vehicle.sigmas[20:]) < 1.5
 
 
+@pytest.mark.parametrize("wrong, image", [(True, True), (False, True), (False, False)])
+def test_it_doubts_a_place_that_images_do_not_show(wrong: bool, image: bool) -> None:
+    vehicle = Vehicle()
+    for moment in drive(10.0):
+        vehicle.see(moment)
+    for moment in drive(10.0, 10.0):
+        vehicle.see(moment, fix=False, wrong=wrong, image=image)
+        assert not vehicle.filter.doubtful
+    for moment in drive(14.0, 20.0):
+        vehicle.see(moment, fix=False, wrong=wrong, image=image)
+    assert vehicle.filter.doubtful == wrong
+    # A fix that confirms the place is believed.
+    vehicle.see(Moment(moment.stamp_ns + NS // 4, moment.place, moment.yaw))
+    assert not vehicle.filter.doubtful
+
+
 def test_it_goes_on_without_fixes_and_says_where_to_look() -> None:
     vehicle = Vehicle()
     for moment in drive(20.0):

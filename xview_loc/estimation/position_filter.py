@@ -38,6 +38,9 @@ _FIX_SIGMAS = 5.0
 # about this many images, exceeds this: the true position is then twice as likely as others.
 _LOST_AFTER_S = 20.0
 _SUPPORT, _SUPPORT_IMAGES = math.log(2.0), 10
+# After so many independent images without support, the belief is doubtful. (A wrong one is hardly ever
+# contradicted: it spreads until it agrees with anything.)
+_DOUBTFUL = 15.0
 # Lower limit of a fix's likelihood: distant positions stay possible.
 _LEAST_LIKELIHOOD = np.float32(1e-4)
 # Correlation length of a heading's error.
@@ -103,6 +106,8 @@ class PositionFilter:
         # Metres driven since the last heat map.
         self._driven = math.inf
         self._support = 0.0
+        # Independent images since the belief was last supported.
+        self._unsupported = 0.0
         self._yaw, self._yaw_variance = 0.0, UNKNOWN_HEADING_VARIANCE
         # Heading from odometry and images, for use without measured headings.
         self._headings = HeadingBelief()
@@ -121,6 +126,11 @@ class PositionFilter:
         From the pose's stamp on, odometry moves it; a pose without a stamp (0) is that of the next image.
         """
         self._start = (pose,)
+
+    @property
+    def doubtful(self) -> bool:
+        """True if neither fixes nor many heat maps have supported the belief."""
+        return self._belief is not None and self._unsupported > _DOUBTFUL
 
     @property
     def pose(self) -> FilteredPose | None:
@@ -193,19 +203,24 @@ class PositionFilter:
         outlier = self.options.outlier
         evidence = self._belief.multiply((1.0 - outlier) * likelihood + outlier, weight)
         self._support += (math.log(evidence) - self._support) / _SUPPORT_IMAGES
+        self._unsupported += weight
         if self._support > _SUPPORT:
-            self._trusted_ns = self._stamp_ns
+            self._trust()
 
     def _begin(self, pose: FilteredPose, stamp_ns: int) -> None:
         """Start from a pose, at its stamp or that of an image before it."""
         self._stamp_ns = min(pose.stamp_ns or stamp_ns, stamp_ns)
         self._plane = LocalProjection(pose.lat, pose.lon)
         self._belief = BeliefGrid.normal(np.zeros(2), pose.covariance)
-        self._fix_ns = self._trusted_ns = self._stamp_ns
+        self._fix_ns = self._stamp_ns
+        self._trust()
         self._driven, self._support = math.inf, 0.0
         if pose.heading is not None:
             variance = max(pose.heading_variance, _LEAST_YAW_VARIANCE)
             self._headings.multiply(pose.heading, variance, 0.0, 1.0)
+
+    def _trust(self) -> None:
+        self._trusted_ns, self._unsupported = self._stamp_ns, 0.0
 
     def _convergence(self) -> float:
         """Return the angle to add to a true-north yaw at the belief for a yaw in the plane's axes."""
@@ -269,7 +284,8 @@ class PositionFilter:
                 weight = min(1.0, (self._stamp_ns - self._fix_ns) / NS / FIX_CORRELATION_S)
                 likelihood = self._belief.normal_likelihood(place, covariance)
                 self._belief.multiply(np.maximum(likelihood, _LEAST_LIKELIHOOD), weight)
-                self._fix_ns = self._trusted_ns = self._stamp_ns
+                self._fix_ns = self._stamp_ns
+                self._trust()
                 # If a search around the fix would not reach the belief, the belief is the better centre.
                 return mahalanobis(offset, covariance) <= SEARCH_SIGMAS
             if (self._stamp_ns - self._trusted_ns) / NS <= _LOST_AFTER_S:
@@ -277,6 +293,7 @@ class PositionFilter:
         if covariance.trace() / 2.0 > WIDEST_M**2:
             return True  # too coarse to start from, but the best centre for a search
         self._belief = BeliefGrid.normal(place, covariance)
-        self._fix_ns = self._trusted_ns = self._stamp_ns
+        self._fix_ns = self._stamp_ns
+        self._trust()
         self._driven, self._support = math.inf, 0.0
         return True

@@ -393,9 +393,12 @@ class LocalizerNode(VehicleNode):
         image: Image,
         mounting: Mounting,
     ) -> None:
-        """Search for the place if the filter has none and no fix to start from. Raises RejectedInput then."""
+        """Search for the place if there is no fix to start from, and the filter has none, or a wrong one.
+
+        Raises RejectedInput if it has none, or another one is found.
+        """
         pose, fix, stamp_ns = moving.pose, paired.fix, paired.frame.stamp_ns
-        if pose is not None:
+        if pose is not None and (fix is not None or not moving.doubtful):
             finder.settled(pose)
             return
         if fix is not None:
@@ -419,7 +422,12 @@ class LocalizerNode(VehicleNode):
             except (LowImageryError, NoImageryError):
                 return None
 
-        found = finder.step(stamp_ns, heading, score, localizer.calibration, mounting)
+        try:
+            found = finder.step(stamp_ns, heading, score, localizer.calibration, mounting)
+        except (RejectedInput, MapError):
+            if pose is None:
+                raise
+            return  # the filter goes on meanwhile
         self.get_logger().info(f"the place was found at {found.lat:.6f} {found.lon:.6f}")
         if self._course is not None and known and heading is None and found.heading is not None:
             # With a larger deviation it would count as unknown; images make it more precise soon.
@@ -514,7 +522,9 @@ class LocalizerNode(VehicleNode):
         outputs.publish_status(paired, estimate)
 
     def _warn_of_unused_fix(self, paired: PairedFrame) -> None:
-        if paired.fix is None:
+        if self._filter is not None and self._filter.doubtful:
+            text = "neither fixes nor heat maps have supported the filter's position for a while"
+        elif paired.fix is None:
             text = "no usable fix: the filter goes on with odometry and heat maps"
         else:
             text = "the fix lies far from the filter's position, around which images are searched instead"

@@ -201,8 +201,16 @@ LOCALIZER: tuple[Parameter, ...] = (
     ),
     L("min_valid_fraction", 0.9, "Least share of a tile with imagery.", (0.0, 1.0)),
     L("min_confidence", -1.0, "Least confidence of ~/pose; negative: the checkpoint's.", (-1.0, 1.0)),
-    P("datum_lat", math.nan, "Latitude of the map frame's origin, degrees; nan: the first pose's fix."),
-    P("datum_lon", math.nan, "Longitude of the map frame's origin, degrees; nan: the first pose's fix."),
+    P(
+        "datum_lat",
+        math.nan,
+        "Latitude of the map frame's origin, degrees; nan: first fix or place found.",
+    ),
+    P(
+        "datum_lon",
+        math.nan,
+        "Longitude of the map frame's origin, degrees; nan: first fix or place found.",
+    ),
     *_MOUNTING,
     *_CAMERAS,
     P(
