@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("rclpy", reason="ROS 2's Python packages are not installed")
 
+from geometry_msgs.msg import PoseWithCovarianceStamped
 from lifecycle_msgs.msg import Transition
 from rclpy.serialization import deserialize_message
 from ros_harness import Bench, NodeProcess, bench, pick_domain
@@ -163,6 +165,31 @@ def test_place_and_heading_are_found_without_a_compass(
             assert drivers.error() < FOUND_M and b.value("heading_from") == "course"
             drivers.send()
             assert "course_unknown" not in b.text()
+    finally:
+        assert node.stop() == 0, node.log
+
+
+def test_a_wrong_initial_pose_is_left_for_the_right_place(
+    frames: list[Frame], aerial: str, tmp_path: Path
+) -> None:
+    lat, lon = away(frames[0], 0.0, 0.0)
+    node = localizer(tmp_path / "log", aerial, datum_lat=lat, datum_lon=lon)
+    try:
+        with bench(DOMAIN) as b:
+            drivers = Drivers(b, iter(frames))
+            click = b.publisher(PoseWithCovarianceStamped, "initialpose")
+            drivers.connect()
+            b.wait(click.get_subscription_count, what="the initial pose's subscription")
+            pose = PoseWithCovarianceStamped()
+            pose.header.frame_id = "map"
+            pose.pose.pose.position.x = 70.0
+            pose.pose.pose.orientation.w = 1.0
+            pose.pose.covariance = (4.0 * np.eye(6)).ravel()
+            click.publish(pose)
+            b.wait(lambda: b.value("initialpose_received") == "1", what="the pose")
+            while not drivers.found or drivers.error() > 20.0:
+                drivers.send()
+            assert drivers.error() < FOUND_M and int(b.value("images_searched")) >= 4
     finally:
         assert node.stop() == 0, node.log
 

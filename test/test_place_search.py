@@ -188,6 +188,21 @@ def test_tiles_are_those_around_the_camera() -> None:
     assert np.hypot(x - 30.0 * math.cos(vehicle.yaw), y - 30.0 * math.sin(vehicle.yaw)).max() < 3.0
 
 
+def test_an_area_without_imagery_is_given_up() -> None:
+    vehicle = Vehicle(8)
+    search = PlaceSearch(vehicle.area(100.0), vehicle.odometry, HALF_M)
+    search.move(vehicle.ns, HeadingSample(vehicle.ns, vehicle.yaw, 0.03))
+    assert not search.given_up
+    search.observe([], Calibration(), Mounting())
+    assert search.given_up
+    search.widen()
+    assert not search.given_up
+    # One tile on the edge is not enough.
+    centres = search.centres(Mounting())
+    search.observe([vehicle.score(*centres[-1])], Calibration(), Mounting())
+    assert search.given_up
+
+
 def test_tiles_that_show_nothing_leave_their_places_possible() -> None:
     vehicle = Vehicle(4)
     search = PlaceSearch(vehicle.area(100.0, away_m=60.0), vehicle.odometry, HALF_M)

@@ -49,8 +49,8 @@ _UNSEEN_SPEED = 15.0
 _ELSEWHERE = 0.05
 # The place is found if this share lies within this distance of the maximum, after so many images ...
 FOUND_SHARE, FOUND_M, FOUND_IMAGES = 0.999, 10.0, 4
-# ... and the area is given up once so much lies elsewhere.
-GIVEN_UP = 0.5
+# ... and the area is given up once less than this share, of what is elsewhere or shown by tiles, is shown.
+_GIVEN_UP = 0.5
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,8 @@ class PlaceSearch:
         self._stamp_ns: int | None = None
         self._layers: list[_Layer] = []
         self.elsewhere, self.images, self._driven = _ELSEWHERE, 0.0, math.inf
+        # Probability of the places that tiles have shown.
+        self._shown = 1.0 - _ELSEWHERE
 
     @property
     def area(self) -> SearchArea:
@@ -154,6 +156,8 @@ class PlaceSearch:
     def observe(self, scan: Sequence[TileScores], calibration: Calibration, mounting: Mounting) -> None:
         """Take the scores of the tiles around :meth:`centres`, for the image at the last stamp."""
         weight = min(1.0, self._driven / _APART_M)
+        if not scan:
+            self._shown = 0.0
         if not scan or weight == 0.0:
             return
         self._driven = 0.0
@@ -164,12 +168,14 @@ class PlaceSearch:
             yaw = layer.angle + self._yaw
             lever = np.array(in_enu(mounting.camera, yaw))
             looking = None if self._measured else mounting.looking(yaw)
-            likelihood = mosaic.likelihood(layer.belief, lever, looking)
+            likelihood, shown = mosaic.likelihood(layer.belief, lever, looking)
             layer.weight *= layer.belief.multiply(((1.0 - outlier) * likelihood + outlier) ** weight)
+            layer.shown = float((layer.belief.probability * shown).sum())
         total = sum(layer.weight for layer in self._layers) + self.elsewhere
         for layer in self._layers:
             layer.weight /= total
         self.elsewhere /= total
+        self._shown = sum(layer.weight * layer.shown for layer in self._layers)
         self._layers = [layer for layer in self._layers if layer.weight > _LEAST]
 
     @property
@@ -210,7 +216,7 @@ class PlaceSearch:
     @property
     def given_up(self) -> bool:
         """True if the vehicle is not in the area."""
-        return not self.elsewhere <= GIVEN_UP or (not self._layers and self._stamp_ns is not None)
+        return not self._shown >= _GIVEN_UP * (self._shown + self.elsewhere)
 
     def _spread_out(self) -> None:
         """Make all places in the disc likely, moved by the way driven since, under each heading."""
@@ -226,15 +232,20 @@ class PlaceSearch:
         for layer in self._layers:
             layer.belief.corner = corner + layer.turned(self._way)
         self.elsewhere, self.images, self._driven = _ELSEWHERE, 0.0, math.inf
+        self._shown = 1.0 - _ELSEWHERE
 
 
 @dataclass
 class _Layer:
-    """Belief under one hypothesis of the heading; ``weight``: its probability; angle: radians."""
+    """Belief under one hypothesis of the heading.
+
+    angle: radians. weight: its probability. shown: share of the belief that tiles have shown.
+    """
 
     belief: BeliefGrid
     angle: float
     weight: float
+    shown: float = 1.0
 
     def turned(self, step: complex) -> Array:
         """Return a step (x, y) under this hypothesis, metres."""
@@ -278,18 +289,22 @@ class _Mosaic:
         # Relative to what is shown here, the middles of the tiles: models prefer these.
         self.relative[self.shown] /= self.relative[self.shown].mean()
 
-    def likelihood(self, belief: BeliefGrid, lever: Array, yaw: float | None) -> Grid:
-        """Return the likelihood of the cells of ``belief``, for a camera that looks along ``yaw``."""
+    def likelihood(self, belief: BeliefGrid, lever: Array, yaw: float | None) -> tuple[Grid, Grid]:
+        """Return likelihoods of the cells of ``belief``, for a camera that looks along ``yaw``.
+
+        Also return how much of each cell a map shows, 0..1.
+        """
         right, up = (belief.corner + lever - self.corner) / _CELL_M
         to_pixel = np.array([[1.0, 0.0, right], [0.0, 1.0, up]])
         relative = belief.resampled(self.relative, to_pixel)
+        shown = 1.0 - belief.resampled((~self.shown).astype(np.float32), to_pixel)
         if self.cos is None or self.sin is None or yaw is None:
-            return relative
+            return relative, shown
         aligned = math.cos(yaw) * self.cos + math.sin(yaw) * self.sin
         density = np.exp(_CONCENTRATION * (aligned - 1.0)) * _PEAK
         density = (1.0 - _HEADING_OUTLIER) * density + _HEADING_OUTLIER
         density[~self.shown] = 1.0
-        return relative * belief.resampled(density.astype(np.float32), to_pixel)
+        return relative * belief.resampled(density.astype(np.float32), to_pixel), shown
 
 
 # Density of the model's headings at the right one, relative to a uniform one.

@@ -205,7 +205,7 @@ class PlaceFinder:
         self._node.get_logger().warning(shown(text), throttle_duration_sec=10.0)
 
     def _widen(self, search: PlaceSearch) -> None:
-        text = f"images do not show the places {_shown_area(search.area)}: searching in a wider area"
+        text = f"neither map nor images show a place {_shown_area(search.area)}: searching in a wider area"
         self._node.get_logger().warning(shown(text), throttle_duration_sec=LOG_INTERVAL_S)
         search.widen()
         self._health.count("searches_widened")
