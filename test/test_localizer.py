@@ -425,6 +425,69 @@ def test_a_real_network_runs_through(heading_prior_deg: float | None) -> None:
     assert np.linalg.eigvalsh(estimate.covariance).min() >= 0.25
 
 
+@pytest.mark.parametrize(
+    "camera, up, prior, heading",
+    [
+        ("panorama", "north", None, None),
+        ("panorama", "north", 45.0, 0.7),
+        ("panorama", "north", 0.0, 0.7),
+        ("pinhole", "left", 10.0, 0.7),
+    ],
+)
+def test_scores_of_a_tile_are_those_of_the_estimate(
+    camera: str, up: str, prior: float | None, heading: float | None
+) -> None:
+    localizer = make_localizer(
+        PaintedMap(place(4.0, 3.0)),
+        FindsRed(camera, up, angle=0.3),
+        heading_prior_deg=prior,
+        search_radius_m=None,
+    )
+    observation = Observation(IMAGE, LAT, LON, heading=heading, camera=CAMERA)
+    estimate, scores = localizer.localize(observation), localizer.score(observation)
+    assert (scores.tile.key, scores.grid) == (estimate.tile.key, estimate.heat_map.grid)
+    peak = np.unravel_index(scores.logits.argmax(), scores.logits.shape)
+    assert peak == estimate.heat_map.peak_pixel
+    if prior == 0.0:
+        assert scores.cos is None and scores.sin is None
+    else:
+        assert scores.cos is not None and scores.sin is not None and estimate.heading is not None
+        angle = math.atan2(scores.sin[peak], scores.cos[peak])
+        assert wrap_angle(angle - estimate.heading) == pytest.approx(0.0, abs=1e-5)
+
+
+def test_scores_keep_the_features_of_many_tiles_until_another_tile_is_localised() -> None:
+    model = FindsRed()
+    localizer = make_localizer(PaintedMap(), model, snap_m=1.0)
+    places = [Observation(IMAGE, *place(10.0 * k, 0.0), heading=0.0) for k in range(20)]
+    for observation in places + places:
+        localizer.score(observation)
+    assert model.encoded == 20
+    localizer.localize(Observation(IMAGE, *place(0.0, 20.0), heading=0.0))
+    for observation in places:
+        localizer.score(observation)
+    assert model.encoded == 21 + 20 - 7  # eight had been kept
+
+
+def test_scores_that_are_not_finite_are_refused() -> None:
+    model = FindsRed()
+    localizer = make_localizer(PaintedMap(), model)
+    model.fill = math.nan
+    with pytest.raises(NonFiniteHeatMapError, match="the heat map of finds-red"):
+        localizer.score(Observation(IMAGE, LAT, LON, heading=0.0))
+    model.fill, model.angle = None, math.nan
+    with pytest.raises(NonFiniteHeatMapError, match="the orientation field of finds-red"):
+        localizer.of_all_headings.score(Observation(IMAGE, LAT, LON))
+
+
+def test_a_localizer_of_known_headings_has_one_of_all_headings() -> None:
+    localizer = make_localizer(PaintedMap(place(4.0, 3.0)), FindsRed(angle=0.3))
+    with pytest.raises(HeadingRequiredError):
+        localizer.localize(Observation(IMAGE, LAT, LON))
+    estimate = localizer.of_all_headings.localize(Observation(IMAGE, LAT, LON))
+    assert estimate.heading == pytest.approx(math.pi / 2 + 0.3, abs=1e-5)
+
+
 def test_the_snippet_of_the_readme_localises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     (snippet,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
