@@ -222,13 +222,21 @@ def test_an_operator_gives_the_pose_pauses_and_searches_anew(rig: Rig) -> None:
         b.wait(lambda: b.value("initialpose_received") == "7", what="the pose")
         image(fix=True)
         assert off() > 40.0
-        assert b.trigger("/localizer/relocalize")[0]
+        assert b.trigger("/localizer/relocalize") == (
+            True,
+            "the position is forgotten; the next fix is the new start; without one, images are searched "
+            "within 200 m",
+        )
         image(fix=True)
         assert off() < 15.0
         b.wait(lambda: "disabled" not in b.text(), what="the warning's end")
         # Too rough to start from.
+        assert not b.set_parameter("/localizer", "start_radius_m", 0.0)
         click.publish(pose(covariance=np.eye(2) * 900.0))
-        b.wait(lambda: b.value("initialpose_received") == "8", what="the pose")
+        b.wait_diagnosis("initial pose refused", "at most 25 m while start_radius_m is 0")
+        assert not b.set_parameter("/localizer", "start_radius_m", 100.0)
+        click.publish(pose(covariance=np.eye(2) * 900.0))
+        b.wait(lambda: b.value("initialpose_received") == "9", what="the pose")
         while "searching: no fix: searching for the vehicle within 90 m" not in b.text():
             ns = rig.step()
             rig.send_heading(ns)

@@ -250,8 +250,8 @@ class Localizer:
     def score(self, observation: Observation) -> TileScores:
         """Return the scores of all places on the tile around the observation's position.
 
-        The features of such tiles take up to ``SCAN_MB``, until :meth:`localize` meets another tile. Raises as
-        :meth:`localize`.
+        The features of such tiles take up to ``SCAN_MB``, until :meth:`localize` meets another tile. Raises
+        as :meth:`localize`.
         """
         self._check_inputs(observation)
         tile = self._tile(observation)
