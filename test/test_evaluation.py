@@ -25,7 +25,7 @@ from xview_loc.cli.console import UsageError
 from xview_loc.datasets import DatasetError, PoseDataset, Sample
 from xview_loc.datasets.benchmark import part_of
 from xview_loc.estimation.observation import LocalizationError, Observation
-from xview_loc.evaluation import (
+from xview_loc.evaluation.errors import (
     DriveErrors,
     Errors,
     EvaluationError,

@@ -26,7 +26,7 @@ from torch.utils.data import default_collate
 from xview_loc.adaptation.labelling import match_batch
 from xview_loc.cli.evaluate import Benchmark, Heading, open_benchmark
 from xview_loc.datasets import DatasetError, KittiDataset, PoseDataset, Sample, open_dataset
-from xview_loc.evaluation import evaluate
+from xview_loc.evaluation.errors import evaluate
 from xview_loc.models.base import IMAGENET_MEAN, IMAGENET_STD
 from xview_loc.models.ccvpe import CCVPE, CONFIGS
 from xview_loc.training.trainer import PoseValidation

@@ -27,7 +27,7 @@ from xview_loc.camera import PanoramaCamera
 from xview_loc.datasets.simulated import parse_cities
 from xview_loc.estimation.localizer import Localizer
 from xview_loc.estimation.observation import Observation
-from xview_loc.evaluation import DriveErrors, Errors, localize_drive
+from xview_loc.evaluation.errors import DriveErrors, Errors, localize_drive
 from xview_loc.models.checkpoint import load_model
 from xview_loc.models.specs import ModelSpec
 from xview_loc.rig import MountedCamera, Rig, tilt_matrix

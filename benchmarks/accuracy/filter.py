@@ -39,7 +39,7 @@ from rich.table import Table
 from xview_loc.estimation.localizer import Localizer
 from xview_loc.estimation.observation import LocalizationError, Observation, PoseEstimate
 from xview_loc.estimation.position_filter import PositionFilter
-from xview_loc.evaluation import Errors, distance_m
+from xview_loc.evaluation.errors import Errors, distance_m
 from xview_loc.geodesy import LocalProjection, wrap_angle
 from xview_loc.images import Image
 from xview_loc.maps import open_map

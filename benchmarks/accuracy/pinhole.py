@@ -28,7 +28,7 @@ from xview_loc.camera import CameraModel
 from xview_loc.datasets.simulated import parse_cities, rendered_view
 from xview_loc.estimation.localizer import Localizer
 from xview_loc.estimation.observation import Observation
-from xview_loc.evaluation import DriveErrors, Errors, localize_drive
+from xview_loc.evaluation.errors import DriveErrors, Errors, localize_drive
 from xview_loc.models.base import CrossViewModel
 from xview_loc.models.checkpoint import load_model
 from xview_loc.models.specs import ModelSpec

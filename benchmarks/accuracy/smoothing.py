@@ -39,7 +39,7 @@ from xview_loc.adaptation.smoothing import smooth
 from xview_loc.bags.ros_types import serialize
 from xview_loc.bags.writer import BagWriter
 from xview_loc.datasets.base import Track
-from xview_loc.evaluation import Errors
+from xview_loc.evaluation.errors import Errors
 from xview_loc.geodesy import LocalProjection
 from xview_loc.models.checkpoint import Checkpoint, load_model
 from xview_loc.simulation.messages import TOPICS

@@ -35,7 +35,7 @@ from rich.table import Table
 from xview_loc.estimation.heat_map import TileScores
 from xview_loc.estimation.localizer import Localizer
 from xview_loc.estimation.observation import LocalizationError, LowImageryError, Observation
-from xview_loc.estimation.place_search import PlaceSearch, SearchArea
+from xview_loc.estimation.place_search import LEAST_APART_M, PlaceSearch, SearchArea
 from xview_loc.estimation.position_filter import FilteredPose, PositionFilter
 from xview_loc.geodesy import LocalProjection, distance_m, wrap_angle
 from xview_loc.images import Image
@@ -97,7 +97,7 @@ class Vehicle:
                 continue
             heading = self._measured(frame)
             one.move(frame.stamp_ns, heading)
-            if not one.wants:
+            if one.driven < LEAST_APART_M:
                 continue
             scan: list[TileScores] = []
             places = one.centres(Mounting())

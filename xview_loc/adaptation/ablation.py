@@ -16,7 +16,7 @@ from xview_loc.adaptation.distillation import Distillation, Student
 from xview_loc.adaptation.labels import reliable
 from xview_loc.adaptation.report import error_table
 from xview_loc.datasets.base import PairSource
-from xview_loc.evaluation import Errors
+from xview_loc.evaluation.errors import Errors
 from xview_loc.files import write_whole
 from xview_loc.models.checkpoint import Checkpoint
 from xview_loc.report import Page, finite

@@ -34,7 +34,7 @@ from xview_loc.adaptation.labels import AdaptationError, LabelledPairs, PseudoLa
 from xview_loc.adaptation.smoothing import Smoothed, smooth
 from xview_loc.adaptation.verdict import Verdict, judge
 from xview_loc.datasets.base import JoinedPairs, PairSource, PoseDataset
-from xview_loc.evaluation import Errors
+from xview_loc.evaluation.errors import Errors
 from xview_loc.models.base import CrossViewModel
 from xview_loc.models.ccvpe import CCVPE
 from xview_loc.models.checkpoint import Checkpoint, CheckpointError, load_checkpoint

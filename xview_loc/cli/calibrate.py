@@ -49,7 +49,7 @@ def calibrate(
     """
     from xview_loc.datasets.simulated import parse_cities
     from xview_loc.estimation.calibration import CalibrationFrame, fit_calibration
-    from xview_loc.evaluation import evaluate, localize_each
+    from xview_loc.evaluation.errors import evaluate, localize_each
     from xview_loc.files import check_writable
     from xview_loc.models.base import Calibration
     from xview_loc.models.checkpoint import save_checkpoint

@@ -1,4 +1,4 @@
-"""``xview-loc evaluate``: errors of a model on simulated drives or on a published benchmark."""
+"""``xview-loc evaluate``: errors on recordings, on simulated drives or on a published benchmark."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from rich.progress import Progress, track
 from rich.table import Table
 
 from xview_loc.cli.console import UsageError, console
+from xview_loc.cli.maps import Headers, KeyEnv, map_options
 from xview_loc.errors import UserError, reason
 
 if TYPE_CHECKING:
     from xview_loc.datasets.base import PoseDataset
     from xview_loc.estimation.localizer import Localizer
     from xview_loc.estimation.observation import Observation
-    from xview_loc.evaluation import PoseErrors
+    from xview_loc.evaluation.errors import PoseErrors
     from xview_loc.models.base import CrossViewModel
     from xview_loc.models.checkpoint import Checkpoint
 
@@ -75,6 +76,8 @@ Split = Annotated[
 # Exit code if samples of a benchmark were left out, and how many of them are named.
 _SOME_UNREADABLE = 3
 _NAMED = 3
+# Number of images shown that mislead the model most.
+_WORST = 4
 # Published errors, (mean, median) in metres: teacher and student on the last 20 % of the target area (Xia et
 # al., ECCV 2024, table 1).
 _MEASURES = {Benchmark.vigor: ("distance",), Benchmark.kitti: ("longitudinal", "lateral")}
@@ -99,6 +102,17 @@ _PUBLISHED = {
 
 
 def evaluate(
+    bags: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Bags of pairs to localise beside --truth.", show_default=False),
+    ] = None,
+    map_: Annotated[str, typer.Option("--map", help="Aerial map of the bags.")] = "",
+    truth: Annotated[
+        Path | None, typer.Option(help="True positions of the bags: a table stamp,lat,lon or a bag of fixes.")
+    ] = None,
+    truth_topic: Annotated[str | None, typer.Option(help="NavSatFix topic of the true positions.")] = None,
+    header: Headers = None,
+    api_key_env: KeyEnv = "",
     model: ModelName = "ccvpe-small",
     checkpoint: Weights = None,
     style: Style = "source",
@@ -115,21 +129,34 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Samples of a benchmark matched together.")] = 1,
     workers: Annotated[int, typer.Option(min=0, help="Processes that load a benchmark.")] = 0,
     device: Annotated[str, typer.Option(help="Device for a benchmark: cpu or cuda.")] = "cpu",
-    out: Annotated[Path | None, typer.Option(help="Write the errors of every frame as JSON.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the errors of every frame to this JSON file; of bags: a report, errors.csv and "
+            "trajectories in TUM's format to this folder."
+        ),
+    ] = None,
 ) -> None:
-    """Localise every frame by itself and print the errors.
+    """Localise every frame by itself, those of bags over time as well, and print the errors.
 
-    Frames are from drives through simulated cities or, with --dataset and --root, from VIGOR or KITTI, whose
-    published figures are printed too. Samples of a benchmark that cannot be read are named and left out; the
-    exit code is then 3.
+    Frames are from bags of pairs with true positions (--truth), from drives through simulated cities or, with
+    --dataset and --root, from VIGOR or KITTI, whose published figures are printed too. Samples of a benchmark
+    that cannot be read are named and left out; the exit code is then 3.
     """
     from xview_loc.adaptation.labelling import ReadOptions
     from xview_loc.adaptation.padding import padding_warning
-    from xview_loc.evaluation import evaluate as evaluate_model
+    from xview_loc.evaluation.errors import evaluate as evaluate_model
     from xview_loc.files import check_writable, write_whole
     from xview_loc.report import finite
     from xview_loc.training.trainer import make_fabric
 
+    if bags:
+        _on_recordings(
+            bags, map_, map_options(header, api_key_env), truth, truth_topic, model, checkpoint, heading, out
+        )
+        return
+    if truth or map_:
+        raise UsageError("--truth and --map are for bags of pairs: name them")
     if out:
         check_writable(out)
     loaded = load(model, checkpoint, heading)
@@ -172,6 +199,82 @@ def evaluate(
     if unreadable:
         print_unreadable(unreadable)
         raise typer.Exit(_SOME_UNREADABLE)
+
+
+def _on_recordings(
+    bags: list[Path],
+    map_: str,
+    options: Any,
+    truth: Path | None,
+    topic: str | None,
+    model: str,
+    checkpoint: Path | None,
+    heading: Heading,
+    out: Path | None,
+) -> None:
+    """Replay bags of pairs beside true positions, print the errors and write the report."""
+    from xview_loc.datasets.pairs import PairDataset
+    from xview_loc.estimation.localizer import Localizer
+    from xview_loc.evaluation import recording_report
+    from xview_loc.evaluation.replay import Replay, replay
+    from xview_loc.maps import open_map
+    from xview_loc.maps.base import redact
+    from xview_loc.recordings.pair_reader import PairBag
+    from xview_loc.recordings.tracks import read_timed_track
+
+    if truth is None or not map_:
+        raise UsageError("bags need --truth, their true positions, and --map, the aerial map")
+    if len({bag.resolve().name for bag in bags}) < len(bags):
+        raise UsageError("two of the bags have the same name: rename one")
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+    track = read_timed_track(truth, topic)
+    net = load(model, checkpoint, heading).model
+    known = heading is Heading.known
+    replays: list[Replay] = []
+    worst: list[tuple[float, Path, Replay, int]] = []
+    with (
+        open_map(map_, options) as aerial,
+        Localizer.open(aerial, net, heading_prior_deg=0.0 if known else None) as localizer,
+        Progress(console=console, transient=True) as progress,
+    ):
+        for folder in bags:
+            bag, dataset = PairBag(folder), PairDataset([folder], net.spec)
+            for remark in dataset.remarks:
+                console.print(remark, soft_wrap=True)
+            bar = progress.add_task(folder.name, total=len(bag))
+            one = replay(
+                dataset,
+                bag,
+                localizer,
+                track,
+                use_heading=known,
+                on_pair=lambda bar=bar: progress.advance(bar),  # type: ignore[misc]
+            )
+            replays.append(one)
+            worst += [(error, folder, one, i) for i, error in one.worst(_WORST)]
+        figures = recording_report.summary(replays)
+        heads, rows = recording_report.table(figures)
+        table = Table(*heads, title=f"{net.spec.name}, heading {heading.value}")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+        for line in recording_report.verdict(figures):
+            console.print(line, soft_wrap=True)
+        if out:
+            recording_report.write_files(replays, figures, out)
+            facts = {
+                "model": net.spec.name,
+                "checkpoint": str(checkpoint or "shipped"),
+                "heading": heading.value,
+            }
+            facts |= {"map": redact(map_), "imagery": aerial.info().attribution, "true positions": str(truth)}
+            shown = [
+                recording_report.draw_worst(one, i, PairDataset([folder], net.spec), localizer, known)
+                for _, folder, one, i in sorted(worst, key=lambda w: -w[0])[:_WORST]
+            ]
+            recording_report.page(replays, figures, facts, aerial, shown).write(out / "report.html")
+            console.print(f"report: {out / 'report.html'}", soft_wrap=True)
 
 
 def load(model: str, checkpoint: Path | None, heading: Heading) -> Checkpoint:
@@ -308,7 +411,7 @@ def _print_benchmark(errors: PoseErrors, name: str, dataset: Benchmark, split: s
 def _on_drives(net: CrossViewModel, style: str, cities: str, frames: int, heading: Heading) -> dict[str, Any]:
     """Print the errors on simulated drives and return them for the JSON file."""
     from xview_loc.datasets.simulated import parse_cities
-    from xview_loc.evaluation import DriveErrors, Errors, localize_drive
+    from xview_loc.evaluation.errors import DriveErrors, Errors, localize_drive
 
     drives = []
     for seed in track(parse_cities(cities), "cities", console=console, transient=True):

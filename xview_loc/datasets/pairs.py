@@ -130,8 +130,7 @@ class PairDataset(PairSource):
 
     def __getitem__(self, index: int) -> PairSample:
         """Return a pair. Raises IndexError, BagError if it is damaged, DatasetError if it does not fit."""
-        if not 0 <= index < len(self):
-            raise IndexError(index)
+        self._place(index)
         record = self._decoded.get(index)
         if record is None:
             record = self._decode(index)
@@ -150,10 +149,29 @@ class PairDataset(PairSource):
             sample["intrinsics"] = torch.tensor(lens.matrix, dtype=torch.float32)
         return sample
 
-    def _decode(self, index: int) -> np.void:
+    def look(self, index: int) -> tuple[Pair, Image, Mounting]:
+        """Return a pair, what the model's lens sees of it, and where antenna and lens are.
+
+        The image is upright; panoramas are as recorded, not turned north. Raises IndexError, BagError.
+        """
+        number, within = self._place(index)
+        pair, mounting = self._pair(number, within), self._mountings[number]
+        try:
+            image, looking = self._look(number, pair)
+        except (CameraError, ImageError) as error:
+            raise BagError(f"pair {within} of {self._bags[number].folder} is damaged: {error}") from None
+        return pair, image, replace(mounting, camera_yaw=looking)
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """Return the number of a pair's bag, and the pair's number in it. Raises IndexError."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
         number = bisect.bisect_right(self._ends, index)
+        return number, index - (self._ends[number - 1] if number else 0)
+
+    def _decode(self, index: int) -> np.void:
+        number, within = self._place(index)
         bag = self._bags[number]
-        within = index - (self._ends[number - 1] if number else 0)
         pair, tile = self._pair(number, within), bag.tile(within)
         if tile is None:
             raise DatasetError(f"pair {within} of {bag.folder} has no tile: {self._tiles_of(bag.folder)}")
@@ -162,17 +180,19 @@ class PairDataset(PairSource):
         if pair.heading is not None:
             lat, lon = mounting.camera_from_antenna(lat, lon, pair.heading)
         record: np.void = np.zeros(1, self._dtype)[0]
+        spec = self._spec
         try:
-            record["ground"], looking = self._ground(number, pair)
+            image, looking = self._look(number, pair)
+            record["ground"] = ground_image(image, spec, heading=pair.heading, camera=None, mount_yaw=looking)
         except (CameraError, ImageError) as error:
             raise BagError(f"pair {within} of {bag.folder} is damaged: {error}") from None
-        if self._spec.aerial_up == "left":
+        if spec.aerial_up == "left":
             if pair.heading is None:
-                needs = f"{self._spec.name} needs tiles turned to it"
+                needs = f"{spec.name} needs tiles turned to it"
                 reckoned = "nor do odometry and fixes give one"
                 raise BagError(f"pair {within} of {bag.folder} has no heading, {reckoned}, and {needs}")
-            tile = tile.rotated(pair.heading + looking, self._spec.aerial_size)
-        cut, side = (tile.size_px - self._spec.aerial_size) // 2, self._spec.aerial_size
+            tile = tile.rotated(pair.heading + looking, spec.aerial_size)
+        cut, side = (tile.size_px - spec.aerial_size) // 2, spec.aerial_size
         record["aerial"] = tile.image[cut : cut + side, cut : cut + side]
         record["fix"] = [x - cut for x in tile.enu_to_pixel(*tile.projection.forward(lat, lon))]
         record["turn"] = tile.rotation
@@ -191,10 +211,10 @@ class PairDataset(PairSource):
         heading, std = float(drive.heading[within]), float(drive.reckoned_std[within])
         return replace(pair, heading=heading, heading_std=std)
 
-    def _ground(self, number: int, pair: Pair) -> tuple[Image, float]:
-        """Return the model's ground image, and where it looks, radians left of the vehicle's x axis.
+    def _look(self, number: int, pair: Pair) -> tuple[Image, float]:
+        """Return what the model's lens sees, and where it looks, radians left of the vehicle's x axis.
 
-        Panoramas face north. Raises CameraError, ImageError.
+        Raises CameraError, ImageError.
         """
         spec, rig, yaw = self._spec, self._rigs[number], self._mountings[number].camera_yaw
         images = {"": pair.image()} if rig is None else pair.decode(rig)
@@ -203,11 +223,11 @@ class PairDataset(PairSource):
         if rig is None:
             rig = self._rig_of_one(number, pair.camera, images[""])
             if is_upright(rig, spec, **angles):
-                return ground_image(images[""], spec, heading=pair.heading, camera=None, mount_yaw=yaw), 0.0
+                return images[""], yaw
         level, mask = rig.view(images, spec.lens, **angles)
         if mask.mean() < LEAST_SEEN:
             raise ImageError(NOTHING_SEEN)
-        return ground_image(level, spec, heading=pair.heading, camera=None), rig.direction(spec.lens)
+        return level, rig.direction(spec.lens)
 
     def _rig_of_one(self, number: int, camera: CameraModel | None, image: Image) -> Rig:
         """Return the rig of a bag's only camera; the last one serves again, with its look-up tables."""

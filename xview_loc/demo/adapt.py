@@ -31,7 +31,7 @@ from xview_loc.demo.live import (
     model_and_rig,
 )
 from xview_loc.demo.pictures import COLOURS, draw_change, draw_distribution, draw_maps
-from xview_loc.evaluation import Errors
+from xview_loc.evaluation.errors import Errors
 from xview_loc.recordings.pair_reader import PairBag
 from xview_loc.report import Page
 

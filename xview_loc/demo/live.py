@@ -25,7 +25,7 @@ from rclpy.qos import DurabilityPolicy, QoSProfile
 from rclpy.signals import SignalHandlerOptions
 from sensor_msgs.msg import NavSatFix
 
-from xview_loc.evaluation import distance_m
+from xview_loc.evaluation.errors import distance_m
 from xview_loc.geodesy import LocalProjection
 from xview_loc.maps import open_map
 from xview_loc.models.specs import SPECS

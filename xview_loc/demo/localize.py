@@ -21,7 +21,7 @@ from xview_loc.demo.live import (
     model_and_rig,
 )
 from xview_loc.demo.pictures import draw_errors, draw_heat_map, draw_maps, spread_m
-from xview_loc.evaluation import Errors
+from xview_loc.evaluation.errors import Errors
 from xview_loc.geodesy import LocalProjection
 from xview_loc.report import Page
 

@@ -66,8 +66,8 @@ UNKNOWN_HEADING_VARIANCE = math.pi**2 / 3.0
 # Most tiles whose features are kept.
 TILES_ENCODED = 8
 TILES_TAKEN_OVER = 3
-# Memory for the features of tiles that a search without a fix compares, MB.
-SCAN_MB = 1000.0
+# Memory for the features of tiles that a search without a fix compares, MB: those of ccvpe-small in 500 m.
+SCAN_MB = 1500.0
 
 
 def search_radius(fix_covariance: NDArray[np.float64]) -> float:
@@ -172,6 +172,7 @@ class Localizer:
         self._turns_image = spec.camera == "panorama" and heading_prior_deg is not None
         self._needs_heading = self._turns_image or spec.aerial_up == "left" or heading_prior_deg == 0
         self._resources = ExitStack()
+        self._others: list[Localizer] = []
 
     @classmethod
     def open(
@@ -200,11 +201,11 @@ class Localizer:
 
     @cached_property
     def of_all_headings(self) -> Localizer:
-        """A localizer of the same model and tiles that searches all headings.
+        """A localizer of the same model and tiles that searches all headings, made on first use.
 
         Raises ValueError if the model cannot.
         """
-        return Localizer(
+        other = Localizer(
             self._tiles,
             self._model,
             heading_prior_deg=None,
@@ -213,6 +214,8 @@ class Localizer:
             precision=self._precision,
             tile_wait_s=self._tile_wait_s,
         )
+        self._others.append(other)
+        return other
 
     def close(self) -> None:
         """Close what :meth:`open` opened."""
@@ -234,7 +237,7 @@ class Localizer:
         self._check_inputs(observation)
         timings: dict[str, float] = {}
         with _timed(timings, "tile"):
-            tile = self._tile(observation)
+            tile = self._tile(observation, self._tile_wait_s)
         with _timed(timings, "ground"):
             ground = self._ground(observation, tile)
         with _timed(timings, "encode"):
@@ -247,14 +250,14 @@ class Localizer:
         return replace(estimate, timings_ms=timings)
 
     @torch.inference_mode()
-    def score(self, observation: Observation) -> TileScores:
+    def score(self, observation: Observation, tile_wait_s: float | None = None) -> TileScores:
         """Return the scores of all places on the tile around the observation's position.
 
-        The features of such tiles take up to ``SCAN_MB``, until :meth:`localize` meets another tile. Raises
-        as :meth:`localize`.
+        tile_wait_s: longest wait for the tile, as of :meth:`TileStore.around`. The features of such tiles
+        take up to ``SCAN_MB``, until :meth:`localize` meets another tile. Raises as :meth:`localize`.
         """
         self._check_inputs(observation)
-        tile = self._tile(observation)
+        tile = self._tile(observation, tile_wait_s)
         maps = self._match(self._ground(observation, tile), self._encode(tile, scanned=True))
         logits = self._finite(maps.logits[0], "heat map")
         if maps.orientation is None:
@@ -333,6 +336,8 @@ class Localizer:
         figures = [found.lat, found.lon, *found.covariance.flat, found.heading or 0.0, found.heading_variance]
         if not np.isfinite(figures).all():
             raise NonFiniteHeatMapError(f"the pose of {self.spec.name} has values that are not finite")
+        for other in self._others:
+            other.warm_up()
 
     @torch.inference_mode()
     def take_over(self, other: Localizer) -> None:
@@ -346,9 +351,11 @@ class Localizer:
     def forget_tiles(self) -> None:
         """Free the features of all tiles; the localizer may be in use meanwhile."""
         self._features = OrderedDict()
+        for other in self._others:
+            other.forget_tiles()
 
-    def _tile(self, observation: Observation) -> AerialTile:
-        tile = self._tiles.around(observation.lat, observation.lon, self._tile_wait_s)
+    def _tile(self, observation: Observation, wait_s: float | None) -> AerialTile:
+        tile = self._tiles.around(observation.lat, observation.lon, wait_s)
         if self.spec.aerial_up == "left":
             assert observation.heading is not None
             tile = self._turned(tile, observation.heading)

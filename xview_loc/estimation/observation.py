@@ -11,6 +11,8 @@ from xview_loc.camera import CameraModel
 from xview_loc.estimation.heat_map import HeatMap
 from xview_loc.images import Image
 from xview_loc.maps.base import AerialTile
+from xview_loc.vehicle.mounting import Mounting
+from xview_loc.vehicle.synchronisation import GnssFix, HeadingSample
 
 
 class LocalizationError(Exception):
@@ -54,6 +56,23 @@ class Observation:
     heading_std: float = 0.0
     camera: CameraModel | None = None
     stamp_ns: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        image: Image,
+        fix: GnssFix,
+        heading: HeadingSample | None,
+        mounting: Mounting,
+        camera: CameraModel | None,
+    ) -> Observation:
+        """Make an observation of a vehicle's inputs; without a heading, lever arms are not known."""
+        lat, lon, looking, std = fix.lat, fix.lon, None, 0.0
+        if heading is not None:
+            lat, lon = mounting.camera_from_antenna(lat, lon, heading.yaw)
+            looking, std = mounting.looking(heading.yaw), heading.std
+        covariance = None if fix.covariance is None else fix.covariance[:2, :2]
+        return cls(image, lat, lon, covariance, looking, std, camera, fix.stamp_ns)
 
 
 @dataclass(frozen=True, eq=False)

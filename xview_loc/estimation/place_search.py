@@ -40,15 +40,17 @@ _CONCENTRATION, _HEADING_OUTLIER = 1.0 / math.radians(15.0) ** 2, 0.5
 _SCANNED, _LEAST = 0.999, 1e-6
 # Distance after which images are independent, metres: more than in the filter, as a whole street can
 # resemble another one.
-_APART_M = 20.0
+APART_M = 20.0
 # An image nearer than this to the one before is not worth a scan, metres.
-_LEAST_APART_M = 2.0
+LEAST_APART_M = 2.0
 # Speed that a vehicle may have had where its motion is not known, m/s.
 _UNSEEN_SPEED = 15.0
 # Prior probability that the vehicle is not in the area.
 _ELSEWHERE = 0.05
 # The place is found if this share lies within this distance of the maximum, after so many images ...
 FOUND_SHARE, FOUND_M, FOUND_IMAGES = 0.999, 10.0, 4
+# ... with an unknown heading, of this standard deviation, radians ...
+_FOUND_HEADING = math.radians(10.0)
 # ... and the area is given up once less than this share, of what is elsewhere or shown by tiles, is shown.
 _GIVEN_UP = 0.5
 
@@ -69,8 +71,8 @@ class SearchArea:
 class PlaceSearch:
     """Belief about a position in an area, moved on from image to image; for use by one thread.
 
-    Call :meth:`move` for each image. If the search ``wants`` it, scan the tiles around :meth:`centres`, then
-    call :meth:`observe`.
+    Call :meth:`move` for each image. If the vehicle has ``driven`` at least ``LEAST_APART_M`` since the last
+    one, scan the tiles around :meth:`centres`, then call :meth:`observe`.
     """
 
     def __init__(
@@ -87,35 +89,36 @@ class PlaceSearch:
         self._way, self._yaw, self._measured = 0j, 0.0, False
         self._stamp_ns: int | None = None
         self._layers: list[_Layer] = []
-        self.elsewhere, self.images, self._driven = _ELSEWHERE, 0.0, math.inf
+        # Metres driven since the last image that was observed.
+        self.elsewhere, self.images, self.driven = _ELSEWHERE, 0.0, math.inf
         # Probability of the places that tiles have shown.
         self._shown = 1.0 - _ELSEWHERE
 
     @property
     def area(self) -> SearchArea:
-        """A disc that the vehicle is in now if it was in the first one."""
+        """A disc that the vehicle is in now if it was in the first one; at most ``LARGEST_M`` large."""
         if not self._measured:
             return self._first.larger(abs(self._way))
         lat, lon = (float(v) for v in self._plane.inverse(self._way.real, self._way.imag))
         return SearchArea(lat, lon, self._first.radius_m)
 
-    @property
-    def wants(self) -> bool:
-        """True if the vehicle has driven since the last image far enough for the present one to count."""
-        return self._driven >= _LEAST_APART_M
-
     def move(self, stamp_ns: int, heading: HeadingSample | None) -> bool:
         """Move on to an image's stamp; return False if the motion is not known: the search begins anew."""
-        measured = heading is not None
         began, self._stamp_ns = self._stamp_ns, stamp_ns
         motion = None if began is None else self._odometry.between(began, stamp_ns)
-        if motion is None or measured != self._measured:
+        if heading is not None and not self._measured and motion is not None:
+            # The whole way is true to north now.
+            self._way *= cmath.exp(1j * (heading.yaw - motion.turn - self._yaw))
+            self._yaw, self._measured = heading.yaw - motion.turn, True
+            self.restart()
+        if motion is None or (heading is not None) != self._measured:
             area = self.area
             if motion is None and began is not None:
                 area = area.larger(_UNSEEN_SPEED * abs(stamp_ns - began) / NS)
             self._first, self._plane = area, LocalProjection(area.lat, area.lon)
-            self._way, self._yaw, self._measured = 0j, 0.0 if heading is None else heading.yaw, measured
-            self._spread_out()
+            self._way, self._measured = 0j, heading is not None
+            self._yaw = 0.0 if heading is None else heading.yaw
+            self.restart()
             return motion is not None or began is None
         before = self._yaw if heading is None else heading.yaw - motion.turn
         step = complex(motion.forward, motion.left) * cmath.exp(1j * before)
@@ -126,13 +129,13 @@ class PlaceSearch:
         for layer in self._layers:
             shift = layer.turned(step)
             layer.belief.move(shift, rate * motion.length, corner=layer.belief.corner + shift)
-        self._driven += motion.length
+        self.driven += motion.length
         return True
 
     def widen(self) -> None:
         """Begin anew in the disc of twice the radius, which the vehicle may have been in instead."""
         self._first = self._first.larger(self._first.radius_m)
-        self._spread_out()
+        self.restart()
 
     def centres(self, mounting: Mounting) -> list[tuple[float, float]]:
         """Return the camera's positions (lat, lon), degrees, to scan tiles around; the likeliest first."""
@@ -155,12 +158,12 @@ class PlaceSearch:
 
     def observe(self, scan: Sequence[TileScores], calibration: Calibration, mounting: Mounting) -> None:
         """Take the scores of the tiles around :meth:`centres`, for the image at the last stamp."""
-        weight = min(1.0, self._driven / _APART_M)
+        weight = min(1.0, self.driven / APART_M)
         if not scan:
             self._shown = 0.0
         if not scan or weight == 0.0:
             return
-        self._driven = 0.0
+        self.driven = 0.0
         self.images += weight
         mosaic = _Mosaic(scan, calibration, self._plane, self._spacing_m)
         outlier = self._options.outlier
@@ -211,15 +214,16 @@ class PlaceSearch:
         if self.images < FOUND_IMAGES or not self._layers:
             return None
         pose, share = self.best
-        return pose if share >= FOUND_SHARE else None
+        sure = share >= FOUND_SHARE and (self._measured or pose.heading_variance < _FOUND_HEADING**2)
+        return pose if sure else None
 
     @property
     def given_up(self) -> bool:
         """True if the vehicle is not in the area."""
         return not self._shown >= _GIVEN_UP * (self._shown + self.elsewhere)
 
-    def _spread_out(self) -> None:
-        """Make all places in the disc likely, moved by the way driven since, under each heading."""
+    def restart(self) -> None:
+        """Forget all images: all places in the disc are likely, moved by the way driven since."""
         radius = self._first.radius_m
         cells = 2 * math.ceil((radius + _MARGIN_M) / _CELL_M) + 1
         corner = np.full(2, -(cells - 1) / 2 * _CELL_M)
@@ -231,7 +235,7 @@ class PlaceSearch:
         self._layers = [_Layer(BeliefGrid(disc, corner, _CELL_M), angle, share) for angle in angles]
         for layer in self._layers:
             layer.belief.corner = corner + layer.turned(self._way)
-        self.elsewhere, self.images, self._driven = _ELSEWHERE, 0.0, math.inf
+        self.elsewhere, self.images, self.driven = _ELSEWHERE, 0.0, math.inf
         self._shown = 1.0 - _ELSEWHERE
 
 

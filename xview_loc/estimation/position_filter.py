@@ -127,6 +127,11 @@ class PositionFilter:
         """
         self._start = (pose,)
 
+    def lose(self) -> None:
+        """Forget the position at the next image, unless another start was asked for meanwhile."""
+        if self._start is None:
+            self._start = (None,)
+
     @property
     def doubtful(self) -> bool:
         """True if neither fixes nor many heat maps have supported the belief."""
@@ -291,6 +296,7 @@ class PositionFilter:
             if (self._stamp_ns - self._trusted_ns) / NS <= _LOST_AFTER_S:
                 return False
         if covariance.trace() / 2.0 > WIDEST_M**2:
+            self._belief = None
             return True  # too coarse to start from, but the best centre for a search
         self._belief = BeliefGrid.normal(place, covariance)
         self._fix_ns = self._stamp_ns

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -32,7 +33,7 @@ from xview_loc.estimation.observation import (
     Observation,
     PoseEstimate,
 )
-from xview_loc.estimation.position_filter import FilterOptions, PositionFilter
+from xview_loc.estimation.position_filter import FilteredPose, FilterOptions, PositionFilter
 from xview_loc.images import Image, ImageError
 from xview_loc.maps.base import MapError, NoImageryError
 from xview_loc.models.base import CrossViewModel
@@ -58,6 +59,8 @@ from xview_loc.vehicle.synchronisation import GnssFix, HeadingSample, RejectedIn
 # Longest wait for an aerial tile, which goes on loading for later images. Shorter with the filter, whose pose
 # waits for the heat map.
 TILE_WAIT_S, TILE_WAIT_WITH_FILTER_S = 1.0, 0.2
+# ... and in a search without fixes, which has no pose that could wait.
+SEARCH_TILE_WAIT_S = 10.0
 # How long fixes agree with each other before one is the datum.
 DATUM_AFTER_S = 3.0
 # Share of a panorama that counts as all of it: the vehicle itself hides a little.
@@ -131,6 +134,7 @@ class LocalizerNode(VehicleNode):
             self._health,
             lambda: self._finder if self._state == "active" else None,
             lambda: None if self._outputs is None else self._outputs.datum,
+            self._forget_heading,
         )
 
     def configure(self) -> None:
@@ -208,9 +212,8 @@ class LocalizerNode(VehicleNode):
         return not (self._filter.started or self._finder.possible)
 
     def needs_heading(self) -> bool:
-        """Return False if a search for the place finds the heading of odometry, too."""
-        searches_all = self._spec.bins > 0 and self._spec.aerial_up == "north"
-        return not (searches_all and self._filter is not None and self.takes_course())
+        """Return False if the model searches all headings while that of odometry is not known."""
+        return not (self.takes_course() and self._spec.bins > 0 and self._spec.aerial_up == "north")
 
     def hand_over(self, paired: PairedFrame) -> bool:
         """Give it to the worker, a heading that disagrees replaced by that of odometry and fixes."""
@@ -226,10 +229,11 @@ class LocalizerNode(VehicleNode):
                 self.get_logger().warning("the heading of odometry and fixes is used instead")
                 if self._filter is not None and paired.fix is not None:
                     # The wrong heading has carried it away.
-                    self._filter.restart()
-        if paired.heading is not None:
+                    self._filter.lose()
+        if self.wants_heading():
             measured = better is None and not self.takes_course()
-            self._health.value("heading_from", "measured" if measured else "course")
+            source = "measured" if measured else "course"
+            self._health.value("heading_from", "none" if paired.heading is None else source)
         return super().hand_over(paired)
 
     def extra_inputs(self) -> list[Input]:
@@ -257,6 +261,11 @@ class LocalizerNode(VehicleNode):
         """End a search, and remember the place."""
         if self._finder is not None:
             self._finder.stop()
+
+    def before_report(self) -> None:
+        """Say nothing of a search that does not go on."""
+        if self._finder is None or not (self._finder.possible and self._requests.enabled):
+            self._health.clear("searching")
 
     def release(self) -> None:
         """Close the outputs, and abandon a change of checkpoint."""
@@ -286,7 +295,7 @@ class LocalizerNode(VehicleNode):
         p = self._params
         assert self._tiles is not None
         prior = {"known": 0.0, "prior": p["heading_prior_deg"], "unknown": None}[p["heading_mode"]]
-        return Localizer(
+        localizer = Localizer(
             self._tiles,
             model,
             heading_prior_deg=prior,
@@ -296,6 +305,19 @@ class LocalizerNode(VehicleNode):
             precision=p["precision"],
             tile_wait_s=TILE_WAIT_WITH_FILTER_S if p["filter"] else TILE_WAIT_S,
         )
+        if not self.needs_heading():
+            # Made now, so that it is tried and warm with the first.
+            _ = localizer.of_all_headings
+        return localizer
+
+    def _localizer(self, paired: PairedFrame) -> Localizer:
+        """Return the localizer in use, or that of all headings if the frame lacks one.
+
+        Read once for a frame: a change of checkpoint takes effect between two frames.
+        """
+        assert self._checkpoints.swap is not None
+        localizer = self._checkpoints.swap.active.localizer
+        return localizer.of_all_headings if self.wants_heading() and paired.heading is None else localizer
 
     def _on_odom(self, message: Any) -> None:
         self._read_velocity(message)
@@ -334,16 +356,17 @@ class LocalizerNode(VehicleNode):
                 self._reject("internal_error", f"{type(error).__name__}: {error}")
 
     def _localize(self, paired: PairedFrame) -> None:
-        outputs, swap, shadow = self._outputs, self._checkpoints.swap, self._checkpoints.shadow
-        assert outputs is not None and swap is not None and shadow is not None
+        outputs, shadow = self._outputs, self._checkpoints.shadow
+        assert outputs is not None and shadow is not None
         image, seen, mounting = self._look(paired)
         fix, heading = paired.fix, paired.heading
         moving = self._filter
         if moving is not None and self._checks.odometry_fault:
             # One of the two would carry the filter away: it starts anew once they agree.
-            moving.restart()
+            moving.lose()
             moving = None
             self._health.clear("searching")
+        localizer = self._localizer(paired)
         limits = self._doubtful() if self._fix_check.fault else self._limits
         if moving is not None:
             # A covariance that is not believed would pin the filter to the fix.
@@ -352,20 +375,18 @@ class LocalizerNode(VehicleNode):
             if used is not given:
                 fix, limits = used, self._limits
                 self._warn_of_unused_fix(paired)
-            if self._finder is not None:
-                self._find(self._finder, moving, paired, image, mounting)
+            if self._finder is not None and self._lost(self._finder, moving, paired):
+                self._search(self._finder, paired, localizer, image, mounting)
         if fix is None:
             raise RejectedInput("fix_missing", "no usable fix, and the filter has no position either")
         self._prefetch(fix)
         observation = self._observation(paired, fix, image, mounting)
         try:
-            # Read once: a change of checkpoint takes effect between two frames.
-            localizer = swap.active.localizer
             localizer.limits = limits
             estimate = localizer.localize(observation)
             if fix is paired.fix and self._begins_to_doubt(observation, estimate, localizer):
                 if moving is not None:
-                    moving.restart()
+                    moving.lose()
                     moving = None
                 localizer.limits = self._doubtful()
                 estimate = localizer.localize(observation)
@@ -383,59 +404,80 @@ class LocalizerNode(VehicleNode):
             self._publish(outputs, paired, fix, mounting, estimate)
         finally:
             # After the pose, which must not wait for it, and also if the pose is withheld.
-            shadow.saw(observation, paired.fix, heading, mounting)
+            if heading is not None or not self.wants_heading():
+                shadow.saw(observation, paired.fix, heading, mounting)
+            if self._finder is not None and moving is not None and moving.doubtful and paired.fix is None:
+                with suppress(RejectedInput, MapError, LocalizationError, ImageError):
+                    self._search(self._finder, paired, localizer, image, mounting, beside=True)
 
-    def _find(
+    def _lost(self, finder: PlaceFinder, moving: PositionFilter, paired: PairedFrame) -> bool:
+        """Return True if the filter has neither a position nor a fix to start from: it must be searched."""
+        if (pose := moving.pose) is not None:
+            if not moving.doubtful and finder.settled(pose):
+                assert self._checkpoints.swap is not None
+                self._checkpoints.swap.active.localizer.forget_tiles()
+            return False
+        if paired.fix is None:
+            return True
+        if not finder.enabled or self._odometry.between(*[paired.frame.stamp_ns] * 2) is None:
+            return False  # a single image is better than none
+        finder.around(paired.fix)
+        return True
+
+    def _search(
         self,
         finder: PlaceFinder,
-        moving: PositionFilter,
         paired: PairedFrame,
+        localizer: Localizer,
         image: Image,
         mounting: Mounting,
+        beside: bool = False,
     ) -> None:
-        """Search for the place if there is no fix to start from, and the filter has none, or a wrong one.
+        """Go on with the search for the place. Raises RejectedInput while no pose is known.
 
-        Raises RejectedInput if it has none, or another one is found.
+        beside: the filter has one, which is doubtful, and goes on.
         """
-        pose, fix, stamp_ns = moving.pose, paired.fix, paired.frame.stamp_ns
-        if pose is not None and (fix is not None or not moving.doubtful):
-            finder.settled(pose)
-            return
-        if fix is not None:
-            if not finder.enabled or self._odometry.between(stamp_ns, stamp_ns) is None:
-                return  # a single image is better than none
-            finder.around(fix)
-        assert self._checkpoints.swap is not None
-        localizer = self._checkpoints.swap.active.localizer
-        known = self._params["heading_mode"] == "known"
-        heading = paired.heading if known else None
-        if known and heading is None:
-            localizer = localizer.of_all_headings
+        stamp_ns = paired.frame.stamp_ns
+        if beside and not self.needs_heading():
+            # The heading may be what is wrong.
+            paired = replace(paired, heading=None)
+            localizer = self._localizer(paired)
         localizer.limits = self._limits
-        observation = self._observation(paired, GnssFix(stamp_ns, 0.0, 0.0, 0.0, None), image, mounting)
+        place = GnssFix(stamp_ns, 0.0, 0.0, 0.0, None)
+        observation = self._observation(paired, place, image, mounting)
+        wait_s = TILE_WAIT_WITH_FILTER_S if beside else SEARCH_TILE_WAIT_S
 
         def score(lat: float, lon: float) -> TileScores | None:
             if isinstance(self._worker, _NewestFrame) and self._worker.closing:
                 raise RejectedInput("stopped", "the search was interrupted")
             try:
-                return localizer.score(replace(observation, lat=lat, lon=lon))
+                return localizer.score(replace(observation, lat=lat, lon=lon), wait_s)
             except (LowImageryError, NoImageryError):
                 return None
 
-        try:
-            found = finder.step(stamp_ns, heading, score, localizer.calibration, mounting)
-        except (RejectedInput, MapError):
-            if pose is None:
-                raise
-            return  # the filter goes on meanwhile
-        self.get_logger().info(f"the place was found at {found.lat:.6f} {found.lon:.6f}")
-        if self._course is not None and known and heading is None and found.heading is not None:
-            # With a larger deviation it would count as unknown; images make it more precise soon.
-            std = min(math.sqrt(found.heading_variance), 0.75 * MAX_STD)
-            self._course.add_heading(HeadingSample(found.stamp_ns, found.heading, std))
-        if self._outputs is not None and self._outputs.datum is None:
-            self._outputs.set_datum(found.lat, found.lon)
+        def take(found: FilteredPose) -> None:
+            self.get_logger().info(f"the place was found at {found.lat:.6f} {found.lon:.6f}")
+            if not self.needs_heading() and found.heading is not None and paired.heading is None:
+                self._take_heading(found)
+            if self._outputs is not None and self._outputs.datum is None:
+                self._outputs.set_datum(found.lat, found.lon)
+
+        heading = paired.heading if self._params["heading_mode"] == "known" else None
+        calibration = localizer.calibration
+        finder.step(stamp_ns, heading, score, calibration, mounting, take=take, beside=beside)
         raise RejectedInput("searching", "the place was found; poses begin with the next image")
+
+    def _forget_heading(self) -> None:
+        """Forget odometry's heading, which may have been found with a wrong place."""
+        if self._course is not None and self.takes_course():
+            self._course.restart()
+
+    def _take_heading(self, pose: FilteredPose) -> None:
+        """Let odometry's heading begin with that of a pose."""
+        if self._course is not None and pose.heading is not None:
+            # With a larger deviation it would count as unknown; images make it more precise soon.
+            std = min(math.sqrt(pose.heading_variance), 0.75 * MAX_STD)
+            self._course.add_heading(HeadingSample(pose.stamp_ns, pose.heading, std))
 
     def _look(self, paired: PairedFrame) -> tuple[Image, float, Mounting]:
         """Return the image that the model takes, the share of it that is seen, and where it was taken.
@@ -459,17 +501,10 @@ class LocalizerNode(VehicleNode):
         return image, seen, replace(mounting, camera=(x, y), camera_yaw=rig.direction(spec.lens))
 
     def _observation(self, paired: PairedFrame, fix: GnssFix, image: Any, mounting: Mounting) -> Observation:
-        heading, frame = paired.heading, paired.frame
-        lat, lon = fix.lat, fix.lon
-        looking, std = None, 0.0
-        if heading is not None:
-            # The fix is the antenna's position.
-            lat, lon = mounting.camera_from_antenna(lat, lon, heading.yaw)
-            looking, std = mounting.looking(heading.yaw), heading.std
-        covariance = None if fix.covariance is None else fix.covariance[:2, :2]
         lens = self._spec.lens
         camera = lens if isinstance(lens, CameraModel) else None
-        return Observation(image, lat, lon, covariance, looking, std, camera, frame.stamp_ns)
+        at_frame = replace(fix, stamp_ns=paired.frame.stamp_ns)
+        return Observation.of(image, at_frame, paired.heading, mounting, camera)
 
     def _doubtful(self) -> Limits:
         """Return the limits for a fix whose covariance is not believed."""

@@ -38,11 +38,15 @@ class Requests:
         health: Health,
         place_finder: Callable[[], PlaceFinder | None],
         datum: Callable[[], LocalProjection | None],
+        forget_heading: Callable[[], object],
     ) -> None:
-        """place_finder, datum: return those of the active node; None without a filter, or a datum."""
+        """
+        place_finder, datum: return those of the active node; None without a filter, or a datum.
+        forget_heading: called where the place is to be searched anew.
+        """
         self.enabled = True
         self._node, self._health = node, health
-        self._finder, self._datum = place_finder, datum
+        self._finder, self._datum, self._forget_heading = place_finder, datum, forget_heading
         # A click in RViz: one message, which must arrive.
         node.create_subscription(PoseWithCovarianceStamped, "initialpose", self._on_initial_pose, 1, raw=True)
         node.create_service(SetBool, "~/set_enabled", self._on_set_enabled)
@@ -78,6 +82,7 @@ class Requests:
         if rough:
             radius = search_radius(pose.covariance)
             finder.expect(SearchArea(pose.lat, pose.lon, radius))
+            self._forget_heading()
             text = f"searching within {radius:.0f} m of the initial pose, unless a fix comes"
         else:
             finder.start_from(pose)
@@ -88,7 +93,6 @@ class Requests:
         if self.enabled:
             self._health.clear("disabled")
         else:
-            self._health.clear("searching")
             self._health.condition(
                 "disabled", WARN, "images are ignored: ~/set_enabled was called with false"
             )
@@ -102,6 +106,7 @@ class Requests:
             response.message = "no filter is active: images are searched around their fixes anyway"
             return response
         area = finder.forget()
+        self._forget_heading()
         response.success, response.message = True, "the position is forgotten; the next fix is the new start"
         if area is not None:
             response.message += f"; without one, images are searched within {area.radius_m:.0f} m"

@@ -152,7 +152,7 @@ class CourseHeadings:
     """Headings of a vehicle on the way, from its odometry and positions as they come.
 
     Odometry must give yaw rates. ``odometry`` is what keeps the samples that :meth:`add_velocity` takes. For
-    one thread; another may call :meth:`add_estimate`.
+    one thread; another may call :meth:`add_estimate` and :meth:`add_heading`.
     """
 
     def __init__(self, odometry: Odometry) -> None:
@@ -219,7 +219,8 @@ class CourseHeadings:
             since = self._odometry.between(one.stamp_ns, self._stamp_ns)
             if since is None:
                 continue
-            yaw = self._yaw - since.turn
+            # As in _turn, backwards.
+            yaw = self._yaw - since.turn + self._bias * (self._stamp_ns - one.stamp_ns) / NS
             if isinstance(one, HeadingSample):
                 self._alignment = Alignment()
                 self._alignment.resultant = cmath.rect(1.0 / one.std**2, one.yaw - yaw)

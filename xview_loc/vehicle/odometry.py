@@ -61,6 +61,11 @@ class Odometry:
                 self._samples.popleft()
         return True
 
+    @property
+    def begun(self) -> bool:
+        """True once there has been a sample."""
+        return bool(self._samples)
+
     def between(self, start_ns: int, end_ns: int) -> Motion | None:
         """Return the motion from ``start_ns`` to ``end_ns``, None if samples are missing.
 

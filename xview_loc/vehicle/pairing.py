@@ -30,8 +30,7 @@ F = TypeVar("F", bound=Stamped)
 class Paired(Generic[F]):
     """A frame with the fix, heading and tilt at its stamp.
 
-    fix: None only if not required. heading: None if not used, or neither it nor a fix is required. tilt: None
-    if not used, or not known.
+    fix, heading: None only if not required. tilt: None if not used, or not known.
     """
 
     frame: F
@@ -133,8 +132,8 @@ class Pairing(Generic[F]):
     ) -> Iterator[Paired[F] | RejectedInput]:
         """Release frames, oldest first, whose samples are complete or that waited long enough.
 
-        heading_required: False to release a frame that has neither fix nor heading. Yields each with its fix,
-        heading and tilt, or a RejectedInput with the reason why it has no fix or heading.
+        Yields each with its fix, heading and tilt, or a RejectedInput with the reason why it has no fix or
+        heading that is required.
         """
         while self._waiting:
             frame, arrived_ns = self._waiting[0]
@@ -163,7 +162,7 @@ class Pairing(Generic[F]):
             if self._use_heading:
                 heading = self._headings.at(frame.stamp_ns)
         except RejectedInput as error:
-            if heading_required or fix is not None:
+            if heading_required:
                 return error
         tilt: TiltSample | None = None
         if self._use_tilt:

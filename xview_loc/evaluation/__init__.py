@@ -1,0 +1,1 @@
+"""Errors of models, and of the vehicle's whole localisation on recorded drives."""
