@@ -237,7 +237,7 @@ def test_an_operator_gives_the_pose_pauses_and_searches_anew(rig: Rig) -> None:
         assert not b.set_parameter("/localizer", "start_radius_m", 100.0)
         click.publish(pose(covariance=np.eye(2) * 900.0))
         b.wait(lambda: b.value("initialpose_received") == "9", what="the pose")
-        while "searching: no fix: searching for the vehicle within 90 m" not in b.text():
+        while "searching: no fix to start from: searching for the vehicle within 90 m" not in b.text():
             ns = rig.step()
             rig.send_heading(ns)
             rig.send_image(ns)

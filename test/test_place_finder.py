@@ -116,7 +116,7 @@ def drive_until_found(drivers: Drivers, b: Bench) -> None:
     while not drivers.found:
         drivers.send()
         texts.append(b.text())
-    searching = "searching: no fix: searching for the vehicle within 100 m of"
+    searching = "searching: no fix to start from: searching for the vehicle within 100 m of"
     for part in ("the search without fixes begins in", searching):
         assert any(part in text for text in texts), texts
     assert drivers.error() < FOUND_M

@@ -52,7 +52,8 @@ FOUND_SHARE, FOUND_M, FOUND_IMAGES = 0.999, 10.0, 4
 # ... with an unknown heading, of this standard deviation, radians ...
 _FOUND_HEADING = math.radians(10.0)
 # ... and the area is given up once less than this share, of what is elsewhere or shown by tiles, is shown.
-_GIVEN_UP = 0.5
+# Images confirm unknown headings later than measured ones.
+_GIVEN_UP, _GIVEN_UP_UNKNOWN = 0.5, 0.01
 
 
 @dataclass(frozen=True)
@@ -220,7 +221,8 @@ class PlaceSearch:
     @property
     def given_up(self) -> bool:
         """True if the vehicle is not in the area."""
-        return not self._shown >= _GIVEN_UP * (self._shown + self.elsewhere)
+        least = _GIVEN_UP if self._measured else _GIVEN_UP_UNKNOWN
+        return not self._shown >= least * (self._shown + self.elsewhere)
 
     def restart(self) -> None:
         """Forget all images: all places in the disc are likely, moved by the way driven since."""

@@ -29,7 +29,7 @@ from xview_loc.statistics import coverage
 Array = NDArray[np.float64]
 
 # What is compared with the truth, and how it is called on a page.
-SOURCES = {"fix": "coarse fix", "single": "each image by itself", "filtered": "filtered over time"}
+SOURCES = {"fix": "coarse fix", "single": "single images", "filtered": "filtered"}
 _COLOURS = {"fix": "tab:red", "single": "tab:orange", "filtered": "tab:blue"}
 # Edges of the classes of speed, m/s, and of the fix's error, metres.
 _SPEEDS = (0.0, 1.0, 5.0, 10.0, 20.0, math.inf)
@@ -89,15 +89,14 @@ def _classes(errors: Array, values: Array, edges: Sequence[float]) -> list[dict[
 
 def table(figures: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Return heads and rows of the main table."""
-    heads = ["metres", "images", "mean", "median", "95 %", "largest", "along", "across", "in 95 %", "NEES"]
+    heads = ["metres", "mean", "median", "95 %", "max", "along", "across", "in 95 %"]
     rows = []
     for source, name in SOURCES.items():
         errors = figures[source]
         cells = [errors[key] for key in ("mean", "median", "p95", "max")]
         cells += [errors["longitudinal_median"], errors["lateral_median"]]
         texts = ["" if not math.isfinite(cell) else f"{cell:.2f}" for cell in cells]
-        honest = [f"{errors['coverage_95']:.1%}", f"{errors['nees']:.1f}"] if "nees" in errors else ["", ""]
-        rows.append([name, str(errors["frames"]), *texts, *honest])
+        rows.append([name, *texts, f"{errors['coverage_95']:.1%}" if "coverage_95" in errors else ""])
     return heads, rows
 
 
@@ -159,7 +158,7 @@ def page(
     result.text(
         "Errors are horizontal distances of base_link from the true positions; along and across are the "
         "medians of their parts in the direction of motion and across it. An honest covariance holds the "
-        "truth in its 95 % ellipse 95 times in 100, and has a NEES of 2."
+        "truth in its 95 % ellipse 95 times in 100. Images that gave no pose are left out."
     )
     result.figure(_curves(replays), "Share of images with an error below")
     for one in replays:
