@@ -7,7 +7,7 @@ position is where the next image is searched.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +43,13 @@ _SUPPORT, _SUPPORT_IMAGES = math.log(2.0), 10
 _DOUBTFUL = 15.0
 # Lower limit of a fix's likelihood: distant positions stay possible.
 _LEAST_LIKELIHOOD = np.float32(1e-4)
+# The belief's variance over that of its errors, in steady driving. Both of its inputs allow for more than
+# their errors: heat maps are calibrated for their 95 % ellipse, and near its maximum their variance is about
+# twice that of the errors; errors of odometry and headings are steadier than the noise that stands for them.
+# A common factor leaves the mean as it is. Driving is not steady for the first metres after a start, if the
+# last heat map is too far back, or while heat maps do not support the belief.
+_WIDER = 2.5
+_SETTLED_M, _BLIND_M = 50.0, 20.0
 # Correlation length of a heading's error.
 HEADING_CORRELATION_M = 100.0
 # Standard deviation above which the belief is dropped: it is useless, and would not fit its grid.
@@ -103,8 +110,8 @@ class PositionFilter:
         self._stamp_ns = 0
         self._fix_ns = 0
         self._trusted_ns = 0
-        # Metres driven since the last heat map.
-        self._driven = math.inf
+        # Metres driven since the last heat map, and since the first one without a gap.
+        self._driven, self._followed = math.inf, 0.0
         self._support = 0.0
         # Independent images since the belief was last supported.
         self._unsupported = 0.0
@@ -139,7 +146,14 @@ class PositionFilter:
 
     @property
     def pose(self) -> FilteredPose | None:
-        """Mean and covariance at the last image's stamp; None without a belief."""
+        """Mean and honest covariance at the last image's stamp; None without a belief."""
+        pose = self._wide_pose
+        settled = self._followed >= _SETTLED_M and self._driven <= _BLIND_M and self._support > _SUPPORT
+        return replace(pose, covariance=pose.covariance / _WIDER) if pose and settled else pose
+
+    @property
+    def _wide_pose(self) -> FilteredPose | None:
+        """Pose with the covariance of the belief."""
         if self._belief is None or self._plane is None:
             return None
         lat, lon = (float(x) for x in self._plane.inverse(*self._belief.mean))
@@ -184,7 +198,7 @@ class PositionFilter:
             self._altitude = fix.altitude
             if self._accepts(fix, mounting):
                 return fix
-        pose = self.pose
+        pose = self._wide_pose
         if pose is None:
             return None
         lat, lon = moved(pose.lat, pose.lon, mounting.antenna, pose.heading or 0.0)
@@ -202,6 +216,8 @@ class PositionFilter:
             variance = max(estimate.heading_variance, _LEAST_YAW_VARIANCE)
             self._headings.multiply(yaw, variance, _YAW_OUTLIER, weight)
             self._yaw, self._yaw_variance = self._headings.mean, self._headings.variance
+        if self._driven > _BLIND_M:
+            self._followed = 0.0
         self._driven = 0.0
         lever = in_enu(mounting.camera, self._yaw)
         likelihood = self._belief.heat_map_likelihood(estimate.heat_map, self._plane, lever)
@@ -265,6 +281,7 @@ class PositionFilter:
                 unseen = min(_UNSEEN_MOTION, speed**2) * seconds * (1.0 - mean**2)
                 self._spread(mean * step, rate * motion.length + unseen)
             self._driven += motion.length
+            self._followed += motion.length
 
     def _spread(self, step: Array, variance: float) -> None:
         """Move the belief, and drop it once it is too wide."""
