@@ -15,6 +15,7 @@ from xview_loc.estimation.position_filter import FilteredPose, FilterOptions, Po
 from xview_loc.geodesy import LocalProjection
 from xview_loc.maps.base import AerialTile
 from xview_loc.models.base import HeatMapGrid
+from xview_loc.statistics import mahalanobis
 from xview_loc.vehicle.mounting import Mounting
 from xview_loc.vehicle.odometry import Odometry, VelocitySample
 from xview_loc.vehicle.synchronisation import GnssFix, HeadingSample
@@ -45,7 +46,10 @@ def drive(seconds: float, start_s: float = 0.0) -> Iterator[Moment]:
 
 
 class Vehicle:
-    """Feeds a filter what a vehicle would know; ``errors`` are its pose's, metres."""
+    """Feeds a filter what a vehicle would know.
+
+    errors: its pose's, metres. sigmas: what it says of these. distances: errors in standard deviations.
+    """
 
     def __init__(self, seed: int = 0, mounting: Mounting | None = None, **options: float) -> None:
         self.odometry = Odometry(1.0)
@@ -55,6 +59,7 @@ class Vehicle:
         self.bias = self.rng.normal(size=2) * 8.0
         self.errors: list[float] = []
         self.sigmas: list[float] = []
+        self.distances: list[float] = []
 
     def fix(self, moment: Moment, jump_m: float = 0.0) -> GnssFix:
         antenna = moment.place + self.lever(self.mounting.antenna, moment.yaw)
@@ -65,7 +70,7 @@ class Vehicle:
         """With one summit at the camera, or at a wrong place."""
         tile = AerialTile(np.zeros((SIDE, SIDE, 3), np.uint8), around.lat, around.lon, GSD)
         camera = moment.place + self.lever(self.mounting.camera, moment.yaw)
-        row, col = tile.latlon_to_pixel(*PLANE.inverse(*(camera + SIGMA_M * self.rng.normal(size=2))))
+        row, col = tile.latlon_to_pixel(*PLANE.inverse(*(camera + self.error())))
         if wrong:
             row, col = self.rng.uniform(10, SIDE - 10, 2)
         rows, cols = np.mgrid[:SIDE, :SIDE]
@@ -73,6 +78,10 @@ class Vehicle:
         return HeatMap.from_logits(
             np.maximum(-squared * GSD**2 / (2 * SIGMA_M**2), -20.0), HeatMapGrid(), tile
         )
+
+    def error(self) -> np.ndarray:
+        """Error of a heat map (2,), metres."""
+        return SIGMA_M * self.rng.normal(size=2)
 
     def see(
         self,
@@ -109,6 +118,8 @@ class Vehicle:
             assert pose.stamp_ns == moment.stamp_ns
             self.errors.append(math.dist(PLANE.forward(pose.lat, pose.lon), moment.place))
             self.sigmas.append(math.sqrt(pose.covariance.trace() / 2))
+            offset = np.array(PLANE.forward(pose.lat, pose.lon)) - moment.place
+            self.distances.append(mahalanobis(offset, pose.covariance))
         return looked
 
     @staticmethod
@@ -141,6 +152,40 @@ def test_it_doubts_a_place_that_images_do_not_show(wrong: bool, image: bool) -> 
     # A fix that confirms the place is believed.
     vehicle.see(Moment(moment.stamp_ns + NS // 4, moment.place, moment.yaw))
     assert not vehicle.filter.doubtful
+
+
+class UsualVehicle(Vehicle):
+    """Its heat maps err as those of a calibrated model: alike over 10 m, with half the variance."""
+
+    last = np.zeros(2)
+
+    def error(self) -> np.ndarray:
+        kept = math.exp(-8.0 / RATE_HZ / 10.0)
+        self.last = kept * self.last + math.sqrt(1.0 - kept**2) * super().error() / math.sqrt(2.0)
+        return self.last
+
+
+def test_its_covariance_says_how_far_off_it_is() -> None:
+    squared: list[float] = []
+    for seed in range(5):
+        vehicle = UsualVehicle(seed)
+        for moment in drive(60.0):
+            vehicle.see(moment)
+        squared += [distance**2 for distance in vehicle.distances[40:]]
+    # 2 for errors that are normal and just as large as it says.
+    assert 1.0 < np.mean(squared) < 3.0
+    assert max(squared) < 5.0**2
+
+
+def test_right_after_a_start_and_without_images_it_is_less_sure() -> None:
+    vehicle = Vehicle()
+    for moment in drive(20.0):
+        vehicle.see(moment)
+    settled = vehicle.sigmas[-1]
+    assert vehicle.sigmas[20] > 1.3 * settled
+    for moment in drive(4.0, 20.0):
+        vehicle.see(moment, image=False)
+    assert vehicle.sigmas[-1] > 1.5 * settled
 
 
 def test_it_goes_on_without_fixes_and_says_where_to_look() -> None:
