@@ -17,7 +17,7 @@ ROS = [
 ]
 # Faster than PyTorch on processors: the parameter ``backend``, ``xview-loc export``.
 RUNTIMES = ["onnx", "onnxruntime", "onnxscript", "openvino"]
-TEST = ["hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "pyyaml"]
+TEST = ["evo", "hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "pyyaml"]
 
 setup(
     name=NAME,

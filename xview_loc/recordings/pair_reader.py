@@ -142,7 +142,8 @@ class PairBag:
             with _readable(f"the session in {self._paths[number]} is damaged"):
                 for _, _, found in self._reader(number).iter_messages(topics=[SESSION]):
                     return dict(json.loads(deserialize(TOPICS[SESSION], found.data).data))
-        raise BagError(f"{self.folder} is not a bag of pairs: it has no {SESSION}")
+        text = f"{self.folder} is not a bag of pairs: it has no {SESSION}; xview-loc pairs makes one of it"
+        raise BagError(text)
 
     def rig(self) -> Rig | None:
         """Return the rig that took the images, None if it was a single camera. Raises BagError."""

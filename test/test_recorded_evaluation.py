@@ -1,0 +1,149 @@
+"""``xview-loc evaluate BAG... --truth``: a recording beside true positions, and what evo reads of it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from xview_loc.cli.commands import app
+from xview_loc.evaluation.recording_report import SOURCES, verdict
+from xview_loc.evaluation.replay import Poses, Replay
+from xview_loc.geodesy import LocalProjection
+from xview_loc.recordings.tracks import read_timed_track
+
+
+def xview_loc(*words: object) -> tuple[int, str]:
+    done = CliRunner().invoke(app, list(map(str, words)), env={"COLUMNS": "100"})
+    return done.exit_code, done.output + (str(done.exception) if done.exception else "")
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A city, a drive of 40 s through it, and its pairs."""
+    folder = tmp_path_factory.mktemp("recorded")
+    options = ("--city", 940, "--frames", 40, "--rate", 1, "--size", 300, "--height", 64)
+    assert xview_loc("simulate", folder / "sim", *options)[0] == 0
+    words = (folder / "sim" / "drive", "--map", folder / "sim" / "city.tif", "--out", folder / "pairs")
+    code, output = xview_loc("pairs", *words)
+    assert code == 0, output
+    return folder
+
+
+def evaluate(recorded: Path, *more: object, truth: Path | None = None) -> tuple[int, str]:
+    words = ["evaluate", recorded / "pairs" / "drive", "--map", recorded / "sim" / "city.tif"]
+    positions = (truth,) if truth else (recorded / "sim" / "drive", "--truth-topic", "/truth/fix")
+    return xview_loc(*words, "--truth", *positions, *more)
+
+
+@pytest.fixture(scope="module")
+def report(recorded: Path) -> Path:
+    code, output = evaluate(recorded, "--out", recorded / "report")
+    assert code == 0, output
+    assert "Filtered over time, positions are" in output and "times as precise as the coarse fix" in output
+    return recorded / "report"
+
+
+def test_a_recording_is_localised_image_by_image_and_over_time(report: Path) -> None:
+    figures = json.loads((report / "metrics.json").read_text())
+    assert figures["images"] == figures["images_with_truth"] > 30
+    assert figures["filtered"]["mean"] < 2.0 < figures["fix"]["mean"]
+    assert figures["filtered"]["frames"] > 30 and 0.0 < figures["filtered"]["nees"] < 20.0
+    for source in SOURCES:
+        classes = figures[source]["by_speed"]
+        assert sum(row["frames"] for row in classes) == figures[source]["frames"]
+    with (report / "drive" / "errors.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    errors = [float(row["filtered_error"]) for row in rows if row["filtered_error"]]
+    assert math.isclose(np.mean(errors), figures["filtered"]["mean"], rel_tol=1e-6)
+    for row in rows:
+        parts = float(row["fix_along"] or "nan"), float(row["fix_across"] or "nan")
+        if math.isfinite(parts[0]):
+            assert math.isclose(math.hypot(*parts), float(row["fix_error"]), rel_tol=1e-5)
+    page = (report / "report.html").read_text()
+    assert page.count("<img") >= 4 and "95 % ellipse" in page and "Images that show the wrong place" in page
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_evo_reads_the_trajectories_and_gives_the_same_error(report: Path, source: str) -> None:
+    below = report / "drive"
+    evo = Path(sys.executable).with_name("evo_ape")
+    words = [evo, "tum", below / "truth.tum", below / f"{source}.tum", "--t_max_diff", "0.001"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=300)
+    rmse = float(re.search(r"rmse\s+([\d.]+)", done.stdout).group(1))  # type: ignore[union-attr]
+    figures = json.loads((report / "metrics.json").read_text())
+    assert math.isclose(rmse, figures[source]["rmse"], rel_tol=0.01)
+
+
+def test_another_truth_gives_other_errors(recorded: Path, tmp_path: Path) -> None:
+    track = read_timed_track(recorded / "sim" / "drive", "/truth/fix")
+    lines = ["stamp,lat,lon"]
+    for stamp, lat, lon in zip(track.stamp_ns.tolist(), track.lat, track.lon, strict=True):
+        north_lat, north_lon = LocalProjection(lat, lon).inverse(0.0, 30.0)
+        lines.append(f"{stamp // 10**9}.{stamp % 10**9:09d},{north_lat:.9f},{north_lon:.9f}")
+    table = tmp_path / "rtk.csv"
+    table.write_text("\n".join(lines))
+    code, output = evaluate(recorded, "--out", tmp_path / "report", truth=table)
+    assert code == 0 and "worse than the coarse fix" in output, output
+    figures = json.loads((tmp_path / "report" / "metrics.json").read_text())
+    assert abs(figures["filtered"]["median"] - 30.0) < 3.0
+
+
+def test_what_does_not_fit_is_said_in_one_line(recorded: Path, tmp_path: Path) -> None:
+    late = tmp_path / "late.csv"
+    late.write_text("stamp,lat,lon\n100,48.1,11.5\n101,48.1,11.5\n")
+    code, output = evaluate(recorded, truth=late)
+    assert code == 1 and "check that both clocks agree" in output
+    bag = recorded / "pairs" / "drive"
+    for words, says in (
+        ((bag,), "bags need --truth"),
+        ((bag, "--truth", late), "bags need --truth"),
+        ((bag, bag, "--truth", late, "--map", "x.tif"), "two of the bags have the same name"),
+        (("--truth", late), "--truth and --map are for bags of pairs"),
+        (
+            (recorded / "sim" / "drive", "--truth", late, "--map", recorded / "sim" / "city.tif"),
+            "xview-loc pairs",
+        ),
+    ):
+        code, output = xview_loc("evaluate", *words)
+        assert code != 0 and says in output, output
+
+
+def straight(errors: dict[str, float], count: int = 50) -> Replay:
+    """A drive to the east at 5 m/s, whose poses are so many metres too far to the north."""
+    truth = np.stack([5.0 * np.arange(count), np.zeros(count)], 1)
+    poses = [
+        Poses(truth + np.array([0.0, error]), np.tile(np.eye(2), (count, 1, 1)), np.zeros(count))
+        for error in errors.values()
+    ]
+    stamps = np.arange(count) * 10**9
+    return Replay("straight", LocalProjection(48.0, 11.0), stamps, truth, *poses, [""] * count)
+
+
+def test_errors_are_split_by_the_true_course_and_speed_is_the_truths() -> None:
+    drive = straight({"fix": 10.0, "single": -2.0, "filtered": 1.0})
+    along, across = drive.along_across(drive.single)
+    np.testing.assert_allclose(along, 0.0, atol=1e-9)
+    np.testing.assert_allclose(across, 2.0)  # to the right
+    np.testing.assert_allclose(drive.speed, 5.0)
+    np.testing.assert_allclose(drive.single.sigmas(drive.truth), 2.0)
+    assert [i for i, _ in drive.worst(3)] == [0, 4, 8]
+
+
+def test_the_verdict_says_what_to_do() -> None:
+    from xview_loc.evaluation.recording_report import summary
+
+    good = " ".join(verdict(summary([straight({"fix": 10.0, "single": 2.0, "filtered": 1.0})])))
+    assert "10.0 times as precise" in good and "adapt" not in good
+    wrong = " ".join(verdict(summary([straight({"fix": 10.0, "single": 20.0, "filtered": 15.0})])))
+    assert "worse than the coarse fix" in wrong and "Do not use it here" in wrong
+    lost = straight({"fix": 10.0, "single": 20.0, "filtered": math.nan})
+    assert "The filter had no position" in " ".join(verdict(summary([lost])))
