@@ -12,13 +12,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rasterio
 from typer.testing import CliRunner
 
 from xview_loc.cli.commands import app
 from xview_loc.evaluation.recording_report import SOURCES, verdict
 from xview_loc.evaluation.replay import Poses, Replay
 from xview_loc.geodesy import LocalProjection
+from xview_loc.maps import open_map
+from xview_loc.maps.shift import MapShift
 from xview_loc.recordings.tracks import read_timed_track
+
+# Of simulated recordings.
+START_NS = 1_700_000_000 * 10**9
 
 
 def xview_loc(*words: object) -> tuple[int, str]:
@@ -28,9 +34,9 @@ def xview_loc(*words: object) -> tuple[int, str]:
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A city, a drive of 40 s through it, and its pairs."""
+    """A city, a drive of 100 s through it, and its pairs."""
     folder = tmp_path_factory.mktemp("recorded")
-    options = ("--city", 940, "--frames", 40, "--rate", 1, "--size", 300, "--height", 64)
+    options = ("--city", 940, "--frames", 100, "--rate", 1, "--size", 400, "--height", 64)
     assert xview_loc("simulate", folder / "sim", *options)[0] == 0
     words = (folder / "sim" / "drive", "--map", folder / "sim" / "city.tif", "--out", folder / "pairs")
     code, output = xview_loc("pairs", *words)
@@ -115,6 +121,48 @@ def test_what_does_not_fit_is_said_in_one_line(recorded: Path, tmp_path: Path) -
     ):
         code, output = xview_loc("evaluate", *words)
         assert code != 0 and says in output, output
+
+
+def test_a_shifted_map_is_found_and_put_right(recorded: Path, tmp_path: Path) -> None:
+    shifted = tmp_path / "shifted.tif"
+    with rasterio.open(recorded / "sim" / "city.tif") as city:
+        profile, pixels, t = city.profile, city.read(), city.transform
+        assert city.crs.is_projected
+        profile["transform"] = rasterio.Affine(t.a, t.b, t.c + 2.3, t.d, t.e, t.f - 1.1)
+    with rasterio.open(shifted, "w", **profile) as out:
+        out.write(pixels)
+    bag, truth = recorded / "pairs" / "drive", ("--truth", recorded / "sim" / "drive")
+    words = ("map", "align", shifted, bag, *truth, "--truth-topic", "/truth/fix")
+    code, output = xview_loc(*words, "--dry-run")
+    assert code == 0 and "kept" not in output, output
+    code, output = xview_loc(*words)
+    assert code == 0, output
+    shift = MapShift(**json.loads(Path(f"{shifted}.shift.json").read_text()))
+    assert math.dist((shift.east, shift.north), (2.3, -1.1)) < 0.2
+    assert 0.0 < shift.east_std < 0.2 and "east" in output and "south" in output
+    # Whatever opens the map takes the shift out.
+    assert "2." in xview_loc("map", "info", shifted)[1]
+    lat, lon = read_timed_track(recorded / "sim" / "drive", "/truth/fix").at(np.array([START_NS]))
+    with open_map(shifted) as right, open_map(recorded / "sim" / "city.tif") as city:
+        assert right.info().shift == str(shift)
+        a, b = (m.tile(float(lat[0]), float(lon[0]), 160, 0.48).image.astype(float) for m in (right, city))
+    assert np.abs(a - b).mean() < 6.0
+    # A second look at the map as it is tells the same.
+    assert xview_loc(*words)[1] == output
+    Path(f"{shifted}.shift.json").write_text('{"east": 1000}')
+    code, output = xview_loc("map", "info", shifted)
+    assert code == 1 and "delete it, or run xview-loc map align" in output
+
+
+def test_a_map_is_not_aligned_by_few_images(recorded: Path, tmp_path: Path) -> None:
+    few = tmp_path / "few.csv"
+    track = read_timed_track(recorded / "sim" / "drive", "/truth/fix")
+    rows = zip(track.stamp_ns[:9].tolist(), track.lat, track.lon, strict=False)
+    lines = [f"{stamp // 10**9}.{stamp % 10**9:09d},{lat:.9f},{lon:.9f}" for stamp, lat, lon in rows]
+    few.write_text("\n".join(["stamp,lat,lon", *lines]))
+    bag, city = recorded / "pairs" / "drive", recorded / "sim" / "city.tif"
+    code, output = xview_loc("map", "align", city, bag, "--truth", few)
+    assert code == 1 and "20 are needed" in output and not Path(f"{city}.shift.json").exists()
 
 
 def straight(errors: dict[str, float], count: int = 50) -> Replay:

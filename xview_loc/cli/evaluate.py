@@ -268,7 +268,12 @@ def _on_recordings(
                 "checkpoint": str(checkpoint or "shipped"),
                 "heading": heading.value,
             }
-            facts |= {"map": redact(map_), "imagery": aerial.info().attribution, "true positions": str(truth)}
+            facts |= {
+                "map": redact(map_),
+                "map's shift, taken out": aerial.info().shift or "not measured",
+                "imagery": aerial.info().attribution,
+                "true positions": str(truth),
+            }
             shown = [
                 recording_report.draw_worst(one, i, PairDataset([folder], net.spec), localizer, known)
                 for _, folder, one, i in sorted(worst, key=lambda w: -w[0])[:_WORST]

@@ -46,6 +46,55 @@ def info(source: Source, header: Headers = None, api_key_env: KeyEnv = "") -> No
     if facts.zooms:
         console.print(f"zooms        {facts.zooms[0]} to {facts.zooms[1]}")
     console.print(f"attribution  {facts.attribution or 'none given'}")
+    console.print(f"shift        {facts.shift or 'not measured (xview-loc map align)'}", soft_wrap=True)
+
+
+@app.command()
+def align(
+    source: Source,
+    bags: Annotated[list[Path], typer.Argument(help="Bags of pairs on the map.")],
+    truth: Annotated[Path, typer.Option(help="True positions: a table stamp,lat,lon or a bag of fixes.")],
+    truth_topic: Annotated[str | None, typer.Option(help="NavSatFix topic of the true positions.")] = None,
+    model: TilesFor = "ccvpe-small",
+    checkpoint: Annotated[Path | None, typer.Option(help="Checkpoint; default: the shipped weights.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the shift, and do not keep it.")] = False,
+    header: Headers = None,
+    api_key_env: KeyEnv = "",
+) -> None:
+    """Measure by how much a map is shifted, and keep that beside it: whatever opens the map takes it out."""
+    from xview_loc.datasets.pairs import PairDataset
+    from xview_loc.estimation.localizer import Localizer
+    from xview_loc.evaluation.map_alignment import MapAlignment
+    from xview_loc.maps import open_unshifted
+    from xview_loc.maps.shift import shift_file
+    from xview_loc.models.checkpoint import load_model
+    from xview_loc.recordings.pair_reader import PairBag
+    from xview_loc.recordings.tracks import read_timed_track
+
+    options = map_options(header, api_key_env)
+    path = shift_file(source, options)
+    track, net = read_timed_track(truth, truth_topic), load_model(model, checkpoint).model
+    alignment = MapAlignment()
+    with (
+        open_unshifted(source, options) as aerial,
+        Localizer.open(aerial, net, search_radius_m=None) as localizer,
+        Progress(console=console, transient=True) as progress,
+    ):
+        for folder in bags:
+            bag = PairBag(folder)
+            bar = progress.add_task(folder.name, total=len(bag))
+            alignment.add(
+                PairDataset([folder], net.spec),
+                bag,
+                localizer,
+                track,
+                on_pair=lambda bar=bar: progress.advance(bar),  # type: ignore[misc]
+            )
+    shift = alignment.shift()
+    console.print(f"the map shows the ground too far {shift}", soft_wrap=True)
+    if not dry_run and path is not None:
+        shift.save(path)
+        console.print(f"kept in {path}", soft_wrap=True)
 
 
 @app.command()
@@ -62,7 +111,7 @@ def prefetch(
     api_key_env: KeyEnv = "",
 ) -> None:
     """Download a tile server's imagery into the disk cache, to drive there offline."""
-    from xview_loc.maps import open_map
+    from xview_loc.maps import open_unshifted
     from xview_loc.maps.base import redact
     from xview_loc.maps.pyramid import PyramidMap
     from xview_loc.maps.tile_server import HttpSource
@@ -79,7 +128,7 @@ def prefetch(
         # Tile centres are snapped to a grid of this step, so they are up to half of it off the vehicle.
         positions = [near for lat, lon in drive for near in _around(lat, lon, radius + step / 2.0, step)]
     options = map_options(header, api_key_env, cache_dir, max_zoom)
-    with open_map(source, options) as aerial:
+    with open_unshifted(source, options) as aerial:
         if not isinstance(aerial, PyramidMap) or not isinstance(aerial.source, HttpSource):
             raise UsageError(f"{redact(source)} is not a tile server: there is nothing to download")
         columns = (TextColumn("tiles"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

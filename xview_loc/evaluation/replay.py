@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -168,12 +168,41 @@ def replay(
 
 
 def look_again(
-    i: int, dataset: PairDataset, localizer: Localizer, use_heading: bool
+    i: int,
+    dataset: PairDataset,
+    localizer: Localizer,
+    use_heading: bool,
+    place: tuple[float, float] | None = None,
 ) -> tuple[NDArray[np.uint8], PoseEstimate]:
-    """Localise one pair again, at its own fix; return its image and estimate. Raises as the localizer."""
+    """Localise one pair by itself; return its image and estimate. Raises as dataset and localizer.
+
+    place: where the camera is, degrees; default: as the pair's fix says.
+    """
     pair, image, mounting = dataset.look(i)
     heading = _heading(pair) if use_heading else None
-    return image, localizer.localize(Observation.of(image, _fix(pair), heading, mounting, _camera(localizer)))
+    observation = Observation.of(image, _fix(pair), heading, mounting, _camera(localizer))
+    if place is not None:
+        observation = replace(observation, lat=place[0], lon=place[1])
+    return image, localizer.localize(observation)
+
+
+def camera_places(
+    dataset: PairDataset, bag: PairBag, truth: TimedTrack
+) -> Iterator[tuple[float, float] | None]:
+    """Yield the true (lat, lon) of each pair's camera, degrees; None if it is not known.
+
+    truth: true positions of the antenna; without a heading, they are taken as the camera's.
+    """
+    stamps = np.array([stamp for stamp, *_ in bag.poses()], np.int64)
+    for i, (lat, lon) in enumerate(zip(*truth.at(stamps), strict=True)):
+        place: tuple[float, float] | None = None
+        if math.isfinite(lat):
+            with suppress(BagError):
+                pair, _, mounting = dataset.look(i)
+                place = float(lat), float(lon)
+                if pair.heading is not None:
+                    place = mounting.camera_from_antenna(*place, pair.heading)
+        yield place
 
 
 def _camera(localizer: Localizer) -> CameraModel | None:

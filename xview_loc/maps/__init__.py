@@ -7,21 +7,31 @@ from pathlib import Path
 
 from xview_loc.maps.base import AerialMap, MapOpenError, MapOptions, redact
 
-__all__ = ["open_map"]
+__all__ = ["open_map", "open_unshifted"]
 
 
 def open_map(source: str | Path, options: MapOptions | None = None) -> AerialMap:
     """Open a GDAL raster, an ``.mbtiles`` or ``.pmtiles`` file, or an XYZ tile URL (``.../{z}/{x}/{y}``).
 
-    Raises MapOpenError if the source is missing, not georeferenced, or of an unsupported kind.
+    A shift that ``xview-loc map align`` has measured is taken out. Raises MapOpenError if the source is
+    missing, not georeferenced, or of an unsupported kind.
     """
+    from xview_loc.maps.shift import ShiftedMap, read_shift
+
+    options = options or MapOptions()
+    shift = read_shift(os.fspath(source), options)
+    aerial = open_unshifted(source, options)
+    return aerial if shift is None else ShiftedMap(aerial, shift)
+
+
+def open_unshifted(source: str | Path, options: MapOptions) -> AerialMap:
+    """Open a map as :func:`open_map`, as it is."""
     # Imported late: each kind of map loads libraries of its own.
     from xview_loc.maps.pyramid import PyramidMap
     from xview_loc.maps.raster import RasterMap
     from xview_loc.maps.sources import MbtilesSource, PmtilesSource
     from xview_loc.maps.tile_server import HttpSource
 
-    options = options or MapOptions()
     source = os.fspath(source)
     if "{z}" in source:
         return PyramidMap(HttpSource(source, options), options)

@@ -109,7 +109,10 @@ class MapOptions:
 
 @dataclass(frozen=True)
 class MapInfo:
-    """Properties of a map; ``bounds`` are (south, west, north, east) in degrees."""
+    """Properties of a map; ``bounds`` are (south, west, north, east) in degrees.
+
+    shift: its shift, which is taken out; "" if none was measured.
+    """
 
     kind: str
     crs: str
@@ -117,6 +120,7 @@ class MapInfo:
     resolution_m: float | None
     zooms: tuple[int, int] | None
     attribution: str
+    shift: str = ""
 
 
 @dataclass(frozen=True, eq=False)

@@ -347,6 +347,9 @@ class VehicleNode(LifecycleNode):
         """Open the parameters' map for tiles of this size; ``snap_m``: spacing if the parameter is 0."""
         p = self._params
         self._map = open_map(p["map"], parameters.map_options(p))
+        if shift := self._map.info().shift:
+            self.get_logger().info(f"the map shows the ground too far {shift}: that is taken out")
+        self._health.value("map_shift", shift or "not measured")
         self._tiles = TileStore(self._map, size_px, gsd, p["snap_m"] or snap_m)
         return self._tiles
 
