@@ -17,7 +17,8 @@ ROS = [
 ]
 # Faster than PyTorch on processors: the parameter ``backend``, ``xview-loc export``.
 RUNTIMES = ["onnx", "onnxruntime", "onnxscript", "openvino"]
-TEST = ["evo", "hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "pyyaml"]
+PHOTOS = ["geopic-tag-reader>=1.8"]
+TEST = [*PHOTOS, "evo", "hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "pyyaml"]
 
 setup(
     name=NAME,
@@ -62,6 +63,7 @@ setup(
     ],
     extras_require={
         "ros": ROS,
+        "photos": PHOTOS,
         "runtimes": RUNTIMES,
         "dev": [*TEST, *RUNTIMES, "mypy", "ruff"],
         "test": TEST,

@@ -216,7 +216,7 @@ def check_size(content: bytes, limit: int = MAX_PIXELS) -> None:
 
     A file of 100 kB may decode to gigabytes.
     """
-    width, height = _declared_size(content)
+    width, height = declared_size(content)
     if width < 1 or height < 1:
         raise ImageError(f"the image declares no size ({len(content)} bytes)")
     if width * height > limit:
@@ -225,7 +225,7 @@ def check_size(content: bytes, limit: int = MAX_PIXELS) -> None:
         )
 
 
-def _declared_size(content: bytes) -> tuple[int, int]:
+def declared_size(content: bytes) -> tuple[int, int]:
     """Return width and height from the header of a JPEG, PNG or WebP file, 0 where it has none."""
     if content.startswith(_PNG_SIGNATURE + b"\x00\x00\x00\rIHDR"):
         return int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")

@@ -246,6 +246,53 @@ def import_(
 
 
 @pairs_app.command()
+def photos(
+    folder: Annotated[Path, typer.Argument(help="Folder of geotagged JPEG files; those below it, too.")],
+    out: Annotated[Path, typer.Option(help="Folder for the bags: panoramas, photographs.")],
+    map_: Annotated[str, typer.Option("--map", help="Aerial map; default: pairs without tiles.")] = "",
+    table: Annotated[
+        Path | None,
+        typer.Option(
+            help="CSV file with a column file and any of stamp, lat, lon, heading (degrees clockwise from "
+            "true north) and sigma (metres), which count instead of tags."
+        ),
+    ] = None,
+    model: Annotated[str, typer.Option(help="Model to cut tiles for.")] = "ccvpe-small",
+    heading_std: Annotated[
+        float, typer.Option(min=0.1, max=180.0, help="Standard deviation of headings, degrees.")
+    ] = 10.0,
+    header: Headers = None,
+    api_key_env: KeyEnv = "",
+) -> None:
+    """Make pairs from photographs with EXIF and XMP tags: panoramas of the whole sphere, and others."""
+    from contextlib import nullcontext
+
+    from xview_loc.maps import open_map
+    from xview_loc.recordings.photos import import_photos, read_table
+
+    spec, given = spec_of(model), read_table(table) if table else None
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    opened = open_map(map_, map_options(header, api_key_env)) if map_ else nullcontext()
+    with opened as aerial, Progress(*columns, console=console, transient=True) as bars:
+        bar = bars.add_task("photographs", total=1.0)
+        result = import_photos(
+            folder,
+            out,
+            aerial,
+            spec,
+            table=given,
+            heading_std_deg=heading_std,
+            on_progress=lambda share: bars.update(bar, completed=share),
+        )
+    for kind, count in result.pairs.items():
+        console.print(f"{out / kind}: {count} pairs", soft_wrap=True)
+    if result.without_tile:
+        console.print(f"  without a tile: {result.without_tile}")
+    for reason, count in sorted(result.dropped.items()):
+        console.print(f"  left out: {count}, {reason}", soft_wrap=True)
+
+
+@pairs_app.command()
 def info(
     bag: Annotated[Path, typer.Argument(help="Bag of pairs.")],
     picture: Annotated[

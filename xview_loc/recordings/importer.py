@@ -168,7 +168,7 @@ def import_bag(
         if TILE in {connection.topic for connection in reader.connections}:
             bag = PairBag(source)
         spec = options.spec or (_own_spec(bag.session()) if bag else _DEFAULT_SPEC)
-        tiles = resources.enter_context(closing(_TileCutter(aerial, spec, result)))
+        tiles = resources.enter_context(closing(TileCutter(aerial, spec, result)))
         if bag is not None:
             _complete(bag, partial, tiles, options, result, on_progress)
         else:
@@ -185,7 +185,7 @@ def _own_spec(session: Mapping[str, Any]) -> ModelSpec:
     return named or _DEFAULT_SPEC
 
 
-class _TileCutter:
+class TileCutter:
     """Cuts the pairs' tiles, and counts those that fail."""
 
     def __init__(self, aerial: AerialMap | None, spec: ModelSpec, result: ImportResult) -> None:
@@ -219,6 +219,7 @@ class _TileCutter:
         return {"model": self.spec.name, "tile": {"size": self.spec.tile_px, "gsd": self.spec.gsd}}
 
     def close(self) -> None:
+        """End the reading of tiles; the map stays open."""
         if self._store is not None:
             self._store.close()
 
@@ -241,7 +242,7 @@ def _reading(source: Path) -> Iterator[AnyReader]:
 def _complete(
     bag: PairBag,
     partial: Path,
-    tiles: _TileCutter,
+    tiles: TileCutter,
     options: ImportOptions,
     result: ImportResult,
     on_progress: Callable[[float], object],
@@ -355,7 +356,7 @@ def _import_recording(
     source: Path,
     reader: AnyReader,
     partial: Path,
-    tiles: _TileCutter,
+    tiles: TileCutter,
     options: ImportOptions,
     result: ImportResult,
     on_progress: Callable[[float], object],
@@ -441,7 +442,7 @@ class _Importer:
         self,
         reader: AnyReader,
         writer: PairWriter,
-        tiles: _TileCutter,
+        tiles: TileCutter,
         rig: Rig | None,
         transforms: StaticTransforms,
         options: ImportOptions,
