@@ -9,19 +9,27 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import rasterio
 from typer.testing import CliRunner
 
+from xview_loc.bags.ros_types import NS, serialize
 from xview_loc.cli.commands import app
+from xview_loc.estimation.position_filter import FilteredPose, PositionFilter
 from xview_loc.evaluation.recording_report import SOURCES, verdict
-from xview_loc.evaluation.replay import Poses, Replay
+from xview_loc.evaluation.replay import Poses, Replay, _Velocities
 from xview_loc.geodesy import LocalProjection
 from xview_loc.maps import open_map
 from xview_loc.maps.shift import MapShift
 from xview_loc.recordings.tracks import read_timed_track
+from xview_loc.simulation.drives import Wheels
+from xview_loc.simulation.messages import _odometry
+from xview_loc.vehicle.mounting import Mounting
+from xview_loc.vehicle.odometry import Odometry
+from xview_loc.vehicle.synchronisation import GnssFix, HeadingSample
 
 # Of simulated recordings.
 START_NS = 1_700_000_000 * 10**9
@@ -70,6 +78,7 @@ def test_a_recording_is_localised_image_by_image_and_over_time(report: Path) -> 
         rows = list(csv.DictReader(file))
     errors = [float(row["filtered_error"]) for row in rows if row["filtered_error"]]
     assert math.isclose(np.mean(errors), figures["filtered"]["mean"], rel_tol=1e-6)
+    assert sum(bool(row["fix_along"]) for row in rows) > 20
     for row in rows:
         parts = float(row["fix_along"] or "nan"), float(row["fix_across"] or "nan")
         if math.isfinite(parts[0]):
@@ -165,23 +174,46 @@ def test_a_map_is_not_aligned_by_few_images(recorded: Path, tmp_path: Path) -> N
     assert code == 1 and "20 are needed" in output and not Path(f"{city}.shift.json").exists()
 
 
+def test_a_vehicle_that_stands_keeps_its_place() -> None:
+    """Recordings have no pairs then, but odometry."""
+    begin = START_NS
+    wheels = [Wheels(begin + k * NS // 5, 0.0, 0.0) for k in range(5 * 300)]
+    messages = [(one.stamp_ns, serialize("nav_msgs/msg/Odometry", _odometry(one, 0))) for one in wheels]
+    odometry = Odometry(1.0)
+    moving = PositionFilter(odometry)
+    moving.restart(FilteredPose(48.1, 11.6, np.eye(2), 0.0, 0.01, begin))
+    bag = SimpleNamespace(odometry=lambda: iter(messages))
+    velocities = _Velocities(bag, odometry, moving)  # type: ignore[arg-type]
+    velocities.until(begin)
+    moving.move(begin, None, HeadingSample(begin, 0.0, 0.01), Mounting())
+    velocities.until(begin + 290 * NS)
+    far = GnssFix(begin + 290 * NS, 48.1002, 11.6, 0.0, np.diag([100.0, 100.0, 1.0]))
+    moving.move(begin + 290 * NS, far, HeadingSample(begin + 290 * NS, 0.0, 0.01), Mounting())
+    assert moving.pose is not None
+    assert math.hypot(*LocalProjection(48.1, 11.6).forward(moving.pose.lat, moving.pose.lon)) < 2.0
+    # No more than a message ahead, however often it is asked.
+    for _ in range(100):
+        velocities.until(begin + 290 * NS)
+    assert odometry.between(begin + 291 * NS, begin + 293 * NS) is None
+
+
 def straight(errors: dict[str, float], count: int = 50) -> Replay:
     """A drive to the east at 5 m/s, whose poses are so many metres too far to the north."""
     truth = np.stack([5.0 * np.arange(count), np.zeros(count)], 1)
+    course, speed = np.zeros(count), np.full(count, 5.0)
     poses = [
         Poses(truth + np.array([0.0, error]), np.tile(np.eye(2), (count, 1, 1)), np.zeros(count))
         for error in errors.values()
     ]
     stamps = np.arange(count) * 10**9
-    return Replay("straight", LocalProjection(48.0, 11.0), stamps, truth, *poses, [""] * count)
+    return Replay("straight", LocalProjection(48.0, 11.0), stamps, truth, course, speed, *poses, [""] * count)
 
 
-def test_errors_are_split_by_the_true_course_and_speed_is_the_truths() -> None:
+def test_errors_are_split_by_the_true_course() -> None:
     drive = straight({"fix": 10.0, "single": -2.0, "filtered": 1.0})
     along, across = drive.along_across(drive.single)
     np.testing.assert_allclose(along, 0.0, atol=1e-9)
     np.testing.assert_allclose(across, 2.0)  # to the right
-    np.testing.assert_allclose(drive.speed, 5.0)
     np.testing.assert_allclose(drive.single.sigmas(drive.truth), 2.0)
     assert [i for i, _ in drive.worst(3)] == [0, 4, 8]
 
@@ -193,5 +225,10 @@ def test_the_verdict_says_what_to_do() -> None:
     assert "10.0 times as precise" in good and "adapt" not in good
     wrong = " ".join(verdict(summary([straight({"fix": 10.0, "single": 20.0, "filtered": 15.0})])))
     assert "worse than the coarse fix" in wrong and "Do not use it here" in wrong
+    some = straight({"fix": 10.0, "single": math.nan, "filtered": 9.0})
+    some.filtered.place[:40] = math.nan
+    some.fix.place[:40] += 100.0
+    few = " ".join(verdict(summary([some])))
+    assert "1.1 times as precise" in few and "10 of 50 images" in few and "No image gave a pose" in few
     lost = straight({"fix": 10.0, "single": 20.0, "filtered": math.nan})
     assert "The filter had no position" in " ".join(verdict(summary([lost])))

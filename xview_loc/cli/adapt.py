@@ -155,17 +155,19 @@ class _Shared:
         return pairs
 
     def _with_tiles(self, folders: list[Path], spec: ModelSpec, progress: _Progress) -> list[Path]:
-        """Return the bags; of those whose tiles do not fit the model, copies below ``out``."""
+        """Return the bags; of those whose tiles do not fit model or map's shift, copies below ``out``."""
         from xview_loc.maps import open_map
         from xview_loc.recordings.importer import ImportOptions, import_bag
         from xview_loc.recordings.pair_reader import PairBag
 
         bags = []
         with open_map(self.map_, map_options(self.header, self.api_key_env)) as aerial:
+            shift = aerial.info().shift
             for folder in folders:
                 bag = PairBag(folder)
-                if not all(size and spec.takes_tile(*size) for size in bag.tile_sizes()):
-                    inputs = repr((bag.digest(), self.map_, spec)).encode()
+                fit = all(size and spec.takes_tile(*size) for size in bag.tile_sizes())
+                if not fit or bag.session().get("map_shift", "") != shift:
+                    inputs = repr((bag.digest(), self.map_, spec, *([shift] if shift else []))).encode()
                     digest = hashlib.sha256(inputs).hexdigest()[:12]
                     folder = self.out / "pairs" / f"{folder.resolve().name}-{digest}"
                     stage, count = f"tiles of {bag.folder.name}", len(bag)

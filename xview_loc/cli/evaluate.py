@@ -16,10 +16,12 @@ from rich.progress import Progress, track
 from rich.table import Table
 
 from xview_loc.cli.console import UsageError, console
-from xview_loc.cli.maps import Headers, KeyEnv, map_options
+from xview_loc.cli.maps import CacheDir, Headers, KeyEnv, map_options
 from xview_loc.errors import UserError, reason
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from xview_loc.datasets.base import PoseDataset
     from xview_loc.estimation.localizer import Localizer
     from xview_loc.estimation.observation import Observation
@@ -111,6 +113,7 @@ def evaluate(
         Path | None, typer.Option(help="True positions of the bags: a table stamp,lat,lon or a bag of fixes.")
     ] = None,
     truth_topic: Annotated[str | None, typer.Option(help="NavSatFix topic of the true positions.")] = None,
+    cache_dir: CacheDir = None,
     header: Headers = None,
     api_key_env: KeyEnv = "",
     model: ModelName = "ccvpe-small",
@@ -152,7 +155,15 @@ def evaluate(
 
     if bags:
         _on_recordings(
-            bags, map_, map_options(header, api_key_env), truth, truth_topic, model, checkpoint, heading, out
+            bags,
+            map_,
+            map_options(header, api_key_env, cache_dir),
+            truth,
+            truth_topic,
+            model,
+            checkpoint,
+            heading,
+            out,
         )
         return
     if truth or map_:
@@ -224,7 +235,8 @@ def _on_recordings(
 
     if truth is None or not map_:
         raise UsageError("bags need --truth, their true positions, and --map, the aerial map")
-    if len({bag.resolve().name for bag in bags}) < len(bags):
+    names = [bag.resolve().name for bag in bags]
+    if len(set(names)) < len(names):
         raise UsageError("two of the bags have the same name: rename one")
     if out:
         out.mkdir(parents=True, exist_ok=True)
@@ -232,18 +244,19 @@ def _on_recordings(
     net = load(model, checkpoint, heading).model
     known = heading is Heading.known
     replays: list[Replay] = []
-    worst: list[tuple[float, Path, Replay, int]] = []
+    worst: list[tuple[float, Figure, str]] = []
     with (
         open_map(map_, options) as aerial,
         Localizer.open(aerial, net, heading_prior_deg=0.0 if known else None) as localizer,
         Progress(console=console, transient=True) as progress,
     ):
-        for folder in bags:
+        for folder, name in zip(bags, names, strict=True):
             bag, dataset = PairBag(folder), PairDataset([folder], net.spec)
             for remark in dataset.remarks:
                 console.print(remark, soft_wrap=True)
-            bar = progress.add_task(folder.name, total=len(bag))
+            bar = progress.add_task(name, total=len(bag))
             one = replay(
+                name,
                 dataset,
                 bag,
                 localizer,
@@ -252,7 +265,11 @@ def _on_recordings(
                 on_pair=lambda bar=bar: progress.advance(bar),  # type: ignore[misc]
             )
             replays.append(one)
-            worst += [(error, folder, one, i) for i, error in one.worst(_WORST)]
+            if out:
+                recording_report.write_recording(one, out)
+                for i, error in one.worst(_WORST):
+                    drawn = recording_report.draw_image(one, i, dataset, localizer, known)
+                    worst.append((error, *drawn))
         figures = recording_report.summary(replays)
         heads, rows = recording_report.table(figures)
         table = Table(*heads, title=f"{net.spec.name}, heading {heading.value}")
@@ -262,22 +279,12 @@ def _on_recordings(
         for line in recording_report.verdict(figures):
             console.print(line, soft_wrap=True)
         if out:
-            recording_report.write_files(replays, figures, out)
-            facts = {
-                "model": net.spec.name,
-                "checkpoint": str(checkpoint or "shipped"),
-                "heading": heading.value,
-            }
-            facts |= {
-                "map": redact(map_),
-                "map's shift, taken out": aerial.info().shift or "not measured",
-                "imagery": aerial.info().attribution,
-                "true positions": str(truth),
-            }
-            shown = [
-                recording_report.draw_worst(one, i, PairDataset([folder], net.spec), localizer, known)
-                for _, folder, one, i in sorted(worst, key=lambda w: -w[0])[:_WORST]
-            ]
+            recording_report.write_metrics(figures, out)
+            facts = {"model": net.spec.name, "checkpoint": str(checkpoint or "shipped")}
+            facts |= {"heading": heading.value, "map": redact(map_), "imagery": aerial.info().attribution}
+            facts |= {"shift of the map, taken out": aerial.info().shift or "not measured"}
+            facts |= {"true positions": str(truth)}
+            shown = [one[1:] for one in sorted(worst, key=lambda one: -one[0])[:_WORST]]
             recording_report.page(replays, figures, facts, aerial, shown).write(out / "report.html")
             console.print(f"report: {out / 'report.html'}", soft_wrap=True)
 

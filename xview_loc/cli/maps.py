@@ -25,6 +25,7 @@ MAX_POSITIONS = 1_000_000
 Source = Annotated[str, typer.Argument(metavar="MAP", help="GeoTIFF, .mbtiles, .pmtiles or a tile URL.")]
 Headers = Annotated[list[str] | None, typer.Option("--header", help="HTTP header, 'Name: value'.")]
 TilesFor = Annotated[str, typer.Option(help="Name of the model that the aerial tiles are for.")]
+CacheDir = Annotated[Path | None, typer.Option(help="Disk cache; use the same for the node.")]
 KeyEnv = Annotated[str, typer.Option(help="Environment variable XVIEW_LOC_... with the key for {key}.")]
 
 
@@ -58,6 +59,7 @@ def align(
     model: TilesFor = "ccvpe-small",
     checkpoint: Annotated[Path | None, typer.Option(help="Checkpoint; default: the shipped weights.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the shift, and do not keep it.")] = False,
+    cache_dir: CacheDir = None,
     header: Headers = None,
     api_key_env: KeyEnv = "",
 ) -> None:
@@ -71,7 +73,7 @@ def align(
     from xview_loc.recordings.pair_reader import PairBag
     from xview_loc.recordings.tracks import read_timed_track
 
-    options = map_options(header, api_key_env)
+    options = map_options(header, api_key_env, cache_dir)
     path = shift_file(source, options)
     track, net = read_timed_track(truth, truth_topic), load_model(model, checkpoint).model
     alignment = MapAlignment()
@@ -105,7 +107,7 @@ def prefetch(
     topic: Annotated[str | None, typer.Option(help="NavSatFix topic of the bag.")] = None,
     radius: Annotated[float, typer.Option(min=0.0, help="Distance from the track to cover, metres.")] = 100.0,
     model: TilesFor = "ccvpe-small",
-    cache_dir: Annotated[Path | None, typer.Option(help="Disk cache; use the same for the node.")] = None,
+    cache_dir: CacheDir = None,
     max_zoom: Annotated[int | None, typer.Option(help="Deepest zoom level of the server.")] = None,
     header: Headers = None,
     api_key_env: KeyEnv = "",

@@ -149,18 +149,16 @@ class PairDataset(PairSource):
             sample["intrinsics"] = torch.tensor(lens.matrix, dtype=torch.float32)
         return sample
 
-    def look(self, index: int) -> tuple[Pair, Image, Mounting]:
-        """Return a pair, what the model's lens sees of it, and where antenna and lens are.
+    def look(self, index: int) -> tuple[Pair, Image, Mounting, float]:
+        """Return a pair, what the model's lens sees of it, where antenna and lens are, and the share seen.
 
-        The image is upright; panoramas are as recorded, not turned north. Raises IndexError, BagError.
+        The image is upright; panoramas are as recorded, not turned north. Raises IndexError, BagError if the
+        pair is damaged, ImageError or CameraError if its images do not fit the model.
         """
         number, within = self._place(index)
         pair, mounting = self._pair(number, within), self._mountings[number]
-        try:
-            image, looking = self._look(number, pair)
-        except (CameraError, ImageError) as error:
-            raise BagError(f"pair {within} of {self._bags[number].folder} is damaged: {error}") from None
-        return pair, image, replace(mounting, camera_yaw=looking)
+        image, looking, seen = self._look(number, pair)
+        return pair, image, replace(mounting, camera_yaw=looking), seen
 
     def _place(self, index: int) -> tuple[int, int]:
         """Return the number of a pair's bag, and the pair's number in it. Raises IndexError."""
@@ -182,7 +180,7 @@ class PairDataset(PairSource):
         record: np.void = np.zeros(1, self._dtype)[0]
         spec = self._spec
         try:
-            image, looking = self._look(number, pair)
+            image, looking, _ = self._look(number, pair)
             record["ground"] = ground_image(image, spec, heading=pair.heading, camera=None, mount_yaw=looking)
         except (CameraError, ImageError) as error:
             raise BagError(f"pair {within} of {bag.folder} is damaged: {error}") from None
@@ -211,8 +209,8 @@ class PairDataset(PairSource):
         heading, std = float(drive.heading[within]), float(drive.reckoned_std[within])
         return replace(pair, heading=heading, heading_std=std)
 
-    def _look(self, number: int, pair: Pair) -> tuple[Image, float]:
-        """Return what the model's lens sees, and where it looks, radians left of the vehicle's x axis.
+    def _look(self, number: int, pair: Pair) -> tuple[Image, float, float]:
+        """Return what the model's lens sees, where it looks (radians left of forward), and the share seen.
 
         Raises CameraError, ImageError.
         """
@@ -223,11 +221,11 @@ class PairDataset(PairSource):
         if rig is None:
             rig = self._rig_of_one(number, pair.camera, images[""])
             if is_upright(rig, spec, **angles):
-                return images[""], yaw
+                return images[""], yaw, 1.0
         level, mask = rig.view(images, spec.lens, **angles)
         if mask.mean() < LEAST_SEEN:
             raise ImageError(NOTHING_SEEN)
-        return level, rig.direction(spec.lens)
+        return level, rig.direction(spec.lens), float(mask.mean())
 
     def _rig_of_one(self, number: int, camera: CameraModel | None, image: Image) -> Rig:
         """Return the rig of a bag's only camera; the last one serves again, with its look-up tables."""

@@ -225,7 +225,7 @@ class PlaceSearch:
         return not self._shown >= least * (self._shown + self.elsewhere)
 
     def restart(self) -> None:
-        """Forget all images: all places in the disc are likely, moved by the way driven since."""
+        """Forget all images: all places in the disc, which has moved along, are likely."""
         radius = self._first.radius_m
         cells = 2 * math.ceil((radius + _MARGIN_M) / _CELL_M) + 1
         corner = np.full(2, -(cells - 1) / 2 * _CELL_M)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
 
 from xview_loc.bags.recovery import BagError
+from xview_loc.camera import CameraError
 from xview_loc.datasets.pairs import PairDataset
 from xview_loc.errors import UserError
 from xview_loc.estimation.belief import BeliefGrid
@@ -16,7 +18,7 @@ from xview_loc.estimation.observation import LocalizationError
 from xview_loc.evaluation.replay import camera_places, look_again
 from xview_loc.geodesy import LocalProjection
 from xview_loc.images import ImageError
-from xview_loc.maps.base import MapError
+from xview_loc.maps.base import MapError, MapUnavailableError
 from xview_loc.maps.shift import MapShift
 from xview_loc.recordings.pair_reader import PairBag
 from xview_loc.recordings.tracks import TimedTrack
@@ -40,6 +42,7 @@ class MapAlignment:
         side = 2 * round(_FARTHEST_M / _CELL_M) + 1
         self._log = np.zeros((side, side))
         self._images, self._independent = 0, 0.0
+        self._refused: Counter[str] = Counter()
 
     def add(
         self,
@@ -53,7 +56,7 @@ class MapAlignment:
     ) -> None:
         """Take the pairs of a bag whose true places are known; arguments as of :func:`replay`.
 
-        The localizer must not limit its search.
+        The localizer must not limit its search. Raises MapUnavailableError.
         """
         last: LocalProjection | None = None
         for i, place in enumerate(camera_places(dataset, bag, truth)):
@@ -65,7 +68,10 @@ class MapAlignment:
                 continue
             try:
                 _, estimate = look_again(i, dataset, localizer, use_heading, place)
-            except (BagError, ImageError, LocalizationError, MapError):
+            except MapUnavailableError:
+                raise
+            except (BagError, CameraError, ImageError, LocalizationError, MapError) as error:
+                self._refused[str(error)] += 1
                 continue
             plane = last = LocalProjection(*place)
             grid = BeliefGrid(np.ones(self._log.shape, np.float32), np.full(2, -_FARTHEST_M), _CELL_M)
@@ -77,10 +83,14 @@ class MapAlignment:
     def shift(self) -> MapShift:
         """Return the shift. Raises AlignmentError if it cannot be told."""
         if self._independent < _LEAST_IMAGES:
-            raise AlignmentError(
-                f"only {self._images} images at known places, worth {self._independent:.0f} that are "
-                f"{_APART_M:.0f} m apart: {_LEAST_IMAGES} are needed"
+            text = (
+                f"only {self._images} images at known places can be used, worth {self._independent:.0f} that "
             )
+            text += f"are {_APART_M:.0f} m apart: {_LEAST_IMAGES} are needed"
+            if self._refused:
+                why, count = self._refused.most_common(1)[0]
+                text += f"; {count} were refused: {why}"
+            raise AlignmentError(text)
         grid = BeliefGrid(
             np.exp(self._log - self._log.max()).astype(np.float32), np.full(2, -_FARTHEST_M), _CELL_M
         )

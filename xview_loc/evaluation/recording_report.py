@@ -6,6 +6,8 @@ import csv
 import io
 import json
 import math
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import pairwise
@@ -25,10 +27,11 @@ from xview_loc.files import write_whole
 from xview_loc.maps.base import AerialMap, MapError
 from xview_loc.report import Page, finite
 from xview_loc.statistics import coverage
+from xview_loc.vehicle.mounting import in_enu
 
 Array = NDArray[np.float64]
 
-# What is compared with the truth, and how it is called on a page.
+# What is compared with the truth, and its name on a page.
 SOURCES = {"fix": "coarse fix", "single": "single images", "filtered": "filtered"}
 _COLOURS = {"fix": "tab:red", "single": "tab:orange", "filtered": "tab:blue"}
 # Edges of the classes of speed, m/s, and of the fix's error, metres.
@@ -55,6 +58,8 @@ def summary(replays: Sequence[Replay]) -> dict[str, Any]:
     every = {source: joined(replays, source) for source in SOURCES}
     speed = np.concatenate([one.speed for one in replays])
     figures: dict[str, Any] = {"images": len(speed)}
+    common = np.isfinite(every["filtered"]["error"])
+    figures["fix_where_filtered"] = asdict(Errors.of(every["fix"]["error"][common]))
     figures["images_with_truth"] = int(sum(np.isfinite(one.truth[:, 0]).sum() for one in replays))
     for source, columns in every.items():
         turned = np.isfinite(columns["along"])
@@ -100,18 +105,21 @@ def table(figures: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return heads, rows
 
 
-def write_files(replays: Sequence[Replay], figures: dict[str, Any], folder: Path) -> None:
-    """Write metrics.json, and for each recording errors.csv and trajectories in TUM's format."""
+def write_metrics(figures: dict[str, Any], folder: Path) -> None:
+    """Write metrics.json."""
     write_whole(folder / "metrics.json", json.dumps(finite(figures), indent=1, allow_nan=False).encode())
-    for one in replays:
-        below = folder / one.name
-        below.mkdir(parents=True, exist_ok=True)
-        write_whole(below / "errors.csv", _csv(one).encode())
-        heading = np.where(np.isfinite(one.single.heading), one.single.heading, one.filtered.heading)
-        write_whole(below / "truth.tum", _tum(one.stamp_ns, one.truth, heading).encode())
-        for source in SOURCES:
-            poses: Poses = getattr(one, source)
-            write_whole(below / f"{source}.tum", _tum(one.stamp_ns, poses.place, poses.heading).encode())
+
+
+def write_recording(one: Replay, folder: Path) -> None:
+    """Write errors.csv and trajectories in TUM's format of one recording, into a folder of its name."""
+    below = folder / one.name
+    below.mkdir(parents=True, exist_ok=True)
+    write_whole(below / "errors.csv", _csv(one).encode())
+    heading = np.where(np.isfinite(one.single.heading), one.single.heading, one.filtered.heading)
+    write_whole(below / "truth.tum", _tum(one.stamp_ns, one.truth, heading).encode())
+    for source in SOURCES:
+        poses: Poses = getattr(one, source)
+        write_whole(below / f"{source}.tum", _tum(one.stamp_ns, poses.place, poses.heading).encode())
 
 
 def _tum(stamp_ns: NDArray[np.int64], place: Array, heading: Array) -> str:
@@ -182,22 +190,30 @@ def page(
 
 def verdict(figures: dict[str, Any]) -> list[str]:
     """Say in plain words how good the localisation is, and what to do."""
-    fix, filtered, single = (figures[name] for name in ("fix", "filtered", "single"))
+    filtered, single = figures["filtered"], figures["single"]
     if not filtered["frames"]:
         return ["The filter had no position: check that the recording has odometry, fixes and headings."]
-    ratio = fix["mean"] / filtered["mean"]
+    ratio = figures["fix_where_filtered"]["mean"] / filtered["mean"]
     gain = f"{ratio:.1f} times as precise as the coarse fix" if ratio >= 1.0 else "worse than the coarse fix"
     lines = [
         f"Filtered over time, positions are {filtered['mean']:.2f} m off on average (95 %: "
-        f"{filtered['p95']:.2f} m), {gain} ({fix['mean']:.2f} m). Images by themselves are "
-        f"{single['median']:.2f} m off in the median."
+        f"{filtered['p95']:.2f} m), {gain} of the same images "
+        f"({figures['fix_where_filtered']['mean']:.2f} m). {filtered['frames']} of "
+        f"{figures['images_with_truth']} images have such a position."
     ]
+    if single["frames"]:
+        share = single["frames"] / figures["images_with_truth"]
+        lines.append(
+            f"{share:.0%} of the images gave one by themselves, {single['median']:.2f} m off in the median."
+        )
+    else:
+        lines.append("No image gave a pose by itself: the filter rests on odometry and fixes alone.")
     if ratio < 1.0:
         lines.append(
             "Do not use it here as it is: check map, heading and odometry (docs/diagnostics.md), and adapt "
             "the model to this area (xview-loc adapt)."
         )
-    elif single["mean"] > 2.0 * filtered["mean"]:
+    elif single["frames"] and single["mean"] > 2.0 * filtered["mean"]:
         lines.append(
             "Many images show a wrong place by themselves: adapt the model to this area (xview-loc adapt)."
         )
@@ -209,15 +225,21 @@ def verdict(figures: dict[str, Any]) -> list[str]:
     return lines
 
 
-def draw_worst(
+def draw_image(
     one: Replay, i: int, dataset: PairDataset, localizer: Localizer, use_heading: bool
 ) -> tuple[Figure, str]:
     """Draw an image beside its heat map, with a caption."""
     image, estimate = look_again(i, dataset, localizer, use_heading)
+    _, _, mounting, _ = dataset.look(i)
+    lever = (
+        (0.0, 0.0)
+        if estimate.heading is None
+        else in_enu(mounting.camera, mounting.heading(estimate.heading))
+    )
+    lat, lon = (float(v) for v in one.plane.inverse(*(one.truth[i] + lever)))
     figure = Figure(figsize=(9, 3.4))
     left, right = figure.subplots(1, 2, width_ratios=(2, 1))
     left.imshow(image)
-    lat, lon = (float(v) for v in one.plane.inverse(*one.truth[i]))
     right.imshow(draw_overlay(estimate, lat, lon))
     for axes in (left, right):
         axes.set_axis_off()
@@ -239,9 +261,9 @@ def _class_table(figures: dict[str, Any], key: str) -> tuple[list[str], list[lis
 
 
 def _refusals(replays: Sequence[Replay]) -> list[list[str]]:
-    reasons = [reason for one in replays for reason in one.refused if reason]
-    names = sorted(set(reasons), key=lambda reason: -reasons.count(reason))
-    return [[name, str(reasons.count(name))] for name in names[:10]]
+    # Without the figures in them, so that equal reasons are counted together.
+    reasons = Counter(re.sub(r"\d[\d.]*", "N", reason) for one in replays for reason in one.refused if reason)
+    return [[name, str(count)] for name, count in reasons.most_common(10)]
 
 
 def _curves(replays: Sequence[Replay]) -> Figure:

@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 
 from xview_loc.bags.recovery import BagError
 from xview_loc.bags.ros_types import deserialize
-from xview_loc.camera import CameraModel
+from xview_loc.camera import CameraError, CameraModel
 from xview_loc.datasets.pairs import PairDataset
 from xview_loc.estimation.localizer import Localizer
 from xview_loc.estimation.observation import LocalizationError, Observation, PoseEstimate
 from xview_loc.estimation.position_filter import PositionFilter
 from xview_loc.geodesy import LocalProjection
 from xview_loc.images import ImageError
-from xview_loc.maps.base import MapError
+from xview_loc.maps.base import MapError, MapUnavailableError
 from xview_loc.recordings.pair import Pair
 from xview_loc.recordings.pair_messages import ODOMETRY, TOPICS
 from xview_loc.recordings.pair_reader import PairBag
@@ -34,8 +34,14 @@ Array = NDArray[np.float64]
 
 # Longest gap that odometry is interpolated over, seconds; as in the node.
 _ODOMETRY_GAP_S = 1.0
-# A step of the truth shorter than this has no direction, metres.
-_LEAST_STEP_M = 0.3
+# Time over which the truth's motion is taken, seconds, and shortest step that has a direction, metres.
+_MOTION_S, _LEAST_STEP_M = 1.0, 1.0
+# Number of failures of the map in a row after which it is given up.
+_FAILURES = 5
+# How often the filter follows odometry between pairs; a stamp that never comes.
+_FOLLOW_NS, _NEVER = 5 * 10**9, 1 << 62
+# Share of an image that counts as all of it, as in the node.
+WHOLE = 0.9
 # Distance between images shown, metres.
 _APART_M = 20.0
 
@@ -77,7 +83,8 @@ class Replay:
     """A recording of N pairs, localised image by image and over time.
 
     plane: that of all places, true north. stamp_ns (N,). truth (N, 2): base_link's true places, NaN if
-    unknown. fix: of the receiver, moved to base_link. single: of each image by itself, at its own fix.
+    unknown. course, speed (N,): of the truth, radians and m/s; NaN where it is not known, or the vehicle
+    stands. fix: of the receiver, moved to base_link. single: of each image by itself, at its own fix.
     filtered: of the filter. refused: why an image gave no pose of its own, "" if it did.
     """
 
@@ -85,25 +92,12 @@ class Replay:
     plane: LocalProjection
     stamp_ns: NDArray[np.int64]
     truth: Array
+    course: Array
+    speed: Array
     fix: Poses
     single: Poses
     filtered: Poses
     refused: list[str]
-
-    @property
-    def course(self) -> Array:
-        """True directions of motion (N,), radians; NaN where the vehicle stands, or the truth is unknown."""
-        step = np.gradient(self.truth, axis=0) if len(self.truth) > 1 else np.full_like(self.truth, math.nan)
-        moved = np.hypot(*step.T) >= _LEAST_STEP_M
-        return np.where(moved, np.arctan2(step[:, 1], step[:, 0]), math.nan)
-
-    @property
-    def speed(self) -> Array:
-        """True speeds (N,), m/s; NaN where the truth is unknown."""
-        if len(self.truth) < 2:
-            return np.full(len(self.truth), math.nan)
-        seconds = (self.stamp_ns - self.stamp_ns[0]) / 1e9
-        return np.hypot(*np.gradient(self.truth, seconds, axis=0).T)
 
     def worst(self, count: int) -> list[tuple[int, float]]:
         """Return (row, error in metres) of the images that mislead most by themselves, apart."""
@@ -123,6 +117,7 @@ class Replay:
 
 
 def replay(
+    name: str,
     dataset: PairDataset,
     bag: PairBag,
     localizer: Localizer,
@@ -134,8 +129,8 @@ def replay(
     """Localise the pairs of a bag in their order.
 
     dataset: of this bag alone, for the localizer's model. truth: true positions of the antenna. use_heading:
-    False to search all headings, as the localizer must. Raises BagError if the odometry is damaged; damaged
-    pairs are refused.
+    False to search all headings, as the localizer must. Damaged pairs are refused. Raises BagError if the
+    odometry is damaged or no image can be used, MapUnavailableError if the map fails again and again.
     """
     stamps = np.array([stamp for stamp, *_ in bag.poses()], np.int64)
     places = np.stack(truth.at(stamps), 1)
@@ -147,24 +142,67 @@ def replay(
     plane = LocalProjection(*known[0])
     count = len(stamps)
     fix, single, filtered = (Poses.unknown(count) for _ in range(3))
+    course, speed = _motion(truth, stamps, plane)
     true_places = np.full((count, 2), math.nan)
-    result = Replay(bag.folder.name, plane, stamps, true_places, fix, single, filtered, [])
+    result = Replay(name, plane, stamps, true_places, course, speed, fix, single, filtered, [])
     odometry = Odometry(_ODOMETRY_GAP_S)
-    moving, velocities = PositionFilter(odometry), _Velocities(bag, odometry)
+    moving = PositionFilter(odometry)
+    velocities, outage = _Velocities(bag, odometry, moving), _Outage()
     for i in range(count):
         velocities.until(int(stamps[i]))
+        on_pair()
         try:
-            pair, image, mounting = dataset.look(i)
-        except BagError as error:
-            result.refused.append(str(error))
+            pair, image, mounting, seen = dataset.look(i)
+        except (BagError, CameraError, ImageError) as error:
+            result.refused.append(f"not usable: {error}")
             continue
-        finally:
-            on_pair()
+        if math.isfinite(places[i, 0]):
+            result.truth[i] = _base(plane.forward(*places[i]), mounting, _heading(pair))
         heading = _heading(pair) if use_heading else None
-        result.truth[i] = _base(plane.forward(*places[i]), mounting, heading)
-        refused = _localise(result, i, pair, image, mounting, heading, localizer, moving)
-        result.refused.append(refused)
+        inputs = _Inputs(pair, image, mounting, seen, heading)
+        result.refused.append(_localise(result, i, inputs, localizer, moving, outage))
+    if all(reason.startswith("not usable") for reason in result.refused):
+        raise BagError(f"{bag.folder}: no image can be used, the first one is {result.refused[0]}")
     return result
+
+
+def _motion(truth: TimedTrack, stamps: NDArray[np.int64], plane: LocalProjection) -> tuple[Array, Array]:
+    """Return true directions and speeds (N,), from half a second before to half a second after."""
+    half = round(_MOTION_S * 1e9 / 2.0)
+    before, after = (np.stack(plane.forward(*truth.at(stamps + d)), 1) for d in (-half, half))
+    step = after - before
+    speed = np.hypot(*step.T) / _MOTION_S
+    moving = speed * _MOTION_S >= _LEAST_STEP_M
+    return np.where(moving, np.arctan2(step[:, 1], step[:, 0]), math.nan), speed
+
+
+@dataclass(frozen=True, eq=False)
+class _Inputs:
+    """What a node would get of a pair; seen: share of the model's image that the cameras show."""
+
+    pair: Pair
+    image: NDArray[np.uint8]
+    mounting: Mounting
+    seen: float
+    heading: HeadingSample | None
+
+
+class _Outage:
+    """Gives up on a map that fails again and again."""
+
+    def __init__(self) -> None:
+        self._in_a_row = 0
+
+    def failed(self, error: MapError) -> None:
+        """Count a failure. Raises MapUnavailableError."""
+        if isinstance(error, MapUnavailableError):
+            self._in_a_row += 1
+            if self._in_a_row >= _FAILURES:
+                raise error
+
+    def worked(self) -> None:
+        """Forget the failures before."""
+        self._in_a_row = 0
 
 
 def look_again(
@@ -178,7 +216,7 @@ def look_again(
 
     place: where the camera is, degrees; default: as the pair's fix says.
     """
-    pair, image, mounting = dataset.look(i)
+    pair, image, mounting, _ = dataset.look(i)
     heading = _heading(pair) if use_heading else None
     observation = Observation.of(image, _fix(pair), heading, mounting, _camera(localizer))
     if place is not None:
@@ -197,8 +235,8 @@ def camera_places(
     for i, (lat, lon) in enumerate(zip(*truth.at(stamps), strict=True)):
         place: tuple[float, float] | None = None
         if math.isfinite(lat):
-            with suppress(BagError):
-                pair, _, mounting = dataset.look(i)
+            with suppress(BagError, CameraError, ImageError):
+                pair, _, mounting, _ = dataset.look(i)
                 place = float(lat), float(lon)
                 if pair.heading is not None:
                     place = mounting.camera_from_antenna(*place, pair.heading)
@@ -211,29 +249,30 @@ def _camera(localizer: Localizer) -> CameraModel | None:
 
 
 def _localise(
-    result: Replay,
-    i: int,
-    pair: Pair,
-    image: NDArray[np.uint8],
-    mounting: Mounting,
-    heading: HeadingSample | None,
-    localizer: Localizer,
-    moving: PositionFilter,
+    result: Replay, i: int, inputs: _Inputs, localizer: Localizer, moving: PositionFilter, outage: _Outage
 ) -> str:
     """Fill in row ``i``; return why the image gave no pose of its own, "" if it did."""
-    camera, fix, refused = _camera(localizer), _fix(pair), ""
-    result.fix.place[i] = _base(result.plane.forward(fix.lat, fix.lon), mounting, heading)
+    camera, refused = _camera(localizer), ""
+    pair, image, mounting, heading = inputs.pair, inputs.image, inputs.mounting, inputs.heading
+    fix = _fix(pair)
+    result.fix.place[i] = _base(result.plane.forward(fix.lat, fix.lon), mounting, _heading(pair))
     if fix.covariance is not None:
         result.fix.covariance[i] = fix.covariance[:2, :2]
     used = moving.move(pair.stamp_ns, fix, heading, mounting)
+    # As the node: the checkpoint's confidence is that of whole panoramas.
+    least = localizer.calibration.min_confidence if inputs.seen >= WHOLE else 0.0
     estimate: PoseEstimate | None = None
     try:
         estimate = localizer.localize(Observation.of(image, fix, heading, mounting, camera))
-        if estimate.confidence < localizer.calibration.min_confidence:
-            refused = f"confidence {estimate.confidence:.3f} is too low"
+        outage.worked()
+        if estimate.confidence < least:
+            refused = "low confidence"
         else:
             _fill_in(result.single, i, estimate, mounting, result.plane)
-    except (LocalizationError, MapError, ImageError) as error:
+    except (LocalizationError, ImageError) as error:
+        refused = str(error)
+    except MapError as error:
+        outage.failed(error)
         refused = str(error)
     if used is not fix:
         estimate = None
@@ -283,21 +322,28 @@ def _base(antenna: tuple[float, float], mounting: Mounting, heading: HeadingSamp
 
 
 class _Velocities:
-    """Gives a bag's odometry to the filter, up to each pair's stamp and a little further."""
+    """Gives a bag's odometry to the filter: up to each pair, and a message further.
 
-    def __init__(self, bag: PairBag, odometry: Odometry) -> None:
-        self._odometry, self._reader = odometry, VelocityReader()
+    A vehicle that stands gives no pairs: the filter follows its odometry meanwhile.
+    """
+
+    def __init__(self, bag: PairBag, odometry: Odometry, moving: PositionFilter) -> None:
+        self._odometry, self._moving, self._reader = odometry, moving, VelocityReader()
         self._messages: Iterator[tuple[int, bytes]] = bag.odometry()
-        self._next = next(self._messages, None)
+        self._given_ns = self._followed_ns = 0
 
     def until(self, stamp_ns: int) -> None:
         """Give all up to the first after a stamp."""
-        while self._next is not None:
-            logged_ns, data = self._next
+        while self._given_ns <= stamp_ns:
+            logged_ns, data = next(self._messages, (_NEVER, b""))
+            self._given_ns = logged_ns
+            if not data:
+                return
             with suppress(RejectedInput):
                 velocity = self._reader.read(deserialize(TOPICS[ODOMETRY], data))
                 if velocity is not None:
                     self._odometry.add(velocity)
-            self._next = next(self._messages, None)
-            if logged_ns > stamp_ns:
-                return
+            if logged_ns - self._followed_ns > _FOLLOW_NS and logged_ns < stamp_ns:
+                if self._followed_ns:
+                    self._moving.move(logged_ns, None, None, Mounting())
+                self._followed_ns = logged_ns

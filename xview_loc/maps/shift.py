@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from xview_loc.errors import reason
-from xview_loc.files import read_regular, write_whole
+from xview_loc.files import others_can_write, read_regular, write_whole
 from xview_loc.geodesy import LocalProjection
 from xview_loc.maps.base import AerialMap, AerialTile, MapInfo, MapOpenError, MapOptions, is_file_name, redact
 
@@ -33,8 +33,12 @@ class MapShift:
 
     def __post_init__(self) -> None:
         numbers = self.east, self.north, self.east_std, self.north_std
-        if not all(map(math.isfinite, numbers)) or math.hypot(self.east, self.north) > MAX_SHIFT_M:
-            raise ValueError(f"a map is shifted by at most {MAX_SHIFT_M:.0f} m, not {numbers[:2]}")
+        if not (all(isinstance(x, (int, float)) for x in numbers) and isinstance(self.images, int)):
+            raise ValueError("it holds what is no number")
+        if not math.hypot(self.east, self.north) <= MAX_SHIFT_M:  # NaN as well
+            raise ValueError(f"a map is shifted by at most {MAX_SHIFT_M:.0f} m")
+        if not all(0.0 <= std <= MAX_SHIFT_M for std in numbers[2:]):
+            raise ValueError("its standard deviations are impossible")
 
     def __str__(self) -> str:
         east = f"{abs(self.east):.2f} +- {self.east_std:.2f} m {'east' if self.east >= 0.0 else 'west'}"
@@ -53,19 +57,24 @@ def shift_file(source: str, options: MapOptions) -> Path | None:
         return Path(f"{source}.shift.json")
     if options.cache_dir is None:
         return None
-    name = hashlib.sha256(redact(source).encode()).hexdigest()[:16]
+    name = hashlib.sha256(source.encode()).hexdigest()[:16]
     return options.cache_dir / f"shift-{name}.json"
 
 
 def read_shift(source: str, options: MapOptions) -> MapShift | None:
     """Return the shift that was measured of a map, None if there is none. Raises MapOpenError."""
     path = shift_file(source, options)
-    if path is None or not path.exists():
+    if path is None:
         return None
     try:
-        return MapShift(**json.loads(read_regular(path, _MAX_BYTES)))
-    except (OSError, ValueError, TypeError) as error:
-        text = f"cannot read {path}, the shift of the map: {reason(error)}"
+        content = json.loads(read_regular(path, _MAX_BYTES))
+        if others_can_write(path):
+            raise PermissionError("another user can write to it")
+        return MapShift(**content)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
+        text = f"cannot read {redact(str(path))}, the shift of the map: {reason(error)}"
         raise MapOpenError(f"{text}; delete it, or run xview-loc map align") from None
 
 

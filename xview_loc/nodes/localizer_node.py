@@ -468,9 +468,9 @@ class LocalizerNode(VehicleNode):
         raise RejectedInput("searching", "the place was found; poses begin with the next image")
 
     def _forget_heading(self) -> None:
-        """Forget odometry's heading, which may have been found with a wrong place."""
-        if self._course is not None and self.takes_course():
-            self._course.restart()
+        """Forget a heading of odometry that was found with a place, which is wrong."""
+        if self._course is not None:
+            self._course.forget_found()
 
     def _take_heading(self, pose: FilteredPose) -> None:
         """Let odometry's heading begin with that of a pose."""

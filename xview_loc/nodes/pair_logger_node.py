@@ -179,6 +179,7 @@ class PairLoggerNode(VehicleNode):
             "licence": p["map_licence"] or self._attribution,
             "model": self._spec.name,
             "tile": {"size": self._spec.tile_px, "gsd": self._spec.gsd},
+            "map_shift": "" if self._map is None else self._map.info().shift,
             "keyframes": {
                 "distance_m": p["keyframe_distance_m"],
                 "interval_s": p["keyframe_interval_s"],

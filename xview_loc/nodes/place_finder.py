@@ -30,8 +30,9 @@ from xview_loc.vehicle.synchronisation import NS, GnssFix, HeadingSample, Reject
 
 # A search begins once there has been no fix for this long.
 BEGIN_AFTER_S = 5.0
-# Longest time to compare an image with tiles: odometry since must still be known.
-SLOWEST_S = 60.0
+# Longest time to compare an image with tiles: odometry since must still be known. Beside a
+# filter, poses wait.
+SLOWEST_S, SLOWEST_BESIDE_S = 60.0, 2.0
 # Share of the tiles that may fail to load.
 FAILED_SHARE = 0.1
 # How often the place is written to its file.
@@ -61,7 +62,7 @@ class PlaceFinder:
         # An operator named it: coarse fixes do not replace it.
         self._requested = False
         self._search: PlaceSearch | None = None
-        self._scanned = False
+        self._scanned = self._slow = False
         self._missing_ns: int | None = None
         self._settled: LastPlace | None = None
         self._saved_at = 0.0
@@ -167,16 +168,22 @@ class PlaceFinder:
         left = BEGIN_AFTER_S - (stamp_ns - self._missing_ns) / NS
         if left > 0.0:
             raise RejectedInput("fix_missing", f"{text}; the search without fixes begins in {left:.0f} s")
-        self._say(area if search is None else search.area, search)
+        self._say(area if search is None else search.area, search, beside)
         if search is None or self._odometry.between(stamp_ns, stamp_ns) is None:
             raise RejectedInput("odometry_missing", "the search for the vehicle's place needs odometry")
         if search.driven >= (APART_M if beside else LEAST_APART_M):
             self._scanned = True
-            search.observe(self._scan(search, score, mounting), calibration, mounting)
+            try:
+                scan = self._scan(search, score, mounting, SLOWEST_BESIDE_S if beside else SLOWEST_S)
+            except MapError:
+                if beside:
+                    search.driven = 0.0  # poses must not wait for every image
+                raise
+            search.observe(scan, calibration, mounting)
             self._health.count("images_searched")
         with self._lock:
             if self._search is search:  # and no other place was named meanwhile
-                if search.given_up:
+                if search.given_up and not self._slow:
                     self._widen(search, beside)
                 elif (found := search.found) is not None:
                     self._filter.restart(found)
@@ -185,7 +192,11 @@ class PlaceFinder:
         raise RejectedInput("searching", "the vehicle's place is not known yet")
 
     def _scan(
-        self, search: PlaceSearch, score: Callable[[float, float], TileScores | None], mounting: Mounting
+        self,
+        search: PlaceSearch,
+        score: Callable[[float, float], TileScores | None],
+        mounting: Mounting,
+        longest_s: float,
     ) -> list[TileScores]:
         """Return the scores of the tiles that may show the place, the likeliest first.
 
@@ -195,10 +206,12 @@ class PlaceFinder:
         scan: list[TileScores] = []
         failures: list[MapError] = []
         places, began = search.centres(mounting), time.monotonic()
+        self._slow = False
         for lat, lon in places:
             if self._search is not search:
                 raise RejectedInput("searching", "another place was named")
-            if time.monotonic() - began > SLOWEST_S:
+            if time.monotonic() - began > longest_s:
+                self._slow = True
                 self._health.count("searches_slow")
                 break
             try:
@@ -230,13 +243,16 @@ class PlaceFinder:
         except RecordError as error:
             self._health.condition("place_not_saved", WARN, str(error))
 
-    def _say(self, area: SearchArea, search: PlaceSearch | None) -> None:
-        text = f"no fix to start from: searching for the vehicle {_shown_area(area)}"
+    def _say(self, area: SearchArea, search: PlaceSearch | None, beside: bool) -> None:
+        why = "the filter's position is doubtful" if beside else "no fix to start from"
+        text = f"{why}: searching for the vehicle {_shown_area(area)}"
         if search is not None and search.images:
             share = f"{search.best[1]:.0%} of the belief lies within {FOUND_M:g} m of the likeliest place"
             text += f"; {share} after about {search.images:.0f} images"
         else:
             text += "; it takes images and odometry of some tens of metres"
+        if self._slow:
+            text += "; there is no time for all tiles: set a smaller start_radius_m, or use a faster model"
         self._health.condition("searching", WARN, text)
         self._node.get_logger().warning(shown(text), throttle_duration_sec=10.0)
 

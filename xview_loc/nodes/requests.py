@@ -82,10 +82,10 @@ class Requests:
         if rough:
             radius = search_radius(pose.covariance)
             finder.expect(SearchArea(pose.lat, pose.lon, radius))
-            self._forget_heading()
             text = f"searching within {radius:.0f} m of the initial pose, unless a fix comes"
         else:
             finder.start_from(pose)
+        self._forget_heading()
         self._node.get_logger().info(text, throttle_duration_sec=LOG_INTERVAL_S)
 
     def _on_set_enabled(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:

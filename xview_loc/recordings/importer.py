@@ -195,6 +195,7 @@ class TileCutter:
         self.has_map = aerial is not None
         self.spec = spec
         self.licence = aerial.attribution if aerial else ""
+        self.shift = aerial.info().shift if aerial else ""
 
     def around(self, lat: float, lon: float) -> AerialTile | None:
         """Cut a tile; None without a map or imagery. Raises MapError if several tiles in a row fail."""
@@ -216,7 +217,11 @@ class TileCutter:
 
     def facts(self) -> dict[str, Any]:
         """Return what a bag's session says about the tiles."""
-        return {"model": self.spec.name, "tile": {"size": self.spec.tile_px, "gsd": self.spec.gsd}}
+        return {
+            "model": self.spec.name,
+            "tile": {"size": self.spec.tile_px, "gsd": self.spec.gsd},
+            "map_shift": self.shift,
+        }
 
     def close(self) -> None:
         """End the reading of tiles; the map stays open."""

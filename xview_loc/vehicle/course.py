@@ -164,6 +164,8 @@ class CourseHeadings:
     def restart(self) -> None:
         """Forget everything."""
         self._alignment = Alignment()
+        # Whether images have found the heading, and fixes have not confirmed it.
+        self._by_images = False
         self._waiting.clear()
         self._known.clear()
         # By source: whether the positions are those of images.
@@ -208,6 +210,12 @@ class CourseHeadings:
         """Take a heading that images have found; what was known before is forgotten."""
         self._waiting.append(heading)
 
+    def forget_found(self) -> None:
+        """Forget a heading that images have found; one of odometry and fixes is kept."""
+        if self._by_images:
+            self._alignment, self._starts, self._by_images = Alignment(), {}, False
+            self._known.clear()
+
     def add_velocity(self, sample: VelocitySample) -> HeadingSample | None:
         """Take a sample that odometry keeps already; return the heading then, None while it is unknown."""
         for _ in range(len(self._waiting)):
@@ -222,7 +230,7 @@ class CourseHeadings:
             # As in _turn, backwards.
             yaw = self._yaw - since.turn + self._bias * (self._stamp_ns - one.stamp_ns) / NS
             if isinstance(one, HeadingSample):
-                self._alignment = Alignment()
+                self._alignment, self._by_images = Alignment(), True
                 self._alignment.resultant = cmath.rect(1.0 / one.std**2, one.yaw - yaw)
             else:
                 self._take(one, yaw)
@@ -260,7 +268,7 @@ class CourseHeadings:
         fix, start = one.fix, self._starts.get(one.by_image)
         here = _Start(fix, yaw)
         if not one.by_image:
-            self._fixed_ns = fix.stamp_ns
+            self._fixed_ns, self._by_images = fix.stamp_ns, False
         elif fix.stamp_ns - self._fixed_ns < _LONGEST_STEP_S * NS:
             start = None
         motion, seconds = None, 0.0
