@@ -419,7 +419,7 @@ class LocalizerNode(VehicleNode):
             return False
         if paired.fix is None:
             return True
-        if not finder.enabled or self._odometry.between(*[paired.frame.stamp_ns] * 2) is None:
+        if not finder.enabled or not self._odometry.covers(paired.frame.stamp_ns):
             return False  # a single image is better than none
         finder.around(paired.fix)
         return True

@@ -169,7 +169,7 @@ class PlaceFinder:
         if left > 0.0:
             raise RejectedInput("fix_missing", f"{text}; the search without fixes begins in {left:.0f} s")
         self._say(area if search is None else search.area, search, beside)
-        if search is None or self._odometry.between(stamp_ns, stamp_ns) is None:
+        if search is None or not self._odometry.covers(stamp_ns):
             raise RejectedInput("odometry_missing", "the search for the vehicle's place needs odometry")
         if search.driven >= (APART_M if beside else LEAST_APART_M):
             self._scanned = True

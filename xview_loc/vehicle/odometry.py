@@ -66,6 +66,10 @@ class Odometry:
         """True once there has been a sample."""
         return bool(self._samples)
 
+    def covers(self, stamp_ns: int) -> bool:
+        """Return True if there are samples about a stamp."""
+        return self.between(stamp_ns, stamp_ns) is not None
+
     def between(self, start_ns: int, end_ns: int) -> Motion | None:
         """Return the motion from ``start_ns`` to ``end_ns``, None if samples are missing.
 
