@@ -45,15 +45,16 @@ APART_M = 20.0
 LEAST_APART_M = 2.0
 # Speed that a vehicle may have had where its motion is not known, m/s.
 _UNSEEN_SPEED = 15.0
-# Prior probability that the vehicle is not in the area.
-_ELSEWHERE = 0.05
+# Prior probability that the vehicle is not in the area, and that it is not in one that was widened: the first
+# guess was wrong then.
+_ELSEWHERE, _ELSEWHERE_AGAIN = 0.05, 0.5
 # The place is found if this share lies within this distance of the maximum, after so many images ...
 FOUND_SHARE, FOUND_M, FOUND_IMAGES = 0.999, 10.0, 4
 # ... with an unknown heading, of this standard deviation, radians ...
 _FOUND_HEADING = math.radians(10.0)
-# ... and the area is given up once less than this share, of what is elsewhere or shown by tiles, is shown.
+# ... and the area is given up once images have made what tiles show less likely than elsewhere by this factor.
 # Images confirm unknown headings later than measured ones.
-_GIVEN_UP, _GIVEN_UP_UNKNOWN = 0.5, 0.01
+_GIVEN_UP, _GIVEN_UP_UNKNOWN = 19.0, 1900.0
 
 
 @dataclass(frozen=True)
@@ -90,10 +91,11 @@ class PlaceSearch:
         self._way, self._yaw, self._measured = 0j, 0.0, False
         self._stamp_ns: int | None = None
         self._layers: list[_Layer] = []
+        self._prior = _ELSEWHERE
         # Metres driven since the last image that was observed.
-        self.elsewhere, self.images, self.driven = _ELSEWHERE, 0.0, math.inf
+        self.elsewhere, self.images, self.driven = self._prior, 0.0, math.inf
         # Probability of the places that tiles have shown.
-        self._shown = 1.0 - _ELSEWHERE
+        self._shown = 1.0 - self._prior
 
     @property
     def area(self) -> SearchArea:
@@ -135,7 +137,7 @@ class PlaceSearch:
 
     def widen(self) -> None:
         """Begin anew in the disc of twice the radius, which the vehicle may have been in instead."""
-        self._first = self._first.larger(self._first.radius_m)
+        self._first, self._prior = self._first.larger(self._first.radius_m), _ELSEWHERE_AGAIN
         self.restart()
 
     def centres(self, mounting: Mounting) -> list[tuple[float, float]]:
@@ -221,8 +223,8 @@ class PlaceSearch:
     @property
     def given_up(self) -> bool:
         """True if the vehicle is not in the area."""
-        least = _GIVEN_UP if self._measured else _GIVEN_UP_UNKNOWN
-        return not self._shown >= least * (self._shown + self.elsewhere)
+        factor = _GIVEN_UP if self._measured else _GIVEN_UP_UNKNOWN
+        return not factor * self._shown * self._prior >= (1.0 - self._prior) * self.elsewhere
 
     def restart(self) -> None:
         """Forget all images: all places in the disc, which has moved along, are likely."""
@@ -233,12 +235,12 @@ class PlaceSearch:
         disc = (axis[None, :] ** 2 + axis[:, None] ** 2 <= radius**2).astype(np.float32)
         disc /= disc.sum()
         angles = [0.0] if self._measured else [k * _WIDTH for k in range(_HEADINGS)]
-        share = (1.0 - _ELSEWHERE) / len(angles)
+        share = (1.0 - self._prior) / len(angles)
         self._layers = [_Layer(BeliefGrid(disc, corner, _CELL_M), angle, share) for angle in angles]
         for layer in self._layers:
             layer.belief.corner = corner + layer.turned(self._way)
-        self.elsewhere, self.images, self.driven = _ELSEWHERE, 0.0, math.inf
-        self._shown = 1.0 - _ELSEWHERE
+        self.elsewhere, self.images, self.driven = self._prior, 0.0, math.inf
+        self._shown = 1.0 - self._prior
 
 
 @dataclass
