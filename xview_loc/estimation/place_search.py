@@ -52,7 +52,7 @@ _ELSEWHERE, _ELSEWHERE_AGAIN = 0.05, 0.5
 FOUND_SHARE, FOUND_M, FOUND_IMAGES = 0.999, 10.0, 4
 # ... with an unknown heading, of this standard deviation, radians ...
 _FOUND_HEADING = math.radians(10.0)
-# ... and the area is given up once images have made what tiles show less likely than elsewhere by this factor.
+# ... and the area is given up once images make what tiles show less likely than elsewhere by this factor.
 # Images confirm unknown headings later than measured ones.
 _GIVEN_UP, _GIVEN_UP_UNKNOWN = 19.0, 1900.0
 
