@@ -17,7 +17,7 @@ ROS = [
 ]
 # Faster than PyTorch on processors: the parameter ``backend``, ``xview-loc export``.
 RUNTIMES = ["onnx", "onnxruntime", "onnxscript", "openvino"]
-PHOTOS = ["geopic-tag-reader>=1.8"]
+PHOTOS = ["geopic-tag-reader"]
 TEST = [*PHOTOS, "evo", "hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "pyyaml"]
 
 setup(

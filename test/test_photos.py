@@ -8,6 +8,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+
+pytest.importorskip("geopic_tag_reader", reason="the extra photos is not installed")
+
 from typer.testing import CliRunner
 
 from xview_loc.cli.commands import app

@@ -8,6 +8,7 @@ import math
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -88,6 +89,7 @@ def test_a_recording_is_localised_image_by_image_and_over_time(report: Path) -> 
     assert page.count("<img") >= 4 and "95 % ellipse" in page and "Images that show the wrong place" in page
 
 
+@pytest.mark.skipif(find_spec("evo") is None, reason="evo is not installed")
 @pytest.mark.parametrize("source", SOURCES)
 def test_evo_reads_the_trajectories_and_gives_the_same_error(report: Path, source: str) -> None:
     below = report / "drive"
