@@ -48,8 +48,9 @@ _UNSEEN_SPEED = 15.0
 # Prior probability that the vehicle is not in the area, and that it is not in one that was widened: the first
 # guess was wrong then.
 _ELSEWHERE, _ELSEWHERE_AGAIN = 0.05, 0.5
-# The place is found if this share lies within this distance of the maximum, after so many images ...
-FOUND_SHARE, FOUND_M, FOUND_IMAGES = 0.999, 10.0, 4
+# The place is found if this share lies within this distance of the maximum, after so many images, or
+# so many in an area that was widened: the vehicle may be outside again, and images then agree by chance ...
+FOUND_SHARE, FOUND_M, FOUND_IMAGES, FOUND_IMAGES_AGAIN = 0.999, 10.0, 4, 8
 # ... with an unknown heading, of this standard deviation, radians ...
 _FOUND_HEADING = math.radians(10.0)
 # ... and the area is given up once images make what tiles show less likely than elsewhere by this factor.
@@ -91,7 +92,7 @@ class PlaceSearch:
         self._way, self._yaw, self._measured = 0j, 0.0, False
         self._stamp_ns: int | None = None
         self._layers: list[_Layer] = []
-        self._prior = _ELSEWHERE
+        self._prior, self._least_images = _ELSEWHERE, FOUND_IMAGES
         # Metres driven since the last image that was observed.
         self.elsewhere, self.images, self.driven = self._prior, 0.0, math.inf
         # Probability of the places that tiles have shown.
@@ -138,6 +139,7 @@ class PlaceSearch:
     def widen(self) -> None:
         """Begin anew in the disc of twice the radius, which the vehicle may have been in instead."""
         self._first, self._prior = self._first.larger(self._first.radius_m), _ELSEWHERE_AGAIN
+        self._least_images = FOUND_IMAGES_AGAIN
         self.restart()
 
     def centres(self, mounting: Mounting) -> list[tuple[float, float]]:
@@ -214,7 +216,7 @@ class PlaceSearch:
     @property
     def found(self) -> FilteredPose | None:
         """The pose, once it is sure."""
-        if self.images < FOUND_IMAGES or not self._layers:
+        if self.images < self._least_images or not self._layers:
             return None
         pose, share = self.best
         sure = share >= FOUND_SHARE and (self._measured or pose.heading_variance < _FOUND_HEADING**2)
