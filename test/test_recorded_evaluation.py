@@ -145,10 +145,8 @@ def test_a_shifted_map_is_found_and_put_right(recorded: Path, tmp_path: Path) ->
         out.write(pixels)
     bag, truth = recorded / "pairs" / "drive", ("--truth", recorded / "sim" / "drive")
     words = ("map", "align", shifted, bag, *truth, "--truth-topic", "/truth/fix")
-    code, output = xview_loc(*words, "--dry-run")
-    assert code == 0 and "kept" not in output, output
     code, output = xview_loc(*words)
-    assert code == 0, output
+    assert code == 0 and "kept in" in output, output
     shift = MapShift(**json.loads(Path(f"{shifted}.shift.json").read_text()))
     assert math.dist((shift.east, shift.north), (2.3, -1.1)) < 0.2
     assert 0.0 < shift.east_std < 0.2 and "east" in output and "south" in output
@@ -159,8 +157,8 @@ def test_a_shifted_map_is_found_and_put_right(recorded: Path, tmp_path: Path) ->
         assert right.info().shift == str(shift)
         a, b = (m.tile(float(lat[0]), float(lon[0]), 160, 0.48).image.astype(float) for m in (right, city))
     assert np.abs(a - b).mean() < 6.0
-    # A second look at the map as it is tells the same.
-    assert xview_loc(*words)[1] == output
+    # A second look at the map tells the same, as it looks at the map as it is.
+    assert str(shift) in " ".join(xview_loc(*words, "--dry-run")[1].split())
     Path(f"{shifted}.shift.json").write_text('{"east": 1000}')
     code, output = xview_loc("map", "info", shifted)
     assert code == 1 and "delete it, or run xview-loc map align" in output
