@@ -23,6 +23,8 @@ Quaternion = tuple[float, float, float, float]
 UNSEEN = (124, 116, 104)
 # A view of which the cameras show a smaller share shows nothing.
 LEAST_SEEN = 0.005
+# Share of a panorama that counts as all of it: the vehicle itself hides a little.
+WHOLE = 0.9
 NOTHING_SEEN = f"the cameras show less than {100 * LEAST_SEEN:g} % of what the model looks at"
 # Rotates a camera that looks along x with z up (REP-103's optical frame in the body's), as (x, y, z, w).
 FORWARD: Quaternion = (-0.5, 0.5, -0.5, 0.5)

@@ -47,7 +47,7 @@ from xview_loc.simulation.city import build_city
 from xview_loc.simulation.drives import DriveOptions, Frame, drive
 from xview_loc.simulation.views import PanoramaView
 from xview_loc.statistics import coverage, mahalanobis
-from xview_loc.vehicle.course import MAX_STD, CourseHeadings
+from xview_loc.vehicle.course import CourseHeadings
 from xview_loc.vehicle.mounting import Mounting
 from xview_loc.vehicle.odometry import Odometry, VelocitySample
 from xview_loc.vehicle.synchronisation import GnssFix, HeadingSample
@@ -128,7 +128,7 @@ class Vehicle:
         position, mounting = PositionFilter(self._odometry), Mounting()
         position.restart(pose)
         if not self._known and pose.heading is not None:
-            std = min(math.sqrt(pose.heading_variance), 0.75 * MAX_STD)
+            std = math.sqrt(pose.heading_variance)
             self._course.add_heading(HeadingSample(pose.stamp_ns, pose.heading, std))
         errors, sigmas = [], []
         for frame in frames:

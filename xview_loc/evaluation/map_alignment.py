@@ -15,7 +15,7 @@ from xview_loc.errors import UserError
 from xview_loc.estimation.belief import BeliefGrid
 from xview_loc.estimation.localizer import Localizer
 from xview_loc.estimation.observation import LocalizationError
-from xview_loc.evaluation.replay import camera_places, look_again
+from xview_loc.evaluation.replay import look_again
 from xview_loc.geodesy import LocalProjection
 from xview_loc.images import ImageError
 from xview_loc.maps.base import MapError, MapUnavailableError
@@ -59,21 +59,23 @@ class MapAlignment:
         The localizer must not limit its search. Raises MapUnavailableError.
         """
         last: LocalProjection | None = None
-        for i, place in enumerate(camera_places(dataset, bag, truth)):
+        stamps = np.array([stamp for stamp, *_ in bag.poses()], np.int64)
+        for i, (lat, lon) in enumerate(zip(*truth.at(stamps), strict=True)):
             on_pair()
-            if place is None:
+            if not math.isfinite(lat):
                 continue
-            driven = math.inf if last is None else math.hypot(*last.forward(*place))
+            antenna = float(lat), float(lon)
+            driven = math.inf if last is None else math.hypot(*last.forward(*antenna))
             if driven < _CELL_M:
                 continue
             try:
-                _, estimate = look_again(i, dataset, localizer, use_heading, place)
+                observation, estimate, _ = look_again(i, dataset, localizer, use_heading, antenna)
             except MapUnavailableError:
                 raise
             except (BagError, CameraError, ImageError, LocalizationError, MapError) as error:
                 self._refused[str(error)] += 1
                 continue
-            plane = last = LocalProjection(*place)
+            last, plane = LocalProjection(*antenna), LocalProjection(observation.lat, observation.lon)
             grid = BeliefGrid(np.ones(self._log.shape, np.float32), np.full(2, -_FARTHEST_M), _CELL_M)
             likelihood = grid.heat_map_likelihood(estimate.heat_map, plane)
             weight = min(1.0, driven / _APART_M)

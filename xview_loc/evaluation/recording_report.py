@@ -229,8 +229,7 @@ def draw_image(
     one: Replay, i: int, dataset: PairDataset, localizer: Localizer, use_heading: bool
 ) -> tuple[Figure, str]:
     """Draw an image beside its heat map, with a caption."""
-    image, estimate = look_again(i, dataset, localizer, use_heading)
-    _, _, mounting, _ = dataset.look(i)
+    observation, estimate, mounting = look_again(i, dataset, localizer, use_heading)
     lever = (
         (0.0, 0.0)
         if estimate.heading is None
@@ -239,7 +238,7 @@ def draw_image(
     lat, lon = (float(v) for v in one.plane.inverse(*(one.truth[i] + lever)))
     figure = Figure(figsize=(9, 3.4))
     left, right = figure.subplots(1, 2, width_ratios=(2, 1))
-    left.imshow(image)
+    left.imshow(observation.image)
     right.imshow(draw_overlay(estimate, lat, lon))
     for axes in (left, right):
         axes.set_axis_off()

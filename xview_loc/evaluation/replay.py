@@ -24,6 +24,7 @@ from xview_loc.recordings.pair import Pair
 from xview_loc.recordings.pair_messages import ODOMETRY, TOPICS
 from xview_loc.recordings.pair_reader import PairBag
 from xview_loc.recordings.tracks import TimedTrack
+from xview_loc.rig import WHOLE
 from xview_loc.statistics import mahalanobis
 from xview_loc.vehicle.messages import VelocityReader
 from xview_loc.vehicle.mounting import Mounting, in_enu
@@ -40,8 +41,6 @@ _MOTION_S, _LEAST_STEP_M = 1.0, 1.0
 _FAILURES = 5
 # How often the filter follows odometry between pairs; a stamp that never comes.
 _FOLLOW_NS, _NEVER = 5 * 10**9, 1 << 62
-# Share of an image that counts as all of it, as in the node.
-WHOLE = 0.9
 # Distance between images shown, metres.
 _APART_M = 20.0
 
@@ -210,37 +209,19 @@ def look_again(
     dataset: PairDataset,
     localizer: Localizer,
     use_heading: bool,
-    place: tuple[float, float] | None = None,
-) -> tuple[NDArray[np.uint8], PoseEstimate]:
-    """Localise one pair by itself; return its image and estimate. Raises as dataset and localizer.
+    antenna: tuple[float, float] | None = None,
+) -> tuple[Observation, PoseEstimate, Mounting]:
+    """Localise one pair by itself. Raises as dataset and localizer.
 
-    place: where the camera is, degrees; default: as the pair's fix says.
+    antenna: its true place (lat, lon), degrees, instead of the pair's fix.
     """
     pair, image, mounting, _ = dataset.look(i)
+    fix = _fix(pair)
+    if antenna is not None:
+        fix = replace(fix, lat=antenna[0], lon=antenna[1])
     heading = _heading(pair) if use_heading else None
-    observation = Observation.of(image, _fix(pair), heading, mounting, _camera(localizer))
-    if place is not None:
-        observation = replace(observation, lat=place[0], lon=place[1])
-    return image, localizer.localize(observation)
-
-
-def camera_places(
-    dataset: PairDataset, bag: PairBag, truth: TimedTrack
-) -> Iterator[tuple[float, float] | None]:
-    """Yield the true (lat, lon) of each pair's camera, degrees; None if it is not known.
-
-    truth: true positions of the antenna; without a heading, they are taken as the camera's.
-    """
-    stamps = np.array([stamp for stamp, *_ in bag.poses()], np.int64)
-    for i, (lat, lon) in enumerate(zip(*truth.at(stamps), strict=True)):
-        place: tuple[float, float] | None = None
-        if math.isfinite(lat):
-            with suppress(BagError, CameraError, ImageError):
-                pair, _, mounting, _ = dataset.look(i)
-                place = float(lat), float(lon)
-                if pair.heading is not None:
-                    place = mounting.camera_from_antenna(*place, pair.heading)
-        yield place
+    observation = Observation.of(image, fix, heading, mounting, _camera(localizer))
+    return observation, localizer.localize(observation), mounting
 
 
 def _camera(localizer: Localizer) -> CameraModel | None:

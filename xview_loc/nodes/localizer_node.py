@@ -50,9 +50,8 @@ from xview_loc.nodes.place_finder import PlaceFinder
 from xview_loc.nodes.process import run
 from xview_loc.nodes.requests import Requests
 from xview_loc.nodes.vehicle_node import PairedFrame, VehicleNode
-from xview_loc.rig import LEAST_SEEN, NOTHING_SEEN
+from xview_loc.rig import LEAST_SEEN, NOTHING_SEEN, WHOLE
 from xview_loc.vehicle import messages as input_messages
-from xview_loc.vehicle.course import MAX_STD
 from xview_loc.vehicle.mounting import Mounting
 from xview_loc.vehicle.synchronisation import GnssFix, HeadingSample, RejectedInput
 
@@ -63,8 +62,6 @@ TILE_WAIT_S, TILE_WAIT_WITH_FILTER_S = 1.0, 0.2
 SEARCH_TILE_WAIT_S = 10.0
 # How long fixes agree with each other before one is the datum.
 DATUM_AFTER_S = 3.0
-# Share of a panorama that counts as all of it: the vehicle itself hides a little.
-WHOLE = 0.9
 # Why a frame is rejected after an error: the first that fits.
 _REASONS: dict[type[Exception], str] = {
     ImageError: "image_invalid",
@@ -475,8 +472,7 @@ class LocalizerNode(VehicleNode):
     def _take_heading(self, pose: FilteredPose) -> None:
         """Let odometry's heading begin with that of a pose."""
         if self._course is not None and pose.heading is not None:
-            # With a larger deviation it would count as unknown; images make it more precise soon.
-            std = min(math.sqrt(pose.heading_variance), 0.75 * MAX_STD)
+            std = math.sqrt(pose.heading_variance)
             self._course.add_heading(HeadingSample(pose.stamp_ns, pose.heading, std))
 
     def _look(self, paired: PairedFrame) -> tuple[Image, float, Mounting]:

@@ -231,7 +231,9 @@ class CourseHeadings:
             yaw = self._yaw - since.turn + self._bias * (self._stamp_ns - one.stamp_ns) / NS
             if isinstance(one, HeadingSample):
                 self._alignment, self._by_images = Alignment(), True
-                self._alignment.resultant = cmath.rect(1.0 / one.std**2, one.yaw - yaw)
+                # With a larger deviation it would count as unknown; images make it more precise soon.
+                std = min(one.std, 0.75 * MAX_STD)
+                self._alignment.resultant = cmath.rect(1.0 / std**2, one.yaw - yaw)
             else:
                 self._take(one, yaw)
         seconds = (sample.stamp_ns - self._stamp_ns) / NS
