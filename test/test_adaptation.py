@@ -38,6 +38,7 @@ from torch.utils.data import DataLoader, Subset, default_collate
 from xview_loc import models
 from xview_loc.adaptation import ablation, padding
 from xview_loc.adaptation import distillation as distill
+from xview_loc.adaptation import report as reports_module
 from xview_loc.adaptation import verdict as verdicts_module
 from xview_loc.adaptation.distillation import AdaptationOptions, Adapted, Distillation
 from xview_loc.adaptation.figures import most_moved
@@ -45,6 +46,7 @@ from xview_loc.adaptation.heat_map_store import store_heat_maps, stored_bytes
 from xview_loc.adaptation.indicators import Indicators, LabelFreeValidation, LabelsByView, label_views
 from xview_loc.adaptation.labelling import ReadOptions, encode_tiles, label_pairs, with_model_headings
 from xview_loc.adaptation.labels import AdaptationError, PseudoLabels, distance_m, reliable
+from xview_loc.adaptation.motion import from_drives
 from xview_loc.adaptation.padding import padding_warning
 from xview_loc.adaptation.report import round_lines, write_results
 from xview_loc.adaptation.verdict import Verdict, judge
@@ -426,7 +428,10 @@ def test_the_student_of_the_last_good_round_is_taken(
     first = Distillation(FABRIC, tiny, tiny_city, finished.folder, unfiltered).run()
     assert first.kept.all() and first.auxiliary is None and first.rounds == ()
     change = (0.0, 0.0, 0.0)
-    verdicts = [Verdict(True, ["better"], 1.0, change), Verdict(False, ["worse"], 0.0, change)]
+    verdicts = [
+        Verdict(True, "", "", ["better"], 1.0, change),
+        Verdict(False, "", "", ["worse"], 0.0, change),
+    ]
     given = iter(verdicts)
     monkeypatch.setattr(distill, "MIN_MEASUREMENTS", 8)
     monkeypatch.setattr(distill, "judge", lambda before, after: next(given))
@@ -669,7 +674,7 @@ def untrained(
     **more: object,
 ) -> TrainingProgress:
     """Stands in for training, of which these tests need no more than its files."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     save_checkpoint(model, folder / BEST_FILE)
     return TrainingProgress(history=[{"epoch": 0, "loss": 0.0, **validation(model, 0)}])
 
@@ -714,6 +719,52 @@ def test_the_drive_corrects_the_teacher(
     assert f"smoothing corrected {len(labels)} of {len(labels)} labels" in page
     for picture in ("whose labels moved most", "The whole drive", "the label moved by"):
         assert picture in page
+
+
+@pytest.mark.parametrize(("uncertain_m", "held_out", "rounds"), [(0.0, 8, 2), (9.0, 8, 0), (0.0, 60, 0)])
+def test_the_recipe_is_chosen(
+    teacher: Checkpoint,
+    simulated_drive: tuple[PairDataset, np.ndarray],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    uncertain_m: float,
+    held_out: int,
+    rounds: int,
+) -> None:
+    """Drives correct the labels; where these stay uncertain, rounds follow, as far as they can be judged."""
+    source, _ = simulated_drive
+    monkeypatch.setattr(distill, "train", untrained)
+    for module in (distill, reports_module):
+        monkeypatch.setattr(module, "UNCERTAIN_M", uncertain_m)
+        monkeypatch.setattr(module, "MIN_MEASUREMENTS", held_out)
+    good = Verdict(True, "", "", ["better"], 1.0, (-1.0, -2.0, -0.5))
+    monkeypatch.setattr(distill, "judge", lambda before, after: good)
+    run = Distillation(FABRIC, teacher, source, tmp_path, options(teacher.model, smooth=None, rounds=None))
+    adapted = run.run()
+    assert adapted.smoothed is not None and len(adapted.rounds) == rounds
+    recipe = write_results(run, adapted, tmp_path)["recipe"]
+    assert recipe["name"] == "drives"
+    text = " ".join(recipe["reasons"])
+    assert "The pairs come from drives, which correct the labels. The labels are uncertain by 0." in text
+    says = {2: "further rounds may reduce", 0: "would gain nothing" if uncertain_m else "60 held-out pairs"}
+    assert says[rounds] in text
+
+
+def test_pairs_without_drives_get_the_paper_s_recipe(tiny: Checkpoint, tmp_path: Path) -> None:
+    """Photographs a minute apart are no drive, unless odometry links them."""
+    write_pairs(tmp_path / "pairs", 24)
+    source = PairDataset([tmp_path / "pairs"], tiny.model.spec)
+    track = source.track()
+    assert track is not None and from_drives(track)
+    apart = replace(track, stamp_ns=np.arange(24) * 60 * 10**9)
+    assert not from_drives(apart)
+    assert from_drives(replace(apart, moved=np.ones((24, 2))))
+    source.track = lambda: apart  # type: ignore[method-assign]
+    run = Distillation(FABRIC, tiny, source, tmp_path, options(tiny.model, smooth=None, rounds=None))
+    adapted = run.run()
+    assert adapted.smoothed is None and adapted.rounds == () and adapted.recipe.levels == 2
+    reasons = write_results(run, adapted, tmp_path)["recipe"]["reasons"]
+    assert reasons == ["The pairs do not come from drives, so the labels are the teacher's maxima, filtered."]
 
 
 def test_drives_with_unknown_headings_are_smoothed(
@@ -960,10 +1011,15 @@ def test_the_verdict_follows_the_evidence() -> None:
     blind = replace(better, stray_sigmas=nan)
     assert judge(worse, blind).deploy and "no covariance" in judge(worse, blind).reasons[-1]
     few = [Indicators(rng.exponential(level, 50), *(np.full(50, math.nan),) * 5) for level in (9.0, 0.1)]
-    assert not judge(*few).deploy and "50 held-out pairs are too few" in judge(*few).reasons[1]
+    few_pairs = judge(*few)
+    assert not few_pairs.deploy and "50 held-out pairs are too few" in few_pairs.summary
+    assert "Record 2 times as many pairs" in few_pairs.advice
     far = judge(worse, stray)
-    assert not far.deploy
-    assert "100.0% of the maxima of whole heat maps lie more than 3 sigma" in far.reasons[1]
+    assert not far.deploy and "contradicts the coarse fixes more often" in far.summary
+    assert "100.0% of the student's and 0.0% of the teacher's lie more than 3 sigma" in far.reasons[1]
+    assert "better than the teacher" in judge(worse, better).summary
+    assert "worse than the teacher" in judge(better, worse).summary
+    assert "not surely better than the teacher" in judge(worse, worse).summary
 
 
 def test_the_command_says_what_is_wrong(cache: Path, tmp_path: Path) -> None:
@@ -988,12 +1044,14 @@ def test_the_command_says_what_is_wrong(cache: Path, tmp_path: Path) -> None:
 
 def test_a_dry_run_does_nothing(cache: Path, tmp_path: Path) -> None:
     write_pairs(tmp_path / "pairs", 24)
-    words = ["adapt", str(tmp_path / "pairs"), "--out", str(tmp_path / "out"), "--dry-run", "--smooth"]
+    words = ["adapt", str(tmp_path / "pairs"), "--out", str(tmp_path / "out"), "--dry-run"]
     code, printed, errors = xview_loc(cache, *words)
     assert code == 0, errors
     assert "teacher heat maps: 22 pairs, about" in printed and "smoothing: 22 pairs" in printed
     assert "student: 22 pairs, about" in printed and "MB of disk" in printed
     assert "auxiliary" not in printed
+    code, printed, errors = xview_loc(cache, *words, "--recipe", "paper")
+    assert code == 0 and "auxiliary student" in printed and "smoothing" not in printed, errors
     assert not (tmp_path / "out").exists()
 
 

@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def smoothing(folder: Path) -> list[str]:
     truth = ["--truth", str(folder / "drive"), "--truth-topic", "/truth/fix"]
-    return [str(folder / "pairs"), "--smooth", "--accelerator", "cpu", "--epochs", "1", *truth]
+    return [str(folder / "pairs"), "--recipe", "drives", "--accelerator", "cpu", "--epochs", "1", *truth]
 
 
 def start(folder: Path, out: Path, *words: str) -> subprocess.Popen[str]:

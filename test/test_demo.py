@@ -183,7 +183,7 @@ def test_the_page_of_a_student_that_is_not_deployed(tmp_path: Path) -> None:
         drives,
         checkpoints=dict.fromkeys(drives, "/weights/teacher.safetensors sha256:0123456789ab"),
         metrics={
-            "verdict": {"deploy": False, "reasons": ["worse than <before>"]},
+            "verdict": {"deploy": False, "summary": "No.", "reasons": ["worse than <before>"]},
             "student_sha256": "cd" * 32,
         },
     )

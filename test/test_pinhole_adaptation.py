@@ -75,7 +75,7 @@ def test_tiles_are_large_enough_to_be_turned(folder: Path) -> None:
     assert np.abs(turns - headings).max() < 1e-6 and np.ptp(turns) > 1.0
 
 
-@pytest.mark.parametrize(("name", "way"), [("ccvpe", "--smooth"), ("ccvpe", "paper"), ("ggcvt", "--smooth")])
+@pytest.mark.parametrize(("name", "way"), [("ccvpe", "drives"), ("ccvpe", "paper"), ("ggcvt", "drives")])
 def test_a_student_is_trained(folder: Path, tmp_path: Path, name: str, way: str) -> None:
     torch.manual_seed(0)
     model = create_model(f"{name}-pinhole-tiny")
@@ -83,11 +83,11 @@ def test_a_student_is_trained(folder: Path, tmp_path: Path, name: str, way: str)
     words: list[object] = ["--model", model.spec.name, "--checkpoint", tmp_path / "teacher.safetensors"]
     words += ["--accelerator", "cpu", "--epochs", 1, "--batch-size", 8, "--held-out", 0.2, "--sigma", 2]
     words += ["--truth", folder / "drive", "--truth-topic", "/truth/fix"]
-    words += [way] if way == "--smooth" else []
+    words += ["--recipe", way]
     printed = xview_loc("adapt", folder / "pairs" / "drive", "--out", tmp_path / "out", *words)
     assert "verdict" in printed and "along" in printed and "across" in printed
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert metrics["unreadable"] == 0 and ("smoothing" in metrics) == (way == "--smooth")
+    assert metrics["unreadable"] == 0 and ("smoothing" in metrics) == (way == "drives")
     for errors in metrics["true_errors"].values():
         along, across = errors["longitudinal_mean"], errors["lateral_mean"]
         assert max(along, across) <= errors["mean"] <= along + across
@@ -114,7 +114,7 @@ def test_a_vehicle_without_a_compass(folder: Path, tmp_path: Path) -> None:
     save_checkpoint(create_model("ccvpe-pinhole-tiny"), tmp_path / "teacher.safetensors")
     words = ["--model", "ccvpe-pinhole-tiny", "--checkpoint", tmp_path / "teacher.safetensors"]
     words += ["--accelerator", "cpu", "--epochs", 1, "--batch-size", 8, "--held-out", 0.2, "--sigma", 2]
-    printed = xview_loc("adapt", bare, "--out", tmp_path / "out", *words, "--smooth")
+    printed = xview_loc("adapt", bare, "--out", tmp_path / "out", *words, "--recipe", "drives")
     assert "from odometry and fixes" in printed and "verdict" in printed
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["unreadable"] == 0
 
@@ -142,7 +142,18 @@ def test_the_student_is_swapped_in_while_the_recording_plays(folder: Path, tmp_p
     from ros_harness import NodeProcess, bench, environment, pick_domain
     from rosgraph_msgs.msg import Clock
 
-    words: list[object] = ["--model", MODEL, "--smooth", "--sigma", 2, "--epochs", 1, "--batch-size", 8]
+    words: list[object] = [
+        "--model",
+        MODEL,
+        "--recipe",
+        "drives",
+        "--sigma",
+        2,
+        "--epochs",
+        1,
+        "--batch-size",
+        8,
+    ]
     words += ["--accelerator", "cpu", "--held-out", 0.2]
     xview_loc("adapt", folder / "pairs" / "drive", "--out", tmp_path / "out", *words)
     student = tmp_path / "out" / "student.safetensors"

@@ -83,7 +83,8 @@ def test_a_student_is_trained_from_a_rig(folder: Path, tmp_path: Path) -> None:
     words += ["--accelerator", "cpu"]
     words += ["--epochs", 1, "--batch-size", 8, "--held-out", 0.2, "--sigma", 2, "--workers", 1]
     words += ["--truth", folder / "drive", "--truth-topic", "/truth/fix"]
-    printed = xview_loc("adapt", folder / "pairs" / "drive", "--out", tmp_path / "out", "--smooth", *words)
+    pairs = folder / "pairs" / "drive"
+    printed = xview_loc("adapt", pairs, "--out", tmp_path / "out", "--recipe", "drives", *words)
     assert "verdict" in printed
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["unreadable"] == 0 and metrics["smoothing"]["pairs"] == TRAINED

@@ -20,8 +20,9 @@ _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
   color: #1b1f24 }
 h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2rem }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { padding: .3rem .9rem; border-bottom: 1px solid #d0d7de; text-align: right }
+h1, h2, p, figcaption, td { overflow-wrap: anywhere }
+.wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+th, td { padding: .3rem .6rem; border-bottom: 1px solid #d0d7de; text-align: right }
 th:first-child, td:first-child { text-align: left }
 img { max-width: 100% } figure { margin: 1rem 0 } figcaption { color: #57606a; font-size: .9rem }
 """
@@ -68,10 +69,10 @@ class Page:
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Add a table; the first column holds the names of the rows."""
-        lines = ["<table>"]
+        lines = ['<div class="wide"><table>']
         for tag, cells in [("th", header), *(("td", row) for row in rows)]:
             lines.append("<tr>" + "".join(f"<{tag}>{_shown(c)}</{tag}>" for c in cells) + "</tr>")
-        self._parts.append("".join([*lines, "</table>"]))
+        self._parts.append("".join([*lines, "</table></div>"]))
 
     def figure(self, figure: Figure, caption: str) -> None:
         """Add a figure with its caption."""
@@ -84,7 +85,8 @@ class Page:
 
     def write(self, path: Path) -> None:
         """Write the page as one file."""
-        head = f'<meta charset="utf-8"><title>{_shown(self._title)}</title><style>{_STYLE}</style>'
+        head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        head += f"<title>{_shown(self._title)}</title><style>{_STYLE}</style>"
         body = "\n".join(self._parts)
         page = f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>\n'
         write_whole(path, page.encode())

@@ -31,6 +31,7 @@ from xview_loc.adaptation.indicators import (
 )
 from xview_loc.adaptation.labelling import ReadOptions, label_pairs, with_model_headings
 from xview_loc.adaptation.labels import AdaptationError, LabelledPairs, PseudoLabels, reliable
+from xview_loc.adaptation.motion import from_drives
 from xview_loc.adaptation.smoothing import Smoothed, smooth
 from xview_loc.adaptation.verdict import Verdict, judge
 from xview_loc.datasets.base import JoinedPairs, PairSource, PoseDataset
@@ -56,6 +57,8 @@ Array = NDArray[np.float64]
 _FORMAT = 3
 # The same, for smoothed labels only.
 _SMOOTHING_FORMAT = 3
+# Rounds start by themselves up to this number, while the labels' mean standard deviation exceeds this.
+_MAX_ROUNDS, UNCERTAIN_M = 3, 1.0
 # (stage, pairs or steps done, total)
 OnProgress = Callable[[str, int, int], object]
 
@@ -81,8 +84,9 @@ class AdaptationOptions:
     ``heading_prior_deg`` is the largest error of the pairs' headings, for all labels (None: headings are
     unknown). ``levels``, ``keep`` and ``turned`` are those of :class:`Recipe` (None: the default of
     :meth:`recipe`), ``sigma`` is the standard deviation of the label in tile pixels. The share ``held_out``
-    of the pairs selects the epoch and decides the verdict. ``smooth`` corrects labels with whole drives. From
-    the second of at most ``rounds`` rounds on, the previous round's student labels the pairs.
+    of the pairs selects the epoch and decides the verdict. ``smooth`` corrects labels with whole drives
+    (None: if the pairs come from drives). From the second of at most ``rounds`` rounds on, the previous
+    round's student labels the pairs (None: at most three, the next one only while labels are uncertain).
     """
 
     training: TrainingOptions
@@ -92,8 +96,8 @@ class AdaptationOptions:
     turned: bool | None = None
     sigma: float = 4.0
     held_out: float = 0.1
-    smooth: bool = False
-    rounds: int = 1
+    smooth: bool | None = False
+    rounds: int | None = 1
 
     @classmethod
     def published(cls, model: CrossViewModel, **changes: Any) -> AdaptationOptions:
@@ -203,17 +207,19 @@ class Distillation:
         # What labels depend on: the seed only matters for random turns.
         self._turns = [prior, training.seed if prior != 0 else 0]
         self._model = teacher.model.eval()
-        for smoothed in {False, options.smooth}:
+        self.track = source.track() if len(source) else None
+        if options.smooth and self.track is None:
+            raise AdaptationError(f"{source.name} has no drives, which smoothing needs")
+        found = self.track is not None and from_drives(self.track)
+        self.smoothing = found if options.smooth is None else options.smooth
+        for smoothed in {False, self.smoothing}:
             check_heading(teacher.model.spec, options.student_training(self.recipe(smoothed)))
-        levels = self.recipe(options.smooth).levels
+        levels = self.recipe(self.smoothing).levels
         if not 1 <= levels <= teacher.model.level_count:
             raise AdaptationError(
                 f"{teacher.model.spec.name} has {teacher.model.level_count} levels to supervise, not {levels}"
             )
-        self.track = source.track() if len(source) else None
         self.training_index, self.held_out_index = self._split()
-        if options.smooth and self.track is None:
-            raise AdaptationError(f"{source.name} has no drives, which smoothing needs")
 
     def _split(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return training and held-out pairs.
@@ -232,13 +238,13 @@ class Distillation:
         held = np.sort(held).astype(np.int64)
         batch = self.options.training.batch_size * self.fabric.world_size
         # Smoothing may fall back to the paper's recipe.
-        keep = min(self.recipe(smoothed).keep for smoothed in {False, self.options.smooth})
+        keep = min(self.recipe(smoothed).keep for smoothed in {False, self.smoothing})
         if len(held) < 2 or math.floor((count - len(held)) * keep) < batch:
             raise AdaptationError(
                 f"{count} pairs are too few: at least two must be held out (now {len(held)}), and {keep:.0%} "
                 f"of the others must fill a batch of {batch}"
             )
-        if self.options.rounds > 1 and len(held) < MIN_MEASUREMENTS:
+        if (self.options.rounds or 1) > 1 and len(held) < MIN_MEASUREMENTS:
             raise AdaptationError(
                 f"{len(held)} held-out pairs are too few to compare rounds on: {MIN_MEASUREMENTS} are needed"
             )
@@ -252,7 +258,9 @@ class Distillation:
         """
         adapted = self._round(self.teacher, 1)
         verdicts: list[Verdict] = []
-        for number in range(2, self.options.rounds + 1):
+        for number in range(2, (self.options.rounds or _MAX_ROUNDS) + 1):
+            if self.options.rounds is None and not self._gains_from_another(adapted):
+                break
             again = self._round(adapted.student.load(), number, adapted.before)
             pair = (Indicators.of(views, self.track) for views in (adapted.after, again.after))
             verdicts.append(judge(*pair))
@@ -261,6 +269,11 @@ class Distillation:
             adapted = again
         return replace(adapted, rounds=tuple(verdicts))
 
+    def _gains_from_another(self, adapted: Adapted) -> bool:
+        """Return True if the labels leave room for another round, which the held-out pairs can judge."""
+        smoothed, enough = adapted.smoothed, len(self.held_out_index) >= MIN_MEASUREMENTS
+        return enough and smoothed is not None and smoothed.uncertainty_m > UNCERTAIN_M
+
     def _round(self, labeller: Checkpoint, number: int, before: LabelsByView | None = None) -> Adapted:
         """Run one round: labels, auxiliary student, outlier filter, student (Sections 3.1 and 3.2).
 
@@ -268,7 +281,7 @@ class Distillation:
         """
         name = "" if number == 1 else f", round {number}"
         maxima = labels = self.labels_of(labeller, f"teacher labels{name}").of(self.training_index)
-        smoothed = self.smoothed(maxima, labeller, name) if self.options.smooth else None
+        smoothed = self.smoothed(maxima, labeller, name) if self.smoothing else None
         corrected = smoothed is not None and smoothed.mostly_usable
         if smoothed is not None and corrected:
             labels = smoothed.labels(maxima.of(smoothed.index))

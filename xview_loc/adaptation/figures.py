@@ -13,7 +13,7 @@ from matplotlib.patches import Ellipse
 from numpy.typing import NDArray
 
 from xview_loc.adaptation.distillation import Adapted, Distillation
-from xview_loc.adaptation.indicators import base_turns
+from xview_loc.adaptation.indicators import MAX_DISAGREEMENT_M, Indicators, base_turns
 from xview_loc.adaptation.labelling import ReadOptions, label_batch, turns_of
 from xview_loc.adaptation.labels import PseudoLabels, distance_m, turned
 from xview_loc.adaptation.smoothing import Smoothed
@@ -34,6 +34,8 @@ _SHOWN = 4
 _STRETCH = 40
 # Least distance between the tiles drawn under a drive, as a share of their side.
 _TILE_SPACING = 0.4
+# Number of tiles along the longer side of a drawn area, at most.
+_TILES_ACROSS = 40
 # Width in pixels at which all tiles of a drive are drawn.
 _MAP_PX = 1500
 
@@ -63,20 +65,26 @@ def distance_histogram(distances: Array, keep: float) -> Figure:
     return figure
 
 
-def track_map(distillation: Distillation, adapted: Adapted) -> Figure:
-    """Draw the student's held-out estimates, coloured by their distance from the teacher's."""
-    track, labels = distillation.track, adapted.after.plain
-    assert track is not None
-    fixes = _fixes(track)
-    estimates = fixes[labels.index] + labels.from_fix
-    figure = Figure(figsize=(7, 7))
-    axes = figure.add_subplot()
-    axes.plot(*fixes.T, ".", color="0.8", markersize=2, label="coarse fixes")
-    colours = np.minimum(distance_m(adapted.before.plain, labels), 20.0)
-    dots = axes.scatter(estimates[:, 0], estimates[:, 1], s=9, c=colours, cmap="viridis", label="student")
-    figure.colorbar(dots, ax=axes, shrink=0.7)
-    _metres(axes)
-    axes.legend()
+def both_tracks(
+    distillation: Distillation, adapted: Adapted, before: Indicators, after: Indicators
+) -> Figure:
+    """Draw both models' held-out estimates on the aerial tiles, coloured by their inconsistency."""
+    assert distillation.track is not None
+    figure = Figure(figsize=(12, 6.2), layout="compressed")
+    panels = figure.subplots(1, 2, sharex=True, sharey=True)
+    tiles = _tiles(distillation, adapted.after.plain.index)
+    models = ("teacher", adapted.before, before), ("student", adapted.after, after)
+    for axes, (name, views, indicators) in zip(panels, models, strict=True):
+        for image, extent in tiles:
+            axes.imshow(image, extent=extent, alpha=0.6)
+        fixes = _fixes(distillation.track)[views.plain.index]
+        axes.plot(*fixes.T, ".", color="white", markersize=2)
+        places, colours = fixes + views.plain.from_fix, indicators.score_terms()
+        dots = axes.scatter(*places.T, s=12, c=colours, cmap="plasma", vmin=0.0, vmax=MAX_DISAGREEMENT_M)
+        axes.set_title(name)
+        axes.autoscale_view()
+        _metres(axes)
+    figure.colorbar(dots, ax=panels, shrink=0.7, label="inconsistency, m")
     return figure
 
 
@@ -113,23 +121,42 @@ def most_moved(drive: NDArray[np.int64], moved: Array) -> tuple[NDArray[np.int64
     return max(found, key=lambda entry: entry[0])[1:]
 
 
+def worst_pairs(
+    distillation: Distillation, adapted: Adapted, student: CrossViewModel, after: Indicators
+) -> list[Captioned]:
+    """Show the student's worst held-out pairs: by true errors where known, else by inconsistency."""
+    errors, what = distillation.true_errors_m(adapted.after.plain), "from the true position"
+    if np.isnan(errors).all():
+        errors, what = after.score_terms(), "of inconsistency"
+    worst = np.argsort(-np.nan_to_num(errors, nan=-1.0))[:_SHOWN]
+    return [_both_models(distillation, adapted, student, row, f"{errors[row]:.1f} m {what}") for row in worst]
+
+
 def moved_pairs(distillation: Distillation, adapted: Adapted, student: CrossViewModel) -> list[Captioned]:
     """Show the held-out pairs whose estimate moved most, with both models' heat maps."""
-    before, after = adapted.before.plain, adapted.after.plain
-    moved, prior = distance_m(before, after), distillation.options.heading_prior_deg
-    figures = []
-    for row in np.argsort(-moved)[:_SHOWN]:
-        index = int(after.index[row])
-        sample = distillation.source[index]
-        turns = base_turns(_batch(sample), prior)
-        models = (("teacher", distillation.teacher.model, before), ("student", student, after))
-        panels = [
-            _Panel(name, _heat_map(model, sample, prior, turns), labels.position[row])
-            for name, model, labels in models
-        ]
-        caption = f"Pair {index}: the estimate moved by {moved[row]:.1f} m; circle: estimate"
-        figures.append(_pair(distillation, sample, panels, caption))
-    return figures
+    moved = distance_m(adapted.before.plain, adapted.after.plain)
+    return [
+        _both_models(distillation, adapted, student, row, f"the estimate moved by {moved[row]:.1f} m")
+        for row in np.argsort(-moved)[:_SHOWN]
+    ]
+
+
+def _both_models(
+    distillation: Distillation, adapted: Adapted, student: CrossViewModel, row: int, what: str
+) -> Captioned:
+    """Draw a held-out pair with the heat maps of teacher and student."""
+    prior, index = distillation.options.heading_prior_deg, int(adapted.after.plain.index[row])
+    sample = distillation.source[index]
+    turns = base_turns(_batch(sample), prior)
+    models = (
+        ("teacher", distillation.teacher.model, adapted.before.plain),
+        ("student", student, adapted.after.plain),
+    )
+    panels = [
+        _Panel(name, _heat_map(model, sample, prior, turns), labels.position[row])
+        for name, model, labels in models
+    ]
+    return _pair(distillation, sample, panels, f"Pair {index}: {what}; circle: estimate")
 
 
 def moved_labels(
@@ -180,7 +207,8 @@ def _tiles(distillation: Distillation, index: NDArray[np.int64]) -> list[Placed]
     tiles: list[Placed] = []
     covered = np.zeros((0, 2))
     spec = distillation.teacher.model.spec
-    apart = _TILE_SPACING * spec.aerial_size * spec.gsd
+    # A large area gets fewer tiles: with these it is covered about as well as it can be seen.
+    apart = max(_TILE_SPACING * spec.aerial_size * spec.gsd, size / _TILES_ACROSS)
     for k in index:
         if len(covered) and np.hypot(*(covered - fixes[k]).T).min() < apart:
             continue

@@ -31,7 +31,7 @@ _TILE_SHIFT = 1 / 16
 # Turn of a panorama of known heading: about the error that its heading has anyway.
 _TURN_DEG = 3.0
 # Cap on a disagreement, so that one wild estimate does not decide about a model.
-_MAX_DISAGREEMENT_M = 20.0
+MAX_DISAGREEMENT_M = 20.0
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class Indicators:
         unknown = np.full(len(plain), math.nan)
 
         def disagreement(other: PseudoLabels) -> Array:
-            return np.minimum(distance_m(plain, other), _MAX_DISAGREEMENT_M)
+            return np.minimum(distance_m(plain, other), MAX_DISAGREEMENT_M)
 
         return cls(
             tile_shift=disagreement(views.shifted),
@@ -153,7 +153,7 @@ def _motion(labels: PseudoLabels, track: Track) -> Array:
     """Distances (N,) between the step from the previous estimate and odometry's, metres."""
     step = track.fix_steps[1:] + np.diff(labels.from_fix, axis=0)
     off = np.full(len(labels), math.nan)
-    off[1:] = np.minimum(np.linalg.norm(step - track.moved[1:], axis=1), _MAX_DISAGREEMENT_M)
+    off[1:] = np.minimum(np.linalg.norm(step - track.moved[1:], axis=1), MAX_DISAGREEMENT_M)
     return off
 
 

@@ -45,19 +45,30 @@ class Steps:
         return np.asarray(np.hypot(*self.mean.T), np.float64)
 
 
+def from_drives(track: Track) -> bool:
+    """Return True if most pairs are linked to the previous one: by odometry, or within 20 s by fixes."""
+    _, linked = _linked(track)
+    return bool(2 * linked.sum() >= len(linked))
+
+
+def _linked(track: Track) -> tuple[Array, NDArray[np.bool_]]:
+    """Return the seconds (N,) since the previous pair, and whether the step from it is known."""
+    seconds = np.diff(track.stamp_ns, prepend=track.stamp_ns[0]) / 1e9
+    same = (np.diff(track.drive, prepend=-1) == 0) & (seconds > 0.0)
+    return seconds, same & ((seconds <= _LONGEST_S) | np.isfinite(track.moved).all(1))
+
+
 def steps_along(track: Track, fix_std: Array, gain: Complex | None = None, looseness: float = 1.0) -> Steps:
     """Fuse odometry, much the more precise where there is any, with the steps between fixes.
 
     Without odometry, velocities from fixes are smoothed, which also bridges a jump of the fixes. ``fix_std``
     (N,) is in metres, ``gain`` (N,) multiplies odometry's steps, ``looseness`` their variance.
     """
-    seconds = np.diff(track.stamp_ns, prepend=track.stamp_ns[0]) / 1e9
-    same = (np.diff(track.drive, prepend=-1) == 0) & (seconds > 0.0)
+    seconds, linked = _linked(track)
     fix_variance = fix_step_variance(np.maximum(fix_std, np.roll(fix_std, 1)), seconds)
     fix_steps = track.fix_steps
-    linked = same & (seconds <= _LONGEST_S)
-    mean, variance = np.zeros((len(same), 2)), np.zeros(len(same))
-    for start, end in chains(linked):
+    mean, variance = np.zeros((len(linked), 2)), np.zeros(len(linked))
+    for start, end in chains(linked & (seconds <= _LONGEST_S)):
         own = slice(start + 1, end)
         if end - start > 1:
             mean[own], variance[own] = _smoothed_velocity(fix_steps[own], fix_variance[own], seconds[own])
@@ -65,13 +76,13 @@ def steps_along(track: Track, fix_std: Array, gain: Complex | None = None, loose
     if gain is not None:
         turned = (driven @ (1.0, 1j)) * gain
         driven = np.stack([turned.real, turned.imag], 1)
-    known = same & np.isfinite(driven).all(1)
+    known = linked & np.isfinite(driven).all(1)
     noise = (_STEP_VARIANCE + _VARIANCE_PER_M * np.hypot(*driven[known].T)) * looseness
     off = ((driven - fix_steps)[known] ** 2).sum(1)
     weight = np.where(off > _SIGMAS**2 * (noise + fix_variance[known]), 0.0, noise / fix_variance[known])
     mean[known] = (driven[known] + weight[:, None] * fix_steps[known]) / (1.0 + weight[:, None])
     variance[known] = noise / (1.0 + weight)
-    return Steps(linked | known, mean, variance)
+    return Steps(linked, mean, variance)
 
 
 def chains(linked: NDArray[np.bool_]) -> list[tuple[int, int]]:

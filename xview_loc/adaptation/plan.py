@@ -39,16 +39,16 @@ class Plan:
 
 def plan_run(distillation: Distillation) -> Plan:
     """Plan :meth:`Distillation.run` from the start, timing one batch and one training step."""
-    options, rounds = distillation.options, distillation.options.rounds
+    options, rounds = distillation.options, distillation.options.rounds or 1
     prior, epochs = options.heading_prior_deg, options.training.epochs
-    recipe = distillation.recipe(options.smooth)
+    recipe = distillation.recipe(distillation.smoothing)
     label_s, train_s = _seconds_per_pair(distillation, recipe.levels)
     count, trained = len(distillation.source), len(distillation.training_index)
     judge_s = 3 * len(distillation.held_out_index) * label_s
     kept = round(trained * recipe.keep)
     stages = [PlannedStage("teacher labels", count, count * label_s)]
     megabytes = 0.0
-    if options.smooth:
+    if distillation.smoothing:
         # Unknown headings are read again at the smoothed positions.
         smoothing_s = _SMOOTHING_S + (label_s if prior != 0 else 0.0)
         stages += [

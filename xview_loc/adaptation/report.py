@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xview_loc.adaptation import figures
-from xview_loc.adaptation.distillation import Adapted, Distillation
+from xview_loc.adaptation.distillation import UNCERTAIN_M, Adapted, Distillation
 from xview_loc.adaptation.indicators import Indicators
 from xview_loc.adaptation.labels import PseudoLabels, distance_m
 from xview_loc.adaptation.smoothing import Smoothed
@@ -22,15 +22,16 @@ from xview_loc.files import write_whole
 from xview_loc.models.base import CrossViewModel
 from xview_loc.models.checkpoint import save_checkpoint
 from xview_loc.report import Page, finite
+from xview_loc.statistics import MIN_MEASUREMENTS
 
 STUDENT_FILE, METRICS_FILE, REPORT_FILE = "student.safetensors", "metrics.json", "report.html"
 # Descriptions of the indicators.
 _INDICATORS = {
-    "score": "score: mean inconsistency (of the next three), m",
-    "tile_shift": "change when the tile is shifted, m",
-    "turn": "change when the panorama is turned, m",
-    "motion": "difference of steps from odometry, m",
-    "stray_sigmas": "distance of the whole map's maximum from the coarse fix, sigma",
+    "score": "inconsistency, m: mean of the next three",
+    "tile_shift": "distance by which an estimate moves when the tile is shifted, m",
+    "turn": "distance by which it moves when the panorama is turned, m",
+    "motion": "distance of steps between estimates from those of odometry, m",
+    "stray_sigmas": "distance of the whole heat map's maximum from the coarse fix, sigma",
     "entropy": "entropy of the heat map, nats",
     "peak_mass": "probability within 2 m of the maximum",
 }
@@ -51,7 +52,8 @@ def write_results(
     metadata = {**(extra or {}), "parent": distillation.teacher.sha256, "adaptation": metrics}
     metrics = {**metrics, "student_sha256": save_checkpoint(student.model, folder / STUDENT_FILE, metadata)}
     write_whole(folder / METRICS_FILE, json.dumps(metrics, indent=1).encode())
-    _page(distillation, adapted, metrics, verdict, student.model).write(folder / REPORT_FILE)
+    page = _page(distillation, adapted, metrics, verdict, student.model, before, after)
+    page.write(folder / REPORT_FILE)
     return metrics
 
 
@@ -66,6 +68,7 @@ def _metrics(
         "data": distillation.source.name,
         "pairs": len(distillation.source),
         "unreadable": len(distillation.training_index) - len(adapted.maxima),
+        "recipe": _recipe(distillation, adapted),
         "trained_on": int(adapted.kept.sum()),
         "held_out": len(adapted.before.plain),
         "teacher_to_student_held_out_m": _spread(distance_m(adapted.before.plain, adapted.after.plain)),
@@ -99,6 +102,27 @@ def _metrics(
     return metrics
 
 
+def _recipe(distillation: Distillation, adapted: Adapted) -> dict[str, Any]:
+    """Name the recipe, and give the reasons where it was chosen automatically."""
+    options, smoothed = distillation.options, adapted.smoothed
+    drives = smoothed is not None and smoothed.mostly_usable
+    reasons = []
+    if options.smooth is None and not distillation.smoothing:
+        reasons.append("The pairs do not come from drives, so the labels are the teacher's maxima, filtered.")
+    if options.smooth is None and drives:
+        reasons.append("The pairs come from drives, which correct the labels.")
+    if options.rounds is None and drives and smoothed is not None:
+        uncertainty = f"The labels are uncertain by {smoothed.uncertainty_m:.1f} m on average"
+        if smoothed.uncertainty_m <= UNCERTAIN_M:
+            reasons.append(f"{uncertainty}: another round would gain nothing.")
+        elif len(distillation.held_out_index) < MIN_MEASUREMENTS:
+            needed = f"needs {MIN_MEASUREMENTS} held-out pairs"
+            reasons.append(f"{uncertainty}: another round could gain, but {needed}.")
+        else:
+            reasons.append(f"{uncertainty}, which further rounds may reduce.")
+    return {"name": "drives" if drives else "paper", "reasons": reasons}
+
+
 def _smoothing(maxima: PseudoLabels, smoothed: Smoothed) -> dict[str, Any]:
     moved = distance_m(maxima, replace(maxima, position=smoothed.position))
     known = smoothed.supported
@@ -110,6 +134,7 @@ def _smoothing(maxima: PseudoLabels, smoothed: Smoothed) -> dict[str, Any]:
         "maxima_wrong": float(smoothed.wrong[known].mean()) if known.any() else None,
         "moved_m": _spread(moved),
         "std_m": _spread(smoothed.std_m[known]) if known.any() else None,
+        "uncertainty_m": finite(smoothed.uncertainty_m),
     }
 
 
@@ -138,25 +163,42 @@ def _page(
     metrics: Mapping[str, Any],
     verdict: Verdict,
     student: CrossViewModel,
+    before: Indicators,
+    after: Indicators,
 ) -> Page:
-    page = Page(f"Adaptation of {metrics['model']}: " + ("deploy" if verdict.deploy else "do not deploy"))
+    page = Page("Deploy the student" if verdict.deploy else "Do not deploy the student")
+    page.text(verdict.summary)
+    page.text(f"Next: {verdict.advice}")
     page.text(
-        f"The student was trained on {metrics['trained_on']} of {len(distillation.training_index)} pairs and "
-        f"judged on {metrics['held_out']} held-out ones; {metrics['unreadable']} could not be read."
+        f"{metrics['model']} was adapted to {len(distillation.training_index)} pairs; "
+        f"{metrics['trained_on']} of them trained the student, {metrics['held_out']} others were held out to "
+        f"judge it, and {metrics['unreadable']} could not be read."
     )
-    for line in (*round_lines(metrics.get("rounds", ())), *verdict.reasons):
+    for line in (*metrics["recipe"]["reasons"], *round_lines(metrics.get("rounds", ()))):
         page.text(line)
-    page.heading("Held-out pairs, without ground truth")
-    teacher, pupil = metrics["indicators"]["teacher"], metrics["indicators"]["student"]
-    rows = [
-        [text, *(f"{side[name]:.3f}" if name in side else "unknown" for side in (teacher, pupil))]
-        for name, text in _INDICATORS.items()
-    ]
-    page.table(["", "teacher", "student"], rows)
     if "true_errors" in metrics:
-        page.heading("True errors")
+        page.heading("Distance from the true positions")
         page.table(*error_table(metrics["true_errors"]))
         page.figure(figures.error_curves(distillation, adapted), "Share of held-out pairs by error")
+    page.heading("Evidence without true positions")
+    page.text(
+        "A right model finds the same position however the street is shown. So the estimates of the held-out "
+        "pairs are compared with those from a shifted tile and a turned panorama, and with odometry: where "
+        "they differ, at least one is wrong. The mean difference, each at most 20 m, is the inconsistency. "
+        "It decides, together with the coarse fixes. Entropy and probability decide nothing, since a student "
+        "is confident, right or wrong."
+    )
+    teacher, pupil = metrics["indicators"]["teacher"], metrics["indicators"]["student"]
+    rows = [
+        [text, *(f"{side[name]:.2f}" if name in side else "unknown" for side in (teacher, pupil))]
+        for name, text in _INDICATORS.items()
+    ]
+    page.table(["mean over the held-out pairs", "teacher", "student"], rows)
+    for line in verdict.reasons:
+        page.text(f"{line[0].upper()}{line[1:]}.")
+    if distillation.track is not None:
+        drawn = figures.both_tracks(distillation, adapted, before, after)
+        page.figure(drawn, "Estimates of the held-out pairs by their inconsistency; coarse fixes white")
     if adapted.smoothed is not None:
         page.heading("Labels smoothed along drives")
         smoothing = metrics["smoothing"]
@@ -176,10 +218,9 @@ def _page(
         distances = distance_m(adapted.labels, adapted.auxiliary.labels)
         caption = "Distance between label and auxiliary student; pairs to the right of the line are left out"
         page.figure(figures.distance_histogram(distances, adapted.recipe.keep), caption)
-    if distillation.track is not None:
-        page.heading("Along the drives")
-        drawn = figures.track_map(distillation, adapted)
-        page.figure(drawn, "Held-out pairs, coloured by how far the estimate moved, m")
+    page.heading("The student's worst held-out pairs")
+    for figure, caption in figures.worst_pairs(distillation, adapted, student, after):
+        page.figure(figure, caption)
     page.heading("Held-out pairs whose estimate moved most, from teacher to student")
     for figure, caption in figures.moved_pairs(distillation, adapted, student):
         page.figure(figure, caption)

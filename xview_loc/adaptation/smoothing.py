@@ -69,6 +69,11 @@ class Smoothed(PairTable):
         return np.sqrt(np.trace(self.covariance.astype(np.float64), axis1=1, axis2=2) / 2.0)
 
     @property
+    def uncertainty_m(self) -> float:
+        """Mean of :attr:`std_m` over the usable pairs; NaN if there are none."""
+        return float(self.std_m[self.usable].mean()) if self.usable.any() else math.nan
+
+    @property
     def mostly_usable(self) -> bool:
         """True if at least half of the pairs are usable; otherwise something is wrong with the drives."""
         return 2 * int(self.usable.sum()) >= len(self)

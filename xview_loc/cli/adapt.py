@@ -10,6 +10,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from enum import Enum
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -33,6 +34,14 @@ if TYPE_CHECKING:
     from xview_loc.datasets.base import PairSource
     from xview_loc.models.base import CrossViewModel
     from xview_loc.models.specs import ModelSpec
+
+
+class RecipeName(str, Enum):
+    """How labels are made."""
+
+    AUTO = "auto"
+    DRIVES = "drives"
+    PAPER = "paper"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +74,7 @@ class _Shared:
         typer.Option(
             "--turn/--no-turn",
             help="Train on panoramas turned at random, so that the student also finds headings. "
-            "Default: for CCVPE without --smooth.",
+            "Default: for CCVPE with the paper's recipe.",
         ),
     ] = None
     keep: Annotated[
@@ -204,10 +213,21 @@ def _with_shared_options(command: Callable[..., None]) -> Callable[..., None]:
 def adapt(
     shared: _Shared,
     *,
-    smooth: Annotated[bool, typer.Option("--smooth", help="Correct the labels with whole drives.")] = False,
+    recipe: Annotated[
+        RecipeName,
+        typer.Option(
+            help="drives: whole drives correct the labels. paper: the published recipe. "
+            "auto: drives where the pairs come from drives, else paper."
+        ),
+    ] = RecipeName.AUTO,
     rounds: Annotated[
-        int, typer.Option(min=1, help="Maximum number of rounds; each student labels the pairs for the next.")
-    ] = 1,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Maximum number of rounds; each student labels the pairs for the next. "
+            "Default: 1 with paper, else up to 3 while the labels are uncertain.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Print what would be done, and stop; --map copies all the same."),
@@ -215,9 +235,12 @@ def adapt(
 ) -> None:
     """Train a better student from a teacher and pairs without ground truth, and judge whether to deploy it.
 
-    To resume an interrupted run, repeat the command. The defaults are the paper's: levels 2 and keep 0.8 for
-    CCVPE, 3 and 0.7 for GGCVT; smoothed labels are not filtered and supervise all levels.
+    To resume an interrupted run, repeat the command. The paper's recipe has levels 2 and keep 0.8 for CCVPE,
+    3 and 0.7 for GGCVT; labels corrected by drives are not filtered and supervise all levels.
     """
+    smooth = None if recipe is RecipeName.AUTO else recipe is RecipeName.DRIVES
+    if rounds is None and recipe is RecipeName.PAPER:
+        rounds = 1
     with _Progress() as progress:
         distillation = shared.distillation(progress, smooth=smooth, rounds=rounds)
         if dry_run:
@@ -366,11 +389,16 @@ def _print_metrics(metrics: dict[str, Any]) -> None:
         console.print(f"{metrics['unreadable']} pairs could not be read and were left out", soft_wrap=True)
     if "smoothing" in metrics:
         console.print(smoothing_line(metrics["smoothing"]), soft_wrap=True)
-    for line in (*round_lines(metrics.get("rounds", ())), *verdict["reasons"]):
+    for line in (
+        *metrics["recipe"]["reasons"],
+        *round_lines(metrics.get("rounds", ())),
+        *verdict["reasons"],
+    ):
         console.print(line, soft_wrap=True)
     if "true_errors" in metrics:
         _print_errors(metrics["true_errors"])
     console.print("verdict: " + ("deploy" if verdict["deploy"] else "do not deploy"), style="bold")
+    console.print(f"{verdict['summary']} {verdict['advice']}", soft_wrap=True)
 
 
 def _print_errors(errors: dict[str, dict[str, float | None]]) -> None:

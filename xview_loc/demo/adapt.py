@@ -194,7 +194,7 @@ def record(demo: Demo, plan: Plan, folder: Path, map_path: Path) -> Path:
 
 
 def adapt(demo: Demo, plan: Plan, bag: Path, out: Path) -> dict[str, Any]:
-    """Run ``xview-loc adapt --smooth`` on the bag; return its metrics."""
+    """Run ``xview-loc adapt`` on the bag; return its metrics."""
     processes = min(2, os.cpu_count() or 1)
     options = {
         "--out": out,
@@ -206,7 +206,7 @@ def adapt(demo: Demo, plan: Plan, bag: Path, out: Path) -> dict[str, Any]:
         "--accelerator": "cpu",
     }
     words = [word for option in options.items() for word in option]
-    process = demo.start("xview_loc.cli", "adapt", bag, "--smooth", *words)
+    process = demo.start("xview_loc.cli", "adapt", bag, *words)
     demo.finish(process, ADAPT_TIMEOUT_S, "the adaptation did not end")
     if not (out / METRICS_FILE).exists():
         raise SystemExit("demo-adapt: the adaptation failed; see its messages above")
@@ -278,6 +278,7 @@ def make_page(results: Results, report: str) -> Page:
     own = {name: errors[name] for name in (BEFORE, AFTER)}
     page.figure(draw_change(own, LINES), "Error of each frame in both drives, and the change")
     page.heading("Verdict, without ground truth")
+    page.text(metrics["verdict"]["summary"])
     for reason in metrics["verdict"]["reasons"]:
         page.text(reason)
     page.link("Report of the adaptation", report)
