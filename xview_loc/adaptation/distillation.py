@@ -203,7 +203,7 @@ class Distillation:
         self.options, self.source, self.teacher, self.fabric = options, source, teacher, fabric
         self.true_from_fix, self._folder, self._on_progress = true_from_fix, folder, on_progress
         training, prior = options.training, options.heading_prior_deg
-        self._reading = ReadOptions(prior, training.seed, training.workers)
+        self.reading = ReadOptions(prior, training.seed, training.workers)
         # What labels depend on: the seed only matters for random turns.
         self._turns = [prior, training.seed if prior != 0 else 0]
         self._model = teacher.model.eval()
@@ -330,14 +330,14 @@ class Distillation:
             self._on_progress(f"teacher heat maps{name}", done, len(labels))
 
         model, index = labeller.model, labels.index
-        store = store_heat_maps(self.fabric, model, self.source, index, folder, self._reading, on_pairs)
+        store = store_heat_maps(self.fabric, model, self.source, index, folder, self.reading, on_pairs)
         if self.fabric.is_global_zero:
             found = smooth(self.track, labels, store, partial(self._on_progress, f"smoothing{name}"))
         found = self.fabric.broadcast(found)
         assert found is not None
-        if self._reading.heading_prior_deg != 0:
+        if self.reading.heading_prior_deg != 0:
             moved = replace(labels, position=found.position)
-            turned = with_model_headings(self.fabric, labeller.model, self.source, moved, self._reading)
+            turned = with_model_headings(self.fabric, labeller.model, self.source, moved, self.reading)
             found = replace(found.of(turned.index), heading=turned.heading)
         if self.fabric.is_global_zero:
             found.save(path)
@@ -359,10 +359,10 @@ class Distillation:
         validation: Validation
         if self._validation is None:
             validation = LabelFreeValidation(
-                self.fabric, self.source, self.held_out_index, self.track, folder, self._reading
+                self.fabric, self.source, self.held_out_index, self.track, folder, self.reading
             )
         else:
-            prior = self._reading.heading_prior_deg
+            prior = self.reading.heading_prior_deg
             validation = PoseValidation(self._validation, (prior,), options.batch_size, options.workers)
 
         def on_step(progress: TrainingProgress) -> None:
@@ -383,11 +383,11 @@ class Distillation:
         def on_pairs(done: int) -> None:
             self._on_progress(stage, done, len(source))
 
-        return label_pairs(self.fabric, checkpoint.model, source, path, self._reading, on_pairs)
+        return label_pairs(self.fabric, checkpoint.model, source, path, self.reading, on_pairs)
 
     def held_out_labels(self, checkpoint: Checkpoint) -> LabelsByView:
         """Return a model's labels of the held-out pairs in every view."""
-        return label_views(self.fabric, checkpoint.model, self.source, self.held_out_index, self._reading)
+        return label_views(self.fabric, checkpoint.model, self.source, self.held_out_index, self.reading)
 
     def true_errors_m(self, labels: PseudoLabels) -> Array:
         """Return the distances (N,) from the true positions, metres; NaN where these are unknown."""

@@ -47,11 +47,11 @@ class Steps:
 
 def from_drives(track: Track) -> bool:
     """Return True if most pairs are linked to the previous one: by odometry, or within 20 s by fixes."""
-    _, linked = _linked(track)
+    _, linked = links(track)
     return bool(2 * linked.sum() >= len(linked))
 
 
-def _linked(track: Track) -> tuple[Array, NDArray[np.bool_]]:
+def links(track: Track) -> tuple[Array, NDArray[np.bool_]]:
     """Return the seconds (N,) since the previous pair, and whether the step from it is known."""
     seconds = np.diff(track.stamp_ns, prepend=track.stamp_ns[0]) / 1e9
     same = (np.diff(track.drive, prepend=-1) == 0) & (seconds > 0.0)
@@ -64,7 +64,7 @@ def steps_along(track: Track, fix_std: Array, gain: Complex | None = None, loose
     Without odometry, velocities from fixes are smoothed, which also bridges a jump of the fixes. ``fix_std``
     (N,) is in metres, ``gain`` (N,) multiplies odometry's steps, ``looseness`` their variance.
     """
-    seconds, linked = _linked(track)
+    seconds, linked = links(track)
     fix_variance = fix_step_variance(np.maximum(fix_std, np.roll(fix_std, 1)), seconds)
     fix_steps = track.fix_steps
     mean, variance = np.zeros((len(linked), 2)), np.zeros(len(linked))

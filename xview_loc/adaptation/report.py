@@ -13,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xview_loc.adaptation import figures
+from xview_loc.adaptation.data_check import DataCheck
 from xview_loc.adaptation.distillation import UNCERTAIN_M, Adapted, Distillation
 from xview_loc.adaptation.indicators import Indicators
 from xview_loc.adaptation.labels import PseudoLabels, distance_m
 from xview_loc.adaptation.smoothing import Smoothed
-from xview_loc.adaptation.verdict import Verdict, judge
+from xview_loc.adaptation.verdict import Verdict, judge, refused
 from xview_loc.files import write_whole
 from xview_loc.models.base import CrossViewModel
 from xview_loc.models.checkpoint import save_checkpoint
@@ -38,16 +39,25 @@ _INDICATORS = {
 
 
 def write_results(
-    distillation: Distillation, adapted: Adapted, folder: Path, extra: Mapping[str, Any] | None = None
+    distillation: Distillation,
+    adapted: Adapted,
+    folder: Path,
+    extra: Mapping[str, Any] | None = None,
+    check: DataCheck | None = None,
 ) -> dict[str, Any]:
     """Write ``student.safetensors``, ``metrics.json`` and ``report.html``; return the metrics.
 
-    ``extra`` is added to the checkpoint's metadata (software version, command ...).
+    ``extra`` is added to the checkpoint's metadata (software version, command ...). ``check``: what was found
+    wrong with the pairs.
     """
     track = distillation.track
     before, after = (Indicators.of(views, track) for views in (adapted.before, adapted.after))
     verdict = judge(before, after)
+    if check is not None and check.faults:
+        verdict = refused(verdict, check.faults)
     metrics = _metrics(distillation, adapted, before, after, verdict)
+    if check is not None:
+        metrics["data_check"] = asdict(check)
     student = adapted.student.load()
     metadata = {**(extra or {}), "parent": distillation.teacher.sha256, "adaptation": metrics}
     metrics = {**metrics, "student_sha256": save_checkpoint(student.model, folder / STUDENT_FILE, metadata)}
@@ -174,6 +184,8 @@ def _page(
         f"{metrics['trained_on']} of them trained the student, {metrics['held_out']} others were held out to "
         f"judge it, and {metrics['unreadable']} could not be read."
     )
+    for line in metrics.get("data_check", {}).get("remarks", ()):
+        page.text(f"Note: {line}.")
     for line in (*metrics["recipe"]["reasons"], *round_lines(metrics.get("rounds", ()))):
         page.text(line)
     if "true_errors" in metrics:

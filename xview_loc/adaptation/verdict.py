@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,16 @@ class Verdict:
     reasons: list[str]
     probability_better: float
     score_change: tuple[float, float, float]
+
+
+def refused(verdict: Verdict, faults: Sequence[str]) -> Verdict:
+    """Return the verdict on a student of faulty pairs: not to deploy it, whatever the evidence."""
+    return replace(
+        verdict,
+        deploy=False,
+        summary=f"The pairs are faulty: {'; '.join(faults)}.",
+        advice="Keep the teacher. Correct what is wrong on the vehicle, record again, and adapt to that.",
+    )
 
 
 def judge(before: Indicators, after: Indicators) -> Verdict:

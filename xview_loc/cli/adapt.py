@@ -250,17 +250,21 @@ def adapt(
             if progress.first:
                 _print_plan(plan)
             return
+        from xview_loc.adaptation.data_check import check_data
         from xview_loc.adaptation.report import REPORT_FILE, STUDENT_FILE, write_results
         from xview_loc.maps.base import redact
 
         _check_padding(distillation, progress.first)
+        check = check_data(distillation)
+        for line in (*check.faults, *check.remarks) if progress.first else ():
+            console.print(f"warning: {line}", soft_wrap=True)
         adapted = distillation.run()
         if not progress.first:
             return
         secrets = [line.partition(":")[2].strip() for line in shared.header or ()]
         words = [redact(word, secrets) for word in sys.argv[1:]]
         facts = {"version": __version__, "command": shlex.join(["xview-loc", *words])}
-        metrics = write_results(distillation, adapted, shared.out, facts)
+        metrics = write_results(distillation, adapted, shared.out, facts, check)
     _print_metrics(metrics)
     console.print(f"{shared.out / STUDENT_FILE}, {shared.out / REPORT_FILE}", soft_wrap=True)
 

@@ -116,6 +116,10 @@ class PairSource(Dataset[PairSample]):
         """Return the drives that the pairs were taken on; None if they are not from drives."""
         return None
 
+    def input_faults(self) -> list[str]:
+        """Say in words how fixes, headings and odometry contradict each other."""
+        return []
+
 
 class Readable(Dataset[PairSample | UserError]):
     """The samples ``index`` of a source, in this order; one that cannot be read comes as its error."""

@@ -27,6 +27,7 @@ from xview_loc.models.inputs import ground_image, is_upright, normalise
 from xview_loc.models.panoramas import panorama_elevation, panorama_fault
 from xview_loc.models.specs import ModelSpec
 from xview_loc.recordings.drive import Drive, find_headings, read_drive
+from xview_loc.recordings.input_faults import input_faults
 from xview_loc.recordings.pair import Pair
 from xview_loc.recordings.pair_reader import PairBag
 from xview_loc.recordings.rig_messages import rig_mounting
@@ -251,6 +252,10 @@ class PairDataset(PairSource):
         drives = {n: self._drives[n] if n in self._drives else read_drive(bag, m) for n, (bag, m) in bags}
         parts = [_track(number, drive, self._mountings[number]) for number, drive in drives.items()]
         return Track(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(Track)))
+
+    def input_faults(self) -> list[str]:
+        """See :meth:`PairSource.input_faults`. Raises BagError if a pair is damaged."""
+        return [f"{bag.folder}: {text}" for bag in self._bags for text in input_faults(bag)]
 
     def _check_tile(self, tile: AerialTile, folder: Path) -> None:
         """Raise DatasetError if the model's tile cannot be cut from this one."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from array import array
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -12,15 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xview_loc.bags.recovery import BagError
-from xview_loc.bags.ros_types import deserialize
 from xview_loc.geodesy import steps_between
-from xview_loc.recordings.pair_messages import ODOMETRY, TOPICS
 from xview_loc.recordings.pair_reader import PairBag
 from xview_loc.vehicle.course import MAX_STD, headings_of_drive, stands
 from xview_loc.vehicle.keyframes import SPEED_AGE_NS
-from xview_loc.vehicle.messages import VelocityReader
 from xview_loc.vehicle.mounting import Mounting
-from xview_loc.vehicle.synchronisation import RejectedInput
 
 Array = NDArray[np.float64]
 Complex = NDArray[np.complex128]
@@ -120,15 +115,11 @@ class _Path:
 
 def _read_odometry(bag: PairBag, stamps: NDArray[np.int64]) -> _Path:
     # Arrays, as hours of odometry are millions of messages.
-    reader, times = VelocityReader(), array("q")
-    velocities = array("d"), array("d"), array("d")
-    for _, data in bag.odometry():
-        with suppress(RejectedInput):
-            one = reader.read(deserialize(TOPICS[ODOMETRY], data))
-            if one is not None:
-                times.append(one.stamp_ns)
-                for column, value in zip(velocities, (one.forward, one.left, one.yaw_rate), strict=True):
-                    column.append(value)
+    times, velocities = array("q"), (array("d"), array("d"), array("d"))
+    for one in bag.velocities():
+        times.append(one.stamp_ns)
+        for column, value in zip(velocities, (one.forward, one.left, one.yaw_rate), strict=True):
+            column.append(value)
     if len(times) < 2:
         unknown = np.full(len(stamps), math.nan)
         return _Path(unknown, unknown.astype(np.complex128), unknown)

@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -48,9 +48,11 @@ from xview_loc.recordings.rig_messages import (
     rig_topics,
 )
 from xview_loc.rig import Mask, MountedCamera, Quaternion, Rig, facing
-from xview_loc.vehicle.messages import cdr_stamp_ns
+from xview_loc.vehicle.messages import VelocityReader, cdr_stamp_ns
 from xview_loc.vehicle.mounting import Mounting
+from xview_loc.vehicle.odometry import VelocitySample
 from xview_loc.vehicle.rig_assembly import CameraImage
+from xview_loc.vehicle.synchronisation import RejectedInput
 
 
 class PairBag:
@@ -210,6 +212,15 @@ class PairBag:
             with _readable(f"the odometry in {path} is damaged"):
                 for _, _, found in self._reader(number).iter_messages(topics=[ODOMETRY]):
                     yield found.log_time, found.data
+
+    def velocities(self) -> Iterator[VelocitySample]:
+        """Yield the velocities of the odometry, without messages that say nothing. Raises BagError."""
+        reader = VelocityReader()
+        for _, data in self.odometry():
+            with suppress(RejectedInput):
+                velocity = reader.read(deserialize(TOPICS[ODOMETRY], data))
+                if velocity is not None:
+                    yield velocity
 
     def poses(self) -> list[tuple[int, float, float, float, float | None]]:
         """Return every pair's (stamp, lat, lon, sigma, heading), in order.

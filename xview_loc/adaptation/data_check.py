@@ -1,0 +1,170 @@
+"""Check pairs before training: do images fit their tiles, headings their drives, and stamps each other?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from numpy.typing import NDArray
+from torch import Tensor
+
+from xview_loc.adaptation.distillation import Distillation
+from xview_loc.adaptation.labelling import ReadOptions, encode_tiles, match_batch, prepare_model, tabulate
+from xview_loc.adaptation.labels import PairTable, PseudoLabels
+from xview_loc.adaptation.motion import from_drives, links
+from xview_loc.datasets.base import Batch, PairSource, Track
+from xview_loc.models.base import CrossViewModel, HeatMaps
+from xview_loc.statistics import MIN_MEASUREMENTS, certainty_of_decrease
+from xview_loc.vehicle.course import FIX_CORRELATION_S
+
+Array = NDArray[np.float64]
+
+# Pairs that are compared, and the certainty that is asked for.
+_PAIRS, _CERTAIN = 384, 0.999
+# Turns that may explain why images do not fit.
+_TURNS_DEG = (90, 180, 270)
+# Standard deviation of a fix that comes without one, metres.
+_FIX_STD = 15.0
+# Delay of the fixes from which on it is told, seconds, and standard deviations.
+_LEAST_DELAY_S, _SIGMAS = 0.4, 3.0
+# Least number of stretches of the drives that tell a delay.
+_LEAST_STRETCHES = 8
+# Slower pairs tell nothing about delays, m/s.
+_LEAST_SPEED = 2.0
+
+
+@dataclass(frozen=True, eq=False)
+class _Fit(PairTable):
+    """Probability (N, views) that heat maps give to the coarse fix, averaged over its errors."""
+
+    near_fix: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class DataCheck:
+    """What is wrong with pairs, in words: ``faults`` spoil a student, ``remarks`` do not."""
+
+    faults: list[str]
+    remarks: list[str]
+
+
+def check_data(run: Distillation) -> DataCheck:
+    """Check the pairs of an adaptation before students are trained; the labels it needs are kept for it.
+
+    Drives that predict their heat maps prove that images fit the map; else a sample of the pairs must.
+    """
+    faults, remarks = run.source.input_faults(), []
+    labels, proven = run.teacher_labels(), False
+    if run.smoothing:
+        smoothed = run.smoothed(labels, run.teacher)
+        proven = smoothed.mostly_usable
+        if proven:
+            labels = smoothed.labels(labels.of(smoothed.index))
+    if not proven:
+        faults.append(match_fault(run.fabric, run.teacher.model, run.source, run.training_index, run.reading))
+    if run.track is not None and from_drives(run.track):
+        remarks.append(fix_delay(run.track, labels))
+    return DataCheck(list(filter(None, faults)), list(filter(None, remarks)))
+
+
+def match_fault(
+    fabric: Fabric, model: CrossViewModel, source: PairSource, index: NDArray[np.int64], options: ReadOptions
+) -> str:
+    """Say in words how images contradict their tiles; "" for not at all, or if there are too few pairs.
+
+    Where images of other pairs fit a tile as well as its own one, turned images may tell why.
+    """
+    model = prepare_model(fabric, model)
+    chosen = np.random.default_rng(0).permutation(index)[:_PAIRS]
+
+    def compared(change: Callable[[Batch], Sequence[Batch]]) -> Array | None:
+        """Return how much better images fit than each of the changed ones (N, changes)."""
+
+        def table_of(batch: Batch, turns: NDArray[np.int64] | None) -> _Fit:
+            features = encode_tiles(model, batch["aerial"])
+            views = [
+                _near_fix(match_batch(model, view, options.heading_prior_deg, features, turns)[0], batch)
+                for view in (batch, *change(batch))
+            ]
+            return _Fit(batch["index"].cpu().numpy(), torch.stack(views, 1).cpu().numpy())
+
+        with torch.inference_mode():
+            fit, _ = tabulate(fabric, source, chosen, options, table_of)
+        if fit is None or len(fit) < MIN_MEASUREMENTS:
+            return None
+        return np.asarray(fit.near_fix[:, :1] - fit.near_fix[:, 1:], np.float64)
+
+    better = compared(_of_others)
+    if better is None or certainty_of_decrease(-better[:, 0]) > _CERTAIN:
+        return ""
+    turns = None
+    if model.spec.camera == "panorama" and options.heading_prior_deg is not None:
+        turns = compared(_turned)
+    if turns is not None:
+        best = int(turns.mean(0).argmin())
+        if certainty_of_decrease(turns[:, best]) > _CERTAIN:
+            return (
+                f"images fit their aerial tiles better when turned by {_TURNS_DEG[best]} degrees: check "
+                "headings, camera_yaw_deg and the camera's transform"
+            )
+    return (
+        f"images fit their own aerial tile no better than those of other places ({len(better)} compared): "
+        "check map, headings and stamps, and whether the model suits the camera and the map"
+    )
+
+
+def _of_others(batch: Batch) -> list[Batch]:
+    """Exchange the images of a batch."""
+    return [{**batch, **{name: batch[name].roll(1, 0) for name in ("ground", "intrinsics") if name in batch}}]
+
+
+def _turned(batch: Batch) -> list[Batch]:
+    """Turn the panoramas of a batch."""
+    width = batch["ground"].shape[3]
+    return [{**batch, "ground": batch["ground"].roll(width * turn // 360, 3)} for turn in _TURNS_DEG]
+
+
+def _near_fix(maps: HeatMaps, batch: Batch) -> Tensor:
+    """Return the probability (B,) of the coarse fix's place by the heat maps, averaged over its errors."""
+    axis = torch.arange(maps.logits.shape[1], device=maps.logits.device) * maps.grid.scale
+    down, right = (axis + origin - batch["fix"][:, k, None] for k, origin in enumerate(maps.grid.origin))
+    sigma = batch["fix_std"].nan_to_num(_FIX_STD) / batch["meters_per_pixel"]
+    near = torch.exp(
+        -(down.square()[:, :, None] + right.square()[:, None, :]) / (2.0 * sigma.square()[:, None, None])
+    )
+    return (maps.logits.float().flatten(1).softmax(1) * near.flatten(1)).sum(1)
+
+
+def fix_delay(track: Track, labels: PseudoLabels) -> str:
+    """Say in words by how much the fixes are late, or early; "" if that is not sure.
+
+    ``labels``: of pairs along the drives of ``track``, which holds all pairs of their source.
+    """
+    track = track.rows(labels.index)
+    place = np.cumsum(track.fix_steps, axis=0) + labels.from_fix
+    seconds, linked = links(track)
+    # The velocity at a pair comes from its neighbours.
+    inside = np.append(linked[1:], False) & linked
+    ahead, behind = (np.roll(place, shift, axis=0) for shift in (-1, 1))
+    lasted = np.where(inside, np.roll(seconds, -1) + seconds, 1.0)
+    velocity = (ahead - behind) / lasted[:, None]
+    inside &= np.hypot(*velocity.T) > _LEAST_SPEED
+    # Errors of fixes last, so stretches of the drive vary, not single pairs.
+    stretch = np.cumsum(seconds.clip(0.0)) // (2.0 * FIX_CORRELATION_S) + 1e6 * track.drive
+    number = np.unique(stretch[inside], return_inverse=True)[1]
+    products = np.bincount(number, (labels.from_fix * velocity).sum(1)[inside])
+    squares = np.bincount(number, (velocity**2).sum(1)[inside])
+    if len(squares) < _LEAST_STRETCHES:
+        return ""
+    delay = products.sum() / squares.sum()
+    std = math.sqrt(((products - delay * squares) ** 2).sum()) / squares.sum()
+    if abs(delay) < max(_LEAST_DELAY_S, _SIGMAS * std):
+        return ""
+    return (
+        f"fixes are {abs(delay):.1f} +- {std:.1f} s {'late' if delay > 0 else 'early'} against the images: "
+        "check both clocks, and the receiver's latency"
+    )
