@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,7 +38,10 @@ _LEAST_SPEED = 2.0
 
 @dataclass(frozen=True, eq=False)
 class _Fit(PairTable):
-    """Probability (N, views) that heat maps give to the coarse fix, averaged over its errors."""
+    """Probability (N, views) that heat maps give to the coarse fix, averaged over its errors.
+
+    The views are the pair, the tile with another pair's image, and the pair with its image turned.
+    """
 
     near_fix: NDArray[np.float32]
 
@@ -76,56 +78,43 @@ def match_fault(
 ) -> str:
     """Say in words how images contradict their tiles; "" for not at all, or if there are too few pairs.
 
-    Where images of other pairs fit a tile as well as its own one, turned images may tell why.
+    An image must fit its own tile better than the images of other pairs do, and than when turned.
     """
     model = prepare_model(fabric, model)
     chosen = np.random.default_rng(0).permutation(index)[:_PAIRS]
+    turnable = model.spec.camera == "panorama" and options.heading_prior_deg is not None
 
-    def compared(change: Callable[[Batch], Sequence[Batch]]) -> Array | None:
-        """Return how much better images fit than each of the changed ones (N, changes)."""
+    def table_of(batch: Batch, turns: NDArray[np.int64] | None) -> _Fit:
+        features = encode_tiles(model, batch["aerial"])
+        others: Batch = {name: batch[name].roll(1, 0) for name in ("ground", "intrinsics") if name in batch}
+        views = [batch, {**batch, **others}]
+        if turnable:
+            width = batch["ground"].shape[3]
+            views += [{**batch, "ground": batch["ground"].roll(width * t // 360, 3)} for t in _TURNS_DEG]
+        near = [
+            _near_fix(match_batch(model, view, options.heading_prior_deg, features, turns)[0], batch)
+            for view in views
+        ]
+        return _Fit(batch["index"].cpu().numpy(), torch.stack(near, 1).cpu().numpy())
 
-        def table_of(batch: Batch, turns: NDArray[np.int64] | None) -> _Fit:
-            features = encode_tiles(model, batch["aerial"])
-            views = [
-                _near_fix(match_batch(model, view, options.heading_prior_deg, features, turns)[0], batch)
-                for view in (batch, *change(batch))
-            ]
-            return _Fit(batch["index"].cpu().numpy(), torch.stack(views, 1).cpu().numpy())
-
-        with torch.inference_mode():
-            fit, _ = tabulate(fabric, source, chosen, options, table_of)
-        if fit is None or len(fit) < MIN_MEASUREMENTS:
-            return None
-        return np.asarray(fit.near_fix[:, :1] - fit.near_fix[:, 1:], np.float64)
-
-    better = compared(_of_others)
-    if better is None or certainty_of_decrease(-better[:, 0]) > _CERTAIN:
+    with torch.inference_mode():
+        fit, _ = tabulate(fabric, source, chosen, options, table_of)
+    if fit is None or len(fit) < MIN_MEASUREMENTS:
         return ""
-    turns = None
-    if model.spec.camera == "panorama" and options.heading_prior_deg is not None:
-        turns = compared(_turned)
-    if turns is not None:
-        best = int(turns.mean(0).argmin())
-        if certainty_of_decrease(turns[:, best]) > _CERTAIN:
+    better = (fit.near_fix[:, :1] - fit.near_fix[:, 1:]).astype(np.float64)
+    if turnable:
+        best = int(better[:, 1:].mean(0).argmin())
+        if certainty_of_decrease(better[:, 1 + best]) > _CERTAIN:
             return (
                 f"images fit their aerial tiles better when turned by {_TURNS_DEG[best]} degrees: check "
                 "headings, camera_yaw_deg and the camera's transform"
             )
+    if certainty_of_decrease(-better[:, 0]) > _CERTAIN:
+        return ""
     return (
-        f"images fit their own aerial tile no better than those of other places ({len(better)} compared): "
+        f"images fit their own aerial tiles no better than images of other places do ({len(fit)} compared): "
         "check map, headings and stamps, and whether the model suits the camera and the map"
     )
-
-
-def _of_others(batch: Batch) -> list[Batch]:
-    """Exchange the images of a batch."""
-    return [{**batch, **{name: batch[name].roll(1, 0) for name in ("ground", "intrinsics") if name in batch}}]
-
-
-def _turned(batch: Batch) -> list[Batch]:
-    """Turn the panoramas of a batch."""
-    width = batch["ground"].shape[3]
-    return [{**batch, "ground": batch["ground"].roll(width * turn // 360, 3)} for turn in _TURNS_DEG]
 
 
 def _near_fix(maps: HeatMaps, batch: Batch) -> Tensor:

@@ -28,8 +28,8 @@ Captioned = tuple[Figure, str]
 # An image and its extent: left, right, bottom and top.
 Placed = tuple[NDArray[Any], tuple[float, float, float, float]]
 
-# Number of pairs shown with their heat maps.
-_SHOWN = 4
+# Number of pairs shown with their heat maps, and the least number of pairs between them.
+_SHOWN, _NEIGHBOURS = 4, 5
 # Length in pairs of the stretch of a drive that is shown enlarged.
 _STRETCH = 40
 # Least distance between the tiles drawn under a drive, as a share of their side.
@@ -76,11 +76,12 @@ def both_tracks(
     models = ("teacher", adapted.before, before), ("student", adapted.after, after)
     for axes, (name, views, indicators) in zip(panels, models, strict=True):
         for image, extent in tiles:
-            axes.imshow(image, extent=extent, alpha=0.6)
+            axes.imshow(image, extent=extent)
         fixes = _fixes(distillation.track)[views.plain.index]
         axes.plot(*fixes.T, ".", color="white", markersize=2)
         places, colours = fixes + views.plain.from_fix, indicators.score_terms()
-        dots = axes.scatter(*places.T, s=12, c=colours, cmap="plasma", vmin=0.0, vmax=MAX_DISAGREEMENT_M)
+        scale: dict[str, Any] = {"cmap": "plasma", "vmin": 0.0, "vmax": MAX_DISAGREEMENT_M}
+        dots = axes.scatter(*places.T, s=16, c=colours, edgecolors="black", linewidths=0.3, **scale)
         axes.set_title(name)
         axes.autoscale_view()
         _metres(axes)
@@ -128,8 +129,10 @@ def worst_pairs(
     errors, what = distillation.true_errors_m(adapted.after.plain), "from the true position"
     if np.isnan(errors).all():
         errors, what = after.score_terms(), "of inconsistency"
-    worst = np.argsort(-np.nan_to_num(errors, nan=-1.0))[:_SHOWN]
-    return [_both_models(distillation, adapted, student, row, f"{errors[row]:.1f} m {what}") for row in worst]
+    return [
+        _both_models(distillation, adapted, student, row, f"{errors[row]:.1f} m {what}")
+        for row in _largest(errors)
+    ]
 
 
 def moved_pairs(distillation: Distillation, adapted: Adapted, student: CrossViewModel) -> list[Captioned]:
@@ -137,8 +140,17 @@ def moved_pairs(distillation: Distillation, adapted: Adapted, student: CrossView
     moved = distance_m(adapted.before.plain, adapted.after.plain)
     return [
         _both_models(distillation, adapted, student, row, f"the estimate moved by {moved[row]:.1f} m")
-        for row in np.argsort(-moved)[:_SHOWN]
+        for row in _largest(moved)
     ]
+
+
+def _largest(values: Array) -> list[int]:
+    """Return the rows of the largest values, apart: neighbours show the same street."""
+    rows: list[int] = []
+    for row in np.argsort(-np.nan_to_num(values, nan=-1.0)).tolist():
+        if len(rows) < _SHOWN and all(abs(row - other) > _NEIGHBOURS for other in rows):
+            rows.append(row)
+    return rows
 
 
 def _both_models(
@@ -156,7 +168,7 @@ def _both_models(
         _Panel(name, _heat_map(model, sample, prior, turns), labels.position[row])
         for name, model, labels in models
     ]
-    return _pair(distillation, sample, panels, f"Pair {index}: {what}; circle: estimate")
+    return _pair(distillation, sample, panels, f"Pair {index}: {what}")
 
 
 def moved_labels(
@@ -167,7 +179,7 @@ def moved_labels(
     moved = np.where(smoothed.usable, distance_m(maxima, replace(maxima, position=smoothed.position)), -1.0)
     prior, seed = distillation.options.heading_prior_deg, distillation.options.training.seed
     figures = []
-    for row in np.argsort(-moved)[:_SHOWN]:
+    for row in _largest(moved):
         index = int(smoothed.index[row])
         sample = distillation.source[index]
         pixels = float(sample["meters_per_pixel"])
@@ -180,10 +192,7 @@ def moved_labels(
             _Panel("labelling model", first, maxima.position[row], *label),
             _Panel("student", second, None, *label),
         ]
-        caption = (
-            f"Pair {index}: the label moved by {moved[row]:.1f} m; circle: maximum of the heat map, square "
-            "and ellipse: smoothed label and its 95 % region"
-        )
+        caption = f"Pair {index}: the label moved by {moved[row]:.1f} m"
         figures.append(_pair(distillation, sample, panels, caption))
     return figures
 
@@ -289,11 +298,9 @@ def _pair(distillation: Distillation, sample: PairSample, panels: list[_Panel], 
     above.axis("off")
     aerial = denormalise(sample["aerial"], spec)
     row, col = sample["fix"].tolist()
-    caption += ", plus: coarse fix"
     if distillation.true_from_fix is not None:
         pixels = distillation.true_from_fix[int(sample["index"])] / float(sample["meters_per_pixel"])
         right, up = turned(pixels[None], -_turn(sample))[0]
-        caption += ", cross: truth"
     for column, panel in enumerate(panels):
         axes = figure.add_subplot(grid[1, column], title=panel.title)
         axes.imshow(aerial)

@@ -26,6 +26,7 @@ from xview_loc.report import Page, finite
 from xview_loc.statistics import MIN_MEASUREMENTS
 
 STUDENT_FILE, METRICS_FILE, REPORT_FILE = "student.safetensors", "metrics.json", "report.html"
+_SYMBOLS = "The plus is the coarse fix, the cross the true position where it is known."
 # Descriptions of the indicators.
 _INDICATORS = {
     "score": "inconsistency, m: mean of the next three",
@@ -223,6 +224,11 @@ def _page(
             maxima = adapted.maxima.of(adapted.smoothed.index)
             shown = figures.smoothed_drive(distillation, maxima, adapted.smoothed)
             shown += figures.moved_labels(distillation, adapted, adapted.smoothed, student)
+            page.text(
+                "Below are the labels that moved most, first the part of a drive and the whole drive, then "
+                "pairs with the heat maps of the model that labelled them and of the student. Circles are "
+                f"maxima of heat maps, squares and ellipses labels with their 95 % regions. {_SYMBOLS}"
+            )
             for figure, caption in shown:
                 page.figure(figure, caption)
     if adapted.auxiliary is not None:
@@ -231,6 +237,7 @@ def _page(
         caption = "Distance between label and auxiliary student; pairs to the right of the line are left out"
         page.figure(figures.distance_histogram(distances, adapted.recipe.keep), caption)
     page.heading("The student's worst held-out pairs")
+    page.text(f"Circles are the estimates, on the heat maps of both models. {_SYMBOLS}")
     for figure, caption in figures.worst_pairs(distillation, adapted, student, after):
         page.figure(figure, caption)
     page.heading("Held-out pairs whose estimate moved most, from teacher to student")
