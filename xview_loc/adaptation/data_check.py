@@ -17,13 +17,13 @@ from xview_loc.adaptation.labels import PairTable, PseudoLabels
 from xview_loc.adaptation.motion import from_drives, links
 from xview_loc.datasets.base import Batch, PairSource, Track
 from xview_loc.models.base import CrossViewModel, HeatMaps
-from xview_loc.statistics import MIN_MEASUREMENTS, certainty_of_decrease
+from xview_loc.statistics import certainty_of_decrease
 from xview_loc.vehicle.course import FIX_CORRELATION_S
 
 Array = NDArray[np.float64]
 
-# Pairs that are compared, and the certainty that is asked for.
-_PAIRS, _CERTAIN = 384, 0.999
+# Pairs that are compared, those that are needed at least, and the certainty that is asked for.
+_PAIRS, _LEAST_PAIRS, _CERTAIN = 384, 192, 0.99
 # Turns that may explain why images do not fit.
 _TURNS_DEG = (90, 180, 270)
 # Standard deviation of a fix that comes without one, metres.
@@ -99,7 +99,7 @@ def match_fault(
 
     with torch.inference_mode():
         fit, _ = tabulate(fabric, source, chosen, options, table_of)
-    if fit is None or len(fit) < MIN_MEASUREMENTS:
+    if fit is None or len(fit) < _LEAST_PAIRS:
         return ""
     better = (fit.near_fix[:, :1] - fit.near_fix[:, 1:]).astype(np.float64)
     if turnable:
