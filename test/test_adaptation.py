@@ -1042,6 +1042,28 @@ def test_the_command_says_what_is_wrong(cache: Path, tmp_path: Path) -> None:
         assert len(error.strip().splitlines()) == 1
 
 
+def test_pairs_of_the_source_are_replayed(
+    tiny: Checkpoint, tiny_city: SimulatedDataset, tmp_path: Path
+) -> None:
+    """Students see them as well; pairs with a known turn of their tile and without go together."""
+    write_pairs(tmp_path / "pairs", 24)
+    source = PairDataset([tmp_path / "pairs"], tiny.model.spec)
+    steps: dict[str, int] = {}
+
+    def on_progress(stage: str, done: int, total: int) -> None:
+        steps[stage] = total
+
+    chosen = options(tiny.model, keep=1.0)
+    run = Distillation(FABRIC, tiny, source, tmp_path, chosen, replay=tiny_city, on_progress=on_progress)
+    adapted = run.run()
+    seen = len(run.training_index) + len(tiny_city)
+    assert steps["student"] == seen // chosen.training.batch_size * chosen.training.epochs
+    metrics = write_results(run, adapted, tmp_path)
+    assert metrics["replayed"] == len(tiny_city) and metrics["trained_on"] == len(run.training_index)
+    alone = Distillation(FABRIC, tiny, source, tmp_path, chosen).run()
+    assert alone.student.path != adapted.student.path
+
+
 def test_a_dry_run_does_nothing(cache: Path, tmp_path: Path) -> None:
     write_pairs(tmp_path / "pairs", 24)
     words = ["adapt", str(tmp_path / "pairs"), "--out", str(tmp_path / "out"), "--dry-run"]

@@ -34,7 +34,7 @@ from xview_loc.adaptation.labels import AdaptationError, LabelledPairs, PseudoLa
 from xview_loc.adaptation.motion import from_drives
 from xview_loc.adaptation.smoothing import Smoothed, smooth
 from xview_loc.adaptation.verdict import Verdict, judge
-from xview_loc.datasets.base import JoinedPairs, PairSource, PoseDataset
+from xview_loc.datasets.base import JoinedPairs, JoinedPoses, PairSource, PoseDataset
 from xview_loc.evaluation.errors import Errors
 from xview_loc.models.base import CrossViewModel
 from xview_loc.models.ccvpe import CCVPE
@@ -179,8 +179,8 @@ class Distillation:
     ``true_from_fix`` (N, 2), metres east and north from each pair's coarse fix to its true position, is only
     for reported errors and never decides anything. With ``validation``, all pairs of ``source`` are for
     training: the epoch is selected by the true errors on this dataset, as in the paper, and its pairs are the
-    held-out ones. Raises AdaptationError if there are too few pairs or none
-    can be read, and the errors of :func:`train`.
+    held-out ones. Students are also trained on all pairs of ``replay``, with their true poses. Raises
+    AdaptationError if there are too few pairs or none can be read, and the errors of :func:`train`.
     """
 
     def __init__(
@@ -193,9 +193,10 @@ class Distillation:
         *,
         true_from_fix: Array | None = None,
         validation: PoseDataset | None = None,
+        replay: PoseDataset | None = None,
         on_progress: OnProgress = lambda stage, done, total: None,
     ) -> None:
-        self._validation, self._training_pairs = validation, len(source)
+        self._validation, self._training_pairs, self.replay = validation, len(source), replay
         if validation is not None:
             known = np.full((len(source), 2), math.nan) if true_from_fix is None else true_from_fix
             true_from_fix = np.concatenate([known, validation.true_from_fix()])
@@ -352,7 +353,9 @@ class Distillation:
         ``recipe`` decides on turned panoramas; default: that of a model's own maxima.
         """
         content = _digest(labels.index.tobytes(), labels.position.tobytes(), labels.heading.tobytes())
-        data = LabelledPairs(self.source, labels, f"labels {content}")
+        data: PoseDataset = LabelledPairs(self.source, labels, f"labels {content}")
+        if self.replay is not None:
+            data = JoinedPoses(data, self.replay)
         options = self.options.student_training(recipe or self.recipe(smoothed=False))
         inputs = [data.name, loss.to_json(), comparable(options), self.held_out_index.tolist()]
         folder = self._path("student", self.teacher.sha256, inputs, self.fabric.world_size)

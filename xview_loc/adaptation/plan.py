@@ -44,6 +44,7 @@ def plan_run(distillation: Distillation) -> Plan:
     recipe = distillation.recipe(distillation.smoothing)
     label_s, train_s = _seconds_per_pair(distillation, recipe.levels)
     count, trained = len(distillation.source), len(distillation.training_index)
+    replayed = 0 if distillation.replay is None else len(distillation.replay)
     judge_s = 3 * len(distillation.held_out_index) * label_s
     kept = round(trained * recipe.keep)
     stages = [PlannedStage("teacher labels", count, count * label_s)]
@@ -58,9 +59,12 @@ def plan_run(distillation: Distillation) -> Plan:
         megabytes = trained * stored_bytes(distillation.teacher.model) / 1e6
     if recipe.keep < 1:
         stages += [
-            PlannedStage("auxiliary student", trained, epochs * (trained * train_s + judge_s)),
+            PlannedStage(
+                "auxiliary student", trained + replayed, epochs * ((trained + replayed) * train_s + judge_s)
+            ),
             PlannedStage("auxiliary labels", count, count * label_s),
         ]
+    kept += replayed
     stages.append(PlannedStage("student", kept, epochs * (kept * train_s + judge_s)))
     first = list(stages)
     for number in range(2, rounds + 1):

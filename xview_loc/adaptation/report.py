@@ -80,6 +80,7 @@ def _metrics(
         "pairs": len(distillation.source),
         "unreadable": len(distillation.training_index) - len(adapted.maxima),
         "recipe": _recipe(distillation, adapted),
+        "replayed": 0 if distillation.replay is None else len(distillation.replay),
         "trained_on": int(adapted.kept.sum()),
         "held_out": len(adapted.before.plain),
         "teacher_to_student_held_out_m": _spread(distance_m(adapted.before.plain, adapted.after.plain)),
@@ -185,6 +186,10 @@ def _page(
         f"{metrics['trained_on']} of them trained the student, {metrics['held_out']} others were held out to "
         f"judge it, and {metrics['unreadable']} could not be read."
     )
+    if distillation.replay is not None:
+        page.text(
+            f"The student was trained on {metrics['replayed']} pairs of {distillation.replay.name} as well."
+        )
     for line in metrics.get("data_check", {}).get("remarks", ()):
         page.text(f"Note: {line}.")
     for line in (*metrics["recipe"]["reasons"], *round_lines(metrics.get("rounds", ()))):

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from xview_loc.adaptation.distillation import Distillation
     from xview_loc.adaptation.plan import Plan
-    from xview_loc.datasets.base import PairSource
+    from xview_loc.datasets.base import PairSource, PoseDataset
     from xview_loc.models.base import CrossViewModel
     from xview_loc.models.specs import ModelSpec
 
@@ -99,6 +99,13 @@ class _Shared:
             "no pairs are held out then."
         ),
     ] = None
+    replay: Annotated[
+        str | None,
+        typer.Option(
+            help="Dataset with true positions to train on as well, such as simulated:source:0-3:100, "
+            "so that the student forgets less of it."
+        ),
+    ] = None
     seed: Annotated[int, typer.Option(min=0, help="Seed for the order of pairs and random turns.")] = 0
     workers: Annotated[int, typer.Option(min=0, help="Processes that load data.")] = 0
     precision: Annotated[str, typer.Option(help="32-true, bf16-mixed or 16-mixed.")] = "32-true"
@@ -126,6 +133,10 @@ class _Shared:
         source = self.source(self.data, teacher.model, fabric, progress)
         truth = _true_positions(source, self.truth, self.truth_topic, progress.first)
         spec, reach = teacher.model.spec, teacher.model.half_extent_m
+
+        def poses(name: str | None) -> PoseDataset | None:
+            return open_dataset(name, spec, half_extent_m=reach) if name else None
+
         return Distillation(
             fabric,
             teacher,
@@ -133,7 +144,8 @@ class _Shared:
             self.out,
             options,
             true_from_fix=truth,
-            validation=open_dataset(self.validation, spec, half_extent_m=reach) if self.validation else None,
+            validation=poses(self.validation),
+            replay=poses(self.replay),
             on_progress=progress,
         )
 

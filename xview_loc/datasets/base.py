@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypedDict, TypeVar
+from typing import TypedDict, TypeVar, cast
 
 import numpy as np
 import torch
@@ -190,3 +190,19 @@ class PoseDataset(PairSource):
             down, right = ((sample["position"] - sample["fix"]) * sample["meters_per_pixel"]).tolist()
             offsets.append((right, -down))
         return np.array(offsets, np.float64).reshape(-1, 2)
+
+
+class JoinedPoses(PoseDataset):
+    """The pairs of one data set with known poses, followed by those of another."""
+
+    def __init__(self, first: PoseDataset, second: PoseDataset) -> None:
+        self._parts, self._joined = (first, second), JoinedPairs(first, second)
+        self.name = self._joined.name
+
+    def __len__(self) -> int:
+        return len(self._joined)
+
+    def __getitem__(self, index: int) -> Sample:
+        for part in self._parts:
+            part.epoch = self.epoch
+        return cast(Sample, self._joined[index])
