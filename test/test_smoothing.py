@@ -14,11 +14,13 @@ import pytest
 from xview_loc.adaptation.heat_map_store import HeatMapStore
 from xview_loc.adaptation.labels import PseudoLabels, turned
 from xview_loc.adaptation.motion import Steps, odometry_gain
+from xview_loc.adaptation.parallel_smoothing import smooth_drives
 from xview_loc.adaptation.smoothing import Smoothed, smooth, smoothed_beliefs
 from xview_loc.datasets.base import Track
 from xview_loc.estimation.belief import BeliefGrid
 from xview_loc.geodesy import LocalProjection
 from xview_loc.models import create_model
+from xview_loc.training.trainer import make_fabric
 
 MODEL = create_model("ccvpe-small")
 SIDE, GSD = MODEL.spec.aerial_size, MODEL.spec.gsd
@@ -289,6 +291,24 @@ def test_drives_do_not_touch_each_other(world: World, smoothed: Smoothed) -> Non
     both = smooth(track, teacher, maps)
     np.testing.assert_allclose(both.position[:count], smoothed.position, atol=0.05)
     np.testing.assert_allclose(both.position[count:], other.smoothed().position, atol=0.05)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_drives_are_smoothed_side_by_side(world: World, workers: int) -> None:
+    """Three of them, of different lengths; progress reaches its end."""
+    drives = np.repeat([0, 1, 2], [30, len(world.teacher) - 50, 20])
+    track = replace(world.track, drive=drives)
+    progress: list[tuple[int, int]] = []
+    fabric = make_fabric("cpu")
+    found = smooth_drives(
+        fabric, track, world.teacher, world.maps, workers, lambda *numbers: progress.append(numbers)
+    )
+    whole = smooth(track, world.teacher, world.maps)
+    assert np.array_equal(found.index, whole.index)
+    np.testing.assert_allclose(found.position, whole.position, atol=0.05)
+    np.testing.assert_array_equal(found.supported, whole.supported)
+    done = [number for number, _ in progress]
+    assert done == sorted(done) and progress[-1] == (len(world.teacher),) * 2
 
 
 def test_driven_backwards_in_time_the_places_are_the_same(world: World, smoothed: Smoothed) -> None:

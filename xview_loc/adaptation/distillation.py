@@ -32,7 +32,8 @@ from xview_loc.adaptation.indicators import (
 from xview_loc.adaptation.labelling import ReadOptions, label_pairs, with_model_headings
 from xview_loc.adaptation.labels import AdaptationError, LabelledPairs, PseudoLabels, reliable
 from xview_loc.adaptation.motion import from_drives
-from xview_loc.adaptation.smoothing import Smoothed, smooth
+from xview_loc.adaptation.parallel_smoothing import smooth_drives
+from xview_loc.adaptation.smoothing import Smoothed
 from xview_loc.adaptation.verdict import Verdict, judge
 from xview_loc.datasets.base import JoinedPairs, JoinedPoses, PairSource, PoseDataset
 from xview_loc.evaluation.errors import Errors
@@ -332,10 +333,8 @@ class Distillation:
 
         model, index = labeller.model, labels.index
         store = store_heat_maps(self.fabric, model, self.source, index, folder, self.reading, on_pairs)
-        if self.fabric.is_global_zero:
-            found = smooth(self.track, labels, store, partial(self._on_progress, f"smoothing{name}"))
-        found = self.fabric.broadcast(found)
-        assert found is not None
+        progress = partial(self._on_progress, f"smoothing{name}")
+        found = smooth_drives(self.fabric, self.track, labels, store, self.reading.workers, progress)
         if self.reading.heading_prior_deg != 0:
             moved = replace(labels, position=found.position)
             turned = with_model_headings(self.fabric, labeller.model, self.source, moved, self.reading)
