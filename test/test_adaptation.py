@@ -746,7 +746,7 @@ def test_the_recipe_is_chosen(
     assert recipe["name"] == "drives"
     text = " ".join(recipe["reasons"])
     assert "The pairs come from drives, which correct the labels. The labels are uncertain by 0." in text
-    says = {2: "further rounds may reduce", 0: "would gain nothing" if uncertain_m else "60 held-out pairs"}
+    says = {2: "after the last round that was kept", 0: "would gain nothing" if uncertain_m else "60 held-out pairs"}
     assert says[rounds] in text
 
 
@@ -764,7 +764,7 @@ def test_pairs_without_drives_get_the_paper_s_recipe(tiny: Checkpoint, tmp_path:
     adapted = run.run()
     assert adapted.smoothed is None and adapted.rounds == () and adapted.recipe.levels == 2
     reasons = write_results(run, adapted, tmp_path)["recipe"]["reasons"]
-    assert reasons == ["The pairs do not come from drives, so the labels are the teacher's maxima, filtered."]
+    assert reasons == ["The pairs do not come from drives, so the labels are the teacher's maxima."]
 
 
 def test_drives_with_unknown_headings_are_smoothed(
@@ -795,19 +795,25 @@ def test_the_stretch_that_moved_most_is_of_one_drive() -> None:
 
 
 def test_smoothing_says_what_it_cannot_do(
-    tiny: Checkpoint, tiny_city: SimulatedDataset, tmp_path: Path
+    tiny: Checkpoint, tiny_city: SimulatedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(AdaptationError, match="has no drives"):
-        Distillation(FABRIC, tiny, tiny_city, tmp_path, options(tiny.model, smooth=True))
-    # Heat maps of noise give no grounds: the paper's recipe it is, and that is said.
+    chosen = options(tiny.model, smooth=True)
+    with pytest.raises(AdaptationError, match="has no drives to correct the labels: use the recipe paper"):
+        Distillation(FABRIC, tiny, tiny_city, tmp_path, chosen)
+    with pytest.raises(AdaptationError, match="with a validation dataset, drives cannot be used"):
+        Distillation(FABRIC, tiny, tiny_city, tmp_path, chosen, validation=tiny_city)
+    # Heat maps of noise give no grounds: the paper's recipe it is, in one round, and that is said.
     write_pairs(tmp_path / "pairs", 24)
     source = PairDataset([tmp_path / "pairs"], tiny.model.spec)
-    chosen = options(tiny.model, smooth=True)
+    monkeypatch.setattr(distill, "UNCERTAIN_M", 0.0)
+    monkeypatch.setattr(distill, "MIN_MEASUREMENTS", 2)
+    chosen = options(tiny.model, smooth=True, rounds=None)
     run = Distillation(FABRIC, tiny, source, tmp_path / "smooth", chosen)
     adapted = run.run()
     metrics = write_results(run, adapted, tmp_path / "smooth")
     assert not metrics["smoothing"]["used"] and adapted.recipe == (2, 0.8, True)
-    text = "smoothing was not used, but the teacher's maxima and the paper's recipe: "
+    assert metrics["recipe"] == {"name": "paper", "reasons": []}
+    text = "drives were not used, but the teacher's maxima and the paper's recipe: "
     assert text in html.unescape((tmp_path / "smooth" / "report.html").read_text())
     # Without smoothing nothing is left to do: the stages are the same.
     stages = sorted((tmp_path / "smooth" / "stages").iterdir())
@@ -1019,7 +1025,7 @@ def test_the_verdict_follows_the_evidence() -> None:
     assert "100.0% of the student's and 0.0% of the teacher's lie more than 3 sigma" in far.reasons[1]
     assert "better than the teacher" in judge(worse, better).summary
     assert "worse than the teacher" in judge(better, worse).summary
-    assert "not surely better than the teacher" in judge(worse, worse).summary
+    assert "not clearly better than the teacher" in judge(worse, worse).summary
 
 
 def test_the_command_says_what_is_wrong(cache: Path, tmp_path: Path) -> None:

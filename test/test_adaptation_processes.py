@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,13 +47,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, city = tmp_path_factory.mktemp("adaptation"), small_city()
     render_pairs(city, folder / "cache")
     write_drive(city, folder)
+    # A second drive of the same streets, so that two processes smooth one each.
+    shutil.copytree(folder / "pairs", folder / "again")
     return folder
 
 
 @pytest.fixture(scope="module")
 def smoothing(folder: Path) -> list[str]:
     truth = ["--truth", str(folder / "drive"), "--truth-topic", "/truth/fix"]
-    return [str(folder / "pairs"), "--recipe", "drives", "--accelerator", "cpu", "--epochs", "1", *truth]
+    return [
+        str(folder / "pairs"),
+        str(folder / "again"),
+        "--recipe",
+        "drives",
+        "--accelerator",
+        "cpu",
+        "--epochs",
+        "1",
+        *truth,
+    ]
 
 
 def start(folder: Path, out: Path, *words: str) -> subprocess.Popen[str]:

@@ -6,9 +6,9 @@ benchmarks/accuracy/verdict.py [--styles target validation varied] [--seeds 5 6]
 Each cell is a city and style of ``students.py``: pairs come from its western streets, true errors from its
 eastern ones. Students of good pairs (``drives``, ``paper``), too few of them (``few``), trained too hard
 (``hard``: ten times the learning rate, six epochs), and of faulty ones: tiles of other places (``shuffled
-tiles``), headings with the wrong sign (``sign``) or 40 degrees off (``turned``), odometry unrelated to the
-motion (``odometry``), images of three pairs later (``late``). ``worse`` and ``better``: by the true mean
-error, with 95 % certainty (bootstrap over stretches of ten frames).
+tiles``), headings with the wrong sign (``sign``) or 40 degrees off (``turned``), odometry that lost
+its order after it was checked (``odometry``), images of three pairs later (``late``). ``worse`` and
+``better``: by the true mean error, with 95 % certainty (bootstrap over stretches of ten frames).
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ _FIX_STD = 15.0
 # Delay of the fixes from which on it is told, seconds, and standard deviations.
 _LEAST_DELAY_S, _SIGMAS = 0.4, 3.0
 # Least number of stretches of the drives that tell a delay.
-_LEAST_STRETCHES = 8
+_LEAST_STRETCHES = 12
 # Slower pairs tell nothing about delays, m/s.
 _LEAST_SPEED = 2.0
 
@@ -59,7 +59,7 @@ def check_data(run: Distillation) -> DataCheck:
 
     Drives that predict their heat maps prove that images fit the map; else a sample of the pairs must.
     """
-    faults, remarks = run.source.input_faults(), []
+    faults, remarks = run.fabric.broadcast(run.source.input_faults() if run.fabric.is_global_zero else []), []
     labels, proven = run.teacher_labels(), False
     if run.smoothing:
         smoothed = run.smoothed(labels, run.teacher)
@@ -78,11 +78,13 @@ def match_fault(
 ) -> str:
     """Say in words how images contradict their tiles; "" for not at all, or if there are too few pairs.
 
-    An image must fit its own tile better than the images of other pairs do, and than when turned.
+    An image must fit its own tile better than the images of other pairs do, and than when turned. Fixes so
+    uncertain that all of their tile is near them tell nothing.
     """
     model = prepare_model(fabric, model)
     chosen = np.random.default_rng(0).permutation(index)[:_PAIRS]
-    turnable = model.spec.camera == "panorama" and options.heading_prior_deg is not None
+    prior = options.heading_prior_deg
+    turnable = model.spec.camera == "panorama" and prior is not None and prior < _TURNS_DEG[0] / 2
 
     def table_of(batch: Batch, turns: NDArray[np.int64] | None) -> _Fit:
         features = encode_tiles(model, batch["aerial"])
@@ -91,20 +93,19 @@ def match_fault(
         if turnable:
             width = batch["ground"].shape[3]
             views += [{**batch, "ground": batch["ground"].roll(width * t // 360, 3)} for t in _TURNS_DEG]
-        near = [
-            _near_fix(match_batch(model, view, options.heading_prior_deg, features, turns)[0], batch)
-            for view in views
-        ]
+        near = [_near_fix(match_batch(model, view, prior, features, turns)[0], batch) for view in views]
         return _Fit(batch["index"].cpu().numpy(), torch.stack(near, 1).cpu().numpy())
 
     with torch.inference_mode():
         fit, _ = tabulate(fabric, source, chosen, options, table_of)
+    fit = None if fit is None else fit.rows(np.isfinite(fit.near_fix[:, 0]))
     if fit is None or len(fit) < _LEAST_PAIRS:
         return ""
     better = (fit.near_fix[:, :1] - fit.near_fix[:, 1:]).astype(np.float64)
     if turnable:
         best = int(better[:, 1:].mean(0).argmin())
-        if certainty_of_decrease(better[:, 1 + best]) > _CERTAIN:
+        # The best of several is so by chance more often.
+        if certainty_of_decrease(better[:, 1 + best]) > 1.0 - (1.0 - _CERTAIN) / len(_TURNS_DEG):
             return (
                 f"images fit their aerial tiles better when turned by {_TURNS_DEG[best]} degrees: check "
                 "headings, camera_yaw_deg and the camera's transform"
@@ -118,20 +119,28 @@ def match_fault(
 
 
 def _near_fix(maps: HeatMaps, batch: Batch) -> Tensor:
-    """Return the probability (B,) of the coarse fix's place by the heat maps, averaged over its errors."""
+    """Return the probability (B,) of the coarse fix's place by the heat maps, averaged over its errors.
+
+    NaN for fixes whose standard deviation exceeds a third of the map's side.
+    """
     axis = torch.arange(maps.logits.shape[1], device=maps.logits.device) * maps.grid.scale
     down, right = (axis + origin - batch["fix"][:, k, None] for k, origin in enumerate(maps.grid.origin))
     sigma = batch["fix_std"].nan_to_num(_FIX_STD) / batch["meters_per_pixel"]
+    wide = sigma > maps.logits.shape[1] * maps.grid.scale / 3.0
+    # At least a cell wide: a precise fix would fall between the cells.
+    sigma = sigma.clamp_min(maps.grid.scale)
     near = torch.exp(
         -(down.square()[:, :, None] + right.square()[:, None, :]) / (2.0 * sigma.square()[:, None, None])
     )
-    return (maps.logits.float().flatten(1).softmax(1) * near.flatten(1)).sum(1)
+    return (maps.logits.float().flatten(1).softmax(1) * near.flatten(1)).sum(1).masked_fill(wide, math.nan)
 
 
 def fix_delay(track: Track, labels: PseudoLabels) -> str:
     """Say in words by how much the fixes are late, or early; "" if that is not sure.
 
-    ``labels``: of pairs along the drives of ``track``, which holds all pairs of their source.
+    ``labels``: of pairs along the drives of ``track``, which holds all pairs of their source. The offset of
+    labels from fixes is that of a delay, of the antenna in the vehicle's axes, and of the map: a delay is
+    told from these by different speeds and courses (least squares).
     """
     track = track.rows(labels.index)
     place = np.cumsum(track.fix_steps, axis=0) + labels.from_fix
@@ -145,12 +154,19 @@ def fix_delay(track: Track, labels: PseudoLabels) -> str:
     # Errors of fixes last, so stretches of the drive vary, not single pairs.
     stretch = np.cumsum(seconds.clip(0.0)) // (2.0 * FIX_CORRELATION_S) + 1e6 * track.drive
     number = np.unique(stretch[inside], return_inverse=True)[1]
-    products = np.bincount(number, (labels.from_fix * velocity).sum(1)[inside])
-    squares = np.bincount(number, (velocity**2).sum(1)[inside])
-    if len(squares) < _LEAST_STRETCHES:
+    if not len(number) or number.max() + 1 < _LEAST_STRETCHES:
         return ""
-    delay = products.sum() / squares.sum()
-    std = math.sqrt(((products - delay * squares) ** 2).sum()) / squares.sum()
+    moving, offset = velocity[inside], labels.from_fix[inside]
+    forward = moving / np.hypot(*moving.T)[:, None]
+    left = np.stack([-forward[:, 1], forward[:, 0]], 1)
+    east = np.broadcast_to([1.0, 0.0], forward.shape)
+    # (N, 2, 5): what a second, and a metre forward, left, east and north do to the offset.
+    effects = np.stack([moving, forward, left, east, east[:, ::-1]], 2)
+    inverse = np.linalg.pinv(np.einsum("nai,naj->ij", effects, effects))
+    found = inverse @ np.einsum("nai,na->i", effects, offset)
+    residual = np.einsum("nai,na->ni", effects, offset - effects @ found)
+    by_stretch = np.stack([np.bincount(number, column) for column in residual.T], 1)
+    delay, std = found[0], math.sqrt((inverse @ by_stretch.T @ by_stretch @ inverse)[0, 0])
     if abs(delay) < max(_LEAST_DELAY_S, _SIGMAS * std):
         return ""
     return (

@@ -211,7 +211,8 @@ class Distillation:
         self._model = teacher.model.eval()
         self.track = source.track() if len(source) else None
         if options.smooth and self.track is None:
-            raise AdaptationError(f"{source.name} has no drives, which smoothing needs")
+            why = "with a validation dataset, drives cannot be used" if validation else "use the recipe paper"
+            raise AdaptationError(f"{source.name} has no drives to correct the labels: {why}")
         found = self.track is not None and from_drives(self.track)
         self.smoothing = found if options.smooth is None else options.smooth
         for smoothed in {False, self.smoothing}:
@@ -273,8 +274,10 @@ class Distillation:
 
     def _gains_from_another(self, adapted: Adapted) -> bool:
         """Return True if the labels leave room for another round, which the held-out pairs can judge."""
-        smoothed, enough = adapted.smoothed, len(self.held_out_index) >= MIN_MEASUREMENTS
-        return enough and smoothed is not None and smoothed.uncertainty_m > UNCERTAIN_M
+        if adapted.smoothed is None or not adapted.smoothed.mostly_usable:
+            return False
+        enough = len(self.held_out_index) >= MIN_MEASUREMENTS
+        return enough and adapted.smoothed.uncertainty_m > UNCERTAIN_M
 
     def _round(self, labeller: Checkpoint, number: int, before: LabelsByView | None = None) -> Adapted:
         """Run one round: labels, auxiliary student, outlier filter, student (Sections 3.1 and 3.2).

@@ -145,10 +145,11 @@ def moved_pairs(distillation: Distillation, adapted: Adapted, student: CrossView
 
 
 def _largest(values: Array) -> list[int]:
-    """Return the rows of the largest values, apart: neighbours show the same street."""
+    """Return the rows of the largest known values, apart: neighbours show the same street."""
     rows: list[int] = []
     for row in np.argsort(-np.nan_to_num(values, nan=-1.0)).tolist():
-        if len(rows) < _SHOWN and all(abs(row - other) > _NEIGHBOURS for other in rows):
+        apart = all(abs(row - other) > _NEIGHBOURS for other in rows)
+        if len(rows) < _SHOWN and apart and values[row] >= 0.0:
             rows.append(row)
     return rows
 

@@ -89,6 +89,8 @@ def store_heat_maps(
             if block is not None and fabric.is_global_zero:
                 block.save(file)
         on_pairs(min(start + _BLOCK, len(index)))
+    # The first process has written what all read.
+    fabric.barrier()
     return HeatMapStore(folder, model)
 
 

@@ -41,7 +41,15 @@ def smooth_drives(
 
     tables: list[Smoothed] = []
     drives = _Drives(track, own, heat_maps, on_pair if workers == 0 else lambda done, of: None)
-    for table in DataLoader(drives, batch_size=None, num_workers=workers, worker_init_fn=_one_thread):
+    # Forked, so that nothing must be copied.
+    context = "fork" if workers else None
+    for table in DataLoader(
+        drives,
+        batch_size=None,
+        num_workers=workers,
+        worker_init_fn=_one_thread,
+        multiprocessing_context=context,
+    ):
         done += len(own[len(tables)])
         tables.append(table)
         on_pairs(done, total)

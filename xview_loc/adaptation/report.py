@@ -19,6 +19,7 @@ from xview_loc.adaptation.indicators import Indicators
 from xview_loc.adaptation.labels import PseudoLabels, distance_m
 from xview_loc.adaptation.smoothing import Smoothed
 from xview_loc.adaptation.verdict import Verdict, judge, refused
+from xview_loc.datasets.base import JoinedPairs
 from xview_loc.files import write_whole
 from xview_loc.models.base import CrossViewModel
 from xview_loc.models.checkpoint import save_checkpoint
@@ -120,7 +121,10 @@ def _recipe(distillation: Distillation, adapted: Adapted) -> dict[str, Any]:
     drives = smoothed is not None and smoothed.mostly_usable
     reasons = []
     if options.smooth is None and not distillation.smoothing:
-        reasons.append("The pairs do not come from drives, so the labels are the teacher's maxima, filtered.")
+        why = "The pairs do not come from drives"
+        if isinstance(distillation.source, JoinedPairs):
+            why = "Drives are not used with a validation dataset"
+        reasons.append(f"{why}, so the labels are the teacher's maxima.")
     if options.smooth is None and drives:
         reasons.append("The pairs come from drives, which correct the labels.")
     if options.rounds is None and drives and smoothed is not None:
@@ -131,7 +135,7 @@ def _recipe(distillation: Distillation, adapted: Adapted) -> dict[str, Any]:
             needed = f"needs {MIN_MEASUREMENTS} held-out pairs"
             reasons.append(f"{uncertainty}: another round could gain, but {needed}.")
         else:
-            reasons.append(f"{uncertainty}, which further rounds may reduce.")
+            reasons.append(f"{uncertainty} after the last round that was kept.")
     return {"name": "drives" if drives else "paper", "reasons": reasons}
 
 
@@ -200,7 +204,7 @@ def _page(
         page.figure(figures.error_curves(distillation, adapted), "Share of held-out pairs by error")
     page.heading("Evidence without true positions")
     page.text(
-        "A right model finds the same position however the street is shown. So the estimates of the held-out "
+        "A good model finds the same position however the street is shown. So the estimates of the held-out "
         "pairs are compared with those from a shifted tile and a turned panorama, and with odometry: where "
         "they differ, at least one is wrong. The mean difference, each at most 20 m, is the inconsistency. "
         "It decides, together with the coarse fixes. Entropy and probability decide nothing, since a student "
@@ -254,8 +258,9 @@ def _page(
         rows = [["", *(f"{entry.get(c, math.nan):.4g}" for c in columns)] for entry in history]
         page.table([name.replace("_", " "), *columns], rows)
     page.heading("Settings")
-    settings = {**metrics["options"], **metrics["options"]["training"]}
-    del settings["training"]
+    settings = {"recipe": metrics["recipe"]["name"], **metrics["options"], **metrics["options"]["training"]}
+    del settings["training"], settings["smooth"]
+    settings["rounds"] = settings["rounds"] or "while labels are uncertain"
     rows = [[name, str(value)] for name, value in settings.items()]
     rows += [["data", metrics["data"]], ["parent", distillation.teacher.sha256]]
     page.table(["", "value"], rows)
@@ -295,7 +300,7 @@ def smoothing_line(smoothing: Mapping[str, Any]) -> str:
     pairs, without = smoothing["pairs"], smoothing["without_grounds"]
     if not smoothing["used"]:
         return (
-            f"smoothing was not used, but the teacher's maxima and the paper's recipe: {without} of {pairs} "
+            f"drives were not used, but the teacher's maxima and the paper's recipe: {without} of {pairs} "
             "labels are not supported by the rest of their drive (check odometry, stamps and fixes)"
         )
     return (

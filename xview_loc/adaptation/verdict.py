@@ -39,7 +39,7 @@ def refused(verdict: Verdict, faults: Sequence[str]) -> Verdict:
         verdict,
         deploy=False,
         summary=f"The pairs are faulty: {'; '.join(faults)}.",
-        advice="Keep the teacher. Correct what is wrong on the vehicle, record again, and adapt to that.",
+        advice="Keep the teacher. Correct this or leave the faulty bags out, and adapt again.",
     )
 
 
@@ -81,10 +81,10 @@ def judge(before: Indicators, after: Indicators) -> Verdict:
         times = math.ceil(MIN_MEASUREMENTS / max(1, len(change)))
         advice = f"Record {times} times as many pairs, or hold out a larger share of them (--held-out)."
     elif not consistent:
-        found = "worse than" if low > 0.0 else "not surely better than"
+        found = "worse than" if low > 0.0 else "not clearly better than"
         summary = f"The student is {found} the teacher: {inconsistency}."
         advice = (
-            "Keep the teacher. Record more streets, best in several drives with odometry, and check the "
+            "Keep the teacher. Record more streets, preferably in several drives with odometry, and check "
             "headings, stamps and map of the pairs."
         )
     elif not close:

@@ -107,7 +107,7 @@ class _Shared:
         ),
     ] = None
     seed: Annotated[int, typer.Option(min=0, help="Seed for the order of pairs and random turns.")] = 0
-    workers: Annotated[int, typer.Option(min=0, help="Processes that load data.")] = 0
+    workers: Annotated[int, typer.Option(min=0, help="Processes that load data and smooth drives.")] = 0
     precision: Annotated[str, typer.Option(help="32-true, bf16-mixed or 16-mixed.")] = "32-true"
     accelerator: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto"
     devices: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1
@@ -261,6 +261,8 @@ def adapt(
             plan = plan_run(distillation)
             if progress.first:
                 _print_plan(plan)
+                if distillation.smoothing and rounds is None:
+                    console.print("up to two further rounds, each as long, while the labels are uncertain")
             return
         from xview_loc.adaptation.data_check import check_data
         from xview_loc.adaptation.report import REPORT_FILE, STUDENT_FILE, write_results

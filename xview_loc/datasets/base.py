@@ -165,6 +165,10 @@ class JoinedPairs(PairSource):
         sample = self._first[index] if index < count else self._second[index - count]
         return {"turn": torch.tensor(0.0), **sample, "index": torch.tensor(index)}
 
+    def input_faults(self) -> list[str]:
+        """Return the faults of both."""
+        return self._first.input_faults() + self._second.input_faults()
+
 
 def load_batches(batches: Iterable[T]) -> Iterator[T]:
     """Iterate over a loader's batches. Raises DatasetError with the one-line message of a worker's error."""
