@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -67,19 +69,28 @@ def check_data(run: Distillation) -> DataCheck:
         if proven:
             labels = smoothed.labels(labels.of(smoothed.index))
     if not proven:
-        faults.append(match_fault(run.fabric, run.teacher.model, run.source, run.training_index, run.reading))
+        progress = partial(run.on_progress, "check of the pairs")
+        faults.append(
+            match_fault(run.fabric, run.teacher.model, run.source, run.training_index, run.reading, progress)
+        )
     if run.track is not None and from_drives(run.track):
         remarks.append(fix_delay(run.track, labels))
     return DataCheck(list(filter(None, faults)), list(filter(None, remarks)))
 
 
 def match_fault(
-    fabric: Fabric, model: CrossViewModel, source: PairSource, index: NDArray[np.int64], options: ReadOptions
+    fabric: Fabric,
+    model: CrossViewModel,
+    source: PairSource,
+    index: NDArray[np.int64],
+    options: ReadOptions,
+    on_pairs: Callable[[int, int], object] = lambda done, of: None,
 ) -> str:
     """Say in words how images contradict their tiles; "" for not at all, or if there are too few pairs.
 
     An image must fit its own tile better than the images of other pairs do, and than when turned. Fixes so
-    uncertain that all of their tile is near them tell nothing.
+    uncertain that all of their tile is near them tell nothing. ``on_pairs`` receives the numbers of pairs
+    done and in all.
     """
     model = prepare_model(fabric, model)
     chosen = np.random.default_rng(0).permutation(index)[:_PAIRS]
@@ -97,7 +108,7 @@ def match_fault(
         return _Fit(batch["index"].cpu().numpy(), torch.stack(near, 1).cpu().numpy())
 
     with torch.inference_mode():
-        fit, _ = tabulate(fabric, source, chosen, options, table_of)
+        fit, _ = tabulate(fabric, source, chosen, options, table_of, lambda done: on_pairs(done, len(chosen)))
     fit = None if fit is None else fit.rows(np.isfinite(fit.near_fix[:, 0]))
     if fit is None or len(fit) < _LEAST_PAIRS:
         return ""

@@ -203,7 +203,7 @@ class Distillation:
             true_from_fix = np.concatenate([known, validation.true_from_fix()])
             source = JoinedPairs(source, validation)
         self.options, self.source, self.teacher, self.fabric = options, source, teacher, fabric
-        self.true_from_fix, self._folder, self._on_progress = true_from_fix, folder, on_progress
+        self.true_from_fix, self._folder, self.on_progress = true_from_fix, folder, on_progress
         training, prior = options.training, options.heading_prior_deg
         self.reading = ReadOptions(prior, training.seed, training.workers)
         # What labels depend on: the seed only matters for random turns.
@@ -332,11 +332,11 @@ class Distillation:
             return found
 
         def on_pairs(done: int) -> None:
-            self._on_progress(f"teacher heat maps{name}", done, len(labels))
+            self.on_progress(f"teacher heat maps{name}", done, len(labels))
 
         model, index = labeller.model, labels.index
         store = store_heat_maps(self.fabric, model, self.source, index, folder, self.reading, on_pairs)
-        progress = partial(self._on_progress, f"smoothing{name}")
+        progress = partial(self.on_progress, f"smoothing{name}")
         found = smooth_drives(self.fabric, self.track, labels, store, self.reading.workers, progress)
         if self.reading.heading_prior_deg != 0:
             moved = replace(labels, position=found.position)
@@ -371,7 +371,7 @@ class Distillation:
             validation = PoseValidation(self._validation, (prior,), options.batch_size, options.workers)
 
         def on_step(progress: TrainingProgress) -> None:
-            self._on_progress(stage, progress.steps, options.epochs * progress.steps_per_epoch)
+            self.on_progress(stage, progress.steps, options.epochs * progress.steps_per_epoch)
 
         model, parent = copy.deepcopy(self._model), {"parent": self.teacher.sha256}
         progress = train(
@@ -386,7 +386,7 @@ class Distillation:
         path = self._path("labels", checkpoint.sha256, [source.name, *self._turns]).with_suffix(".npz")
 
         def on_pairs(done: int) -> None:
-            self._on_progress(stage, done, len(source))
+            self.on_progress(stage, done, len(source))
 
         return label_pairs(self.fabric, checkpoint.model, source, path, self.reading, on_pairs)
 
