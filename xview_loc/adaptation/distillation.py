@@ -22,6 +22,7 @@ from lightning_fabric import Fabric
 from numpy.typing import NDArray
 
 from xview_loc.adaptation.heat_map_store import store_heat_maps
+from xview_loc.adaptation.held_out import held_out_stretches
 from xview_loc.adaptation.indicators import (
     Indicators,
     LabelFreeValidation,
@@ -227,7 +228,7 @@ class Distillation:
     def _split(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return training and held-out pairs.
 
-        Held out is the validation dataset, or the end of each drive, or random pairs.
+        Held out is the validation dataset, or a stretch of each drive, or random pairs.
         """
         count, share = len(self.source), self.options.held_out
         if self._validation is not None:
@@ -236,8 +237,7 @@ class Distillation:
             order = np.random.default_rng(self.options.training.seed).permutation(count)
             held = order[: round(count * share)]
         else:
-            drives = [np.flatnonzero(self.track.drive == drive) for drive in np.unique(self.track.drive)]
-            held = np.concatenate([d[len(d) - round(len(d) * share) :] for d in drives])
+            held = held_out_stretches(self.track, share)
         held = np.sort(held).astype(np.int64)
         batch = self.options.training.batch_size * self.fabric.world_size
         # Smoothing may fall back to the paper's recipe.

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from xview_loc.adaptation import figures
 from xview_loc.adaptation.data_check import DataCheck
 from xview_loc.adaptation.distillation import UNCERTAIN_M, Adapted, Distillation
+from xview_loc.adaptation.held_out import share_near_others
 from xview_loc.adaptation.indicators import Indicators
 from xview_loc.adaptation.labels import PseudoLabels, distance_m
 from xview_loc.adaptation.smoothing import Smoothed
@@ -27,6 +28,8 @@ from xview_loc.report import Page, finite
 from xview_loc.statistics import MIN_MEASUREMENTS
 
 STUDENT_FILE, METRICS_FILE, REPORT_FILE = "student.safetensors", "metrics.json", "report.html"
+# Share of held-out pairs on streets of others from which on the page says so.
+_MOSTLY = 0.5
 _SYMBOLS = "The plus is the coarse fix, the cross the true position where it is known."
 # Descriptions of the indicators.
 _INDICATORS = {
@@ -84,6 +87,9 @@ def _metrics(
         "replayed": 0 if distillation.replay is None else len(distillation.replay),
         "trained_on": int(adapted.kept.sum()),
         "held_out": len(adapted.before.plain),
+        "held_out_on_training_streets": None
+        if distillation.track is None
+        else share_near_others(distillation.track, distillation.held_out_index),
         "teacher_to_student_held_out_m": _spread(distance_m(adapted.before.plain, adapted.after.plain)),
         "options": {**asdict(options), **adapted.recipe._asdict()},
         "indicators": {"teacher": before.summary(), "student": after.summary()},
@@ -190,6 +196,11 @@ def _page(
         f"{metrics['trained_on']} of them trained the student, {metrics['held_out']} others were held out to "
         f"judge it, and {metrics['unreadable']} could not be read."
     )
+    if (known := metrics["held_out_on_training_streets"] or 0.0) > _MOSTLY:
+        page.text(
+            f"{known:.0%} of the held-out pairs lie on streets of other pairs: the verdict is about these "
+            "streets. Record further ones to know how good the student is elsewhere."
+        )
     if distillation.replay is not None:
         page.text(
             f"The student was trained on {metrics['replayed']} pairs of {distillation.replay.name} as well."
