@@ -28,7 +28,7 @@ from xview_loc.report import Page, finite
 from xview_loc.statistics import MIN_MEASUREMENTS
 
 STUDENT_FILE, METRICS_FILE, REPORT_FILE = "student.safetensors", "metrics.json", "report.html"
-# Share of held-out pairs on streets of others from which on the page says so.
+# Share of held-out pairs on streets of others from which on that is said.
 _MOSTLY = 0.5
 _SYMBOLS = "The plus is the coarse fix, the cross the true position where it is known."
 # Descriptions of the indicators.
@@ -196,18 +196,13 @@ def _page(
         f"{metrics['trained_on']} of them trained the student, {metrics['held_out']} others were held out to "
         f"judge it, and {metrics['unreadable']} could not be read."
     )
-    if (known := metrics["held_out_on_training_streets"] or 0.0) > _MOSTLY:
-        page.text(
-            f"{known:.0%} of the held-out pairs lie on streets of other pairs: the verdict is about these "
-            "streets. Record further ones to know how good the student is elsewhere."
-        )
     if distillation.replay is not None:
         page.text(
             f"The student was trained on {metrics['replayed']} pairs of {distillation.replay.name} as well."
         )
     for line in metrics.get("data_check", {}).get("remarks", ()):
         page.text(f"Note: {line}.")
-    for line in (*metrics["recipe"]["reasons"], *round_lines(metrics.get("rounds", ()))):
+    for line in outcome_lines(metrics):
         page.text(line)
     if "true_errors" in metrics:
         page.heading("Distance from the true positions")
@@ -295,6 +290,18 @@ def error_table(errors: Mapping[str, Mapping[str, float | None]]) -> tuple[list[
         for name, e in errors.items()
     ]
     return ["metres", "pairs", *columns], rows
+
+
+def outcome_lines(metrics: Mapping[str, Any]) -> list[str]:
+    """Say which recipe was chosen, how further rounds ended, and on which streets the student was judged."""
+    lines = [*metrics["recipe"]["reasons"], *round_lines(metrics.get("rounds", ()))]
+    known = metrics["held_out_on_training_streets"]
+    if known is not None and known > _MOSTLY:
+        lines.append(
+            f"{known:.0%} of the held-out pairs lie on streets of other pairs: the verdict is about these "
+            "streets. Record further ones to know how good the student is elsewhere."
+        )
+    return lines
 
 
 def round_lines(verdicts: Sequence[Mapping[str, Any]]) -> list[str]:

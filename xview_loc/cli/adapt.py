@@ -400,18 +400,14 @@ def _true_positions(
 
 
 def _print_metrics(metrics: dict[str, Any]) -> None:
-    from xview_loc.adaptation.report import round_lines, smoothing_line
+    from xview_loc.adaptation.report import outcome_lines, smoothing_line
 
     verdict = metrics["verdict"]
     if metrics["unreadable"]:
         console.print(f"{metrics['unreadable']} pairs could not be read and were left out", soft_wrap=True)
     if "smoothing" in metrics:
         console.print(smoothing_line(metrics["smoothing"]), soft_wrap=True)
-    for line in (
-        *metrics["recipe"]["reasons"],
-        *round_lines(metrics.get("rounds", ())),
-        *verdict["reasons"],
-    ):
+    for line in (*outcome_lines(metrics), *verdict["reasons"]):
         console.print(line, soft_wrap=True)
     if "true_errors" in metrics:
         _print_errors(metrics["true_errors"])
