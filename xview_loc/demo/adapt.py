@@ -134,6 +134,7 @@ def run(plan: Plan, folder: Path) -> Results:
         listener = demo.listener
 
         def drive(name: str, first: bool) -> None:
+            wait_apart(listener.drive)
             listener.drive, listener.print_every = DriveLog(), 20
             out = folder / name.replace(" ", "-")
             moving = demo.start_drive(out, *plan.drive(recording=False))
@@ -163,6 +164,17 @@ def run(plan: Plan, folder: Path) -> Results:
         with results.step("second drive: the same frames again"):
             drive(AFTER, first=False)
     return results
+
+
+def wait_apart(before: DriveLog) -> None:
+    """Wait until the next drive cannot begin just after this one ended, which would look like a jump.
+
+    Stamps are the vehicle's time, which runs faster than the clock: a drive ends ahead of it. The next one
+    begins within a minute, at the time of the clock.
+    """
+    end_ns, now_ns = max(before.truth, default=0), time.time_ns()
+    if end_ns - 60 * 10**9 < now_ns < end_ns + 10 * 10**9:
+        time.sleep((end_ns - now_ns) / 1e9 + 10.0)
 
 
 def record(demo: Demo, plan: Plan, folder: Path, map_path: Path) -> Path:
