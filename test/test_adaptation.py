@@ -497,6 +497,7 @@ def test_results_say_what_they_come_from(
     assert metrics["true_errors"]["teacher, held out"]["frames"] == 8
     assert {"label_free_mean_m", "best_mean_m"} <= set(metrics["epoch_picks"])
     page = (finished.folder / "report.html").read_text()
+    assert "Outlier filter" in page and "deploy" in page and page.count("data:image/png") >= 6
     assert page.index("Do not deploy the student") < page.index("Outlier filter")
     for picture in ("from the true position", "the estimate moved by", "Share of held-out pairs by error"):
         assert picture in page

@@ -55,17 +55,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def smoothing(folder: Path) -> list[str]:
     truth = ["--truth", str(folder / "drive"), "--truth-topic", "/truth/fix"]
-    return [
-        str(folder / "pairs"),
-        str(folder / "again"),
-        "--recipe",
-        "drives",
-        "--accelerator",
-        "cpu",
-        "--epochs",
-        "1",
-        *truth,
-    ]
+    pairs = [str(folder / "pairs"), str(folder / "again"), "--recipe", "drives"]
+    return [*pairs, "--accelerator", "cpu", "--epochs", "1", *truth]
 
 
 def start(folder: Path, out: Path, *words: str) -> subprocess.Popen[str]:

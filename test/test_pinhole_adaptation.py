@@ -142,18 +142,8 @@ def test_the_student_is_swapped_in_while_the_recording_plays(folder: Path, tmp_p
     from ros_harness import NodeProcess, bench, environment, pick_domain
     from rosgraph_msgs.msg import Clock
 
-    words: list[object] = [
-        "--model",
-        MODEL,
-        "--recipe",
-        "drives",
-        "--sigma",
-        2,
-        "--epochs",
-        1,
-        "--batch-size",
-        8,
-    ]
+    words: list[object] = ["--model", MODEL, "--recipe", "drives", "--sigma", 2]
+    words += ["--epochs", 1, "--batch-size", 8]
     words += ["--accelerator", "cpu", "--held-out", 0.2]
     xview_loc("adapt", folder / "pairs" / "drive", "--out", tmp_path / "out", *words)
     student = tmp_path / "out" / "student.safetensors"

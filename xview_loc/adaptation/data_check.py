@@ -17,6 +17,7 @@ from xview_loc.adaptation.distillation import Distillation
 from xview_loc.adaptation.labelling import ReadOptions, encode_tiles, match_batch, prepare_model, tabulate
 from xview_loc.adaptation.labels import PairTable, PseudoLabels
 from xview_loc.adaptation.motion import from_drives, links
+from xview_loc.adaptation.smoothing import FIX_STD
 from xview_loc.datasets.base import Batch, PairSource, Track
 from xview_loc.models.base import CrossViewModel, HeatMaps
 from xview_loc.statistics import certainty_of_decrease
@@ -28,8 +29,6 @@ Array = NDArray[np.float64]
 _PAIRS, _LEAST_PAIRS, _CERTAIN = 384, 192, 0.99
 # Turns that may explain why images do not fit.
 _TURNS_DEG = (90, 180, 270)
-# Standard deviation of a fix that comes without one, metres.
-_FIX_STD = 15.0
 # Delay of the fixes from which on it is told, seconds, and standard deviations.
 _LEAST_DELAY_S, _SIGMAS = 0.4, 3.0
 # Least number of stretches of the drives that tell a delay.
@@ -61,7 +60,8 @@ def check_data(run: Distillation) -> DataCheck:
 
     Drives that predict their heat maps prove that images fit the map; else a sample of the pairs must.
     """
-    faults, remarks = run.fabric.broadcast(run.source.input_faults() if run.fabric.is_global_zero else []), []
+    faults = run.fabric.broadcast(run.source.input_faults() if run.fabric.is_global_zero else [])
+    remarks: list[str] = []
     labels, proven = run.teacher_labels(), False
     if run.smoothing:
         smoothed = run.smoothed(labels, run.teacher)
@@ -136,7 +136,7 @@ def _near_fix(maps: HeatMaps, batch: Batch) -> Tensor:
     """
     axis = torch.arange(maps.logits.shape[1], device=maps.logits.device) * maps.grid.scale
     down, right = (axis + origin - batch["fix"][:, k, None] for k, origin in enumerate(maps.grid.origin))
-    sigma = batch["fix_std"].nan_to_num(_FIX_STD) / batch["meters_per_pixel"]
+    sigma = batch["fix_std"].nan_to_num(FIX_STD) / batch["meters_per_pixel"]
     wide = sigma > maps.logits.shape[1] * maps.grid.scale / 3.0
     # At least a cell wide: a precise fix would fall between the cells.
     sigma = sigma.clamp_min(maps.grid.scale)

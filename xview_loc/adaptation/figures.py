@@ -145,13 +145,13 @@ def moved_pairs(distillation: Distillation, adapted: Adapted, student: CrossView
 
 
 def _largest(values: Array) -> list[int]:
-    """Return the rows of the largest known values, apart: neighbours show the same street."""
-    rows: list[int] = []
-    for row in np.argsort(-np.nan_to_num(values, nan=-1.0)).tolist():
-        apart = all(abs(row - other) > _NEIGHBOURS for other in rows)
-        if len(rows) < _SHOWN and apart and values[row] >= 0.0:
-            rows.append(row)
-    return rows
+    """Return the rows of the largest known values, apart if they can be: neighbours show the same street."""
+    order = [row for row in np.argsort(-np.nan_to_num(values, nan=-1.0)).tolist() if values[row] >= 0.0]
+    apart: list[int] = []
+    for row in order:
+        if all(abs(row - other) > _NEIGHBOURS for other in apart):
+            apart.append(row)
+    return [*apart, *(row for row in order if row not in apart)][:_SHOWN]
 
 
 def _both_models(

@@ -32,7 +32,7 @@ _OUTLIER, _DECORRELATION_M = 0.2, 10.0
 # Probability that odometry is entirely wrong: the vehicle may then be anywhere on the grid.
 _LOST = 1e-5
 # Standard deviation of a fix that comes without one, metres, and the floor of a fix's likelihood.
-_FIX_STD, _MIN_LIKELIHOOD = 15.0, np.float32(1e-4)
+FIX_STD, _MIN_LIKELIHOOD = 15.0, np.float32(1e-4)
 # A maximum further off than this is wrong.
 _WRONG_M = 5.0
 # Half the time over which the fixes' median offset centres the grid.
@@ -142,7 +142,7 @@ class _Drives:
         self.track, self._teacher, self._heat_maps = track, teacher, heat_maps
         self.fix = np.cumsum(track.fix_steps, axis=0)
         self.maximum = self.fix + teacher.from_fix
-        self.fix_std = np.where(np.isnan(teacher.fix_std), _FIX_STD, teacher.fix_std).astype(np.float64)
+        self.fix_std = np.where(np.isnan(teacher.fix_std), FIX_STD, teacher.fix_std).astype(np.float64)
         seconds = np.diff(track.stamp_ns, prepend=track.stamp_ns[0]) / 1e9
         # Weights of a random walk of the fixes' error in the limit of small steps; the ends of a chain get
         # one half more.

@@ -22,7 +22,7 @@ def input_faults(bag: PairBag) -> list[str]:
     """Return what the node's checks found wrong at most pairs, in words. Raises BagError if it is damaged."""
     odometry = Odometry(_ODOMETRY_GAP_S)
     headings, motion = HeadingCheck(odometry), MotionCheck(odometry)
-    found: list[list[str]] = []
+    found: list[tuple[str, ...]] = []
     velocities = bag.velocities()
     velocity = next(velocities, None)
     for stamp_ns, lat, lon, sigma, yaw in bag.poses():
@@ -36,10 +36,9 @@ def input_faults(bag: PairBag) -> list[str]:
         headings.add_fix(fix)
         motion.add(fix)
         faults = str(headings.fault or ""), motion.odom_still, motion.fix_still, motion.odom_disagrees
-        found.append(list(faults))
-    faults_of = list(zip(*found, strict=True))
+        found.append(faults)
     return [
         next(text for text in reversed(texts) if text)
-        for texts in faults_of
+        for texts in zip(*found, strict=True)
         if sum(map(bool, texts)) > _MOSTLY * len(texts)
     ]
