@@ -702,13 +702,13 @@ def test_the_drive_corrects_the_teacher(
         on_progress=lambda s, *_: stages.append(s),
     )
     labels = run.teacher_labels()
-    smoothed = run.smoothed(labels, teacher)
+    smoothed = run.smoothed(teacher)
     better = smoothed.labels(labels)
     before, after = run.true_errors_m(labels), run.true_errors_m(better)
     assert after.mean() < 0.5 * before.mean()
     adapted = run.run()
     # Once smoothed, the heat maps are not needed any more, and nothing is done again.
-    assert stages.count("teacher heat maps") == len(set(range(0, len(labels), 16))) + 1
+    assert stages.count("teacher heat maps") == len(set(range(0, len(source), 16))) + 1
     assert not list((tmp_path / "stages").glob("*.maps"))
     assert np.array_equal(adapted.labels.position, better.position)
     # All levels, and no filter.
@@ -779,7 +779,7 @@ def test_drives_with_unknown_headings_are_smoothed(
     chosen = options(teacher.model, smooth=True, heading_prior_deg=None)
     run = Distillation(FABRIC, teacher, source, tmp_path, chosen, true_from_fix=truth)
     maxima = run.teacher_labels()
-    smoothed = run.smoothed(maxima, teacher)
+    smoothed = run.smoothed(teacher)
     labels = smoothed.labels(maxima)
     assert smoothed.mostly_usable
     assert run.true_errors_m(labels).mean() < 0.5 * run.true_errors_m(maxima).mean()
@@ -1080,7 +1080,7 @@ def test_a_dry_run_does_nothing(cache: Path, tmp_path: Path) -> None:
     words = ["adapt", str(tmp_path / "pairs"), "--out", str(tmp_path / "out"), "--dry-run"]
     code, printed, errors = xview_loc(cache, *words)
     assert code == 0, errors
-    assert "teacher heat maps: 22 pairs, about" in printed and "smoothing: 22 pairs" in printed
+    assert "teacher heat maps: 24 pairs, about" in printed and "smoothing: 24 pairs" in printed
     assert "student: 22 pairs, about" in printed and "MB of disk" in printed
     assert "auxiliary" not in printed
     code, printed, errors = xview_loc(cache, *words, "--recipe", "paper")

@@ -64,7 +64,7 @@ def check_data(run: Distillation) -> DataCheck:
     remarks: list[str] = []
     labels, proven = run.teacher_labels(), False
     if run.smoothing:
-        smoothed = run.smoothed(labels, run.teacher)
+        smoothed = run.smoothed(run.teacher)
         proven = smoothed.mostly_usable
         if proven:
             labels = smoothed.labels(labels.of(smoothed.index))

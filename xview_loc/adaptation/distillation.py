@@ -22,7 +22,7 @@ from lightning_fabric import Fabric
 from numpy.typing import NDArray
 
 from xview_loc.adaptation.heat_map_store import store_heat_maps
-from xview_loc.adaptation.held_out import held_out_stretches
+from xview_loc.adaptation.held_out import held_out_edges
 from xview_loc.adaptation.indicators import (
     Indicators,
     LabelFreeValidation,
@@ -228,7 +228,7 @@ class Distillation:
     def _split(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return training and held-out pairs.
 
-        Held out is the validation dataset, or a stretch of each drive, or random pairs.
+        Held out is the validation dataset, or the edge of each area that drives cover, or random pairs.
         """
         count, share = len(self.source), self.options.held_out
         if self._validation is not None:
@@ -237,7 +237,7 @@ class Distillation:
             order = np.random.default_rng(self.options.training.seed).permutation(count)
             held = order[: round(count * share)]
         else:
-            held = held_out_stretches(self.track, share)
+            held = held_out_edges(self.track, share)
         held = np.sort(held).astype(np.int64)
         batch = self.options.training.batch_size * self.fabric.world_size
         # Smoothing may fall back to the paper's recipe.
@@ -286,7 +286,7 @@ class Distillation:
         """
         name = "" if number == 1 else f", round {number}"
         maxima = labels = self.labels_of(labeller, f"teacher labels{name}").of(self.training_index)
-        smoothed = self.smoothed(maxima, labeller, name) if self.smoothing else None
+        smoothed = self.smoothed(labeller, name) if self.smoothing else None
         corrected = smoothed is not None and smoothed.mostly_usable
         if smoothed is not None and corrected:
             labels = smoothed.labels(maxima.of(smoothed.index))
@@ -318,9 +318,13 @@ class Distillation:
         """Return the teacher's labels of the training pairs."""
         return self.labels_of(self.teacher, "teacher labels").of(self.training_index)
 
-    def smoothed(self, labels: PseudoLabels, labeller: Checkpoint, name: str = "") -> Smoothed:
-        """Correct a model's labels with whole drives; ``name`` is appended to the names of the stages."""
+    def smoothed(self, labeller: Checkpoint, name: str = "") -> Smoothed:
+        """Correct a model's labels of the training pairs with whole drives, their held-out pairs included.
+
+        ``name`` is appended to the names of the stages.
+        """
         assert self.track is not None
+        labels = self.labels_of(labeller, f"teacher labels{name}")
         content = _digest(labels.index.tobytes(), labels.position.tobytes())
         inputs = [self.source.name, content, *self._turns, _SMOOTHING_FORMAT]
         path = self._path("smoothed", labeller.sha256, inputs).with_suffix(".npz")
@@ -329,7 +333,7 @@ class Distillation:
         if found is not None:
             if self.fabric.is_global_zero:
                 shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted run
-            return found
+            return found.of(self.training_index)
 
         def on_pairs(done: int) -> None:
             self.on_progress(f"teacher heat maps{name}", done, len(labels))
@@ -345,7 +349,7 @@ class Distillation:
         if self.fabric.is_global_zero:
             found.save(path)
             shutil.rmtree(folder)
-        return found
+        return found.of(self.training_index)
 
     def student(
         self, labels: PseudoLabels, loss: DistillationLoss, stage: str, recipe: Recipe | None = None

@@ -1,9 +1,8 @@
-"""Choose the pairs on which a student is judged: stretches of drives on streets of their own."""
+"""Choose the pairs on which a student is judged: the edge of each area, with streets of their own."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,52 +12,70 @@ from xview_loc.geodesy import LocalProjection
 
 # Pairs closer than about this show the same street.
 _NEAR_M = 25.0
-# Candidates for a drive's stretch: one begins every so many of its lengths.
-_STEP = 0.25
+# Cells of this size, degrees, that touch are one area.
+_AREA_DEG = 0.01
+# Directions in which an area's edge is looked for.
+_DIRECTIONS = 16
+# Number of cells between one row of an area's cells and the next: more than an area is wide.
+_ROW = 1 << 24
 
-Cell = tuple[int, int]
+Index = NDArray[np.int64]
+Mask = NDArray[np.bool_]
 
 
-def held_out_stretches(track: Track, share: float) -> NDArray[np.int64]:
-    """Return the pairs of one stretch of each drive, about ``share`` of its pairs, ascending.
+def held_out_edges(track: Track, share: float) -> Index:
+    """Return the pairs beyond a line through each area, about ``share`` of its pairs, ascending.
 
-    Of all stretches of a drive, the one is taken that has the fewest pairs near others of any drive: on
-    streets that a student was trained on, it seems better than it is. The last of equals.
+    Of 16 directions, the one is taken whose line cuts off the fewest pairs near others: on streets that a
+    student was trained on, it seems better than it is.
     """
-    cells = _cells(track)
-    everywhere = Counter(cells)
-    held: list[NDArray[np.int64]] = []
-    for number in np.unique(track.drive):
-        rows = np.flatnonzero(track.drive == number)
-        length = round(len(rows) * share)
-        if not length:
+    held: list[Index] = []
+    for rows, places in _areas(track):
+        count = round(len(rows) * share)
+        if not count:
             continue
-        starts = range(len(rows) - length, -1, -max(1, round(length * _STEP)))
-        best = min(starts, key=lambda start: _seen(cells, rows[start : start + length], everywhere))
-        held.append(rows[best : best + length])
-    return np.concatenate(held) if held else np.zeros(0, np.int64)
+        angles = np.arange(_DIRECTIONS) * 2.0 * np.pi / _DIRECTIONS
+        along = places @ np.stack([np.cos(angles), np.sin(angles)])
+        furthest = np.argsort(along, axis=0, kind="stable")[-count:]
+        beyond = np.zeros(along.shape, bool)
+        np.put_along_axis(beyond, furthest, True, axis=0)
+        near = [int(_near_others(places, edge).sum()) for edge in beyond.T]
+        held.append(rows[beyond[:, np.argmin(near)]])
+    return np.sort(np.concatenate(held)) if held else np.zeros(0, np.int64)
 
 
-def share_near_others(track: Track, held_out: NDArray[np.int64]) -> float:
+def share_near_others(track: Track, held_out: Index) -> float:
     """Return the share of held-out pairs near others: a verdict from these is about known streets."""
-    cells, held = _cells(track), set(held_out.tolist())
-    known = {near for row, cell in enumerate(cells) if row not in held for near in _around(*cell)}
-    return sum(cells[row] in known for row in held) / max(1, len(held))
+    near = 0
+    for rows, places in _areas(track):
+        near += int(_near_others(places, np.isin(rows, held_out)).sum())
+    return near / max(1, len(held_out))
 
 
-def _cells(track: Track) -> list[Cell]:
-    plane = LocalProjection(float(track.lat.mean()), float(track.lon.mean()))
-    places = np.stack(plane.forward(track.lat, track.lon), 1)
-    return [(int(x), int(y)) for x, y in np.floor(places / _NEAR_M)]
+def _areas(track: Track) -> Iterator[tuple[Index, NDArray[np.float64]]]:
+    """Yield each area's pairs, and their places (N, 2), metres."""
+    degrees = np.stack([track.lat, track.lon], 1)
+    cells, member = np.unique(np.floor(degrees / _AREA_DEG).astype(int), axis=0, return_inverse=True)
+    cell_of = {(x, y): number for number, (x, y) in enumerate(cells.tolist())}
+    area = np.full(len(cells), -1)
+    for first in range(len(cells)):
+        to_do = [first] if area[first] < 0 else []
+        while to_do:
+            number = to_do.pop()
+            area[number] = first
+            x, y = cells[number].tolist()
+            around = ((x + i, y + j) for i in (-1, 0, 1) for j in (-1, 0, 1))
+            to_do += [cell_of[c] for c in around if c in cell_of and area[cell_of[c]] < 0]
+    area_of = area[member.reshape(-1)]
+    for number in np.unique(area):
+        rows = np.flatnonzero(area_of == number)
+        lat, lon = degrees[rows].T
+        yield rows, np.stack(LocalProjection(float(lat.mean()), float(lon.mean())).forward(lat, lon), 1)
 
 
-def _seen(cells: list[Cell], rows: Iterable[int], everywhere: Counter[Cell]) -> int:
-    """Count the pairs of a stretch that are near others outside it."""
-    own = [cells[row] for row in rows]
-    inside = Counter(own)
-    near = {(x, y): any(everywhere[c] > inside[c] for c in _around(x, y)) for x, y in inside}
-    return sum(near[cell] for cell in own)
-
-
-def _around(x: int, y: int) -> list[Cell]:
-    return [(x + i, y + j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
+def _near_others(places: NDArray[np.float64], held: Mask) -> Mask:
+    """Return which of the held-out places are near others."""
+    code = np.floor(places / _NEAR_M).astype(np.int64) @ (_ROW, 1)
+    others = np.unique(code[~held])
+    around = (_ROW * i + j for i in (-1, 0, 1) for j in (-1, 0, 1))
+    return np.any([np.isin(code[held] + step, others) for step in around], axis=0)

@@ -53,10 +53,10 @@ def plan_run(distillation: Distillation) -> Plan:
         # Unknown headings are read again at the smoothed positions.
         smoothing_s = _SMOOTHING_S + (label_s if prior != 0 else 0.0)
         stages += [
-            PlannedStage("teacher heat maps", trained, trained * label_s),
-            PlannedStage("smoothing", trained, trained * smoothing_s),
+            PlannedStage("teacher heat maps", count, count * label_s),
+            PlannedStage("smoothing", count, count * smoothing_s),
         ]
-        megabytes = trained * stored_bytes(distillation.teacher.model) / 1e6
+        megabytes = count * stored_bytes(distillation.teacher.model) / 1e6
     if recipe.keep < 1:
         stages += [
             PlannedStage(
