@@ -13,7 +13,8 @@ from typing import IO, Any
 
 from mcap.data_stream import ReadDataStream
 from mcap.reader import McapReader, make_reader
-from mcap.records import MessageIndex
+from mcap.records import Chunk, ChunkIndex, Message, MessageIndex
+from mcap.stream_reader import breakup_chunk
 
 from xview_loc.bags.recovery import BagError, bag_files
 from xview_loc.bags.ros_types import deserialize, stamp_ns
@@ -54,18 +55,25 @@ from xview_loc.vehicle.odometry import VelocitySample
 from xview_loc.vehicle.rig_assembly import CameraImage
 from xview_loc.vehicle.synchronisation import RejectedInput
 
+# Messages of a chunk, by topic and stamp.
+Chunked = dict[tuple[str, int], list[bytes]]
+# Number of chunks that are kept: a pair and its tile may lie in two.
+_CHUNKS = 2
+
 
 class PairBag:
     """Random access to a bag of pairs: ``bag[i]`` is the i-th pair by stamp.
 
-    Only the index is held in memory. Not thread-safe; a copy in another process (a data loader's worker)
-    opens its own files. Raises BagError if the bag cannot be read.
+    Only the index and the latest chunks are held in memory. Not thread-safe; a copy in another process (a
+    data loader's worker) opens its own files. Raises BagError if the bag cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._paths = bag_files(folder)
         self._open: dict[int, tuple[IO[bytes], McapReader]] = {}
+        # By number of the file and offset in it.
+        self._chunks: dict[tuple[int, int], Chunked] = {}
         self._process = os.getpid()
         # Of each file; none in bags of a single camera.
         self._cameras = [self._camera_names(number) for number in range(len(self._paths))]
@@ -251,7 +259,7 @@ class PairBag:
         return hashlib.sha256(repr((self._index, sizes)).encode()).hexdigest()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}
+        return {**self.__dict__, "_open": {}, "_chunks": {}}
 
     def _reader(self, number: int) -> McapReader:
         if self._process != os.getpid():
@@ -302,9 +310,28 @@ class PairBag:
         return next(data for _, data in self._messages(number, stamp, (topic,)))
 
     def _messages(self, number: int, stamp: int, topics: tuple[str, ...]) -> Iterator[tuple[str, bytes]]:
-        found = self._reader(number).iter_messages(topics=topics, starting_at=stamp, ending_at=stamp)
-        for _, channel, one in found:
-            yield channel.topic, one.data
+        summary = self._reader(number).get_summary()
+        assert summary is not None
+        for chunk in summary.chunk_indexes:
+            if chunk.message_start_time <= stamp <= chunk.message_end_time:
+                content = self._chunk(number, chunk)
+                for topic in topics:
+                    yield from ((topic, data) for data in content.get((topic, stamp), ()))
+
+    def _chunk(self, number: int, chunk: ChunkIndex) -> Chunked:
+        """Return the messages of a chunk; the latest two are kept, as neighbouring pairs share them."""
+        key = number, chunk.chunk_start_offset
+        if key not in self._chunks:
+            summary, file = self._reader(number).get_summary(), self._open[number][0]
+            assert summary is not None
+            file.seek(chunk.chunk_start_offset + 9)  # past the record's opcode and length
+            content: Chunked = {}
+            for record in breakup_chunk(Chunk.read(ReadDataStream(file)), validate_crc=True):
+                if isinstance(record, Message):
+                    topic = summary.channels[record.channel_id].topic
+                    content.setdefault((topic, record.log_time), []).append(record.data)
+            self._chunks = dict([*self._chunks.items(), (key, content)][-_CHUNKS:])
+        return self._chunks[key]
 
 
 @contextmanager
