@@ -24,7 +24,7 @@ from xview_loc.models.base import CrossViewModel, HeatMaps
 from xview_loc.models.checkpoint import load_checkpoint
 from xview_loc.models.inputs import normalise
 from xview_loc.simulation.city import build_city
-from xview_loc.training.losses import CCVPELoss, GGCVTLoss
+from xview_loc.training.losses import CCVPELoss, GGCVTLoss, HeatMapLoss
 from xview_loc.training.trainer import (
     PoseValidation,
     TrainingError,
@@ -271,7 +271,7 @@ def options(**changes: object) -> TrainingOptions:
 VALIDATION = PoseValidation(Dots(), (0.0,), 4, 0)
 
 
-class Anywhere:
+class Anywhere(HeatMapLoss):
     """A loss for any model."""
 
     def __init__(self, value: float = 1.0) -> None:

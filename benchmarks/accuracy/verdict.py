@@ -8,7 +8,8 @@ eastern ones. Students of good pairs (``drives``, ``paper``), too few of them (`
 (``hard``: ten times the learning rate, six epochs), and of faulty ones: tiles of other places (``shuffled
 tiles``), headings with the wrong sign (``sign``) or 40 degrees off (``turned``), odometry that lost
 its order after it was checked (``odometry``), images of three pairs later (``late``). ``worse`` and
-``better``: by the true mean error, with 95 % certainty (bootstrap over stretches of ten frames).
+``better``: by the true mean error, with 95 % certainty (bootstrap over stretches of ten frames). Students are
+kept in the work folder, where a changed verdict can be measured again.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -64,7 +64,9 @@ class Changed(PairSource):
     """The first pairs of a source, changed."""
 
     def __init__(self, source: PairSource, case: str, count: int) -> None:
-        self.name = f"{source.name} {case} {count}"
+        # Cases that differ in their training alone share their labels.
+        change = case if case in ("shuffled tiles", "odometry", "late") else ""
+        self.name = f"{source.name} {change} {count}"
         self._source, self._case, self._count = source, case, min(count, len(source))
 
     def __len__(self) -> int:
@@ -90,7 +92,10 @@ class Changed(PairSource):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a student was judged, and its true errors beside the teacher's, metres."""
+    """How a student was judged, and its true errors beside the teacher's, metres.
+
+    ``score_change``: of the label-free score of the verdict, mean and 95 % interval.
+    """
 
     cell: str
     case: str
@@ -100,6 +105,7 @@ class Outcome:
     teacher_m: float
     student_m: float
     certainly_better: float
+    score_change: tuple[float, float, float]
 
     @property
     def truth(self) -> str:
@@ -128,7 +134,7 @@ def judge_case(folder: Path, case: str, teacher: Checkpoint, held: Source, count
     source = open_case(folder, case, teacher, count)
     given = {"smooth": None, "epochs": 1, "sigma": SIGMA, **CASES[case]}
     options = AdaptationOptions.published(teacher.model, **given)
-    out = folder / "verdicts" / case
+    out = folder / "verdicts"
     run = Distillation(make_fabric("cpu"), teacher, source, out, options)
     check = check_data(run)
     adapted = run.run()
@@ -137,7 +143,6 @@ def judge_case(folder: Path, case: str, teacher: Checkpoint, held: Source, count
     before, after = (
         run.labels_of(model, "", pairs).errors_m(truth) for model in (teacher, adapted.student.load())
     )
-    shutil.rmtree(out)
     return Outcome(
         folder.name,
         case,
@@ -147,6 +152,7 @@ def judge_case(folder: Path, case: str, teacher: Checkpoint, held: Source, count
         float(before.mean()),
         float(after.mean()),
         certainty_of_decrease(after - before),
+        tuple(metrics["verdict"]["score_change"]),
     )
 
 

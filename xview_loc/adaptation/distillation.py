@@ -42,7 +42,7 @@ from xview_loc.models.base import CrossViewModel
 from xview_loc.models.ccvpe import CCVPE
 from xview_loc.models.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from xview_loc.statistics import MIN_MEASUREMENTS
-from xview_loc.training.losses import DistillationLoss
+from xview_loc.training.losses import DistillationLoss, GeoDistillLoss, HeatMapLoss
 from xview_loc.training.trainer import (
     BEST_FILE,
     PoseValidation,
@@ -61,6 +61,8 @@ _FORMAT = 3
 _SMOOTHING_FORMAT = 3
 # Rounds start by themselves up to this number, while the labels' mean standard deviation exceeds this.
 _MAX_ROUNDS, UNCERTAIN_M = 3, 1.0
+# Sector that GeoDistill's students see, as published: least and most, degrees.
+_GEODISTILL_SEEN_DEG = (180.0, 240.0)
 # (stage, pairs or steps done, total)
 OnProgress = Callable[[str, int, int], object]
 
@@ -87,8 +89,9 @@ class AdaptationOptions:
     unknown). ``levels``, ``keep`` and ``turned`` are those of :class:`Recipe` (None: the default of
     :meth:`recipe`), ``sigma`` is the standard deviation of the label in tile pixels. The share ``held_out``
     of the pairs selects the epoch and decides the verdict. ``smooth`` corrects labels with whole drives
-    (None: if the pairs come from drives). From the second of at most ``rounds`` rounds on, the previous
-    round's student labels the pairs (None: at most three, the next one only while labels are uncertain).
+    (None: if the pairs come from drives). ``geodistill`` trains by GeoDistill's loss instead of labels. From
+    the second of at most ``rounds`` rounds on, the previous round's student labels the pairs (None: at most
+    three, the next one only while labels are uncertain).
     """
 
     training: TrainingOptions
@@ -99,6 +102,7 @@ class AdaptationOptions:
     sigma: float = 4.0
     held_out: float = 0.1
     smooth: bool | None = False
+    geodistill: bool = False
     rounds: int | None = 1
 
     @classmethod
@@ -113,7 +117,7 @@ class AdaptationOptions:
 
         ``smoothed`` labels are nearly as good as true ones: all levels, and no filter.
         """
-        if smoothed:
+        if smoothed or self.geodistill:
             default = Recipe(model.level_count, 1.0, False)
         elif isinstance(model, CCVPE):
             default = Recipe(2, 0.8, model.spec.camera == "panorama")
@@ -125,7 +129,8 @@ class AdaptationOptions:
     def student_training(self, recipe: Recipe) -> TrainingOptions:
         """Return the training options of a recipe's students."""
         prior = None if recipe.turned else self.heading_prior_deg
-        return replace(self.training, heading_priors_deg=(prior,))
+        seen = self.training.field_of_view_deg or (_GEODISTILL_SEEN_DEG if self.geodistill else None)
+        return replace(self.training, heading_priors_deg=(prior,), field_of_view_deg=seen)
 
 
 @dataclass(frozen=True)
@@ -291,7 +296,9 @@ class Distillation:
         if smoothed is not None and corrected:
             labels = smoothed.labels(maxima.of(smoothed.index))
         recipe = self.recipe(corrected)
-        loss = self.loss(recipe.levels)
+        loss: HeatMapLoss = (
+            self.geodistill_loss(recipe) if self.options.geodistill else self.loss(recipe.levels)
+        )
         auxiliary = None
         kept = np.ones(len(labels), bool)
         if recipe.keep < 1:
@@ -314,19 +321,24 @@ class Distillation:
         teacher = None if mode_based else self._model
         return DistillationLoss(levels, self.options.sigma, teacher, self.options.heading_prior_deg)
 
+    def geodistill_loss(self, recipe: Recipe) -> GeoDistillLoss:
+        """Let a copy of the teacher, which moves with the student, supervise by its heat maps."""
+        return GeoDistillLoss(recipe.levels, copy.deepcopy(self._model))
+
     def teacher_labels(self) -> PseudoLabels:
         """Return the teacher's labels of the training pairs."""
         return self.labels_of(self.teacher, "teacher labels").of(self.training_index)
 
-    def smoothed(self, labeller: Checkpoint, name: str = "") -> Smoothed:
+    def smoothed(self, labeller: Checkpoint, name: str = "", *, by_fixes: bool = False) -> Smoothed:
         """Correct a model's labels of the training pairs with whole drives, their held-out pairs included.
 
-        ``name`` is appended to the names of the stages.
+        ``name`` is appended to the names of the stages. ``by_fixes``: from fixes and odometry, without the
+        model's heat maps.
         """
         assert self.track is not None
         labels = self.labels_of(labeller, f"teacher labels{name}")
         content = _digest(labels.index.tobytes(), labels.position.tobytes())
-        inputs = [self.source.name, content, *self._turns, _SMOOTHING_FORMAT]
+        inputs = [self.source.name, content, *self._turns, _SMOOTHING_FORMAT, *["fixes"] * by_fixes]
         path = self._path("smoothed", labeller.sha256, inputs).with_suffix(".npz")
         folder = path.with_suffix(".maps")
         found: Smoothed | None = self.fabric.broadcast(Smoothed.load(path))
@@ -339,9 +351,11 @@ class Distillation:
             self.on_progress(f"teacher heat maps{name}", done, len(labels))
 
         model, index = labeller.model, labels.index
+        if by_fixes:
+            index = index[:0]
         store = store_heat_maps(self.fabric, model, self.source, index, folder, self.reading, on_pairs)
-        progress = partial(self.on_progress, f"smoothing{name}")
-        found = smooth_drives(self.fabric, self.track, labels, store, self.reading.workers, progress)
+        progress, workers = partial(self.on_progress, f"smoothing{name}"), self.reading.workers
+        found = smooth_drives(self.fabric, self.track, labels, store, workers, progress, by_fixes=by_fixes)
         if self.reading.heading_prior_deg != 0:
             moved = replace(labels, position=found.position)
             turned = with_model_headings(self.fabric, labeller.model, self.source, moved, self.reading)
@@ -352,17 +366,31 @@ class Distillation:
         return found.of(self.training_index)
 
     def student(
-        self, labels: PseudoLabels, loss: DistillationLoss, stage: str, recipe: Recipe | None = None
+        self,
+        labels: PseudoLabels,
+        loss: HeatMapLoss,
+        stage: str,
+        recipe: Recipe | None = None,
+        *,
+        training: TrainingOptions | None = None,
+        std_m: Array | None = None,
     ) -> Student:
         """Train a copy of the teacher on labelled pairs; the validation's score selects the epoch.
 
-        ``recipe`` decides on turned panoramas; default: that of a model's own maxima.
+        ``recipe`` decides on turned panoramas; default: that of a model's own maxima. ``training`` replaces
+        the training options. ``std_m`` (N,) are the labels' standard deviations along an axis, metres.
         """
-        content = _digest(labels.index.tobytes(), labels.position.tobytes(), labels.heading.tobytes())
-        data: PoseDataset = LabelledPairs(self.source, labels, f"labels {content}")
+        parts: list[NDArray[Any]] = [
+            labels.index,
+            labels.position,
+            labels.heading,
+            *([] if std_m is None else [std_m]),
+        ]
+        content = _digest(*(part.tobytes() for part in parts))
+        data: PoseDataset = LabelledPairs(self.source, labels, f"labels {content}", std_m)
         if self.replay is not None:
             data = JoinedPoses(data, self.replay)
-        options = self.options.student_training(recipe or self.recipe(smoothed=False))
+        options = training or self.options.student_training(recipe or self.recipe(smoothed=False))
         inputs = [data.name, loss.to_json(), comparable(options), self.held_out_index.tolist()]
         folder = self._path("student", self.teacher.sha256, inputs, self.fabric.world_size)
         validation: Validation

@@ -134,18 +134,26 @@ def reliable(teacher: PseudoLabels, auxiliary: PseudoLabels, keep: float) -> NDA
 class LabelledPairs(PoseDataset):
     """Pairs with pseudo ground truth in place of true poses, one per row of ``labels``."""
 
-    def __init__(self, source: PairSource, labels: PseudoLabels, name: str) -> None:
-        """``name`` identifies the labels."""
+    def __init__(
+        self,
+        source: PairSource,
+        labels: PseudoLabels,
+        name: str,
+        std_m: NDArray[np.float64] | None = None,
+    ) -> None:
+        """``name`` identifies the labels; ``std_m`` (N,) are their standard deviations along an axis."""
         self.name = f"{source.name} {name}"
-        self._source, self._labels = source, labels
+        self._source, self._labels, self._std_m = source, labels, std_m
 
     def __len__(self) -> int:
         return len(self._labels)
 
     def __getitem__(self, row: int) -> Sample:
-        sample = self._source[int(self._labels.index[row])]
-        return {
-            **sample,
+        sample: Sample = {
+            **self._source[int(self._labels.index[row])],
             "position": torch.from_numpy(self._labels.position[row]),
             "heading": torch.tensor(self._labels.heading[row]),
         }
+        if self._std_m is not None:
+            sample["label_std"] = torch.tensor(self._std_m[row], dtype=torch.float32)
+        return sample

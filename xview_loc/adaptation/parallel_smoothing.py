@@ -23,11 +23,13 @@ def smooth_drives(
     heat_maps: HeatMapStore,
     workers: int = 0,
     on_pairs: Callable[[int, int], object] = lambda done, of: None,
+    *,
+    by_fixes: bool = False,
 ) -> Smoothed:
     """Smooth the teacher's labels drive by drive; every process returns those of all drives.
 
     ``workers``: further processes of each process. ``on_pairs`` receives the numbers of this process's pairs
-    done and in all.
+    done and in all. ``by_fixes``: as in :func:`smooth`.
     """
     drive = track.drive[teacher.index]
     numbers, counts = np.unique(drive, return_counts=True)
@@ -40,7 +42,9 @@ def smooth_drives(
         on_pairs(done + of_drive * len(own[len(tables)]) // passes, total)
 
     tables: list[Smoothed] = []
-    drives = _Drives(track, own, heat_maps, on_pair if workers == 0 else lambda done, of: None)
+    drives = _Drives(
+        track, own, heat_maps, on_pair if workers == 0 else lambda done, of: None, by_fixes=by_fixes
+    )
     # Forked, so that nothing must be copied.
     context = "fork" if workers else None
     for table in DataLoader(
@@ -67,14 +71,18 @@ class _Drives(Dataset[Smoothed]):
         teacher: list[PseudoLabels],
         heat_maps: HeatMapStore,
         on_pairs: Callable[[int, int], object],
+        *,
+        by_fixes: bool,
     ) -> None:
         self._track, self._teacher, self._heat_maps, self._on_pairs = track, teacher, heat_maps, on_pairs
+        self._by_fixes = by_fixes
 
     def __len__(self) -> int:
         return len(self._teacher)
 
     def __getitem__(self, number: int) -> Smoothed:
-        return smooth(self._track, self._teacher[number], self._heat_maps, self._on_pairs)
+        own = self._teacher[number]
+        return smooth(self._track, own, self._heat_maps, self._on_pairs, by_fixes=self._by_fixes)
 
 
 def _one_thread(worker: int) -> None:

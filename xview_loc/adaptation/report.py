@@ -142,7 +142,8 @@ def _recipe(distillation: Distillation, adapted: Adapted) -> dict[str, Any]:
             reasons.append(f"{uncertainty}: another round could gain, but {needed}.")
         else:
             reasons.append(f"{uncertainty} after the last round that was kept.")
-    return {"name": "drives" if drives else "paper", "reasons": reasons}
+    name = "geodistill" if options.geodistill else "drives" if drives else "paper"
+    return {"name": name, "reasons": reasons}
 
 
 def _smoothing(maxima: PseudoLabels, smoothed: Smoothed) -> dict[str, Any]:

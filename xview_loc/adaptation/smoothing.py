@@ -93,14 +93,18 @@ def smooth(
     teacher: PseudoLabels,
     heat_maps: HeatMapStore,
     on_pairs: Callable[[int, int], object] = lambda done, of: None,
+    *,
+    by_fixes: bool = False,
 ) -> Smoothed:
     """Smooth the teacher's labels along the drives of ``track``, which holds all pairs of their source.
+
+    ``by_fixes``: from fixes and odometry alone; every pair is then supported.
 
     The scale and heading of odometry are fitted to the fixes, and after a first pass to its result. Time and
     disk space grow with the number of pairs, memory for beliefs with its square root. ``on_pairs`` receives
     the numbers of pairs done and in all.
     """
-    drives = _Drives(track.rows(teacher.index), teacher, heat_maps)
+    drives = _Drives(track.rows(teacher.index), teacher, heat_maps, by_fixes)
     odometry = np.isfinite(drives.track.moved).any()
     done, total = count(1), len(teacher) * (2 if odometry else 1)
 
@@ -138,8 +142,10 @@ class _Drives:
     The plane is unrolled along the drives: steps between fixes are summed, each in its own true-north axes.
     """
 
-    def __init__(self, track: Track, teacher: PseudoLabels, heat_maps: HeatMapStore) -> None:
-        self.track, self._teacher, self._heat_maps = track, teacher, heat_maps
+    def __init__(
+        self, track: Track, teacher: PseudoLabels, heat_maps: HeatMapStore, by_fixes: bool = False
+    ) -> None:
+        self.track, self._teacher, self._heat_maps, self._by_fixes = track, teacher, heat_maps, by_fixes
         self.fix = np.cumsum(track.fix_steps, axis=0)
         self.maximum = self.fix + teacher.from_fix
         self.fix_std = np.where(np.isnan(teacher.fix_std), FIX_STD, teacher.fix_std).astype(np.float64)
@@ -175,7 +181,7 @@ class _Drives:
     def table(self, beliefs: _Beliefs) -> Smoothed:
         """Convert to tile pixels, with the teacher's maxima where there is no support."""
         teacher, grid = self._teacher, self._heat_maps.grid
-        supported = beliefs.support > _SUPPORT
+        supported = (beliefs.support > _SUPPORT) | self._by_fixes
         moved = teacher.at(beliefs.position - self.fix)
         position = np.where(supported[:, None], moved, teacher.position)
         cell = (position - grid.origin) / grid.scale
@@ -214,8 +220,10 @@ class _Drives:
     def _heat_map(self, k: int, grid: BeliefGrid) -> Grid:
         """Return the likelihood of each cell; one where the heat map does not reach."""
         try:
-            heat_map = self._heat_maps[int(self._teacher.index[k])]
+            heat_map = None if self._by_fixes else self._heat_maps[int(self._teacher.index[k])]
         except KeyError:
+            heat_map = None
+        if heat_map is None:
             return np.ones_like(grid.probability)
         pixels, one = self._heat_maps.grid, self._teacher.rows(np.array([k]))
         step = grid.cell_m / (float(one.meters_per_pixel[0]) * pixels.scale)

@@ -42,6 +42,7 @@ class RecipeName(str, Enum):
     AUTO = "auto"
     DRIVES = "drives"
     PAPER = "paper"
+    GEODISTILL = "geodistill"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,7 +230,8 @@ def adapt(
         RecipeName,
         typer.Option(
             help="drives: whole drives correct the labels. paper: the published recipe. "
-            "auto: drives where the pairs come from drives, else paper."
+            "geodistill: no labels; students that see a sector learn the heat maps of a teacher that follows "
+            "them (ICCV 2025). auto: drives where the pairs come from drives, else paper."
         ),
     ] = RecipeName.AUTO,
     rounds: Annotated[
@@ -237,7 +239,7 @@ def adapt(
         typer.Option(
             min=1,
             help="Maximum number of rounds; each student labels the pairs for the next. "
-            "Default: 1 with paper, else up to 3 while the labels are uncertain.",
+            "Default: 1 with paper and geodistill, else up to 3 while the labels are uncertain.",
         ),
     ] = None,
     dry_run: Annotated[
@@ -250,11 +252,12 @@ def adapt(
     To resume an interrupted run, repeat the command. The paper's recipe has levels 2 and keep 0.8 for CCVPE,
     3 and 0.7 for GGCVT; labels corrected by drives are not filtered and supervise all levels.
     """
-    smooth = None if recipe is RecipeName.AUTO else recipe is RecipeName.DRIVES
-    if rounds is None and recipe is RecipeName.PAPER:
+    more: dict[str, Any] = {"smooth": None if recipe is RecipeName.AUTO else recipe is RecipeName.DRIVES}
+    more["geodistill"] = recipe is RecipeName.GEODISTILL
+    if rounds is None and recipe in (RecipeName.PAPER, RecipeName.GEODISTILL):
         rounds = 1
     with _Progress() as progress:
-        distillation = shared.distillation(progress, smooth=smooth, rounds=rounds)
+        distillation = shared.distillation(progress, **more, rounds=rounds)
         if dry_run:
             from xview_loc.adaptation.plan import plan_run
 

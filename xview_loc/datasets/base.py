@@ -49,15 +49,20 @@ class PairSample(_PairSample, total=False):
     turn: Tensor
 
 
-class Sample(PairSample):
+class _Sample(PairSample):
+    position: Tensor
+    heading: Tensor
+
+
+class Sample(_Sample, total=False):
     """A pair with its true pose: the camera's ``position`` (2,), (row, col) in tile pixels, and ``heading``.
 
     The heading is the angle of the image's centre column in the convention of
-    :attr:`xview_loc.models.base.HeatMaps.orientation`, radians.
+    :attr:`xview_loc.models.base.HeatMaps.orientation`, radians. ``label_std`` is the position's standard
+    deviation along an axis, m, where it is not exact.
     """
 
-    position: Tensor
-    heading: Tensor
+    label_std: Tensor
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,9 +7,10 @@ centre column in the convention of :attr:`xview_loc.models.base.HeatMaps.orienta
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -26,10 +27,14 @@ TEMPERATURE = 0.1
 POSITIVE = 1e-2
 
 
-def gaussian_label(position: Tensor, size: int, sigma: float) -> Tensor:
-    """Draw Gaussians of peak 1 at ``position`` (B, 2), (row, col): (B, size, size); ``sigma`` in pixels."""
+def gaussian_label(position: Tensor, size: int, sigma: float | Tensor) -> Tensor:
+    """Draw Gaussians of peak 1 at ``position`` (B, 2), (row, col): (B, size, size).
+
+    ``sigma`` in pixels, for all or (B,).
+    """
     axis = torch.arange(size, device=position.device, dtype=position.dtype)
-    rows, cols = (torch.exp(-0.5 * ((axis - position[:, i, None]) / sigma) ** 2) for i in (0, 1))
+    width = torch.as_tensor(sigma, device=position.device, dtype=position.dtype).expand(len(position))
+    rows, cols = (torch.exp(-0.5 * ((axis - position[:, i, None]) / width[:, None]) ** 2) for i in (0, 1))
     return rows[:, :, None] * cols[:, None, :]
 
 
@@ -88,26 +93,34 @@ def orientation_error(field: Tensor, heading: Tensor, label: Tensor) -> Tensor:
     return (error * label).sum((1, 2)).mean()
 
 
-class HeatMapLoss(Protocol):
+class HeatMapLoss(ABC):
     """A loss of a model on a batch (fields of :class:`xview_loc.datasets.base.Sample`)."""
 
+    @abstractmethod
     def __call__(
         self, model: CrossViewModel, batch: Mapping[str, Tensor], heading_prior_deg: float | None
     ) -> Tensor:
         """Run the model, as far as needed, and return the scalar loss of the batch."""
-        ...
 
+    @abstractmethod
     def to_json(self) -> dict[str, Any]:
         """Return name and settings, for a checkpoint's metadata."""
-        ...
+
+    @property
+    def moving_teacher(self) -> CrossViewModel | None:
+        """The model that :meth:`end_epoch` changes, and that an interrupted run must keep."""
+        return None
+
+    def end_epoch(self, model: CrossViewModel) -> None:  # noqa: B027
+        """Follow the trained model after each epoch; most losses do not."""
 
 
 @dataclass(frozen=True)
-class CCVPELoss:
+class CCVPELoss(HeatMapLoss):
     """CCVPE's supervised loss: cross-entropy of the finest map, InfoNCE of every level, orientation.
 
-    ``sigma`` is the label's standard deviation in tile pixels (the authors' 4 are 0.56 m on VIGOR's tiles).
-    The weights are the authors'.
+    ``sigma`` is the label's standard deviation in tile pixels (the authors' 4 are 0.56 m on VIGOR's tiles);
+    uncertain positions, with the batch's ``label_std``, get wider labels. The weights are the authors'.
     """
 
     sigma: float = 4.0
@@ -122,12 +135,17 @@ class CCVPELoss:
         prior = model.spec.matching_prior(heading_prior_deg)
         features = model.encode_aerial(batch["aerial"])
         maps = model.match(batch["ground"], features, prior, orientation=prior != 0)
-        label = gaussian_label(batch["position"], model.spec.aerial_size, self.sigma)
+        sigma = torch.full_like(batch["heading"], self.sigma)
+        if "label_std" in batch:
+            sigma = sigma.maximum(batch["label_std"] / batch["meters_per_pixel"])
+        label = gaussian_label(batch["position"], model.spec.aerial_size, sigma)
         bins = bin_weights(batch["heading"], model.spec.bins)[:, model.prior_bins(prior)]
         levels = [info_nce(scores, label, bins) for scores in maps.levels]
         total = cross_entropy(maps.logits, label) + self.level_weight * torch.stack(levels).mean()
         if maps.orientation is not None:
-            error = orientation_error(maps.orientation, batch["heading"], label)
+            # The error sums over the label, whose area grows with its width.
+            even = label * (self.sigma / sigma)[:, None, None].square()
+            error = orientation_error(maps.orientation, batch["heading"], even)
             total = total + self.orientation_weight * error
         return total
 
@@ -137,7 +155,7 @@ class CCVPELoss:
 
 
 @dataclass(frozen=True)
-class GGCVTLoss:
+class GGCVTLoss(HeatMapLoss):
     """GGCVT's supervised loss (:func:`xview_loc.models.ggcvt.ranking_loss`)."""
 
     def __call__(
@@ -164,7 +182,7 @@ def search_radius(batch: Mapping[str, Tensor]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class DistillationLoss:
+class DistillationLoss(HeatMapLoss):
     """Coarse-only supervision by pseudo ground truth (ECCV 2024, Sections 3.1 and 3.2).
 
     The mean over the first ``levels`` levels of the InfoNCE loss against the pseudo ground truth X: a
@@ -215,6 +233,60 @@ class DistillationLoss:
             logits = maps.within(batch["fix"], search_radius(batch)).logits
             share: Tensor = logits.float().flatten(1).softmax(1).view_as(logits)
         return share
+
+
+@dataclass(frozen=True)
+class GeoDistillLoss(HeatMapLoss):
+    """GeoDistill's loss (ICCV 2025): a student that sees a sector learns a teacher's heat maps of the whole.
+
+    The mean cross-entropy over the first ``levels`` levels, both heat maps sharpened by one ``temperature``.
+    After every epoch the ``teacher`` is the exponential moving average of itself and the student. ``decay``
+    and temperature are as published.
+    """
+
+    levels: int
+    teacher: CrossViewModel
+    temperature: float = 0.06
+    decay: float = 0.9
+
+    def __call__(
+        self, model: CrossViewModel, batch: Mapping[str, Tensor], heading_prior_deg: float | None
+    ) -> Tensor:
+        """See :class:`HeatMapLoss`; the teacher sees the batch's ``whole`` panoramas, if it has them."""
+        whole = {**batch, "ground": batch.get("whole", batch["ground"])}
+        with torch.no_grad():
+            teacher = self.teacher.eval().to(batch["ground"].device)
+            targets = self._levels(teacher, whole, heading_prior_deg)
+        values = [
+            -(target.softmax(1) * scores.log_softmax(1)).sum(1).mean()
+            for scores, target in zip(self._levels(model, batch, heading_prior_deg), targets, strict=True)
+        ]
+        return torch.stack(values).mean()
+
+    def _levels(
+        self, model: CrossViewModel, batch: Mapping[str, Tensor], prior: float | None
+    ) -> list[Tensor]:
+        extra: dict[str, Any] = {name: batch[name] for name in model.extra_inputs}
+        features = model.encode_aerial(batch["aerial"])
+        prior = model.spec.matching_prior(prior)
+        levels = model.match_levels(batch["ground"], features, prior, self.levels, **extra)
+        return [level.float().flatten(1) / self.temperature for level in levels]
+
+    @property
+    def moving_teacher(self) -> CrossViewModel | None:
+        """See :class:`HeatMapLoss`."""
+        return self.teacher
+
+    def end_epoch(self, model: CrossViewModel) -> None:
+        """See :class:`HeatMapLoss`."""
+        with torch.no_grad():
+            for own, other in zip(self.teacher.parameters(), model.parameters(), strict=True):
+                own.lerp_(other.detach().to(own.device), 1.0 - self.decay)
+
+    def to_json(self) -> dict[str, Any]:
+        """See :class:`HeatMapLoss`."""
+        constants = {"temperature": self.temperature, "decay": self.decay}
+        return {"name": "geodistill", "levels": self.levels, **constants}
 
 
 def loss_for(model: CrossViewModel) -> HeatMapLoss:

@@ -24,6 +24,7 @@ from xview_loc.files import read_hashed, write_hashed, write_whole
 from xview_loc.models.base import CrossViewModel
 from xview_loc.models.checkpoint import save_checkpoint, weights_digest
 from xview_loc.models.specs import ModelSpec
+from xview_loc.training.hidden_sectors import hide_sectors
 from xview_loc.training.losses import HeatMapLoss
 from xview_loc.training.turned_panoramas import turn_at_random
 
@@ -43,7 +44,8 @@ class TrainingOptions:
     The learning rate rises over ``warmup`` steps, and falls to zero along a ``"cosine"`` with that
     ``schedule``. ``heading_priors_deg`` are the batches' heading priors, in turn: panoramas are turned at
     random within it, and :meth:`CrossViewModel.match` gets it (0: heading known up to the dataset's error;
-    None: unknown). ``fixed_batch_norm`` keeps the batch normalisation's initial statistics instead of the
+    None: unknown). Of each panorama only a random sector of ``field_of_view_deg`` (least, most) is shown
+    (None: all of it). ``fixed_batch_norm`` keeps the batch normalisation's initial statistics instead of the
     batches'. ``workers`` are processes that load data, ``save_every`` steps between saved states.
     """
 
@@ -53,6 +55,7 @@ class TrainingOptions:
     schedule: Literal["constant", "cosine"] = "constant"
     warmup: int = 0
     heading_priors_deg: tuple[float | None, ...] = (0.0,)
+    field_of_view_deg: tuple[float, float] | None = None
     fixed_batch_norm: bool = False
     seed: int = 0
     workers: int = 0
@@ -217,6 +220,8 @@ def train(
             differing = ", ".join(sorted(key for key in run if state["run"].get(key) != run[key]))
             raise TrainingError(f"{folder} holds a run with other settings ({differing}); use another folder")
         progress, totals = TrainingProgress(**state["progress"]), state["totals"]
+        if loss.moving_teacher is not None:
+            loss.moving_teacher.load_state_dict(state["teacher"])
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         fabric.strategy.precision.load_state_dict(state["precision"])
@@ -227,6 +232,8 @@ def train(
             state = {"run": run, "progress": asdict(progress), "totals": totals}
             state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             state |= {"precision": fabric.strategy.precision.state_dict()}
+            if loss.moving_teacher is not None:
+                state["teacher"] = loss.moving_teacher.state_dict()
             buffer = io.BytesIO()
             torch.save(state, buffer)
             write_hashed(state_file, buffer.getvalue())
@@ -248,6 +255,8 @@ def train(
             rng = np.random.default_rng([options.seed, count, fabric.global_rank])
             prior = options.heading_priors_deg[count % len(options.heading_priors_deg)]
             batch = turn_at_random(batch, rng, prior)
+            if options.field_of_view_deg is not None:
+                batch = hide_sectors(batch, rng, options.field_of_view_deg)
             # For drop-connect: a resumed run drops the same blocks.
             torch.manual_seed(int(rng.integers(1 << 62)))
             for group in optimizer.param_groups:
@@ -275,6 +284,7 @@ def train(
             if fabric.is_global_zero:
                 training = {**run, "epoch": progress.epoch, "validation_figures": figures}
                 save_checkpoint(model, folder / BEST_FILE, {**(metadata or {}), "training": training})
+        loss.end_epoch(model)
         progress.epoch += 1
         progress.step_in_epoch = 0
         totals = [0.0, 0]
@@ -293,6 +303,8 @@ def check_heading(spec: ModelSpec, options: TrainingOptions) -> None:
     turned = any(prior != 0 for prior in options.heading_priors_deg)
     if spec.camera == "pinhole" and turned:
         raise TrainingError(f"{spec.name} has no panoramas to turn: train it with a known heading")
+    if spec.camera == "pinhole" and options.field_of_view_deg is not None:
+        raise TrainingError(f"{spec.name} has no panoramas to hide sectors of")
     if spec.bins == 0 and turned:
         raise TrainingError(f"{spec.name} needs a known heading")
 
@@ -310,7 +322,10 @@ def comparable(options: TrainingOptions) -> dict[str, Any]:
     """Return the options that decide the resulting numbers."""
     # A list, as in a saved state.
     values = {**asdict(options), "heading_priors_deg": list(options.heading_priors_deg)}
-    return {name: value for name, value in values.items() if name not in ("workers", "save_every")}
+    # Runs from before an option are without it.
+    values["field_of_view_deg"] = options.field_of_view_deg and list(options.field_of_view_deg)
+    unused = {"workers", "save_every", *(["field_of_view_deg"] if not options.field_of_view_deg else [])}
+    return {name: value for name, value in values.items() if name not in unused}
 
 
 def _load_state(path: Path) -> dict[str, Any] | None:
