@@ -206,3 +206,36 @@ def test_drop_connect_drops_residual_blocks_at_the_published_rates() -> None:
                 with torch.no_grad():
                     plain = block(x)
                 torch.testing.assert_close(((out - x) * (1 - rate))[kept], (plain - x)[kept])
+
+
+def test_uncertain_positions_get_wide_labels() -> None:
+    label = gaussian_label(torch.tensor([[16.0, 16.0], [16.0, 16.0]]), 32, torch.tensor([2.0, 8.0]))
+    assert float(label[0, 16, 20]) == pytest.approx(math.exp(-0.5 * 2.0**2))
+    assert float(label[1, 16, 20]) == pytest.approx(math.exp(-0.5 * 0.5**2))
+    torch.manual_seed(0)
+    model = create_model("ccvpe-small").eval()
+    side, gsd = model.spec.aerial_size, model.spec.gsd
+    batch = {
+        "ground": torch.randn(2, 3, *model.spec.ground_size),
+        "aerial": torch.randn(2, 3, side, side),
+        "position": torch.full((2, 2), side / 2.0),
+        "heading": torch.zeros(2),
+        "meters_per_pixel": torch.full((2,), gsd),
+    }
+    with torch.no_grad():
+        plain = CCVPELoss(2.0)(model, batch, None)
+        exact = CCVPELoss(2.0)(model, {**batch, "label_std": torch.full((2,), 0.5 * gsd)}, None)
+        wide = CCVPELoss(2.0)(model, {**batch, "label_std": torch.full((2,), 20.0 * gsd)}, None)
+        other = CCVPELoss(20.0)(model, batch, None)
+        # A known heading has no orientation loss, which alone is weighted by the width.
+        same = [
+            loss(model, b, 0.0)
+            for loss, b in (
+                (CCVPELoss(20.0), batch),
+                (CCVPELoss(2.0), {**batch, "label_std": torch.full((2,), 20.0 * gsd)}),
+            )
+        ]
+    assert float(exact) == float(plain) != float(wide)
+    torch.testing.assert_close(*same)
+    # The orientation counts as much as with a narrow label.
+    assert abs(float(wide) - float(plain)) < abs(float(other) - float(plain))

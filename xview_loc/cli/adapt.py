@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import math
-import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -16,18 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from xview_loc import __version__
 from xview_loc.cli.console import UsageError, console
 from xview_loc.cli.maps import Headers, KeyEnv, map_options
+from xview_loc.cli.pair_inputs import heading_prior, true_positions
+from xview_loc.cli.stage_progress import StageProgress
 from xview_loc.errors import UserError
 
 if TYPE_CHECKING:
-    import numpy as np
     from lightning_fabric import Fabric
-    from numpy.typing import NDArray
 
     from xview_loc.adaptation.distillation import Distillation
     from xview_loc.adaptation.plan import Plan
@@ -113,7 +110,7 @@ class _Shared:
     accelerator: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto"
     devices: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1
 
-    def distillation(self, progress: _Progress, **more: Any) -> Distillation:
+    def distillation(self, progress: StageProgress, **more: Any) -> Distillation:
         """Set up the run; ``more`` are further fields of :class:`AdaptationOptions`."""
         from xview_loc.adaptation.distillation import AdaptationOptions, Distillation
         from xview_loc.datasets import open_dataset
@@ -128,11 +125,11 @@ class _Shared:
         more["turned"] = self.turn
         for name in ("keep", "levels", "sigma", "epochs", "learning_rate", "held_out", "seed", "workers"):
             more[name] = getattr(self, name)
-        more["heading_prior_deg"] = _heading_prior(self.heading)
+        more["heading_prior_deg"] = heading_prior(self.heading)
         options = AdaptationOptions.published(teacher.model, **more)
         fabric = make_fabric(self.accelerator, self.devices, self.precision)
         source = self.source(self.data, teacher.model, fabric, progress)
-        truth = _true_positions(source, self.truth, self.truth_topic, progress.first)
+        truth = true_positions(source, self.truth, self.truth_topic, progress.first)
         spec, reach = teacher.model.spec, teacher.model.half_extent_m
 
         def poses(name: str | None) -> PoseDataset | None:
@@ -151,7 +148,7 @@ class _Shared:
         )
 
     def source(
-        self, data: list[str], model: CrossViewModel, fabric: Fabric, progress: _Progress
+        self, data: list[str], model: CrossViewModel, fabric: Fabric, progress: StageProgress
     ) -> PairSource:
         """Open bags of pairs, or one dataset."""
         from xview_loc.datasets import open_dataset
@@ -176,7 +173,7 @@ class _Shared:
             console.print(line, soft_wrap=True)
         return pairs
 
-    def _with_tiles(self, folders: list[Path], spec: ModelSpec, progress: _Progress) -> list[Path]:
+    def _with_tiles(self, folders: list[Path], spec: ModelSpec, progress: StageProgress) -> list[Path]:
         """Return the bags; of those whose tiles do not fit model or map's shift, copies below ``out``."""
         from xview_loc.maps import open_map
         from xview_loc.recordings.importer import ImportOptions, import_bag
@@ -256,7 +253,7 @@ def adapt(
     more["geodistill"] = recipe is RecipeName.GEODISTILL
     if rounds is None and recipe in (RecipeName.PAPER, RecipeName.GEODISTILL):
         rounds = 1
-    with _Progress() as progress:
+    with StageProgress() as progress:
         distillation = shared.distillation(progress, **more, rounds=rounds)
         if dry_run:
             from xview_loc.adaptation.plan import plan_run
@@ -300,7 +297,7 @@ def ablate(
     Rows: the teacher; students with and without mode-based labels and the outlier filter; then every number
     of levels K', and T from 50 to 100 %.
     """
-    with _Progress() as progress:
+    with StageProgress() as progress:
         distillation = shared.distillation(progress)
         from xview_loc.adaptation.ablation import run_ablation, write_ablation
         from xview_loc.report import finite
@@ -308,7 +305,7 @@ def ablate(
         measured = None
         if test is not None:
             source = shared.source([test], distillation.teacher.model, distillation.fabric, progress)
-            truth = _true_positions(source, test_truth, shared.truth_topic, progress.first)
+            truth = true_positions(source, test_truth, shared.truth_topic, progress.first)
             measured = None if truth is None else (source, truth)
         if measured is None and (test is not None or distillation.true_from_fix is None):
             raise UsageError("ablate needs true positions: give --truth, or --test with --test-truth")
@@ -320,54 +317,6 @@ def ablate(
     _print_errors({row.name: finite(asdict(row.errors)) for row in rows})
 
 
-class _Progress:
-    """Show each stage as a progress bar on a terminal, else print a line at every tenth.
-
-    Only the first process shows anything.
-    """
-
-    def __init__(self) -> None:
-        self.first = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        speed = TextColumn("{task.fields[rate]}")
-        self._bars = Progress(
-            *columns, speed, console=console, disable=not (self.first and console.is_terminal)
-        )
-        self._tasks: dict[str, Any] = {}
-        self._printed: dict[str, int] = {}
-
-    def __enter__(self) -> _Progress:
-        self._bars.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bars.stop()
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        """Show that ``done`` of ``total`` pairs or steps of a stage are done."""
-        if stage not in self._tasks:
-            self._tasks[stage] = self._bars.add_task(stage, total=total, rate="")
-        task = self._tasks[stage]
-        speed = self._bars.tasks[task].speed
-        self._bars.update(task, completed=done, total=total, rate=f"{speed:.1f}/s" if speed else "")
-        tenth = 10 * done // total
-        if self.first and not console.is_terminal and tenth != self._printed.get(stage):
-            self._printed[stage] = tenth
-            print(f"{stage}: {done} of {total}", flush=True)
-
-
-def _heading_prior(text: str) -> float | None:
-    if text in ("known", "unknown"):
-        return 0.0 if text == "known" else None
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value <= 180:
-        raise UsageError(f"--heading must be known, unknown or 0 to 180 degrees, not {text!r}")
-    return value
-
-
 def _check_padding(distillation: Distillation, verbose: bool) -> None:
     from xview_loc.adaptation.labelling import ReadOptions
     from xview_loc.adaptation.padding import padding_warning
@@ -376,30 +325,6 @@ def _check_padding(distillation: Distillation, verbose: bool) -> None:
     warning = padding_warning(distillation.fabric, distillation.teacher, distillation.source, options)
     if warning and verbose:
         console.print(f"warning: {warning}", soft_wrap=True)
-
-
-def _true_positions(
-    source: PairSource, truth: Path | None, topic: str | None, verbose: bool
-) -> NDArray[np.float64] | None:
-    """Metres (N, 2) east and north from the coarse fixes; None without ground truth."""
-    from xview_loc.datasets.base import PoseDataset, true_from_fix
-    from xview_loc.recordings.tracks import read_timed_track
-
-    if isinstance(source, PoseDataset):
-        if truth is not None:
-            raise UsageError(f"{source.name} has its own true positions: leave out {truth}")
-        return source.true_from_fix()
-    if truth is None:
-        return None
-    track = source.track()
-    assert track is not None
-    positions = true_from_fix(track, *read_timed_track(truth, topic).at(track.stamp_ns))
-    known = int(sum(map(math.isfinite, positions[:, 0])))
-    if not known:
-        raise UsageError(f"{truth} has no position at the time of any pair")
-    if verbose:
-        console.print(f"true positions known for {known} of {len(positions)} pairs", soft_wrap=True)
-    return positions
 
 
 def _print_metrics(metrics: dict[str, Any]) -> None:

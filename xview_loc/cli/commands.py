@@ -6,7 +6,19 @@ import sys
 
 import typer
 
-from xview_loc.cli import adapt, bags, calibrate, deploy, doctor, evaluate, export, maps, simulate, train
+from xview_loc.cli import (
+    adapt,
+    bags,
+    bootstrap,
+    calibrate,
+    deploy,
+    doctor,
+    evaluate,
+    export,
+    maps,
+    simulate,
+    train,
+)
 from xview_loc.cli.console import PlainConsole, UsageError
 from xview_loc.doctor import advice_for
 from xview_loc.errors import UserError
@@ -16,6 +28,7 @@ app.add_typer(maps.app, name="map")
 app.add_typer(bags.bag_app, name="bag")
 app.add_typer(bags.pairs_app, name="pairs")
 app.command()(train.train)
+app.command()(bootstrap.bootstrap)
 app.command()(adapt.adapt)
 app.command()(adapt.ablate)
 app.command()(evaluate.evaluate)
