@@ -49,6 +49,7 @@ from xview_loc.adaptation.labels import AdaptationError, PseudoLabels, distance_
 from xview_loc.adaptation.motion import from_drives
 from xview_loc.adaptation.padding import padding_warning
 from xview_loc.adaptation.report import round_lines, write_results
+from xview_loc.adaptation.smoothing import Smoothed
 from xview_loc.adaptation.verdict import Verdict, judge
 from xview_loc.bags.ros_types import header, message, quaternion, serialize
 from xview_loc.cli.commands import main
@@ -702,7 +703,7 @@ def test_the_drive_corrects_the_teacher(
         on_progress=lambda s, *_: stages.append(s),
     )
     labels = run.teacher_labels()
-    smoothed = run.smoothed(teacher)
+    smoothed = run.smoothed(teacher).of(run.training_index)
     better = smoothed.labels(labels)
     before, after = run.true_errors_m(labels), run.true_errors_m(better)
     assert after.mean() < 0.5 * before.mean()
@@ -779,7 +780,7 @@ def test_drives_with_unknown_headings_are_smoothed(
     chosen = options(teacher.model, smooth=True, heading_prior_deg=None)
     run = Distillation(FABRIC, teacher, source, tmp_path, chosen, true_from_fix=truth)
     maxima = run.teacher_labels()
-    smoothed = run.smoothed(teacher)
+    smoothed = run.smoothed(teacher).of(run.training_index)
     labels = smoothed.labels(maxima)
     assert smoothed.mostly_usable
     assert run.true_errors_m(labels).mean() < 0.5 * run.true_errors_m(maxima).mean()
@@ -993,6 +994,21 @@ def test_motion_and_truth_are_measured_along_the_drive(tmp_path: Path) -> None:
     assert places == pytest.approx(np.array([[3.0, -4.0]]), abs=1e-6)
 
 
+def test_whole_drives_say_how_far_estimates_are_off() -> None:
+    """Two metres, more than twenty, and unknown; averaged with what else contradicts an estimate."""
+    position = np.full((3, 2), 79.5, np.float32)
+    plain = labels_at(position)
+    shifted = labels_at(position + np.array([2.0, 0.0], np.float32))
+    there = position + np.array([[4.0, 0.0], [0.0, 60.0], [4.0, 4.0]], np.float32)
+    known, covariance = np.array([True, True, False]), np.tile(np.eye(2, dtype=np.float32), (3, 1, 1))
+    zero = np.zeros(3, np.float32)
+    placed = Smoothed(np.arange(3), there, zero, covariance, zero, known, np.ones(3, bool))
+    indicators = Indicators.of(LabelsByView(plain, shifted, None), None, placed)
+    assert indicators.drive == pytest.approx([2.0, 20.0, math.nan], rel=1e-4, nan_ok=True)
+    assert indicators.score_terms() == pytest.approx([1.5, 10.5, 1.0], rel=1e-4)
+    assert indicators.summary()["drive"] == pytest.approx(11.0, rel=1e-4)
+
+
 @pytest.mark.parametrize(("fix_std", "prior"), [(20.0, 0.0), (1.0, 30.0), (20.0, None)])
 def test_views_show_the_same_place(
     city: SimulatedDataset, teacher: Checkpoint, fix_std: float, prior: float | None
@@ -1013,7 +1029,7 @@ def test_the_verdict_follows_the_evidence() -> None:
     nan = np.full(200, math.nan)
 
     def indicators(level: float, sigmas: float = 1.0) -> Indicators:
-        return Indicators(rng.exponential(level, 200), nan, nan, np.full(200, sigmas), nan, nan)
+        return Indicators(rng.exponential(level, 200), nan, nan, nan, np.full(200, sigmas), nan, nan)
 
     worse, better, stray = indicators(3.0), indicators(1.0), indicators(1.0, 4.0)
     assert judge(worse, better).deploy
@@ -1021,7 +1037,7 @@ def test_the_verdict_follows_the_evidence() -> None:
     assert not judge(worse, worse).deploy
     blind = replace(better, stray_sigmas=nan)
     assert judge(worse, blind).deploy and "no covariance" in judge(worse, blind).reasons[-1]
-    few = [Indicators(rng.exponential(level, 50), *(np.full(50, math.nan),) * 5) for level in (9.0, 0.1)]
+    few = [Indicators(rng.exponential(level, 50), *(np.full(50, math.nan),) * 6) for level in (9.0, 0.1)]
     few_pairs = judge(*few)
     assert not few_pairs.deploy and "50 held-out pairs are too few" in few_pairs.summary
     assert "Record 2 times as many pairs" in few_pairs.advice
@@ -1084,7 +1100,8 @@ def test_a_dry_run_does_nothing(cache: Path, tmp_path: Path) -> None:
     assert "student: 22 pairs, about" in printed and "MB of disk" in printed
     assert "auxiliary" not in printed
     code, printed, errors = xview_loc(cache, *words, "--recipe", "paper")
-    assert code == 0 and "auxiliary student" in printed and "smoothing" not in printed, errors
+    # The verdict uses the drives whatever the recipe.
+    assert code == 0 and "auxiliary student" in printed and "smoothing: 24 pairs" in printed, errors
     assert not (tmp_path / "out").exists()
 
 

@@ -13,7 +13,8 @@ import pytest
 from adaptation_fixtures import SPEC, tiny_models, write_drive, xview_loc
 
 from xview_loc.adaptation import data_check
-from xview_loc.adaptation.data_check import fix_delay, match_fault
+from xview_loc.adaptation.data_check import check_data, fix_delay, match_fault
+from xview_loc.adaptation.distillation import AdaptationOptions, Distillation
 from xview_loc.adaptation.labelling import ReadOptions
 from xview_loc.adaptation.labels import PseudoLabels
 from xview_loc.datasets.base import PairSample, PairSource, Track
@@ -50,6 +51,11 @@ class Faulty(PairSource):
     def __len__(self) -> int:
         return len(self._source)
 
+    def track(self) -> Track | None:
+        track = self._source.track()
+        assert track is not None
+        return replace(track, moved=-track.moved[::-1]) if self._fault == "odometry" else track
+
     def __getitem__(self, index: int) -> PairSample:
         sample = self._source[index]
         if self._fault == "other map":
@@ -75,6 +81,21 @@ def test_images_must_fit_their_tiles(
     model, index = load_model("ccvpe-small").model, np.arange(len(drive))
     found = match_fault(make_fabric("cpu"), model, Faulty(drive, fault), index, ReadOptions())
     assert says in found and bool(found) == bool(says)
+
+
+@pytest.mark.parametrize("fault", ["none", "odometry"])
+def test_drives_must_explain_their_images(
+    drive: PairDataset, fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Odometry of another order: single images fit the map all the same."""
+    source, teacher = Faulty(drive, fault), load_model("ccvpe-small")
+    options = AdaptationOptions.published(teacher.model, smooth=None)
+    run = Distillation(make_fabric("cpu"), teacher, source, tmp_path, options)
+    monkeypatch.setattr(data_check, "_LEAST_PAIRS", len(run.training_index))
+    faults = check_data(run).faults
+    assert [fault.split(",")[0] for fault in faults] == (
+        ["single images fit the map"] if fault == "odometry" else []
+    )
 
 
 def test_good_drives_have_no_input_faults(drive: PairDataset) -> None:

@@ -58,7 +58,7 @@ def test_the_drive_corrects_labels_of_a_rig(folder: Path, tmp_path: Path) -> Non
     assert len(maxima) == TRAINED  # the others are held out
     before = run.true_errors_m(maxima)
     assert np.median(before) < 5.0 < np.linalg.norm(truth, axis=1).mean()
-    smoothed = run.smoothed(teacher)
+    smoothed = run.smoothed(teacher).of(run.training_index)
     print(
         before.mean(),
         np.median(before),

@@ -26,7 +26,6 @@ from rich.table import Table
 
 from xview_loc.adaptation.ablation import TABLE
 from xview_loc.adaptation.distillation import AdaptationOptions, Distillation
-from xview_loc.adaptation.indicators import Indicators
 from xview_loc.adaptation.labels import reliable
 from xview_loc.adaptation.verdict import judge
 from xview_loc.datasets.base import true_from_fix
@@ -162,7 +161,7 @@ def adapt_once(teacher: Checkpoint, folder: Path, seed: int, heading: str) -> di
         name: run.labels_of(model, "test", held[0]).errors_m(held[1])
         for name, model in zip(TABLE, models, strict=True)
     }
-    before, after = (Indicators.of(run.held_out_labels(model), run.track) for model in (teacher, models[3]))
+    before, after = (run.indicators(run.held_out_labels(model)) for model in (teacher, models[3]))
     label_errors = run.true_errors_m(labels)
     change = errors["Student+M+OF"] - errors["Teacher"]
     return {

@@ -16,7 +16,7 @@ import torch
 from lightning_fabric import Fabric
 
 from xview_loc.adaptation.distillation import AdaptationOptions, Distillation, OnProgress, Student
-from xview_loc.adaptation.indicators import Indicators
+from xview_loc.adaptation.indicators import Indicators, LabelsByView
 from xview_loc.adaptation.labels import AdaptationError, PseudoLabels
 from xview_loc.adaptation.motion import from_drives
 from xview_loc.adaptation.smoothing import Smoothed
@@ -88,28 +88,30 @@ def bootstrap(
     adaptation = AdaptationOptions(
         training, options.heading_prior_deg, held_out=options.held_out, smooth=True
     )
-    before: Indicators | None = None
+    before: LabelsByView | None = None
     for number in range(1, options.rounds + 1):
         run = Distillation(fabric, labeller, source, folder, adaptation, on_progress=on_progress)
         if run.track is None or not from_drives(run.track):
             raise AdaptationError(f"{source.name} does not come from drives, which alone can place the pairs")
         name = f", round {number}"
-        # Where the model sees too little to correct the drives, their fixes do.
-        smoothed = run.smoothed(labeller, name, by_fixes=number == 1)
-        if not smoothed.mostly_usable:
-            smoothed = run.smoothed(labeller, name, by_fixes=True)
+        smoothed = run.smoothed(labeller, name) if number > 1 else None
+        run.placed = smoothed
+        if smoothed is None or not smoothed.mostly_usable:
+            # The model sees too little to place the pairs. Fixes do, too coarsely to judge a model by.
+            run.placed, smoothed = None, run.smoothed(labeller, name, by_fixes=True)
+        smoothed = smoothed.of(run.training_index)
         labels = smoothed.labels(run.labels_of(labeller, f"teacher labels{name}").of(smoothed.index))
         smoothed = smoothed.rows(smoothed.usable)
         student = run.student(labels, loss, f"training{name}", training=training, std_m=smoothed.std_m)
         labeller = student.load()
         views = run.held_out_labels(labeller)
-        after = Indicators.of(views, run.track)
-        verdict = None if before is None else judge(before, after)
+        after = run.indicators(views)
+        verdict = None if before is None else judge(run.indicators(before), after)
         done = Round(labels, smoothed, student, views.plain, after, verdict)
         yield done
         if not done.better:
             return
-        before = after
+        before = views
 
 
 def _blank(fabric: Fabric, name: str, path: Path, seed: int) -> Checkpoint:

@@ -16,7 +16,7 @@ from torch import Tensor
 from xview_loc.adaptation.distillation import Distillation
 from xview_loc.adaptation.labelling import ReadOptions, encode_tiles, match_batch, prepare_model, tabulate
 from xview_loc.adaptation.labels import PairTable, PseudoLabels
-from xview_loc.adaptation.motion import from_drives, links
+from xview_loc.adaptation.motion import links
 from xview_loc.adaptation.smoothing import FIX_STD
 from xview_loc.datasets.base import Batch, PairSource, Track
 from xview_loc.models.base import CrossViewModel, HeatMaps
@@ -63,17 +63,23 @@ def check_data(run: Distillation) -> DataCheck:
     faults = run.fabric.broadcast(run.source.input_faults() if run.fabric.is_global_zero else [])
     remarks: list[str] = []
     labels, proven = run.teacher_labels(), False
-    if run.smoothing:
+    if run.drives:
         smoothed = run.smoothed(run.teacher)
         proven = smoothed.mostly_usable
         if proven:
             labels = smoothed.labels(labels.of(smoothed.index))
     if not proven:
         progress = partial(run.on_progress, "check of the pairs")
-        faults.append(
-            match_fault(run.fabric, run.teacher.model, run.source, run.training_index, run.reading, progress)
+        fault = match_fault(
+            run.fabric, run.teacher.model, run.source, run.training_index, run.reading, progress
         )
-    if run.track is not None and from_drives(run.track):
+        if not fault and run.drives and len(labels) >= _LEAST_PAIRS:
+            fault = (
+                "single images fit the map, but whole drives do not explain them: check odometry, and the "
+                "stamps of images and fixes"
+            )
+        faults.append(fault)
+    if run.track is not None and run.drives:
         remarks.append(fix_delay(run.track, labels))
     return DataCheck(list(filter(None, faults)), list(filter(None, remarks)))
 

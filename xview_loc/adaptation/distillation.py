@@ -219,8 +219,10 @@ class Distillation:
         if options.smooth and self.track is None:
             why = "with a validation dataset, drives cannot be used" if validation else "use the recipe paper"
             raise AdaptationError(f"{source.name} has no drives to correct the labels: {why}")
-        found = self.track is not None and from_drives(self.track)
-        self.smoothing = found if options.smooth is None else options.smooth
+        self.drives = self.track is not None and from_drives(self.track)
+        self.smoothing = self.drives if options.smooth is None else options.smooth
+        # Pairs that whole drives place, to judge models by.
+        self.placed: Smoothed | None = None
         for smoothed in {False, self.smoothing}:
             check_heading(teacher.model.spec, options.student_training(self.recipe(smoothed)))
         levels = self.recipe(self.smoothing).levels
@@ -264,14 +266,16 @@ class Distillation:
         The first round whose student is not significantly better than the previous one, judged without ground
         truth, is the last, and its student is discarded.
         """
+        if self.drives:
+            placed = self.smoothed(self.teacher)
+            self.placed = placed if placed.mostly_usable else None
         adapted = self._round(self.teacher, 1)
         verdicts: list[Verdict] = []
         for number in range(2, (self.options.rounds or _MAX_ROUNDS) + 1):
             if self.options.rounds is None and not self._gains_from_another(adapted):
                 break
             again = self._round(adapted.student.load(), number, adapted.before)
-            pair = (Indicators.of(views, self.track) for views in (adapted.after, again.after))
-            verdicts.append(judge(*pair))
+            verdicts.append(judge(self.indicators(adapted.after), self.indicators(again.after)))
             if not verdicts[-1].deploy:
                 break
             adapted = again
@@ -291,7 +295,7 @@ class Distillation:
         """
         name = "" if number == 1 else f", round {number}"
         maxima = labels = self.labels_of(labeller, f"teacher labels{name}").of(self.training_index)
-        smoothed = self.smoothed(labeller, name) if self.smoothing else None
+        smoothed = self.smoothed(labeller, name).of(self.training_index) if self.smoothing else None
         corrected = smoothed is not None and smoothed.mostly_usable
         if smoothed is not None and corrected:
             labels = smoothed.labels(maxima.of(smoothed.index))
@@ -330,7 +334,7 @@ class Distillation:
         return self.labels_of(self.teacher, "teacher labels").of(self.training_index)
 
     def smoothed(self, labeller: Checkpoint, name: str = "", *, by_fixes: bool = False) -> Smoothed:
-        """Correct a model's labels of the training pairs with whole drives, their held-out pairs included.
+        """Correct a model's labels of all pairs, held-out ones too, with whole drives.
 
         ``name`` is appended to the names of the stages. ``by_fixes``: from fixes and odometry, without the
         model's heat maps.
@@ -345,7 +349,7 @@ class Distillation:
         if found is not None:
             if self.fabric.is_global_zero:
                 shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted run
-            return found.of(self.training_index)
+            return found
 
         def on_pairs(done: int) -> None:
             self.on_progress(f"teacher heat maps{name}", done, len(labels))
@@ -363,7 +367,7 @@ class Distillation:
         if self.fabric.is_global_zero:
             found.save(path)
             shutil.rmtree(folder)
-        return found.of(self.training_index)
+        return found
 
     def student(
         self,
@@ -392,11 +396,19 @@ class Distillation:
             data = JoinedPoses(data, self.replay)
         options = training or self.options.student_training(recipe or self.recipe(smoothed=False))
         inputs = [data.name, loss.to_json(), comparable(options), self.held_out_index.tolist()]
+        if self.placed is not None:
+            inputs.append(_digest(self.placed.position.tobytes()))
         folder = self._path("student", self.teacher.sha256, inputs, self.fabric.world_size)
         validation: Validation
         if self._validation is None:
             validation = LabelFreeValidation(
-                self.fabric, self.source, self.held_out_index, self.track, folder, self.reading
+                self.fabric,
+                self.source,
+                self.held_out_index,
+                self.track,
+                folder,
+                self.reading,
+                self.placed,
             )
         else:
             prior = self.reading.heading_prior_deg
@@ -425,6 +437,10 @@ class Distillation:
     def held_out_labels(self, checkpoint: Checkpoint) -> LabelsByView:
         """Return a model's labels of the held-out pairs in every view."""
         return label_views(self.fabric, checkpoint.model, self.source, self.held_out_index, self.reading)
+
+    def indicators(self, views: LabelsByView) -> Indicators:
+        """Return the label-free evidence for the model that labelled the held-out pairs."""
+        return Indicators.of(views, self.track, self.placed)
 
     def true_errors_m(self, labels: PseudoLabels) -> Array:
         """Return the distances (N,) from the true positions, metres; NaN where these are unknown."""

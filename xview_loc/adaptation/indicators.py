@@ -21,6 +21,7 @@ from xview_loc.adaptation.labelling import (
     prepare_model,
 )
 from xview_loc.adaptation.labels import AdaptationError, PseudoLabels, distance_m
+from xview_loc.adaptation.smoothing import Smoothed
 from xview_loc.datasets.base import Batch, PairSource, Track
 from xview_loc.models.base import CrossViewModel
 
@@ -108,20 +109,25 @@ class Indicators:
     """Label-free evidence for or against a model, one value per pair (N,), in metres unless noted.
 
     ``tile_shift`` and ``turn`` are how far the estimate moves with the shifted tile and the turned panorama,
-    ``motion`` the difference between the step from the previous estimate and odometry's (NaN without), all
-    at most 20. ``stray_sigmas`` and ``peak_mass`` are as in :class:`PseudoLabels`, ``entropy`` is in nats.
+    ``motion`` the difference between the step from the previous estimate and odometry's, ``drive`` the
+    distance of the estimate from where the whole drive places the pair, all at most 20 and NaN where unknown.
+    ``stray_sigmas`` and ``peak_mass`` are as in :class:`PseudoLabels`, ``entropy`` is in nats.
     """
 
     tile_shift: Array
     turn: Array
     motion: Array
+    drive: Array
     stray_sigmas: Array
     entropy: Array
     peak_mass: Array
 
     @classmethod
-    def of(cls, views: LabelsByView, track: Track | None) -> Indicators:
-        """Compute the indicators of a model's labels; ``track`` holds all pairs of their source."""
+    def of(cls, views: LabelsByView, track: Track | None, placed: Smoothed | None = None) -> Indicators:
+        """Compute the indicators of a model's labels.
+
+        ``track`` holds all pairs of their source, ``placed`` those that whole drives place.
+        """
         plain = views.plain
         unknown = np.full(len(plain), math.nan)
 
@@ -132,15 +138,20 @@ class Indicators:
             tile_shift=disagreement(views.shifted),
             turn=unknown if views.turned is None else disagreement(views.turned),
             motion=unknown if track is None else _motion(plain, track.rows(plain.index)),
+            drive=unknown if placed is None else _from_placed(plain, placed),
             stray_sigmas=plain.stray_sigmas.astype(np.float64),
             entropy=plain.entropy.astype(np.float64),
             peak_mass=plain.peak_mass.astype(np.float64),
         )
 
     def score_terms(self) -> Array:
-        """Return each pair's contribution (N,) to the score: the mean of tile_shift, turn and motion."""
-        terms = np.stack([self.tile_shift, self.turn, self.motion])
-        return np.asarray(np.nanmean(terms, axis=0), np.float64)
+        """Return each pair's contribution (N,) to the score.
+
+        The mean of tile_shift, turn and motion; averaged with drive where that is known, as an estimate can
+        be consistent and wrong.
+        """
+        own = np.nanmean(np.stack([self.tile_shift, self.turn, self.motion]), axis=0)
+        return np.asarray(np.nanmean(np.stack([own, self.drive]), axis=0), np.float64)
 
     def summary(self) -> dict[str, float]:
         """Return means over the pairs; ``score`` (m, smaller is better) judges the model."""
@@ -154,6 +165,16 @@ def _motion(labels: PseudoLabels, track: Track) -> Array:
     step = track.fix_steps[1:] + np.diff(labels.from_fix, axis=0)
     off = np.full(len(labels), math.nan)
     off[1:] = np.minimum(np.linalg.norm(step - track.moved[1:], axis=1), MAX_DISAGREEMENT_M)
+    return off
+
+
+def _from_placed(labels: PseudoLabels, placed: Smoothed) -> Array:
+    """Distances (N,) from where whole drives place the pairs, metres; NaN where they do not."""
+    off = np.full(len(labels), math.nan)
+    placed = placed.rows(placed.usable).of(labels.index)
+    rows = np.isin(labels.index, placed.index)
+    distance = distance_m(labels.rows(rows), replace(labels.rows(rows), position=placed.position))
+    off[rows] = np.minimum(distance, MAX_DISAGREEMENT_M)
     return off
 
 
@@ -171,17 +192,18 @@ class LabelFreeValidation:
         track: Track | None,
         folder: Path,
         options: ReadOptions,
+        placed: Smoothed | None = None,
     ) -> None:
         self.name = f"{len(index)} of {source.name}"
         self._fabric, self._source, self._index, self._track = fabric, source, index, track
-        self._folder, self._options = folder, options
+        self._folder, self._options, self._placed = folder, options, placed
 
     def __call__(self, model: CrossViewModel, epoch: int) -> dict[str, float]:
         """Return the means of the indicators."""
         views = label_views(self._fabric, model, self._source, self._index, self._options)
         if self._fabric.is_global_zero:
             views.plain.save(held_out_file(self._folder, epoch))
-        return Indicators.of(views, self._track).summary()
+        return Indicators.of(views, self._track, self._placed).summary()
 
 
 def held_out_file(folder: Path, epoch: int) -> Path:

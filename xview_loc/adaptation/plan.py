@@ -49,7 +49,7 @@ def plan_run(distillation: Distillation) -> Plan:
     kept = round(trained * recipe.keep)
     stages = [PlannedStage("teacher labels", count, count * label_s)]
     megabytes = 0.0
-    if distillation.smoothing:
+    if distillation.drives:
         # Unknown headings are read again at the smoothed positions.
         smoothing_s = _SMOOTHING_S + (label_s if prior != 0 else 0.0)
         stages += [

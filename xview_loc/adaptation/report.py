@@ -33,10 +33,11 @@ _MOSTLY = 0.5
 _SYMBOLS = "The plus is the coarse fix, the cross the true position where it is known."
 # Descriptions of the indicators.
 _INDICATORS = {
-    "score": "inconsistency, m: mean of the next three",
+    "score": "inconsistency, m: mean of the next three, averaged with the fourth",
     "tile_shift": "distance by which an estimate moves when the tile is shifted, m",
     "turn": "distance by which it moves when the panorama is turned, m",
     "motion": "distance of steps between estimates from those of odometry, m",
+    "drive": "distance of an estimate from where the whole drive places the pair, m",
     "stray_sigmas": "distance of the whole heat map's maximum from the coarse fix, sigma",
     "entropy": "entropy of the heat map, nats",
     "peak_mass": "probability within 2 m of the maximum",
@@ -55,8 +56,7 @@ def write_results(
     ``extra`` is added to the checkpoint's metadata (software version, command ...). ``check``: what was found
     wrong with the pairs.
     """
-    track = distillation.track
-    before, after = (Indicators.of(views, track) for views in (adapted.before, adapted.after))
+    before, after = map(distillation.indicators, (adapted.before, adapted.after))
     verdict = judge(before, after)
     if check is not None and check.faults:
         verdict = refused(verdict, check.faults)
@@ -212,8 +212,9 @@ def _page(
     page.heading("Evidence without true positions")
     page.text(
         "A good model finds the same position however the street is shown. So the estimates of the held-out "
-        "pairs are compared with those from a shifted tile and a turned panorama, and with odometry: where "
-        "they differ, at least one is wrong. The mean difference, each at most 20 m, is the inconsistency. "
+        "pairs are compared with those from a shifted tile and a turned panorama, with odometry, and with "
+        "where all of a drive's images, odometry and fixes together place the pair: where they differ, at "
+        "least one is wrong. The mean difference, each at most 20 m, is the inconsistency. "
         "It decides, together with the coarse fixes. Entropy and probability decide nothing, since a student "
         "is confident, right or wrong."
     )
