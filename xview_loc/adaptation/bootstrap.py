@@ -18,7 +18,6 @@ from lightning_fabric import Fabric
 from xview_loc.adaptation.distillation import AdaptationOptions, Distillation, OnProgress, Student
 from xview_loc.adaptation.indicators import Indicators, LabelsByView
 from xview_loc.adaptation.labels import AdaptationError, PseudoLabels
-from xview_loc.adaptation.motion import from_drives
 from xview_loc.adaptation.smoothing import Smoothed
 from xview_loc.adaptation.verdict import Verdict, judge
 from xview_loc.datasets.base import PairSource
@@ -91,7 +90,7 @@ def bootstrap(
     before: LabelsByView | None = None
     for number in range(1, options.rounds + 1):
         run = Distillation(fabric, labeller, source, folder, adaptation, on_progress=on_progress)
-        if run.track is None or not from_drives(run.track):
+        if not run.drives:
             raise AdaptationError(f"{source.name} does not come from drives, which alone can place the pairs")
         name = f", round {number}"
         smoothed = run.smoothed(labeller, name) if number > 1 else None

@@ -64,7 +64,7 @@ def check_data(run: Distillation) -> DataCheck:
     remarks: list[str] = []
     labels, proven = run.teacher_labels(), False
     if run.drives:
-        smoothed = run.smoothed(run.teacher)
+        smoothed = run.smoothed(run.teacher).of(labels.index)
         proven = smoothed.mostly_usable
         if proven:
             labels = smoothed.labels(labels.of(smoothed.index))
