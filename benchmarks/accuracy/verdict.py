@@ -7,8 +7,8 @@ Each cell is a city and style of ``students.py``: pairs come from its western st
 eastern ones. Students of good pairs (``drives``, ``paper``), too few of them (``few``), trained too hard
 (``hard``: ten times the learning rate, six epochs), and of faulty ones: tiles of other places (``shuffled
 tiles``), headings with the wrong sign (``sign``) or 40 degrees off (``turned``), odometry that lost
-its order after it was checked (``odometry``), images of three pairs later (``late``). ``worse`` and
-``better``: by the true mean error, with 95 % certainty (bootstrap over stretches of ten frames). Students are
+its order after it was checked (``odometry``), images of three pairs later (``late``). Faulty pairs are to be
+named; that a better student of theirs is refused counts as no error. ``worse`` and ``better``: by the true mean error, with 95 % certainty (bootstrap over stretches of ten frames). Students are
 kept in the work folder, where a changed verdict can be measured again.
 """
 
@@ -56,6 +56,8 @@ CASES: dict[str, dict[str, Any]] = {
     "odometry": {},
     "late": {},
 }
+# Cases of pairs without a fault.
+SOUND = ("drives", "paper", "few", "hard")
 FEW = 160
 HEADINGS = {"sign": HeadingConvention(clockwise=True), "turned": HeadingConvention(offset=math.radians(40.0))}
 
@@ -166,10 +168,12 @@ def summary(outcomes: list[Outcome], console: Console) -> None:
         named = "; ".join(text[:60] for text in (*one.faults, *one.remarks))
         table.add_row(one.case, one.cell, *errors, one.truth, "yes" if one.deployed else "no", named)
     console.print(table)
-    for truth, deployed in (("worse", True), ("better", False)):
-        these = [one for one in outcomes if one.truth == truth]
+    for truth, deployed, cases in (("worse", True, tuple(CASES)), ("better", False, SOUND)):
+        these = [one for one in outcomes if one.truth == truth and one.case in cases]
         wrong = sum(one.deployed == deployed for one in these)
         console.print(f"{truth} and {'deployed' if deployed else 'refused'}: {wrong} of {len(these)}")
+    faulty = [one for one in outcomes if one.case not in SOUND]
+    console.print(f"faulty pairs that were named: {sum(bool(o.faults) for o in faulty)} of {len(faulty)}")
 
 
 def main() -> None:
