@@ -6,10 +6,11 @@ benchmarks/accuracy/verdict.py [--styles target validation varied] [--seeds 5 6]
 Each cell is a city and style of ``students.py``: pairs come from its western streets, true errors from its
 eastern ones. Students of good pairs (``drives``, ``paper``), too few of them (``few``), trained too hard
 (``hard``: ten times the learning rate, six epochs), and of faulty ones: tiles of other places (``shuffled
-tiles``), headings with the wrong sign (``sign``) or 40 degrees off (``turned``), odometry that lost
-its order after it was checked (``odometry``), images of three pairs later (``late``). Faulty pairs are to be
-named; that a better student of theirs is refused counts as no error. ``worse`` and ``better``: by the true mean error, with 95 % certainty (bootstrap over stretches of ten frames). Students are
-kept in the work folder, where a changed verdict can be measured again.
+tiles``), headings with the wrong sign (``sign``) or 40 degrees off (``turned``), odometry out of order
+(``odometry``), images of three pairs later (``late``). Faulty pairs are to be named; that a better student of
+theirs is refused counts as no error. ``worse`` and ``better``: by the true mean error, with 95 % certainty
+(bootstrap over stretches of ten frames). Students are kept in the work folder, where a changed verdict can be
+measured again.
 """
 
 from __future__ import annotations
