@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import torch
 from adaptation_fixtures import PAIRS, render_pairs, simulated_pairs, small_city, tiny_models, xview_loc
 from torch.utils.data import default_collate
 
+from xview_loc.adaptation.distillation import AdaptationOptions, Distillation
+from xview_loc.adaptation.labels import AdaptationError
 from xview_loc.datasets.base import Batch
 from xview_loc.models import create_model
 from xview_loc.models.base import CrossViewModel
@@ -96,15 +99,20 @@ def test_the_teacher_follows_the_student() -> None:
         torch.testing.assert_close(now, 0.9 * old + 0.1 * other)
 
 
-@pytest.mark.parametrize("step", [7, 10])
-def test_an_interrupted_run_ends_with_the_same_numbers(cache: Path, tmp_path: Path, step: int) -> None:
-    """Interrupted in the second epoch of five steps, and after it: the moved teacher is kept."""
+@pytest.mark.parametrize("stop", [(7, 1), (10, 1), (10, 2)])
+def test_an_interrupted_run_ends_with_the_same_numbers(
+    cache: Path, tmp_path: Path, stop: tuple[int, int]
+) -> None:
+    """Interrupted in the second epoch of five steps, before and after its end: the moved teacher is kept."""
     pairs = simulated_pairs(tiny().spec, cache)
     options = TrainingOptions(epochs=3, batch_size=8, save_every=1, field_of_view_deg=(180.0, 240.0))
 
-    def run(folder: Path, stop: int | None = None) -> TrainingProgress:
+    def run(folder: Path, stop: tuple[int, int] = (0, 0)) -> TrainingProgress:
+        calls: Counter[int] = Counter()
+
         def on_step(progress: TrainingProgress) -> None:
-            if progress.steps == stop:
+            calls[progress.steps] += 1
+            if (progress.steps, calls[progress.steps]) == stop:
                 raise KeyboardInterrupt
 
         model, loss = tiny(0), GeoDistillLoss(3, tiny(0))
@@ -112,7 +120,7 @@ def test_an_interrupted_run_ends_with_the_same_numbers(cache: Path, tmp_path: Pa
         return train(make_fabric("cpu"), model, pairs, validation, folder, loss, options, on_step=on_step)
 
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "cut", step)
+        run(tmp_path / "cut", stop)
     assert run(tmp_path / "cut") == run(tmp_path / "whole")
 
 
@@ -133,3 +141,12 @@ def test_cameras_without_panoramas_are_refused() -> None:
     options = TrainingOptions(field_of_view_deg=(180.0, 240.0))
     with pytest.raises(TrainingError, match="no panoramas"):
         check_heading(create_model("ccvpe-pinhole-small").spec, options)
+
+
+@pytest.mark.parametrize("change", [{"keep": 0.8}, {"rounds": 2}])
+def test_without_labels_there_is_nothing_to_filter(cache: Path, tmp_path: Path, change: dict) -> None:
+    save_checkpoint(tiny(), tmp_path / "teacher.safetensors")
+    teacher = load_checkpoint(tmp_path / "teacher.safetensors")
+    options = AdaptationOptions.published(teacher.model, geodistill=True, **change)
+    with pytest.raises(AdaptationError, match="no labels to filter"):
+        Distillation(make_fabric("cpu"), teacher, simulated_pairs(tiny().spec, cache), tmp_path, options)

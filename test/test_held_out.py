@@ -79,6 +79,14 @@ def test_areas_are_told_apart_anywhere_on_earth() -> None:
     assert share_near_others(both, held) <= 0.2
 
 
+def test_areas_too_small_for_an_edge_are_held_out_whole() -> None:
+    """A hundred places of three pairs each, five kilometres apart."""
+    drives = track(*(street((5000.0 * k, 0), (5000.0 * k + 20, 0), 3) for k in range(100)))
+    held = held_out_edges(drives, 0.1)
+    assert 27 <= len(held) <= 33 and set(np.bincount(drives.drive[held])) <= {0, 3}
+    assert share_near_others(drives, held) == 0.0
+
+
 def test_without_further_streets_the_share_says_so() -> None:
     standing = track([(0.0, 0.0)] * 40)
     held = held_out_edges(standing, 0.1)

@@ -27,20 +27,17 @@ from xview_loc.models.checkpoint import Checkpoint, load_checkpoint, save_checkp
 from xview_loc.training.losses import CCVPELoss
 from xview_loc.training.trainer import TrainingOptions
 
-BLANK_FILE = "blank.safetensors"
-
 
 @dataclass(frozen=True)
 class BootstrapOptions:
     """Settings of at most ``rounds`` rounds of ``training`` each.
 
-    ``sigma`` is the least standard deviation of a label, tile pixels; ``heading_prior_deg`` and ``held_out``
-    are as in :class:`AdaptationOptions`.
+    The share ``held_out`` of the pairs judges the rounds; ``sigma`` is the least standard deviation of a
+    label, tile pixels.
     """
 
     training: TrainingOptions
     rounds: int = 4
-    heading_prior_deg: float | None = 0.0
     held_out: float = 0.1
     sigma: float = 2.0
 
@@ -80,13 +77,9 @@ def bootstrap(
     not come from drives, are too few, or the model cannot learn from uncertain positions, and the errors of
     :func:`xview_loc.training.trainer.train`.
     """
-    labeller = _blank(fabric, model_name, folder / BLANK_FILE, options.training.seed)
-    if not isinstance(labeller.model, CCVPE):
-        raise AdaptationError(f"{model_name} cannot learn from uncertain positions: take a CCVPE model")
+    labeller = _blank(fabric, model_name, folder, options.training.seed)
     loss, training = CCVPELoss(options.sigma), options.training
-    adaptation = AdaptationOptions(
-        training, options.heading_prior_deg, held_out=options.held_out, smooth=True
-    )
+    adaptation = AdaptationOptions(training, held_out=options.held_out, smooth=True, rounds=options.rounds)
     before: LabelsByView | None = None
     for number in range(1, options.rounds + 1):
         run = Distillation(fabric, labeller, source, folder, adaptation, on_progress=on_progress)
@@ -113,11 +106,15 @@ def bootstrap(
         before = views
 
 
-def _blank(fabric: Fabric, name: str, path: Path, seed: int) -> Checkpoint:
+def _blank(fabric: Fabric, name: str, folder: Path, seed: int) -> Checkpoint:
     """Return a model with random weights, which the first process makes."""
+    torch.manual_seed(seed)
+    model = create_model(name)
+    if not isinstance(model, CCVPE):
+        raise AdaptationError(f"{name} cannot learn from uncertain positions: take a CCVPE model")
+    path = folder / f"blank-{name}-{seed}.safetensors"
     if fabric.is_global_zero and not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.manual_seed(seed)
-        save_checkpoint(create_model(name), path)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_checkpoint(model, path)
     fabric.barrier()
     return load_checkpoint(path, name)

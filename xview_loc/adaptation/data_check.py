@@ -60,7 +60,7 @@ def check_data(run: Distillation) -> DataCheck:
 
     Drives that predict their heat maps prove that images fit the map; else a sample of the pairs must.
     """
-    faults = run.fabric.broadcast(run.source.input_faults() if run.fabric.is_global_zero else [])
+    faults: list[str] = run.fabric.broadcast(run.source.input_faults() if run.fabric.is_global_zero else [])
     remarks: list[str] = []
     labels, proven = run.teacher_labels(), False
     if run.drives:
@@ -73,12 +73,12 @@ def check_data(run: Distillation) -> DataCheck:
         fault = match_fault(
             run.fabric, run.teacher.model, run.source, run.training_index, run.reading, progress
         )
-        if not fault and run.drives and len(labels) >= _LEAST_PAIRS:
+        if fault == "" and run.drives:
             fault = (
                 "single images fit the map, but whole drives do not explain them: check odometry, and the "
                 "stamps of images and fixes"
             )
-        faults.append(fault)
+        faults.append(fault or "")
     if run.track is not None and run.drives:
         remarks.append(fix_delay(run.track, labels))
     return DataCheck(list(filter(None, faults)), list(filter(None, remarks)))
@@ -91,8 +91,8 @@ def match_fault(
     index: NDArray[np.int64],
     options: ReadOptions,
     on_pairs: Callable[[int, int], object] = lambda done, of: None,
-) -> str:
-    """Say in words how images contradict their tiles; "" for not at all, or if there are too few pairs.
+) -> str | None:
+    """Say in words how images contradict their tiles; "" for not at all, None if too few pairs can tell.
 
     An image must fit its own tile better than the images of other pairs do, and than when turned. Fixes so
     uncertain that all of their tile is near them tell nothing. ``on_pairs`` receives the numbers of pairs
@@ -117,7 +117,7 @@ def match_fault(
         fit, _ = tabulate(fabric, source, chosen, options, table_of, lambda done: on_pairs(done, len(chosen)))
     fit = None if fit is None else fit.rows(np.isfinite(fit.near_fix[:, 0]))
     if fit is None or len(fit) < _LEAST_PAIRS:
-        return ""
+        return None
     better = (fit.near_fix[:, :1] - fit.near_fix[:, 1:]).astype(np.float64)
     if turnable:
         best = int(better[:, 1:].mean(0).argmin())

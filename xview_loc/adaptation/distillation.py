@@ -13,7 +13,7 @@ import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -221,8 +221,8 @@ class Distillation:
             raise AdaptationError(f"{source.name} has no drives to correct the labels: {why}")
         self.drives = self.track is not None and from_drives(self.track)
         self.smoothing = self.drives if options.smooth is None else options.smooth
-        # Pairs that whole drives place, to judge models by.
-        self.placed: Smoothed | None = None
+        if options.geodistill and ((options.rounds or 1) > 1 or (options.keep or 1.0) < 1.0):
+            raise AdaptationError("GeoDistill has no labels to filter or to make again: no keep, one round")
         for smoothed in {False, self.smoothing}:
             check_heading(teacher.model.spec, options.student_training(self.recipe(smoothed)))
         levels = self.recipe(self.smoothing).levels
@@ -266,9 +266,6 @@ class Distillation:
         The first round whose student is not significantly better than the previous one, judged without ground
         truth, is the last, and its student is discarded.
         """
-        if self.drives:
-            placed = self.smoothed(self.teacher)
-            self.placed = placed if placed.mostly_usable else None
         adapted = self._round(self.teacher, 1)
         verdicts: list[Verdict] = []
         for number in range(2, (self.options.rounds or _MAX_ROUNDS) + 1):
@@ -315,6 +312,12 @@ class Distillation:
         before = self.held_out_labels(self.teacher) if before is None else before
         after = self.held_out_labels(student.load())
         return Adapted(labeller, maxima, labels, kept, auxiliary, student, before, after, recipe, smoothed)
+
+    @cached_property
+    def placed(self) -> Smoothed | None:
+        """Pairs that the teacher's heat maps along whole drives place, to judge models by; None without."""
+        found = self.smoothed(self.teacher) if self.drives else None
+        return found if found is not None and found.mostly_usable else None
 
     def recipe(self, smoothed: bool) -> Recipe:
         """Return the recipe for the teacher's class of model."""

@@ -27,12 +27,17 @@ def held_out_edges(track: Track, share: float) -> Index:
     """Return the pairs beyond a line through each area, about ``share`` of its pairs, ascending.
 
     Of 16 directions, the one is taken whose line cuts off the fewest pairs near others: on streets that a
-    student was trained on, it seems better than it is.
+    student was trained on, it seems better than it is. Of areas too small for that, some are held out whole.
     """
     held: list[Index] = []
+    small = small_held = 0
     for rows, places in _areas(track):
         count = round(len(rows) * share)
         if not count:
+            small += len(rows)
+            if small_held + len(rows) / 2 <= small * share:
+                small_held += len(rows)
+                held.append(rows)
             continue
         angles = np.arange(_DIRECTIONS) * 2.0 * np.pi / _DIRECTIONS
         along = places @ np.stack([np.cos(angles), np.sin(angles)])

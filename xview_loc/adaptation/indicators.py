@@ -144,14 +144,16 @@ class Indicators:
             peak_mass=plain.peak_mass.astype(np.float64),
         )
 
+    def self_terms(self) -> Array:
+        """Return by how much estimates (N,) contradict themselves, m: mean of the first three."""
+        return np.asarray(np.nanmean(np.stack([self.tile_shift, self.turn, self.motion]), axis=0), np.float64)
+
     def score_terms(self) -> Array:
         """Return each pair's contribution (N,) to the score.
 
-        The mean of tile_shift, turn and motion; averaged with drive where that is known, as an estimate can
-        be consistent and wrong.
+        :meth:`self_terms`, averaged with drive where that is known: an estimate can be consistent and wrong.
         """
-        own = np.nanmean(np.stack([self.tile_shift, self.turn, self.motion]), axis=0)
-        return np.asarray(np.nanmean(np.stack([own, self.drive]), axis=0), np.float64)
+        return np.asarray(np.nanmean(np.stack([self.self_terms(), self.drive]), axis=0), np.float64)
 
     def summary(self) -> dict[str, float]:
         """Return means over the pairs; ``score`` (m, smaller is better) judges the model."""

@@ -16,6 +16,8 @@ from xview_loc.adaptation.labels import LabelledPairs
 
 # Seconds per pair for both passes of smoothing, on one processor core.
 _SMOOTHING_S = 0.005
+# Stages that further rounds of other recipes do not have: their verdict is by the first round's.
+_SMOOTHING = ("teacher heat maps", "smoothing")
 # Bytes of labels per pair.
 _LABEL_BYTES = 50
 
@@ -49,7 +51,7 @@ def plan_run(distillation: Distillation) -> Plan:
     kept = round(trained * recipe.keep)
     stages = [PlannedStage("teacher labels", count, count * label_s)]
     megabytes = 0.0
-    if distillation.drives:
+    if distillation.drives or distillation.smoothing:
         # Unknown headings are read again at the smoothed positions.
         smoothing_s = _SMOOTHING_S + (label_s if prior != 0 else 0.0)
         stages += [
@@ -66,9 +68,9 @@ def plan_run(distillation: Distillation) -> Plan:
         ]
     kept += replayed
     stages.append(PlannedStage("student", kept, epochs * (kept * train_s + judge_s)))
-    first = list(stages)
+    again = [stage for stage in stages if distillation.smoothing or stage.name not in _SMOOTHING]
     for number in range(2, rounds + 1):
-        stages += [replace(stage, name=f"{stage.name}, round {number}") for stage in first]
+        stages += [replace(stage, name=f"{stage.name}, round {number}") for stage in again]
     stages.append(PlannedStage("indicators", len(distillation.held_out_index), (1 + rounds) * judge_s))
     # Each student keeps its best weights and its state: weights and Adam's two moments.
     weights = sum(value.nbytes for value in distillation.teacher.model.state_dict().values())

@@ -214,7 +214,8 @@ def _page(
         "A good model finds the same position however the street is shown. So the estimates of the held-out "
         "pairs are compared with those from a shifted tile and a turned panorama, with odometry, and with "
         "where all of a drive's images, odometry and fixes together place the pair: where they differ, at "
-        "least one is wrong. The mean difference, each at most 20 m, is the inconsistency. "
+        "least one is wrong. Differences count at most 20 m; the inconsistency is the mean of the first "
+        "three, averaged with the fourth. "
         "It decides, together with the coarse fixes. Entropy and probability decide nothing, since a student "
         "is confident, right or wrong."
     )

@@ -227,8 +227,8 @@ def adapt(
         RecipeName,
         typer.Option(
             help="drives: whole drives correct the labels. paper: the published recipe. "
-            "geodistill: no labels; students that see a sector learn the heat maps of a teacher that follows "
-            "them (ICCV 2025). auto: drives where the pairs come from drives, else paper."
+            "geodistill: no labels; students that see a sector learn the heat maps of a teacher that is a "
+            "moving average of them (ICCV 2025). auto: drives where the pairs come from drives, else paper."
         ),
     ] = RecipeName.AUTO,
     rounds: Annotated[

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from xview_loc import __version__
-from xview_loc.cli.console import console
-from xview_loc.cli.pair_inputs import heading_prior, true_positions
+from xview_loc.cli.console import UsageError, console
+from xview_loc.cli.pair_inputs import true_positions
 from xview_loc.cli.stage_progress import StageProgress
 
 
 def bootstrap(
-    data: Annotated[list[Path], typer.Argument(help="Bags of pairs, from drives.")],
+    data: Annotated[
+        list[Path], typer.Argument(help="Bags of pairs from drives, with tiles that fit the model.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the results; an unfinished run there is resumed.")],
     model: Annotated[str, typer.Option(help="Name of a CCVPE model.")] = "ccvpe-small",
     truth: Annotated[
@@ -24,7 +27,6 @@ def bootstrap(
         typer.Option(help="True positions, for the report only: a table stamp,lat,lon or a bag of fixes."),
     ] = None,
     truth_topic: Annotated[str | None, typer.Option(help="NavSatFix topic of the true positions.")] = None,
-    heading: Annotated[str, typer.Option(help="known, unknown, or its largest error in degrees.")] = "known",
     rounds: Annotated[int, typer.Option(min=1, help="Maximum number of rounds.")] = 4,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the pairs, in each round.")] = 3,
     batch_size: Annotated[int, typer.Option(min=1, help="Pairs per step and process.")] = 16,
@@ -56,31 +58,35 @@ def bootstrap(
         REPORT_FILE,
         figures_of,
         line_of,
+        outcome,
         write_bootstrap,
     )
     from xview_loc.datasets.pairs import PairDataset
     from xview_loc.models import create_model
     from xview_loc.training.trainer import TrainingOptions, make_fabric
 
-    prior = heading_prior(heading)
-    spec = create_model(model).spec
+    try:
+        spec = create_model(model).spec
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     training = TrainingOptions(
         epochs=epochs,
         batch_size=batch_size,
         learning_rate=learning_rate,
         schedule="cosine",
         warmup=warmup,
-        # Where headings are known, the model learns to find them as well.
-        heading_priors_deg=(0.0, None) if prior == 0 and spec.camera == "panorama" else (prior,),
+        # The model learns to find headings as well.
+        heading_priors_deg=(0.0, None) if spec.camera == "panorama" else (0.0,),
         seed=seed,
         workers=workers,
     )
-    options = BootstrapOptions(training, rounds, prior, held_out, sigma)
+    options = BootstrapOptions(training, rounds, held_out, sigma)
     with StageProgress() as progress:
         fabric = make_fabric(accelerator, devices, precision)
         source = PairDataset(data, spec)
-        for line in source.remarks if progress.first else ():
-            console.print(line, soft_wrap=True)
+        if progress.first:
+            for line in (*source.remarks, *(f"warning: {fault}" for fault in source.input_faults())):
+                console.print(line, soft_wrap=True)
         true_from_fix = true_positions(source, truth, truth_topic, progress.first)
         done, figures = [], []
         for one in run(fabric, model, source, out, options, progress):
@@ -90,8 +96,8 @@ def bootstrap(
                 console.print(line_of(len(done), figures[-1]), soft_wrap=True)
         if not progress.first:
             return
-        facts = {"version": __version__, "command": shlex.join(["xview-loc", *sys.argv[1:]])}
-        best = write_bootstrap(done, figures, out, {**facts, "data": source.name})
-    if done[-1].verdict is not None:
-        console.print(done[-1].verdict.summary, soft_wrap=True)
-    console.print(f"{out / MODEL_FILE} (round {best}), {out / REPORT_FILE}", soft_wrap=True)
+        facts: dict[str, Any] = {"version": __version__, "command": shlex.join(["xview-loc", *sys.argv[1:]])}
+        facts |= {"data": source.name, "options": asdict(options)}
+        write_bootstrap(done, figures, out, facts)
+    console.print(outcome(done), soft_wrap=True)
+    console.print(f"{out / MODEL_FILE}, {out / REPORT_FILE}", soft_wrap=True)

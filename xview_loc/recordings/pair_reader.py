@@ -57,23 +57,23 @@ from xview_loc.vehicle.synchronisation import RejectedInput
 
 # Messages of a chunk, by topic and stamp.
 Chunked = dict[tuple[str, int], list[bytes]]
-# Number of chunks that are kept: a pair and its tile may lie in two.
+# The latest chunks of all bags, by bag, number of the file, and offset. A pair and its tile may lie in two.
+_recent: dict[tuple[object, int, int], Chunked] = {}
 _CHUNKS = 2
 
 
 class PairBag:
     """Random access to a bag of pairs: ``bag[i]`` is the i-th pair by stamp.
 
-    Only the index and the latest chunks are held in memory. Not thread-safe; a copy in another process (a
-    data loader's worker) opens its own files. Raises BagError if the bag cannot be read.
+    Only the index is held in memory, and the latest chunks of all bags. Not thread-safe; a copy in another
+    process (a data loader's worker) opens its own files. Raises BagError if the bag cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._paths = bag_files(folder)
         self._open: dict[int, tuple[IO[bytes], McapReader]] = {}
-        # By number of the file and offset in it.
-        self._chunks: dict[tuple[int, int], Chunked] = {}
+        self._key = object()
         self._process = os.getpid()
         # Of each file; none in bags of a single camera.
         self._cameras = [self._camera_names(number) for number in range(len(self._paths))]
@@ -259,7 +259,7 @@ class PairBag:
         return hashlib.sha256(repr((self._index, sizes)).encode()).hexdigest()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}, "_chunks": {}}
+        return {**self.__dict__, "_open": {}, "_key": object()}
 
     def _reader(self, number: int) -> McapReader:
         if self._process != os.getpid():
@@ -312,26 +312,31 @@ class PairBag:
     def _messages(self, number: int, stamp: int, topics: tuple[str, ...]) -> Iterator[tuple[str, bytes]]:
         summary = self._reader(number).get_summary()
         assert summary is not None
+        channels = {number for number, channel in summary.channels.items() if channel.topic in topics}
         for chunk in summary.chunk_indexes:
-            if chunk.message_start_time <= stamp <= chunk.message_end_time:
+            within = chunk.message_start_time <= stamp <= chunk.message_end_time
+            if within and channels & chunk.message_index_offsets.keys():
                 content = self._chunk(number, chunk)
                 for topic in topics:
                     yield from ((topic, data) for data in content.get((topic, stamp), ()))
 
     def _chunk(self, number: int, chunk: ChunkIndex) -> Chunked:
-        """Return the messages of a chunk; the latest two are kept, as neighbouring pairs share them."""
-        key = number, chunk.chunk_start_offset
-        if key not in self._chunks:
+        """Return the messages of a chunk; the latest are kept, as neighbouring pairs share them."""
+        key = self._key, number, chunk.chunk_start_offset
+        content = _recent.pop(key, None)
+        if content is None:
             summary, file = self._reader(number).get_summary(), self._open[number][0]
             assert summary is not None
             file.seek(chunk.chunk_start_offset + 9)  # past the record's opcode and length
-            content: Chunked = {}
+            content = {}
             for record in breakup_chunk(Chunk.read(ReadDataStream(file)), validate_crc=True):
                 if isinstance(record, Message):
                     topic = summary.channels[record.channel_id].topic
                     content.setdefault((topic, record.log_time), []).append(record.data)
-            self._chunks = dict([*self._chunks.items(), (key, content)][-_CHUNKS:])
-        return self._chunks[key]
+        _recent[key] = content
+        while len(_recent) > _CHUNKS:
+            del _recent[next(iter(_recent))]
+        return content
 
 
 @contextmanager

@@ -240,8 +240,8 @@ class GeoDistillLoss(HeatMapLoss):
     """GeoDistill's loss (ICCV 2025): a student that sees a sector learns a teacher's heat maps of the whole.
 
     The mean cross-entropy over the first ``levels`` levels, both heat maps sharpened by one ``temperature``.
-    After every epoch the ``teacher`` is the exponential moving average of itself and the student. ``decay``
-    and temperature are as published.
+    After every epoch the ``teacher``'s weights are the exponential moving average of themselves and the
+    student's; its batch statistics stay, as published. So are ``decay`` and temperature.
     """
 
     levels: int
