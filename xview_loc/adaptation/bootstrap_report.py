@@ -42,10 +42,9 @@ def figures_of(done: Round, true_from_fix: NDArray[np.float64] | None) -> dict[s
     if true_from_fix is not None:
         for name, table in (("label", done.labels), ("held_out", done.held_out)):
             errors = table.errors_m(true_from_fix)
-            errors = errors[np.isfinite(errors)]
-            if len(errors):
-                figures[f"{name}_error_m"] = float(errors.mean())
-                figures[f"{name}_median_m"] = float(np.median(errors))
+            if np.isfinite(errors).any():
+                figures[f"{name}_error_m"] = float(np.nanmean(errors))
+                figures[f"{name}_median_m"] = float(np.nanmedian(errors))
     return figures
 
 

@@ -297,9 +297,10 @@ class Distillation:
         if smoothed is not None and corrected:
             labels = smoothed.labels(maxima.of(smoothed.index))
         recipe = self.recipe(corrected)
-        loss: HeatMapLoss = (
-            self.geodistill_loss(recipe) if self.options.geodistill else self.loss(recipe.levels)
-        )
+        loss: HeatMapLoss = self.loss(recipe.levels)
+        if self.options.geodistill:
+            # A copy, which moves with the student.
+            loss = GeoDistillLoss(recipe.levels, copy.deepcopy(self._model))
         auxiliary = None
         kept = np.ones(len(labels), bool)
         if recipe.keep < 1:
@@ -327,10 +328,6 @@ class Distillation:
         """Supervise the first ``levels`` levels, by labels or by the teacher's heat maps."""
         teacher = None if mode_based else self._model
         return DistillationLoss(levels, self.options.sigma, teacher, self.options.heading_prior_deg)
-
-    def geodistill_loss(self, recipe: Recipe) -> GeoDistillLoss:
-        """Let a copy of the teacher, which moves with the student, supervise by its heat maps."""
-        return GeoDistillLoss(recipe.levels, copy.deepcopy(self._model))
 
     def teacher_labels(self) -> PseudoLabels:
         """Return the teacher's labels of the training pairs."""
